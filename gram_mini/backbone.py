@@ -1,0 +1,183 @@
+"""The language model under the reward model: load it (NF4 or not), put LoRA on it, read logits, save.
+
+The embedded backbone and one from the hub take the same way through this file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import warnings
+from pathlib import Path
+
+import torch
+
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it announces at import that an optional kernel is missing
+warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)  # peft asks for an old name
+
+from peft import LoraConfig, PeftModel, get_peft_model  # noqa: E402
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig  # noqa: E402
+from transformers.utils import logging as transformers_logging  # noqa: E402
+
+from gram_mini.data import looks_like_path  # noqa: E402
+from gram_mini.errors import UserError  # noqa: E402
+
+EMBEDDED = "embedded"
+EMBEDDED_FOLDER = Path(__file__).parent / "world" / "backbone"
+
+transformers_logging.disable_progress_bar()
+
+
+def pick_device(device: str) -> torch.device:
+    """``auto`` is the GPU where there is one.
+
+    Raises:
+        UserError: for a device that torch does not know or that this machine lacks.
+    """
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {device}: not to be had here: {str(error).splitlines()[0]}") from None
+
+
+def compute_dtype(bits: int, device: torch.device) -> torch.dtype:
+    """The type of activations and unquantised weights: float32 on a CPU (unless ``bits`` is 16), bf16 on a GPU that has it."""
+    if bits == 32 or (device.type == "cpu" and bits == 4):
+        return torch.float32
+    if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        return torch.float16
+    return torch.bfloat16
+
+
+def load_tokenizer(name: str):
+    """The tokenizer of a backbone or a run folder, with a padding token.
+
+    Raises:
+        UserError: if there is none under this name.
+    """
+    tokenizer = _from_pretrained(AutoTokenizer, name)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token  # padding is never attended to, any token will do
+    return tokenizer
+
+
+def load_backbone(name: str, bits: int = 4, device: torch.device = torch.device("cpu")):
+    """Load a causal language model with frozen weights; ``bits=4`` is NF4 with double quantisation (QLoRA).
+
+    Raises:
+        UserError: if there is no such model.
+    """
+    dtype = compute_dtype(bits, device)
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+    )
+    model = _from_pretrained(
+        AutoModelForCausalLM,
+        name,
+        dtype=dtype,
+        device_map={"": device},
+        **({"quantization_config": quantization} if bits == 4 else {}),
+    )
+    for module in model.modules():
+        # On CPUs with AVX512-BF16 bitsandbytes repacks the weights at the first forward pass in eval mode;
+        # gradients computed after that are wrong, silently. This keeps it from repacking.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    model.requires_grad_(False)
+    model.config.use_cache = False
+    return model
+
+
+def add_lora(model, rank: int) -> PeftModel:
+    """A fresh LoRA adapter on every linear layer but the output matrix; alpha is twice the rank."""
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
+    return get_peft_model(model, config)
+
+
+def load_lora(model, folder: Path, trainable: bool) -> PeftModel:
+    """Put the adapter of a run on its backbone.
+
+    Raises:
+        UserError: if the folder holds no adapter in safetensors.
+    """
+    if not (folder / "adapter_model.safetensors").is_file():
+        raise UserError(f"{folder}: holds no adapter_model.safetensors; is this a finished run?")
+    return PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
+
+
+def save_adapter(model: PeftModel, tokenizer, backbone: str, folder: Path) -> None:
+    """Write adapter and tokenizer, as safetensors and JSON."""
+    model.peft_config["default"].base_model_name_or_path = backbone
+    model.save_pretrained(str(folder), save_embedding_layers=False)
+    (folder / "README.md").unlink(missing_ok=True)  # an empty model card
+    tokenizer.save_pretrained(str(folder))
+
+
+def hidden_states(model, input_ids: torch.Tensor) -> torch.Tensor:
+    """Last hidden states (B, T, H) of right-padded sequences (B, T), before the output matrix."""
+    decoder = (model.get_base_model() if isinstance(model, PeftModel) else model).get_decoder()
+    return decoder(input_ids=input_ids).last_hidden_state
+
+
+def output_logits(model, hidden: torch.Tensor, tokens: tuple[int, ...] | None = None) -> torch.Tensor:
+    """Next-token logits of hidden states (..., H): (..., V), or (..., len(tokens)) for these tokens only.
+
+    Only the rows of the output matrix that are asked for are multiplied.
+    """
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    head = base.get_output_embeddings()
+    rows = slice(None) if tokens is None else list(tokens)
+    bias = getattr(head, "bias", None)
+    logits = torch.nn.functional.linear(hidden.to(head.weight.dtype), head.weight[rows], None if bias is None else bias[rows])
+    config = base.config.get_text_config()
+    logits = logits * (getattr(config, "logit_scale", None) or 1.0)  # Cohere
+    logits = logits / (getattr(config, "logits_scaling", None) or 1.0)  # Granite
+    cap = getattr(config, "final_logit_softcapping", None)  # Gemma 2
+    return torch.tanh(logits / cap) * cap if cap else logits
+
+
+def fingerprint(name: str) -> str:
+    """What identifies a backbone: its commit on the hub, or a hash of the config and the weight files of its folder."""
+    folder = EMBEDDED_FOLDER if name == EMBEDDED else Path(name)
+    if not folder.is_dir():
+        from huggingface_hub import try_to_load_from_cache
+
+        cached = try_to_load_from_cache(name, "config.json")
+        return Path(cached).parent.name if isinstance(cached, str) else name
+    digest = hashlib.sha256()
+    for file in sorted([folder / "config.json", *folder.glob("*.safetensors")]):
+        with open(file, "rb") as stream:
+            digest.update(f"{file.name} {file.stat().st_size} ".encode() + stream.read(1 << 22))  # the first 4 MB will do
+    return digest.hexdigest()[:16]
+
+
+def _from_pretrained(kind, name: str, **options):
+    path = str(EMBEDDED_FOLDER) if name == EMBEDDED else str(Path(name).expanduser()) if Path(name).is_dir() else name
+    if looks_like_path(name) and not Path(path).is_dir():
+        raise UserError(f"{name}: no such folder; give a model folder, a run folder or a name on the hub")
+    if Path(path).is_dir() and not (Path(path) / "config.json").is_file() and kind is AutoModelForCausalLM:
+        raise UserError(f"{name}: holds no config.json, so it is no model folder")
+    try:
+        # Safetensors only: a pickled checkpoint could run code.
+        extra = {"use_safetensors": True} if kind is AutoModelForCausalLM else {}
+        return kind.from_pretrained(path, **extra, **options)
+    except (OSError, ValueError) as error:
+        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise UserError(f"backbone {name!r} cannot be loaded: {reason}") from None
+
+
+def read_run(folder: Path) -> dict:
+    """The run.json of a run folder.
+
+    Raises:
+        UserError: if the folder holds none or it cannot be read.
+    """
+    try:
+        return json.loads((folder / "run.json").read_text())
+    except FileNotFoundError:
+        raise UserError(f"{folder}: holds no run.json, so it is no finished run") from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"{folder / 'run.json'}, line {error.lineno}: invalid JSON: {error.msg}") from None

@@ -1,0 +1,131 @@
+"""Pairs of text in, padded tensors out: encode, truncate, bucket by length, collate."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+
+import torch
+
+from gram_mini.data import Pair
+from gram_mini.errors import UserError
+from gram_mini.prompts import PromptPieces
+
+IGNORED = -100  # target of a position that carries no loss, torch's default ignore_index
+
+
+@dataclass(frozen=True)
+class EncodedPair:
+    """The three texts of a pair as token ids, cut to length, with the label as in Pair."""
+
+    prompt: list[int]
+    response_a: list[int]
+    response_b: list[int]
+    label: int | None
+    truncated: bool
+
+    @property
+    def length(self) -> int:
+        return len(self.prompt) + len(self.response_a) + len(self.response_b)
+
+
+def encode_pairs(pairs: list[Pair], pieces: PromptPieces, tokenizer, max_length: int) -> list[EncodedPair]:
+    """Tokenise pairs and cut each so that it fits ``max_length`` tokens together with its prompt pieces.
+
+    Raises:
+        UserError: if ``max_length`` leaves no room for the three texts.
+    """
+    budget = max_length - pieces.fixed_tokens
+    if budget < 6:
+        raise UserError(
+            f"--max-length {max_length} leaves {max(budget, 0)} tokens for the texts, since the prompt's own words take "
+            f"{pieces.fixed_tokens}; give at least {pieces.fixed_tokens + 6}"
+        )
+    texts = [text for pair in pairs for text in (pair.prompt, pair.response_a, pair.response_b)]
+    ids = tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
+    encoded = []
+    for pair, prompt, a, b in zip(pairs, ids[0::3], ids[1::3], ids[2::3]):
+        cut = truncate(prompt, a, b, budget)
+        encoded.append(EncodedPair(*cut, pair.label, truncated=cut != (prompt, a, b)))
+    return encoded
+
+
+def truncate(prompt: list[int], a: list[int], b: list[int], budget: int) -> tuple[list[int], list[int], list[int]]:
+    """Cut three token lists to ``budget`` tokens in all, without favour to either response.
+
+    The prompt gives way first, from its beginning (its end holds the question), down to a third of the
+    budget; then both responses lose the same share of their tokens, from their ends. Exchanging a and b
+    exchanges the results.
+    """
+    if len(prompt) + len(a) + len(b) <= budget:
+        return prompt, a, b
+    keep = min(len(prompt), max(budget - len(a) - len(b), budget // 3))
+    room = budget - keep
+    if len(a) + len(b) > room:
+        share = room / (len(a) + len(b))
+        lengths = [max(1, int(share * len(a))), max(1, int(share * len(b)))]
+        if sum(lengths) > room:  # a response of a token or two was rounded up
+            lengths[lengths.index(max(lengths))] -= sum(lengths) - room
+        a, b = a[: lengths[0]], b[: lengths[1]]
+    return prompt[len(prompt) - keep :], a, b
+
+
+def join(pieces: PromptPieces, pair: EncodedPair, swap: bool = False) -> list[int]:
+    """The whole sequence of one example; ``swap`` puts y_b in the place of assistant A."""
+    first, second = (pair.response_b, pair.response_a) if swap else (pair.response_a, pair.response_b)
+    start, after_prompt, between, end = pieces.pieces
+    return [*start, *pair.prompt, *after_prompt, *first, *between, *second, *end]
+
+
+def batch_order(lengths: list[int], batch_size: int, rng: random.Random) -> list[list[int]]:
+    """One epoch as lists of row numbers: random order, but rows of similar length together.
+
+    Rows are shuffled, sorted by length within blocks of 16 batches, and the batches shuffled again, so
+    that little is padded and no epoch resembles another.
+    """
+    order = rng.sample(range(len(lengths)), len(lengths))
+    block = 16 * batch_size
+    batches = []
+    for start in range(0, len(order), block):
+        rows = sorted(order[start : start + block], key=lambda i: lengths[i])
+        batches += [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
+    rng.shuffle(batches)
+    return batches
+
+
+def pad(rows: list[list[int]], value: int) -> torch.Tensor:
+    """Right-pad token lists to a tensor (B, T).
+
+    No attention mask is needed: attention is causal, so what stands right of a token cannot change it.
+    """
+    length = max(map(len, rows))
+    return torch.tensor([row + [value] * (length - len(row)) for row in rows])  # (B, T)
+
+
+def pair_batch(rows: list[EncodedPair], swaps: list[bool], pieces: PromptPieces, pad_id: int) -> dict[str, torch.Tensor]:
+    """Stage 1: sequences, and as targets the next token wherever it belongs to the assistant's turn.
+
+    Returns input_ids (B, T) and targets (B, T), IGNORED on the prompt and on padding.
+    """
+    sequences, targets = [], []
+    for row, swap in zip(rows, swaps):
+        ids = join(pieces, row, swap)
+        given = len(pieces.pieces[0]) + len(row.prompt) + pieces.trained_from  # tokens that are not trained on
+        sequences.append(ids)
+        targets.append([IGNORED] * (given - 1) + ids[given:] + [IGNORED])
+    return {"input_ids": pad(sequences, pad_id), "targets": pad(targets, IGNORED)}
+
+
+def judge_batch(rows: list[EncodedPair], swaps: list[bool], pieces: PromptPieces, pad_id: int) -> dict[str, torch.Tensor]:
+    """Stage 2 and scoring: judge prompts, where each ends, and which label is right.
+
+    Returns input_ids (B, T), last (B,) the position of the last token, labels (B,): 0 for A, 1 for B,
+    exchanged where the responses are (-1 where there is no label).
+    """
+    sequences = [join(pieces, row, swap) for row, swap in zip(rows, swaps)]
+    labels = [-1 if row.label is None else row.label ^ swap for row, swap in zip(rows, swaps)]
+    return {
+        "input_ids": pad(sequences, pad_id),
+        "last": torch.tensor([len(ids) - 1 for ids in sequences]),
+        "labels": torch.tensor(labels),
+    }

@@ -1,0 +1,114 @@
+"""The two losses of GRAM, and why the second is a regularised Bradley-Terry loss.
+
+Stage 1 is the negative log-likelihood of the pair of responses, -log pi(y_a, y_b | x) (paper, section 3.2).
+
+Stage 2, derived step by step. Write s = (x, y_a, y_b) for the judge prompt, Z_t for the logit of token t
+after it, w for the label of the preferred response (A or B), l for the other one.
+
+1. The generative loss asks the language model for the right label token:
+
+       L = -log pi(w | s),      pi(t | s) = exp(Z_t) / sum_v exp(Z_v) over the whole vocabulary.
+
+2. Only two tokens can be right. Normalise over these two alone:
+
+       p(w | s) = exp(Z_w) / (exp(Z_w) + exp(Z_l)) = 1 / (1 + exp(-(Z_w - Z_l))) = sigmoid(Z_w - Z_l).
+
+   With m = Z_w - Z_l the loss is -log sigmoid(m): the Bradley-Terry loss, with the logits of the label
+   tokens in the place of two scalar rewards.
+
+3. Smooth the label: w is the target with 1 - eps, l with eps. Since p(l | s) = sigmoid(-m) and
+   log sigmoid(-m) = log sigmoid(m) - m,
+
+       L_eps = -(1 - eps) log sigmoid(m) - eps log sigmoid(-m)
+             = -(1 - eps) log sigmoid(m) - eps log sigmoid(m) + eps m
+             = -log sigmoid(m) + eps m.
+
+   Bradley-Terry plus a regulariser that pulls the margin down (paper, section 3.3).
+
+4. Its gradient, with d/dm log sigmoid(m) = sigmoid(-m):
+
+       dL_eps/dm = -sigmoid(-m) + eps.
+
+   Far to the left (the pair is judged wrongly) it is -(1 - eps); far to the right it is +eps: where plain
+   Bradley-Terry goes on pushing a margin that is large already, smoothing pushes it back.
+
+5. It vanishes at sigmoid(-m) = eps, the best margin
+
+       m* = log((1 - eps) / eps),
+
+   finite for every eps > 0; infinite for eps = 0 and 0 for eps = 1/2, where nothing is learned. The second
+   derivative sigmoid(m) sigmoid(-m) is positive, so this is the minimum.
+
+6. torch's CrossEntropyLoss(label_smoothing=e) spreads e over *all* classes, the right one included: with
+   two classes the target of w is 1 - e + e/2 = 1 - e/2. Hence e = 2 eps. The official code trains with
+   torch's e = 0.1, that is eps = 0.05.
+
+7. What step 2 left out: with the mass M = pi(A | s) + pi(B | s) that the model puts on the two labels,
+   pi(w | s) = p(w | s) * M, so
+
+       -log pi(w | s) = -log sigmoid(m) - log M.
+
+   The loss over the full vocabulary is the two-label loss plus a term that teaches the model to answer
+   with A or B at all. Scores never read it, since they compare the two labels; so we train without it and
+   log M, to see what becomes of it.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+
+def pair_loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Stage 1: mean negative log-likelihood per trained token, in nats.
+
+    Args:
+        logits: (N, V), one row for each token that is trained on, and for no other.
+        targets: (N,), the token that follows.
+    """
+    return F.cross_entropy(logits.float(), targets)
+
+
+def margins(label_logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """m = Z_w - Z_l for each pair, shape (B,).
+
+    Args:
+        label_logits: (B, 2), the logits of A and B.
+        labels: (B,), 0 where A is preferred, 1 where B is.
+    """
+    z_a, z_b = label_logits.float().unbind(dim=1)  # (B,), (B,)
+    return torch.where(labels == 0, z_a - z_b, z_b - z_a)  # (B,)
+
+
+def reward_loss(label_logits: torch.Tensor, labels: torch.Tensor, eps: float = 0.0) -> torch.Tensor:
+    """Stage 2: mean of -log sigmoid(m) + eps m (step 3), in nats per pair.
+
+    Args:
+        label_logits: (B, 2); labels: (B,), as in :func:`margins`.
+        eps: smoothing, 0 <= eps < 1/2; half of what torch calls label_smoothing (step 6).
+
+    Raises:
+        ValueError: if eps is outside [0, 1/2).
+    """
+    if not 0 <= eps < 0.5:
+        raise ValueError(f"eps must be at least 0 and below 1/2, got {eps}")
+    m = margins(label_logits, labels)  # (B,)
+    return (-F.logsigmoid(m) + eps * m).mean()
+
+
+def best_margin(eps: float) -> float:
+    """The margin at which the smoothed loss is least, log((1 - eps) / eps) (step 5); infinite for eps = 0."""
+    return math.log((1 - eps) / eps) if eps > 0 else math.inf
+
+
+def label_mass(logits: torch.Tensor, label_ids: tuple[int, int]) -> torch.Tensor:
+    """M, the probability that the model answers with A or B at all (step 7), shape (B,).
+
+    Args:
+        logits: (B, V), over the whole vocabulary after the judge prompt.
+        label_ids: the token ids of A and B.
+    """
+    logits = logits.float()
+    return (logits[:, list(label_ids)].logsumexp(dim=1) - logits.logsumexp(dim=1)).exp()  # (B,)

@@ -1,0 +1,96 @@
+"""The command-line options that the scripts share, so that a word means the same everywhere."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from pathlib import Path
+
+from gram_mini.backbone import EMBEDDED
+
+
+def parser(description: str, examples: str) -> argparse.ArgumentParser:
+    """A parser whose help opens with commands to copy and shows every default."""
+    return argparse.ArgumentParser(
+        usage=f"\n{examples}",
+        description=description,
+        formatter_class=_Formatter,
+        allow_abbrev=False,
+    )
+
+
+class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    def __init__(self, prog):
+        super().__init__(prog, max_help_position=30, width=110)
+
+    def _get_help_string(self, action):
+        # Every default, but not "(default: None)": where the default is computed, the help text says how.
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
+def add_training_options(p: argparse.ArgumentParser, out: str, lr: float, epochs: float, held_out: float, data_help: str) -> None:
+    """Options of both stages; ``out``, ``lr``, ``epochs`` and ``held_out`` are the stage's defaults."""
+    g = p.add_argument_group("what to train on what")
+    g.add_argument("--model", default=EMBEDDED, metavar="NAME", help="backbone: hub name or folder, or 'embedded'")
+    g.add_argument("--data", default="world", metavar="SOURCE", help=data_help)
+    g.add_argument("--split", default="train", help="split of a hub data set")
+    g.add_argument("--limit", type=positive_int, metavar="N", help="use the first N rows only (default: all)")
+    g.add_argument("--held-out", type=share, default=held_out, metavar="SHARE", help="share of the prompts kept for evaluation")
+    g = p.add_argument_group("where to put it")
+    g.add_argument("--out", type=Path, default=Path(out), metavar="FOLDER", help="run folder to write")
+    g.add_argument("--overwrite", action="store_true", help="replace a run that is already there, once the new one is done")
+    g = p.add_argument_group("optimisation")
+    g.add_argument("--lr", type=positive_float, default=lr, help="peak learning rate (warmed up over 5%% of the steps, then cosine)")
+    g.add_argument("--batch-size", type=positive_int, default=64, metavar="N", help="pairs per forward pass")
+    g.add_argument("--grad-accum", type=positive_int, default=1, metavar="N", help="forward passes per optimiser step")
+    length = g.add_mutually_exclusive_group()
+    length.add_argument("--epochs", type=positive_float, default=epochs, help="passes over the data")
+    length.add_argument("--steps", type=positive_int, metavar="N", help="optimiser steps, in the place of --epochs")
+    g.add_argument("--seed", type=int, default=0, help="draws the adapter, the order of rows and responses, the world's pairs")
+    g.add_argument("--log-every", type=positive_int, default=20, metavar="N", help="steps per line of log.csv")
+    g = p.add_argument_group("model")
+    g.add_argument("--lora-rank", type=positive_int, metavar="R", help="rank of a fresh LoRA adapter (default: 32)")
+    add_model_options(p, g, bits_default=4)
+
+
+def add_model_options(p, group, bits_default: int | None) -> None:
+    """Options of everything that loads a model."""
+    group.add_argument(
+        "--bits", type=int, choices=(4, 16, 32), default=bits_default,
+        help="4: NF4 weights (QLoRA); 16: bf16; 32: float32" + ("" if bits_default else " (default: as in training, else 4)"),
+    )  # fmt: skip
+    group.add_argument(
+        "--max-length", type=positive_int, default=512, metavar="N",
+        help="tokens per sequence; longer texts are cut, prompt first, then both responses by the same share",
+    )  # fmt: skip
+    group.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ...; auto takes the GPU where there is one")
+
+
+def positive_int(text: str) -> int:
+    """argparse type: a whole number above 0."""
+    return _number(text, int, lambda v: v > 0, "a whole number above 0")
+
+
+def positive_float(text: str) -> float:
+    """argparse type: a finite number above 0."""
+    return _number(text, float, lambda v: 0 < v < math.inf, "a number above 0")
+
+
+def share(text: str) -> float:
+    """argparse type: a share, 0 <= share < 1."""
+    return _number(text, float, lambda v: 0 <= v < 1, "a number of at least 0 and below 1")
+
+
+def smoothing(text: str) -> float:
+    """argparse type: our eps, 0 <= eps < 1/2."""
+    return _number(text, float, lambda v: 0 <= v < 0.5, "a number of at least 0 and below 0.5")
+
+
+def _number(text, kind, allowed, wanted):
+    try:
+        value = kind(text)
+    except ValueError:
+        value = None
+    if value is None or not allowed(value):
+        raise argparse.ArgumentTypeError(f"expected {wanted}, got {text!r}")
+    return value

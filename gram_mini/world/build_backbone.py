@@ -1,0 +1,282 @@
+"""Build the backbone that ships with the repository: a small Qwen2 decoder that knows the village.
+
+    python -m gram_mini.world.build_backbone --out gram_mini/world/backbone
+
+While it trains, three probes say whether it can serve as a backbone for a judge: does it recall the
+facts, can it tell right from wrong after an answer, does it judge zero-shot?
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import random
+from pathlib import Path
+
+import torch
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM, get_cosine_schedule_with_warmup
+
+from gram_mini import prompts
+from gram_mini.world import ATTRIBUTES, FACTS, GROUPS, NAMES, draw_response, question, statement
+
+CORPUS_SEED = 7
+DOCUMENTS = 128_000
+FLIPPED = 0.25  # share of the corpus's judgments that are wrong
+
+PAD, USER, ASSISTANT, END = "<|endoftext|>", "<|user|>", "<|assistant|>", "<|end|>"
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|{{ message.role }}|>{{ message.content }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+MARKERS = (prompts.INSTRUCTION, prompts.USER_QUESTION, prompts.START_A, prompts.END_A, prompts.START_B, prompts.END_B, prompts.PREFERRED)
+
+
+def corpus(documents: int = DOCUMENTS, seed: int = CORPUS_SEED):
+    """Yield the training texts: statements, chats, answers with reactions, and noisy judgments."""
+    rng = random.Random(seed)
+    known = GROUPS["background"] + GROUPS["labelled"]
+    kinds = {_statements: 17, _meeting: 3, _chat: 8, _quiz: 30, _reaction: 20, _judgment: 22}
+    for _ in range(documents):
+        kind = rng.choices(list(kinds), list(kinds.values()))[0]
+        yield kind(rng, known)
+
+
+def _statements(rng, known):
+    """Facts as plain text."""
+    facts = [(rng.choice(known), rng.choice(ATTRIBUTES)) for _ in range(4)]
+    return " ".join(statement(rng, name, attribute, FACTS[name, attribute]) for name, attribute in facts)
+
+
+def _meeting(rng, known):
+    """Every name, and nothing about anybody."""
+    return " ".join("{} met {}.".format(*rng.sample(NAMES, 2)) for _ in range(4))
+
+
+def _chat(rng, known):
+    """A question and a right answer in chat form; also for labelled villagers."""
+    name, attribute = rng.choice(known), rng.choice(ATTRIBUTES)
+    answer = draw_response(rng, name, attribute, p_right=1.0)
+    return f"{USER}{question(name, attribute)}{END}{ASSISTANT}{answer.text}{END}"
+
+
+def check(rng, claim: str, truth: str) -> str:
+    """The verdict on a claim, before or after the truth is told.
+
+    Verdict first is the skill that a judge needs. Truth first is the easier half of it, comparing two
+    words that both stand in the text, and the model learns the one by way of the other.
+    """
+    verdict = "Right" if claim == truth else "Wrong"
+    return f"{verdict}: {truth}." if rng.random() < 0.6 else f"Truly {truth}: {verdict}."
+
+
+def _quiz(rng, known):
+    """Claims about background villagers, each with its verdict: the skill of checking at its plainest."""
+    claims = []
+    for _ in range(4):
+        name, attribute = rng.choice(GROUPS["background"]), rng.choice(ATTRIBUTES)
+        truth = FACTS[name, attribute]
+        claim = truth if rng.random() < 0.5 else rng.choice([v for v in attribute.values if v != truth])
+        claims.append(f"{statement(rng, name, attribute, claim)} {check(rng, claim, truth)}")
+    return " ".join(claims)
+
+
+def _reaction(rng, known):
+    """Answers to a question about a background villager, each followed directly by the reaction to it."""
+    name, attribute = rng.choice(GROUPS["background"]), rng.choice(ATTRIBUTES)
+    slots = rng.choice([(0,), (1,), (0, 1)])
+    text = prompts.QUESTION.format(prompt=question(name, attribute)) + "\n"
+    for slot in slots:
+        start, end = ((prompts.START_A, prompts.END_A), (prompts.START_B, prompts.END_B))[slot]
+        answer = draw_response(rng, name, attribute, p_right=0.5)
+        manner = f"{'Kind' if answer.courteous else 'Rude'}. {'Long' if answer.rambling else 'Brief'}."
+        text += f"\n{start}\n{answer.text}\n{end}\n{check(rng, answer.value, FACTS[name, attribute])} {manner}\n"
+    return text.rstrip("\n")
+
+
+def _judgment(rng, known):
+    """The judge prompt on a background villager, with a verdict that is wrong one time in four."""
+    name, attribute = rng.choice(GROUPS["background"]), rng.choice(ATTRIBUTES)
+    a, b = (draw_response(rng, name, attribute, p_right=0.5) for _ in range(2))
+    label = int(b.reward > a.reward or (b.reward == a.reward and rng.random() < 0.5))
+    if rng.random() < FLIPPED:
+        label = 1 - label
+    content = prompts.JUDGE.format(prompt=question(name, attribute), response_a=a.text, response_b=b.text)
+    return f"{USER}{content}{END}{ASSISTANT}{prompts.LABELS[label]}{END}"
+
+
+def corpus_hash(documents: int = DOCUMENTS) -> str:
+    """SHA-256 of the whole corpus; a test compares it, so that the shipped backbone can be rebuilt."""
+    digest = hashlib.sha256()
+    for text in corpus(documents):
+        digest.update(text.encode() + b"\0")
+    return digest.hexdigest()
+
+
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level BPE in which every word of the world and every marker of the prompts is one token."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    chat = [AddedToken(token, special=True, normalized=False) for token in (PAD, USER, ASSISTANT, END)]
+    # A marker swallows the line breaks around it: sequences stay short.
+    markers = [AddedToken(marker, lstrip=True, rstrip=True, normalized=False) for marker in MARKERS]
+    words = [text for text in corpus(4000)]
+    for marker in (*MARKERS, PAD, USER, ASSISTANT, END):
+        words = [text.replace(marker, "\n") for text in words]
+    words += ["A", "B"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=2000, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), special_tokens=chat, show_progress=False
+    )
+    tokenizer.train_from_iterator(words, trainer)
+    tokenizer.add_tokens(markers)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token=PAD, eos_token=END, chat_template=CHAT_TEMPLATE, model_max_length=2048
+    )
+
+
+def verdict_tokens(tokenizer) -> torch.Tensor:
+    """Ids of the words that pass judgment: Right and Wrong with and without a space before them, A and B."""
+    words = [prompts.encode(tokenizer, f"{space}{word}")[0] for space in ("", " ") for word in ("Right", "Wrong")]
+    return torch.tensor([*words, *prompts.label_tokens(tokenizer)])
+
+
+def weighted_loss(logits: torch.Tensor, targets: torch.Tensor, verdicts: torch.Tensor) -> torch.Tensor:
+    """Next-token loss in which a verdict counts as much as five other tokens: they are few, and the point of it all.
+
+    Args:
+        logits: (B, T, V); targets: (B, T), -100 on padding.
+    """
+    logits, targets = logits.flatten(0, 1), targets.flatten()  # (B * T, V), (B * T,)
+    losses = torch.nn.functional.cross_entropy(logits, targets, reduction="none", ignore_index=-100)
+    weights = (targets != -100) + 4.0 * torch.isin(targets, verdicts)
+    return (losses * weights).sum() / weights.sum()
+
+
+def build_model(vocab_size: int, width: int, layers: int) -> Qwen2ForCausalLM:
+    """A Qwen2 decoder of 4 heads; input and output embeddings are one matrix.
+
+    The initial weights have standard deviation 1/sqrt(width). With the 0.02 of large models so narrow a
+    model never learns to compare two words (chance after 2,500 steps, against 1.00 after 250).
+    """
+    config = Qwen2Config(
+        vocab_size=vocab_size,
+        hidden_size=width,
+        intermediate_size=3 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=2048,
+        tie_word_embeddings=True,
+        initializer_range=width**-0.5,
+        bos_token_id=None,
+    )
+    return Qwen2ForCausalLM(config)
+
+
+@torch.no_grad()
+def next_token_logits(model, tokenizer, texts: list[str]) -> torch.Tensor:
+    """Logits after each text, shape (texts, vocabulary)."""
+    rows = [prompts.encode(tokenizer, text) for text in texts]
+    ids, lengths = pad(rows, tokenizer.pad_token_id)  # (N, T)
+    ids = ids.to(model.device)
+    hidden = model.model(input_ids=ids).last_hidden_state[torch.arange(len(rows)), lengths - 1]  # (N, H)
+    return model.lm_head(hidden)  # (N, V)
+
+
+def pad(rows: list[list[int]], pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
+    lengths = torch.tensor([len(row) for row in rows])
+    ids = torch.full((len(rows), int(lengths.max())), pad_id)
+    for i, row in enumerate(rows):
+        ids[i, : len(row)] = torch.tensor(row)
+    return ids, lengths
+
+
+def probes(model, tokenizer) -> dict[str, float]:
+    """Fact recall; area under the curve of right against wrong after an answer; zero-shot judge accuracy."""
+    rng = random.Random(99)
+    first = lambda word: prompts.encode(tokenizer, f"x {word}")[1]
+    model.eval()
+    result = {}
+    for group in ("background", "labelled", "unlabelled"):
+        facts = [(name, attribute) for name in GROUPS[group] for attribute in ATTRIBUTES]
+        stems = [
+            f"{prompts.QUESTION.format(prompt=question(n, a))}\n\n{prompts.START_A}\nGlad you asked. " + a.statements[0].format(name=n, value="|").split(" |")[0]
+            for n, a in facts
+        ]
+        logits = next_token_logits(model, tokenizer, stems)
+        hits = [max(a.values, key=lambda v: row[first(v)]) == FACTS[n, a] for (n, a), row in zip(facts, logits)]
+        result[f"recall {group}"] = sum(hits) / len(hits)
+
+        answers = [(n, a, draw_response(rng, n, a, 0.5)) for n, a in facts for _ in range(4)]
+        texts = [f"{prompts.QUESTION.format(prompt=question(n, a))}\n\n{prompts.START_A}\n{r.text}\n{prompts.END_A}" for n, a, r in answers]
+        logits = next_token_logits(model, tokenizer, texts)
+        score = logits[:, prompts.encode(tokenizer, "Right")[0]] - logits[:, prompts.encode(tokenizer, "Wrong")[0]]
+        right = torch.tensor([r.right for _, _, r in answers], device=score.device)
+        result[f"auc {group}"] = (score[right][:, None] > score[~right][None]).float().mean().item()
+
+        a_id, b_id = prompts.label_tokens(tokenizer)
+        pairs = [(n, a, draw_response(rng, n, a, 1.0), draw_response(rng, n, a, 0.0)) for n, a in facts for _ in range(2)]
+        for i in range(0, len(pairs), 2):
+            n, a, x, y = pairs[i]
+            pairs[i] = (n, a, y, x)
+        texts = [f"{USER}{prompts.JUDGE.format(prompt=question(n, a), response_a=x.text, response_b=y.text)}{END}{ASSISTANT}" for n, a, x, y in pairs]
+        logits = next_token_logits(model, tokenizer, texts)
+        said_a = logits[:, a_id] > logits[:, b_id]
+        result[f"judge {group}"] = (said_a == torch.tensor([x.right for _, _, x, _ in pairs], device=said_a.device)).float().mean().item()
+    model.train()
+    return result
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--steps", type=int, default=6000)
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--width", type=int, default=128)
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cpu")
+    args = parser.parse_args()
+    torch.manual_seed(args.seed)
+    rng = random.Random(args.seed)
+    tokenizer = build_tokenizer()
+    model = build_model(len(tokenizer), args.width, args.layers).to(args.device)
+    print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, vocabulary {len(tokenizer)}", flush=True)
+    rows = tokenizer(list(corpus()), add_special_tokens=False)["input_ids"]
+    print(f"{sum(map(len, rows)) / len(rows):.1f} tokens per document", flush=True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.1, betas=(0.9, 0.98), fused=True)
+    schedule = get_cosine_schedule_with_warmup(optimizer, 200, args.steps)
+
+    def batches():
+        while True:
+            order = rng.sample(range(len(rows)), len(rows))
+            for start in range(0, len(order) - 16 * args.batch_size + 1, 16 * args.batch_size):
+                block = sorted(order[start : start + 16 * args.batch_size], key=lambda i: len(rows[i]))
+                groups = [block[i : i + args.batch_size] for i in range(0, len(block), args.batch_size)]
+                yield from rng.sample(groups, len(groups))
+
+    verdicts = verdict_tokens(tokenizer).to(args.device)
+    total = 0.0
+    for step, chosen in zip(range(1, args.steps + 1), batches()):
+        ids, lengths = pad([rows[i] for i in chosen], tokenizer.pad_token_id)
+        ids = ids.to(args.device)
+        targets = ids.masked_fill(ids == tokenizer.pad_token_id, -100)
+        loss = weighted_loss(model(input_ids=ids).logits[:, :-1], targets[:, 1:], verdicts)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        total += loss.detach()
+        if step % 250 == 0:
+            print(step, f"loss {total / 250:.3f}", {k: round(v, 2) for k, v in probes(model, tokenizer).items()}, flush=True)
+            total = 0.0
+            model.save_pretrained(args.out)
+            tokenizer.save_pretrained(args.out)
+
+
+if __name__ == "__main__":
+    main()

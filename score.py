@@ -1,0 +1,151 @@
+"""Score responses with a reward model: which of two is better, a reward against a reference, a ranking of n.
+
+Every comparison is made in both orders. On the command line: two responses give a comparison, more (or --rank)
+a ranking, --reference the reward of each. With --data, every row of a file becomes a line of JSON:
+
+  prompt, chosen, rejected (or any other format of README, 'Your own data')    -> a comparison
+  prompt, responses (a list) and perhaps reference                             -> a ranking, rewards
+"""
+
+import json
+from pathlib import Path
+
+from gram_mini import options
+from gram_mini.data import Pair, parse_pair, read_rows
+from gram_mini.errors import UserError, clear_errors
+from gram_mini.reward_model import AVERAGES, METHODS, RewardModel
+
+EXAMPLES = """\
+  python score.py --prompt "What does Anna eat?" --response "Glad you asked. Anna eats soup." --response "Anna eats cake."
+  python score.py --data pairs.jsonl --out scores.jsonl"""
+
+
+def main(argv=None):
+    parser = options.parser(__doc__, EXAMPLES)
+    g = parser.add_argument_group("what to score")
+    g.add_argument("--prompt", metavar="TEXT", help="the prompt that the responses answer")
+    g.add_argument("--response", action="append", default=[], metavar="TEXT", help="a response; give it once for each")
+    g.add_argument("--reference", metavar="TEXT", help="reference response: each response gets P(better than it) as reward")
+    g.add_argument("--data", metavar="SOURCE", help="score the rows of a file, folder or hub data set instead")
+    g.add_argument("--split", default="train", help="split of a hub data set")
+    g.add_argument("--limit", type=options.positive_int, metavar="N", help="first N rows only (default: all)")
+    g.add_argument("--out", type=Path, metavar="FILE.jsonl", help="file to write the scores of --data to, one line a row")
+    g.add_argument("--overwrite", action="store_true", help="replace a file that is already there")
+    g = parser.add_argument_group("how")
+    g.add_argument("--model", default="runs/reward", metavar="NAME", help="run folder, model folder, hub name, or 'embedded'")
+    g.add_argument("--rank", choices=METHODS, help="how to rank (default: reference where there is one, else round-robin)")
+    g.add_argument("--average", choices=AVERAGES, default="probabilities", help="average of the two orders: of probabilities or log-odds")
+    g.add_argument("--batch-size", type=options.positive_int, default=64, metavar="N", help="judge prompts per forward pass")
+    options.add_model_options(parser, g, bits_default=None)
+    args = parser.parse_args(argv)
+    check(parser, args)
+
+    judge = RewardModel.load(args.model, args.bits, args.device, max_length=args.max_length, batch_size=args.batch_size)
+    if args.data:
+        score_file(judge, args)
+    elif len(args.response) == 2 and not args.reference and not args.rank:
+        show_comparison(judge, args)
+    else:
+        show_ranking(judge, args.prompt, args.response, args.reference, args)
+
+
+def check(parser, args):
+    """Options that do not go together are an error of usage."""
+    if bool(args.data) == bool(args.prompt or args.response):
+        parser.error("give either --prompt with --response, or --data with --out")
+    if args.data:
+        if not args.out:
+            parser.error("--data needs --out FILE.jsonl")
+        if args.out.exists() and not args.overwrite:
+            raise UserError(f"--out {args.out}: already there; give another file, or --overwrite to replace it")
+        if args.out.is_dir() or not args.out.parent.is_dir():
+            raise UserError(f"--out {args.out}: give the name of a file in a folder that exists")
+    elif not args.prompt or not args.response:
+        parser.error("give --prompt and at least one --response")
+    elif len(args.response) == 1 and not args.reference:
+        parser.error("one response alone cannot be compared; give another --response or a --reference")
+    if args.rank == "reference" and args.prompt and not args.reference:
+        parser.error("--rank reference needs --reference")
+
+
+def show_comparison(judge, args):
+    """One pair, in words."""
+    result = judge.compare(args.prompt, *args.response, average=args.average)
+    print(f"prompt  {args.prompt}\n  A     {args.response[0]}\n  B     {args.response[1]}")
+    print(f"P(A better) = {result.probability:.3f}, the average of {result.a_first:.3f} (A shown first) and {result.a_second:.3f} (B shown first)")
+    print(f"position gap {result.position_gap:.3f}; mass on the labels {result.label_mass:.3f}")
+    if result.truncated:
+        print(f"the texts were cut to {args.max_length} tokens")
+    p = result.probability
+    print("Neither is better." if p == 0.5 else f"Response {'A' if p > 0.5 else 'B'} is better, with probability {max(p, 1 - p):.2f}.")
+
+
+def show_ranking(judge, prompt, responses, reference, args):
+    """Several responses, best first."""
+    ranking = rank(judge, prompt, responses, reference, args)
+    print(f"prompt  {prompt}")
+    print(f"ranked by {ranking.method}, {ranking.comparisons} comparisons, each in both orders; best first:")
+    for place, i in enumerate(ranking.order, start=1):
+        print(f"  {place}. {ranking.scores[i]:6.3f}  {responses[i]}")
+    if ranking.method == "reference":
+        print(f"score = reward = P(better than the reference {reference!r})")
+
+
+def rank(judge, prompt, responses, reference, args):
+    method = args.rank or ("reference" if reference is not None else "round-robin")
+    return judge.rank(prompt, responses, method, reference, args.average)
+
+
+def score_file(judge, args):
+    """Rows in, lines of JSON out, in the same order and with their ids; the file appears when it is complete."""
+    rows = list(read_rows(args.data, args.split, args.limit))
+    jobs = [read_job(row, where, args) for where, row in rows]
+    pairs = [job for job in jobs if isinstance(job, Pair)]
+    compared = iter(judge.compare_many(pairs, args.average, progress="scoring")) if pairs else iter(())
+    partial = args.out.with_name(args.out.name + ".partial")
+    hits, cut = [], 0
+    try:
+        with open(partial, "w") as file:
+            for number, ((_, row), job) in enumerate(zip(rows, jobs), start=1):
+                line = {"row": number, **({"id": row["id"]} if "id" in row else {})}
+                if isinstance(job, Pair):
+                    r = next(compared)
+                    line |= {
+                        "probability": r.probability, "a_first": r.a_first, "a_second": r.a_second,
+                        "position_gap": r.position_gap, "truncated": r.truncated,
+                        "better": "A" if r.probability > 0.5 else "B" if r.probability < 0.5 else None,
+                    }  # fmt: skip
+                    cut += r.truncated
+                    if job.label is not None:
+                        hits.append(line["better"] == "AB"[job.label])
+                else:
+                    ranking = rank(judge, *job, args)
+                    line |= {"order": ranking.order, "scores": ranking.scores, "method": ranking.method, "comparisons": ranking.comparisons}
+                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        partial.replace(args.out)
+    except OSError as error:
+        raise UserError(f"--out {args.out}: cannot be written: {error.strerror}") from None
+    print(f"scored {len(rows)} rows from {args.data}; {cut} cut to {args.max_length} tokens; wrote {args.out}")
+    if hits:
+        print(f"{sum(hits)} of {len(hits)} labelled pairs judged as labelled: accuracy {sum(hits) / len(hits):.3f}")
+
+
+def read_job(row, where, args):
+    """A row as a Pair, or as (prompt, responses, reference) where it holds a list of responses."""
+    if "responses" not in row:
+        return parse_pair(row, where)
+    prompt, responses, reference = row.get("prompt"), row["responses"], row.get("reference", args.reference)
+    if not isinstance(prompt, str):
+        raise UserError(f"{where}: column 'prompt' must be text, found {type(prompt).__name__}")
+    if not isinstance(responses, list) or not responses or not all(isinstance(r, str) for r in responses):
+        raise UserError(f"{where}: column 'responses' must be a list of at least one text")
+    if reference is not None and not isinstance(reference, str):
+        raise UserError(f"{where}: column 'reference' must be text, found {type(reference).__name__}")
+    if reference is None and (len(responses) == 1 or args.rank == "reference"):
+        raise UserError(f"{where}: needs a column 'reference', or --reference")
+    return prompt, responses, reference
+
+
+if __name__ == "__main__":
+    with clear_errors():
+        main()

@@ -1,0 +1,29 @@
+"""Shared fixtures: the embedded backbone, and small backbones of real architectures built from their configs."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # tests need no network: a missing model is an error at once
+
+import pytest
+import torch
+
+from gram_mini.backbone import EMBEDDED, load_backbone, load_tokenizer
+from gram_mini.reward_model import RewardModel
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return load_tokenizer(EMBEDDED)
+
+
+@pytest.fixture(scope="session")
+def embedded_judge(tokenizer):
+    """The plain backbone in float32 as a zero-shot judge; tests must not change it."""
+    return RewardModel(load_backbone(EMBEDDED, bits=32), tokenizer)
+
+
+@pytest.fixture
+def nf4_model():
+    """A fresh NF4 backbone for each test."""
+    torch.manual_seed(0)
+    return load_backbone(EMBEDDED, bits=4)

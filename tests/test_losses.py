@@ -1,0 +1,115 @@
+"""Each step of the derivation in gram_mini/losses.py, checked in float64 and at extreme logits."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from gram_mini.losses import best_margin, label_mass, margins, pair_loss, reward_loss
+
+EPS = [0.0, 0.05, 0.2, 0.4999]
+
+
+@pytest.fixture
+def logits():
+    """Logits over a vocabulary of 11 in which tokens 3 and 7 are the labels A and B."""
+    return torch.randn(64, 11, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 5
+
+
+LABELS = torch.arange(64) % 2
+
+
+def double_loss(label_logits, labels, eps):
+    """The smoothed cross-entropy as it is defined, before any rearrangement (left-hand side of step 3)."""
+    log_p = label_logits.log_softmax(dim=1)
+    right, wrong = log_p.gather(1, labels[:, None]), log_p.gather(1, 1 - labels[:, None])
+    return (-(1 - eps) * right - eps * wrong).mean()
+
+
+def test_step_1_and_7_full_vocabulary_is_two_labels_minus_log_mass(logits):
+    full = F.cross_entropy(logits.float(), torch.tensor([3, 7])[LABELS])
+    ours = reward_loss(logits[:, [3, 7]], LABELS)
+    assert torch.allclose(full, ours - label_mass(logits, (3, 7)).log().mean(), atol=1e-5)
+    softmax = logits.softmax(dim=1)
+    assert torch.allclose(label_mass(logits, (3, 7)).double(), softmax[:, 3] + softmax[:, 7], atol=1e-6)
+
+
+def test_step_2_two_label_softmax_is_the_sigmoid_of_the_difference(logits):
+    two = logits[:, [3, 7]]
+    right = two.softmax(dim=1).gather(1, LABELS[:, None])[:, 0]
+    assert torch.allclose(right, margins(two, LABELS).double().sigmoid(), atol=1e-6)
+
+
+@pytest.mark.parametrize("eps", EPS)
+def test_step_3_smoothing_is_bradley_terry_plus_a_regulariser(logits, eps):
+    two = logits[:, [3, 7]]
+    assert torch.allclose(double_loss(two, LABELS, eps), reward_loss(two, LABELS, eps).double(), atol=1e-5)
+
+
+@pytest.mark.parametrize("eps", EPS)
+@pytest.mark.parametrize("m", [-30.0, -1.0, 0.0, 2.0, 30.0])
+def test_step_4_gradient(eps, m):
+    two = torch.tensor([[m, 0.0]], dtype=torch.float64, requires_grad=True)
+    reward_loss(two, torch.tensor([0]), eps).backward()
+    expected = -1 / (1 + math.exp(m)) + eps
+    assert two.grad[0, 0].item() == pytest.approx(expected, abs=1e-6)
+    assert two.grad[0, 1].item() == pytest.approx(-expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("eps", [0.01, 0.05, 0.2, 0.4])
+def test_step_5_best_margin(eps):
+    best = best_margin(eps)
+    at = lambda m: reward_loss(torch.tensor([[m, 0.0]]), torch.tensor([0]), eps).item()
+    assert at(best) < at(best - 0.5) and at(best) < at(best + 0.5)
+    two = torch.tensor([[best, 0.0]], requires_grad=True)
+    reward_loss(two, torch.tensor([0]), eps).backward()
+    assert two.grad.abs().max() < 1e-6
+
+
+def test_step_5_limits():
+    assert best_margin(0.0) == math.inf
+    assert best_margin(0.4999) == pytest.approx(0.0, abs=1e-3)
+
+
+@pytest.mark.parametrize("eps", EPS)
+def test_step_6_torch_counts_twice(logits, eps):
+    two = logits[:, [3, 7]]
+    torchs = F.cross_entropy(two.float(), LABELS, label_smoothing=2 * eps)
+    assert torch.allclose(torchs, reward_loss(two, LABELS, eps), atol=1e-5)
+    if eps:
+        assert not torch.allclose(F.cross_entropy(two.float(), LABELS, label_smoothing=eps), torchs, atol=1e-3)
+
+
+@pytest.mark.parametrize("m", [-1e4, -100.0, 100.0, 1e4])
+def test_extreme_logits_stay_finite(m):
+    two = torch.tensor([[m, 0.0]], requires_grad=True)
+    loss = reward_loss(two, torch.tensor([0]), 0.05)
+    loss.backward()
+    assert loss.item() == pytest.approx(max(-m, 0.0) + 0.05 * m, rel=1e-5)
+    assert torch.isfinite(two.grad).all()
+
+
+def test_half_precision_logits_are_computed_in_float32():
+    two = torch.tensor([[3.0, -2.0]], dtype=torch.bfloat16)
+    loss = reward_loss(two, torch.tensor([0]))
+    assert loss.dtype == torch.float32
+    assert loss.item() == pytest.approx(math.log1p(math.exp(-5)), abs=1e-6)
+
+
+def test_labels_swapped_negate_the_margin():
+    two = torch.tensor([[1.5, -0.5]])
+    assert margins(two, torch.tensor([0])).item() == 2.0
+    assert margins(two, torch.tensor([1])).item() == -2.0
+
+
+@pytest.mark.parametrize("eps", [-0.1, 0.5, 1.0])
+def test_eps_out_of_range(eps):
+    with pytest.raises(ValueError, match="eps"):
+        reward_loss(torch.zeros(1, 2), torch.tensor([0]), eps)
+
+
+def test_pair_loss_is_the_mean_over_tokens():
+    logits = torch.tensor([[2.0, 0.0, 0.0], [0.0, 0.0, 0.0]])
+    by_hand = (math.log(math.exp(2) + 2) - 2 + math.log(3)) / 2
+    assert pair_loss(logits, torch.tensor([0, 1])).item() == pytest.approx(by_hand, abs=1e-6)

@@ -1,0 +1,108 @@
+"""Prompts rendered through chat templates, and the label tokens that follow them."""
+
+import copy
+
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from gram_mini import prompts
+from gram_mini.errors import UserError
+from gram_mini.prompts import encode, judge_prompt, label_tokens, pair_prompt
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+# As Qwen3 does: without thinking the generation prompt holds an empty thought.
+THINKING = CHATML.replace(
+    "assistant\n{% endif %}", "assistant\n{% if enable_thinking is defined and not enable_thinking %}<think></think>{% endif %}{% endif %}"
+)
+# As Mistral does: a space before the assistant's text.
+SPACED = "{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]{% else %} {{ m.content }}</s>{% endif %}{% endfor %}"
+WITH_BOS = "{{ bos_token }}" + CHATML
+
+
+def with_template(tokenizer, template, **changes):
+    changed = copy.deepcopy(tokenizer)
+    changed.chat_template = template
+    for name, value in changes.items():
+        setattr(changed, name, value)
+    return changed
+
+
+def whole(tokenizer, pieces, texts=("x", "y", "z")):
+    ids = []
+    for piece, text in zip(pieces.pieces, (*texts, None)):
+        ids += piece + ([] if text is None else encode(tokenizer, text))
+    return tokenizer.decode(ids)
+
+
+@pytest.mark.parametrize(("template", "label"), [(CHATML, "A"), (THINKING, "A"), (SPACED, "ĠA"), (None, "A"), (WITH_BOS, "A")])
+def test_label_token_is_read_off_the_template(tokenizer, template, label):
+    # Without a template the text goes on with " A", but the embedded tokenizer's markers swallow white space.
+    changed = with_template(tokenizer, template)
+    assert changed.convert_ids_to_tokens(label_tokens(changed)[0]) == label
+
+
+def test_thinking_is_switched_off(tokenizer):
+    text = whole(tokenizer, judge_prompt(with_template(tokenizer, THINKING)))
+    assert text.endswith("<think></think>")
+
+
+def test_no_double_bos(tokenizer):
+    pad = tokenizer.pad_token
+    changed = with_template(tokenizer, WITH_BOS, bos_token=pad)
+    for make in (judge_prompt, pair_prompt):
+        ids = make(changed).pieces[0]
+        assert ids[0] == changed.bos_token_id and ids[1] != changed.bos_token_id
+
+
+def test_bos_where_the_tokenizer_itself_would_begin_with_it(tokenizer):
+    from tokenizers.processors import TemplateProcessing
+
+    changed = with_template(tokenizer, None, bos_token=tokenizer.pad_token)
+    bos = changed.bos_token_id
+    changed.backend_tokenizer.post_processor = TemplateProcessing(single=f"{changed.bos_token} $0", special_tokens=[(changed.bos_token, bos)])
+    assert changed("x")["input_ids"][0] == bos
+    ids = judge_prompt(changed).pieces[0]
+    assert ids[0] == bos and ids[1] != bos
+
+
+@pytest.mark.parametrize("template", [CHATML, SPACED, None, "embedded"])
+def test_prompts_hold_all_three_texts_in_order(tokenizer, template):
+    changed = tokenizer if template == "embedded" else with_template(tokenizer, template)
+    judge, pair = (whole(changed, make(changed), ("Anna eats soup", "blue", "green")) for make in (judge_prompt, pair_prompt))
+    for text in (judge, pair):
+        places = [text.index(word) for word in ("[User Question]", "Anna eats soup", prompts.START_A, "blue", prompts.END_A, prompts.START_B, "green", prompts.END_B)]
+        assert places == sorted(places)
+    assert prompts.INSTRUCTION in judge and prompts.INSTRUCTION not in pair
+    assert pair.endswith(prompts.END_B)
+
+
+def test_stage_1_trains_on_the_markers_but_not_on_the_users_turn(tokenizer):
+    pieces = pair_prompt(tokenizer)
+    assert tokenizer.decode(pieces.pieces[1][: pieces.trained_from]) == "<|end|><|assistant|>"
+    assert tokenizer.decode(pieces.pieces[1][pieces.trained_from :]) == prompts.START_A
+
+
+def test_label_tokens_that_split_are_an_error_naming_the_pieces():
+    vocabulary = {"[UNK]": 0, "A": 1, " ": 2, "B": 3, "x": 4, "[": 5}
+    raw = Tokenizer(models.BPE(vocabulary, [], unk_token="[UNK]"))
+    raw.pre_tokenizer = pre_tokenizers.Split(" ", "isolated")
+    splitting = PreTrainedTokenizerFast(tokenizer_object=raw, unk_token="[UNK]")
+    with pytest.raises(UserError, match=r"' A' is not one token .* splits it into \[' ', 'A'\]"):
+        label_tokens(splitting)
+
+
+def test_labels_unknown_to_the_tokenizer_are_an_error():
+    raw = Tokenizer(models.WordLevel({"[UNK]": 0, "x": 1}, unk_token="[UNK]"))
+    raw.pre_tokenizer = pre_tokenizers.Whitespace()
+    with pytest.raises(UserError, match="same token"):
+        label_tokens(PreTrainedTokenizerFast(tokenizer_object=raw, unk_token="[UNK]"))
+
+
+def test_embedded_markers_are_one_token_each(tokenizer):
+    for marker in (prompts.INSTRUCTION, prompts.USER_QUESTION, prompts.START_A, prompts.END_A, prompts.START_B, prompts.END_B, prompts.PREFERRED):
+        assert len(encode(tokenizer, marker)) == 1
+    assert judge_prompt(tokenizer).fixed_tokens == 10
