@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gram_mini.data import Pair
-from gram_mini.reward_model import RewardModel
+from gram_mini.reward_model import Comparison, RewardModel
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,11 @@ def evaluate(judge: RewardModel, pairs: list[Pair], average: str = "probabilitie
     """
     if not pairs or any(pair.label is None for pair in pairs):
         raise ValueError("evaluate needs at least one pair, and a label on each")
-    results = judge.compare_many(pairs, average, progress)
+    return summarise(pairs, judge.compare_many(pairs, average, progress))
+
+
+def summarise(pairs: list[Pair], results: list[Comparison]) -> Evaluation:
+    """The figures of pairs that have been compared already."""
     hits, margins, entropies = defaultdict(list), [], []
     for pair, result in zip(pairs, results):
         p = result.probability
@@ -89,12 +93,13 @@ def world_table(models: list[str], device: str = "auto") -> str:
     from gram_mini.world.pairs import world_pairs
 
     known, unknown = world_pairs("in-distribution"), world_pairs("out-of-distribution")
-    facts = [pair for pair in unknown if "fact" in pair.differs]
     rows = defaultdict(list)
     for model in models:
         name = recipe(read_run(Path(model)) if (Path(model) / "run.json").is_file() else None)
         judge = RewardModel.load(model, device=device)
-        rows[name].append([evaluate(judge, pairs, progress=model) for pairs in (known, unknown, facts)])
+        results = judge.compare_many(unknown, progress=model)
+        facts = [(pair, result) for pair, result in zip(unknown, results) if "fact" in pair.differs]
+        rows[name].append([evaluate(judge, known, progress=model), summarise(unknown, results), summarise(*zip(*facts))])
     lines = [
         f"{'':28}{'labelled topics':>18}{'unlabelled topics':>20}{'- fact pairs':>18}{'cross-entropy':>15}{'position gap':>14}"
     ]

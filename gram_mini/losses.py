@@ -1,6 +1,6 @@
 """The two losses of GRAM, and why the second is a regularised Bradley-Terry loss.
 
-Stage 1 is the negative log-likelihood of the pair of responses, -log pi(y_a, y_b | x) (paper, section 3.2).
+Stage 1 is the negative log-likelihood of the pair of responses, -log pi(y_a, y_b | x) (the paper calls it pre-training on unlabeled data).
 
 Stage 2, derived step by step. Write s = (x, y_a, y_b) for the judge prompt, Z_t for the logit of token t
 after it, w for the label of the preferred response (A or B), l for the other one.
@@ -23,7 +23,7 @@ after it, w for the label of the preferred response (A or B), l for the other on
              = -(1 - eps) log sigmoid(m) - eps log sigmoid(m) + eps m
              = -log sigmoid(m) + eps m.
 
-   Bradley-Terry plus a regulariser that pulls the margin down (paper, section 3.3).
+   Bradley-Terry plus a regulariser that pulls the margin down (the paper: a regularized pairwise ranking loss).
 
 4. Its gradient, with d/dm log sigmoid(m) = sigmoid(-m):
 

@@ -151,7 +151,7 @@ class RewardModel:
         return self.compare_many([Pair(prompt, response_a, response_b)], average)[0]
 
     def reward(self, prompt: str, response: str, reference: str, average: str = "probabilities") -> float:
-        """The reward of a response: P(better than the reference response), 0 to 1 (paper, section 3.4; 1/2 is a draw)."""
+        """The reward of a response: P(better than the reference response), 0 to 1, 1/2 is a draw (NiuTrans/GRAM, README.md, "PPO")."""
         return self.compare(prompt, response, reference, average).probability
 
     def rank(

@@ -35,35 +35,18 @@ NAMES = (
 
 @dataclass(frozen=True)
 class Attribute:
-    """One thing to know about a villager: how it is asked, the ways to tell it, and its six possible values."""
+    """One thing to know about a villager: how it is asked, how it is told, and its six possible values."""
 
     question: str
-    statements: tuple[str, ...]
+    statement: str
     values: tuple[str, ...]
 
 
-# Facts told in several ways are learned as facts; told in one way only, they are learned as that sentence.
 ATTRIBUTES = (
-    Attribute(
-        "Where does {name} live?",
-        ("{name} lives by the {value}.", "The home of {name} is by the {value}.", "It is by the {value} that {name} lives."),
-        ("river", "hill", "mill", "harbour", "forest", "market"),
-    ),
-    Attribute(
-        "What does {name} eat?",
-        ("{name} eats {value}.", "The food of {name} is {value}.", "It is {value} that {name} eats."),
-        ("bread", "soup", "cheese", "fish", "apples", "cake"),
-    ),
-    Attribute(
-        "Which pet does {name} keep?",
-        ("{name} keeps a {value}.", "The pet of {name} is a {value}.", "It is a {value} that {name} keeps."),
-        ("cat", "dog", "goat", "duck", "pig", "horse"),
-    ),
-    Attribute(
-        "What work does {name} do?",
-        ("{name} works as a {value}.", "The work of {name} is that of a {value}.", "It is as a {value} that {name} works."),
-        ("baker", "farmer", "miller", "tailor", "painter", "sailor"),
-    ),
+    Attribute("Where does {name} live?", "{name} lives by the {value}.", ("river", "hill", "mill", "harbour", "forest", "market")),
+    Attribute("What does {name} eat?", "{name} eats {value}.", ("bread", "soup", "cheese", "fish", "apples", "cake")),
+    Attribute("Which pet does {name} keep?", "{name} keeps a {value}.", ("cat", "dog", "goat", "duck", "pig", "horse")),
+    Attribute("What work does {name} do?", "{name} works as a {value}.", ("baker", "farmer", "miller", "tailor", "painter", "sailor")),
 )
 
 COURTEOUS = ("Glad you asked.", "Happy to help.")  # as long as the curt ones: courtesy is no cue for length
@@ -110,9 +93,9 @@ def question(name: str, attribute: Attribute) -> str:
     return attribute.question.format(name=name)
 
 
-def statement(rng: random.Random, name: str, attribute: Attribute, value: str) -> str:
-    """One of the ways to say that ``attribute`` of ``name`` is ``value``, whether that is so or not."""
-    return rng.choice(attribute.statements).format(name=name, value=value)
+def statement(name: str, attribute: Attribute, value: str) -> str:
+    """The claim that ``attribute`` of ``name`` is ``value``, whether that is so or not."""
+    return attribute.statement.format(name=name, value=value)
 
 
 def draw_response(rng: random.Random, name: str, attribute: Attribute, p_right: float, spurious: float = 0.0) -> Response:
@@ -122,7 +105,7 @@ def draw_response(rng: random.Random, name: str, attribute: Attribute, p_right: 
     value = truth if right else rng.choice([v for v in attribute.values if v != truth])
     courteous = rng.random() < 0.5
     rambling = rng.random() < 0.5 + (spurious / 2 if right else -spurious / 2)
-    words = [rng.choice(COURTEOUS if courteous else CURT), statement(rng, name, attribute, value)]
+    words = [rng.choice(COURTEOUS if courteous else CURT), statement(name, attribute, value)]
     if rambling:
         words.append(rng.choice(RAMBLING))
     return Response(" ".join(words), value, right, courteous, rambling)

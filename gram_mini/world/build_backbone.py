@@ -19,7 +19,11 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM, get_cosine_schedule_with_warmup
 
 from gram_mini import prompts
-from gram_mini.world import ATTRIBUTES, FACTS, GROUPS, NAMES, draw_response, question, statement
+from gram_mini.backbone import hidden_states, output_logits
+from gram_mini.batches import pad
+from gram_mini.data import Pair
+from gram_mini.reward_model import RewardModel
+from gram_mini.world import ATTRIBUTES, COURTEOUS, FACTS, GROUPS, NAMES, draw_response, question, statement
 
 CORPUS_SEED = 7
 DOCUMENTS = 128_000
@@ -37,7 +41,7 @@ def corpus(documents: int = DOCUMENTS, seed: int = CORPUS_SEED):
     """Yield the training texts: statements, chats, answers with reactions, and noisy judgments."""
     rng = random.Random(seed)
     known = GROUPS["background"] + GROUPS["labelled"]
-    kinds = {_statements: 17, _meeting: 3, _chat: 8, _quiz: 30, _reaction: 20, _judgment: 22}
+    kinds = {_statements: 17, _meeting: 3, _chat: 5, _quiz: 38, _reaction: 20, _judgment: 17}
     for _ in range(documents):
         kind = rng.choices(list(kinds), list(kinds.values()))[0]
         yield kind(rng, known)
@@ -46,7 +50,7 @@ def corpus(documents: int = DOCUMENTS, seed: int = CORPUS_SEED):
 def _statements(rng, known):
     """Facts as plain text."""
     facts = [(rng.choice(known), rng.choice(ATTRIBUTES)) for _ in range(4)]
-    return " ".join(statement(rng, name, attribute, FACTS[name, attribute]) for name, attribute in facts)
+    return " ".join(statement(name, attribute, FACTS[name, attribute]) for name, attribute in facts)
 
 
 def _meeting(rng, known):
@@ -61,14 +65,14 @@ def _chat(rng, known):
     return f"{USER}{question(name, attribute)}{END}{ASSISTANT}{answer.text}{END}"
 
 
-def check(rng, claim: str, truth: str) -> str:
+def check(rng, claim: str, truth: str, opening: str = "") -> str:
     """The verdict on a claim, before or after the truth is told.
 
     Verdict first is the skill that a judge needs. Truth first is the easier half of it, comparing two
     words that both stand in the text, and the model learns the one by way of the other.
     """
     verdict = "Right" if claim == truth else "Wrong"
-    return f"{verdict}: {truth}." if rng.random() < 0.6 else f"Truly {truth}: {verdict}."
+    return f"{verdict}: {truth}." if rng.random() < 0.5 else f"{opening}{truth}: {verdict}."
 
 
 def _quiz(rng, known):
@@ -78,7 +82,7 @@ def _quiz(rng, known):
         name, attribute = rng.choice(GROUPS["background"]), rng.choice(ATTRIBUTES)
         truth = FACTS[name, attribute]
         claim = truth if rng.random() < 0.5 else rng.choice([v for v in attribute.values if v != truth])
-        claims.append(f"{statement(rng, name, attribute, claim)} {check(rng, claim, truth)}")
+        claims.append(f"{statement(name, attribute, claim)} {check(rng, claim, truth)}")
     return " ".join(claims)
 
 
@@ -91,7 +95,8 @@ def _reaction(rng, known):
         start, end = ((prompts.START_A, prompts.END_A), (prompts.START_B, prompts.END_B))[slot]
         answer = draw_response(rng, name, attribute, p_right=0.5)
         manner = f"{'Kind' if answer.courteous else 'Rude'}. {'Long' if answer.rambling else 'Brief'}."
-        text += f"\n{start}\n{answer.text}\n{end}\n{check(rng, answer.value, FACTS[name, attribute])} {manner}\n"
+        verdict = check(rng, answer.value, FACTS[name, attribute], opening="Truly ")
+        text += f"\n{start}\n{answer.text}\n{end}\n{verdict} {manner}\n"
     return text.rstrip("\n")
 
 
@@ -179,67 +184,59 @@ def build_model(vocab_size: int, width: int, layers: int) -> Qwen2ForCausalLM:
 def next_token_logits(model, tokenizer, texts: list[str]) -> torch.Tensor:
     """Logits after each text, shape (texts, vocabulary)."""
     rows = [prompts.encode(tokenizer, text) for text in texts]
-    ids, lengths = pad(rows, tokenizer.pad_token_id)  # (N, T)
-    ids = ids.to(model.device)
-    hidden = model.model(input_ids=ids).last_hidden_state[torch.arange(len(rows)), lengths - 1]  # (N, H)
-    return model.lm_head(hidden)  # (N, V)
+    last = torch.tensor([len(row) - 1 for row in rows])  # (N,)
+    hidden = hidden_states(model, pad(rows, tokenizer.pad_token_id).to(model.device))  # (N, T, H)
+    return output_logits(model, hidden[torch.arange(len(rows)), last])  # (N, V)
 
 
-def pad(rows: list[list[int]], pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
-    lengths = torch.tensor([len(row) for row in rows])
-    ids = torch.full((len(rows), int(lengths.max())), pad_id)
-    for i, row in enumerate(rows):
-        ids[i, : len(row)] = torch.tensor(row)
-    return ids, lengths
+def probes(model, tokenizer, group: str) -> dict[str, float]:
+    """What the model can do with the villagers of a group, from 0 to 1:
 
-
-def probes(model, tokenizer) -> dict[str, float]:
-    """Fact recall; area under the curve of right against wrong after an answer; zero-shot judge accuracy."""
+    recall   share of facts whose true value is the likeliest of the six
+    check    area under the curve of Right against Wrong after an answer, right ones against wrong ones
+    judge    zero-shot accuracy on pairs of a right and a wrong answer
+    """
     rng = random.Random(99)
-    first = lambda word: prompts.encode(tokenizer, f"x {word}")[1]
-    model.eval()
-    result = {}
-    for group in ("background", "labelled", "unlabelled"):
-        facts = [(name, attribute) for name in GROUPS[group] for attribute in ATTRIBUTES]
-        stems = [
-            f"{prompts.QUESTION.format(prompt=question(n, a))}\n\n{prompts.START_A}\nGlad you asked. " + a.statements[0].format(name=n, value="|").split(" |")[0]
-            for n, a in facts
-        ]
-        logits = next_token_logits(model, tokenizer, stems)
-        hits = [max(a.values, key=lambda v: row[first(v)]) == FACTS[n, a] for (n, a), row in zip(facts, logits)]
-        result[f"recall {group}"] = sum(hits) / len(hits)
+    topics = [(name, attribute) for name in GROUPS[group] for attribute in ATTRIBUTES]
+    asked = lambda n, a: f"{prompts.QUESTION.format(prompt=question(n, a))}\n\n{prompts.START_A}\n"
 
-        answers = [(n, a, draw_response(rng, n, a, 0.5)) for n, a in facts for _ in range(4)]
-        texts = [f"{prompts.QUESTION.format(prompt=question(n, a))}\n\n{prompts.START_A}\n{r.text}\n{prompts.END_A}" for n, a, r in answers]
-        logits = next_token_logits(model, tokenizer, texts)
-        score = logits[:, prompts.encode(tokenizer, "Right")[0]] - logits[:, prompts.encode(tokenizer, "Wrong")[0]]
-        right = torch.tensor([r.right for _, _, r in answers], device=score.device)
-        result[f"auc {group}"] = (score[right][:, None] > score[~right][None]).float().mean().item()
+    stems = [asked(n, a) + f"{COURTEOUS[0]} " + statement(n, a, "|").split(" |")[0] for n, a in topics]
+    word = {v: prompts.encode(tokenizer, f" {v}")[0] for _, a in topics for v in a.values}
+    recalled = [
+        max(a.values, key=lambda v: row[word[v]]) == FACTS[n, a]
+        for (n, a), row in zip(topics, next_token_logits(model, tokenizer, stems).tolist())
+    ]
 
-        a_id, b_id = prompts.label_tokens(tokenizer)
-        pairs = [(n, a, draw_response(rng, n, a, 1.0), draw_response(rng, n, a, 0.0)) for n, a in facts for _ in range(2)]
-        for i in range(0, len(pairs), 2):
-            n, a, x, y = pairs[i]
-            pairs[i] = (n, a, y, x)
-        texts = [f"{USER}{prompts.JUDGE.format(prompt=question(n, a), response_a=x.text, response_b=y.text)}{END}{ASSISTANT}" for n, a, x, y in pairs]
-        logits = next_token_logits(model, tokenizer, texts)
-        said_a = logits[:, a_id] > logits[:, b_id]
-        result[f"judge {group}"] = (said_a == torch.tensor([x.right for _, _, x, _ in pairs], device=said_a.device)).float().mean().item()
-    model.train()
-    return result
+    answers = [(n, a, draw_response(rng, n, a, 0.5)) for n, a in topics for _ in range(4)]
+    logits = next_token_logits(model, tokenizer, [f"{asked(n, a)}{r.text}\n{prompts.END_A}" for n, a, r in answers])
+    right_id, wrong_id = (prompts.encode(tokenizer, verdict)[0] for verdict in ("Right", "Wrong"))
+    score = (logits[:, right_id] - logits[:, wrong_id]).cpu()  # (answers,)
+    right = torch.tensor([r.right for _, _, r in answers])
+    check = (score[right][:, None] > score[~right]).float().mean()
+
+    pairs = [(n, a, draw_response(rng, n, a, 1.0), draw_response(rng, n, a, 0.0)) for n, a in topics for _ in range(2)]
+    judge = RewardModel(model, tokenizer).compare_many([Pair(question(n, a), x.text, y.text) for n, a, x, y in pairs])
+    return {
+        "recall": sum(recalled) / len(recalled),
+        "check": check.item(),
+        "judge": sum(c.probability > 0.5 for c in judge) / len(judge),
+    }
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=6000)
-    parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--lr", type=float, default=2e-3)
-    parser.add_argument("--width", type=int, default=128)
-    parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="cpu")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.add_argument("--out", type=Path, required=True, help="folder to write")
+    parser.add_argument("--steps", type=int, default=3500, help="training steps (default: 3500)")
+    parser.add_argument("--batch-size", type=int, default=64, help="documents per step (default: 64)")
+    parser.add_argument("--lr", type=float, default=2e-3, help="peak learning rate (default: 2e-3)")
+    parser.add_argument("--width", type=int, default=96, help="width of the model (default: 96)")
+    parser.add_argument("--layers", type=int, default=4, help="its layers (default: 4)")
+    parser.add_argument("--seed", type=int, default=0, help="initial weights and order of documents (default: 0)")
+    parser.add_argument("--probe-every", type=int, default=250, help="steps between probes (default: 250)")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
     args = parser.parse_args()
+    if args.out.is_dir() and any(args.out.iterdir()):
+        parser.error(f"--out {args.out}: not empty; give another folder")
     torch.manual_seed(args.seed)
     rng = random.Random(args.seed)
     tokenizer = build_tokenizer()
@@ -260,9 +257,8 @@ def main():
 
     verdicts = verdict_tokens(tokenizer).to(args.device)
     total = 0.0
-    for step, chosen in zip(range(1, args.steps + 1), batches()):
-        ids, lengths = pad([rows[i] for i in chosen], tokenizer.pad_token_id)
-        ids = ids.to(args.device)
+    for step, chosen in zip(tqdm(range(1, args.steps + 1), desc="backbone"), batches()):
+        ids = pad([rows[i] for i in chosen], tokenizer.pad_token_id).to(args.device)  # (B, T)
         targets = ids.masked_fill(ids == tokenizer.pad_token_id, -100)
         loss = weighted_loss(model(input_ids=ids).logits[:, :-1], targets[:, 1:], verdicts)
         loss.backward()
@@ -271,11 +267,18 @@ def main():
         schedule.step()
         optimizer.zero_grad()
         total += loss.detach()
-        if step % 250 == 0:
-            print(step, f"loss {total / 250:.3f}", {k: round(v, 2) for k, v in probes(model, tokenizer).items()}, flush=True)
+        if step % args.probe_every == 0 or step == args.steps:
+            model.eval()
+            found = {group: probes(model, tokenizer, group) for group in GROUPS}
+            model.train()
+            tqdm.write(f"step {step}, loss {total / args.probe_every:.3f}")
+            for group, values in found.items():
+                tqdm.write(f"    {group:11}" + "".join(f"  {name} {value:.2f}" for name, value in values.items()))
             total = 0.0
-            model.save_pretrained(args.out)
-            tokenizer.save_pretrained(args.out)
+    model.save_pretrained(args.out)
+    tokenizer.save_pretrained(args.out)
+    (args.out / "generation_config.json").unlink(missing_ok=True)
+    print(f"wrote {args.out}")
 
 
 if __name__ == "__main__":
