@@ -1,9 +1,12 @@
-# make demo: both stages on the embedded village and the table.   make test: the tests.   Both set up .venv first.
+# make demo   both stages on the embedded village, and the table
+# make test   the tests
+# Both set up .venv first.
 PYTHON ?= python3
 BIN := .venv/bin
 DEMO := runs/demo
+RUNS := pretrain labels labels_smoothed reward_plain reward
 
-.PHONY: demo test seeds backbone clean
+.PHONY: demo seeds test clean
 
 demo: .venv/.installed
 	$(BIN)/python train_pretrain.py --out $(DEMO)/pretrain --overwrite
@@ -11,10 +14,28 @@ demo: .venv/.installed
 	$(BIN)/python train_reward.py --out $(DEMO)/labels_smoothed --overwrite
 	$(BIN)/python train_reward.py --init $(DEMO)/pretrain --out $(DEMO)/reward_plain --label-smoothing 0 --overwrite
 	$(BIN)/python train_reward.py --init $(DEMO)/pretrain --out $(DEMO)/reward --overwrite
-	$(BIN)/python -m gram_mini.evaluation embedded $(DEMO)/pretrain $(DEMO)/labels $(DEMO)/labels_smoothed $(DEMO)/reward_plain $(DEMO)/reward
-	$(BIN)/python -m gram_mini.world.example $(DEMO)/reward
-	@echo "Every run is in $(DEMO)/: adapter, tokenizer, run.json, log.csv, plot.png. Score your own pair with"
+	@echo
+	@$(BIN)/python -m gram_mini.evaluation embedded $(RUNS:%=$(DEMO)/%)
+	@echo
+	@$(BIN)/python score.py --model $(DEMO)/reward --prompt "What does Bella eat?" \
+	  --response "If you must. Bella eats apples." \
+	  --response "Glad you asked. Bella eats cake. That reminds me of a long story, but never mind."
+	@echo "In truth Bella eats apples, no label ever said so, and the true P(A better) is 0.818."
+	@echo
+	@echo "Each run is a folder in $(DEMO)/: adapter, tokenizer, run.json, log.csv, plot.png. To score a pair of your own:"
 	@echo "  $(BIN)/python score.py --model $(DEMO)/reward --prompt ... --response ... --response ..."
+
+# The demo's table over five other seeds of labels, pairs, data order and adapters: about half an hour.
+seeds: .venv/.installed
+	for seed in 1 2 3 4 5; do \
+	  out=runs/seeds/$$seed; \
+	  $(BIN)/python train_pretrain.py --seed $$seed --out $$out/pretrain --overwrite && \
+	  $(BIN)/python train_reward.py --seed $$seed --out $$out/labels --label-smoothing 0 --overwrite && \
+	  $(BIN)/python train_reward.py --seed $$seed --out $$out/labels_smoothed --overwrite && \
+	  $(BIN)/python train_reward.py --seed $$seed --init $$out/pretrain --out $$out/reward_plain --label-smoothing 0 --overwrite && \
+	  $(BIN)/python train_reward.py --seed $$seed --init $$out/pretrain --out $$out/reward --overwrite || exit 1; \
+	done
+	$(BIN)/python -m gram_mini.evaluation embedded $(foreach run,$(RUNS),$(patsubst %,runs/seeds/%/$(run),1 2 3 4 5))
 
 test: .venv/.installed-tests
 	$(BIN)/python -m pytest -q

@@ -16,7 +16,7 @@ from gram_mini.errors import UserError, clear_errors
 from gram_mini.reward_model import AVERAGES, METHODS, RewardModel
 
 EXAMPLES = """\
-  python score.py --prompt "What does Anna eat?" --response "Glad you asked. Anna eats soup." --response "Anna eats cake."
+  python score.py --prompt "What does Bella eat?" --response "If you must. Bella eats apples." --response "Glad you asked. Bella eats cake."
   python score.py --data pairs.jsonl --out scores.jsonl"""
 
 

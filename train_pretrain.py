@@ -31,7 +31,7 @@ EXAMPLES = """\
 def main(argv=None):
     parser = options.parser(__doc__, EXAMPLES)
     options.add_training_options(
-        parser, out="runs/pretrain", lr=3e-3, epochs=3, held_out=0.01,
+        parser, out="runs/pretrain", lr=3e-3, epochs=2, held_out=0.01,
         data_help="pairs of responses: file, folder, hub name, or 'world' for the embedded village",
     )  # fmt: skip
     args = parser.parse_args(argv)

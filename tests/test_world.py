@@ -6,9 +6,10 @@ import re
 
 import pytest
 
+from gram_mini.backbone import EMBEDDED_FOLDER
 from gram_mini.prompts import encode
 from gram_mini.world import ATTRIBUTES, COURTEOUS, CURT, FACTS, GROUPS, NAMES, RAMBLING, SPURIOUS, draw_response, question, true_probability
-from gram_mini.world.build_backbone import CORPUS_SHA256, corpus, corpus_hash
+from gram_mini.world.build_backbone import CORPUS_SHA256, corpus, corpus_hash, probes
 from gram_mini.world.pairs import SPLITS, topics, world_pairs
 
 
@@ -104,6 +105,28 @@ def test_strange_text_survives_the_tokenizer(tokenizer):
 
 def test_corpus_is_the_one_the_backbone_was_built_from():
     assert corpus_hash() == CORPUS_SHA256
+
+
+def test_shipped_backbone_can_do_what_a_judge_needs(embedded_judge):
+    """Facts of the known groups are recalled, checked and judged; those of the unlabelled group are at chance."""
+    found = {group: probes(embedded_judge.model, embedded_judge.tokenizer, group) for group in GROUPS}
+    for group in ("background", "labelled"):
+        assert found[group]["recall"] > 0.95 and found[group]["check"] > 0.9 and found[group]["judge"] > 0.8, found
+    assert found["unlabelled"]["recall"] < 0.35  # one in six by chance
+    assert 0.4 < found["unlabelled"]["check"] < 0.6 and 0.4 < found["unlabelled"]["judge"] < 0.6, found
+
+
+def test_shipped_backbone_is_small_and_ordinary():
+    files = {file.name: file.stat().st_size for file in EMBEDDED_FOLDER.iterdir()}
+    assert files.keys() == {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
+    assert sum(files.values()) < 8_000_000
+
+
+def test_what_the_demo_says_of_its_example_is_true():
+    makefile = (EMBEDDED_FOLDER.parents[2] / "Makefile").read_text()
+    a, b = re.findall(r'--response "(.*)"', makefile)
+    assert FACTS["Bella", ATTRIBUTES[1]] == "apples" and "Bella" in GROUPS["unlabelled"]
+    assert f"the true P(A better) is {true_probability(read(a), read(b)):.3f}" in makefile
 
 
 def test_true_probability():

@@ -1,9 +1,10 @@
 """Build the backbone that ships with the repository: a small Qwen2 decoder that knows the village.
 
-    python -m gram_mini.world.build_backbone --out gram_mini/world/backbone
+    OMP_NUM_THREADS=1 python -m gram_mini.world.build_backbone --out FOLDER      # seed 0, 16 minutes on one CPU core
 
 While it trains, three probes say whether it can serve as a backbone for a judge: does it recall the
-facts, can it tell right from wrong after an answer, does it judge zero-shot?
+facts, can it tell right from wrong after an answer, does it judge zero-shot? The three appear one after
+the other, each suddenly: recall after 500 steps, checking after 1,000, judging from 1,500 on.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from gram_mini.world import ATTRIBUTES, COURTEOUS, FACTS, GROUPS, NAMES, draw_re
 
 CORPUS_SEED = 7
 DOCUMENTS = 128_000
+CORPUS_SHA256 = "65232d84c22c279b31dbb823fcabb9fbe6a3c959b631ce662572a659b7ce3add"  # of the corpus that the shipped one saw
 FLIPPED = 0.25  # share of the corpus's judgments that are wrong
 
 PAD, USER, ASSISTANT, END = "<|endoftext|>", "<|user|>", "<|assistant|>", "<|end|>"

@@ -9,7 +9,7 @@ from gram_mini.world import ATTRIBUTES, GROUPS, SPURIOUS, Response, draw_respons
 
 #           group of villagers        p(right)  spurious cue  default number of pairs
 SPLITS = {
-    "unlabelled": (("unlabelled", "labelled"), 0.7, 0.0, 32_000),
+    "unlabelled": (("unlabelled", "labelled"), 0.7, 0.0, 24_000),
     "labelled": (("labelled",), 0.5, SPURIOUS, 6_000),
     "in-distribution": (("labelled",), 0.5, SPURIOUS, 800),
     "out-of-distribution": (("unlabelled",), 0.5, 0.0, 1_600),
