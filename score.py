@@ -16,7 +16,7 @@ from gram_mini.errors import UserError, clear_errors
 from gram_mini.reward_model import AVERAGES, METHODS, RewardModel
 
 EXAMPLES = """\
-  python score.py --prompt "What does Bella eat?" --response "If you must. Bella eats apples." --response "Glad you asked. Bella eats cake."
+  python score.py --prompt "What does Bella eat?" --response "Bella eats apples." --response "Bella eats cake."
   python score.py --data pairs.jsonl --out scores.jsonl"""
 
 
@@ -32,9 +32,16 @@ def main(argv=None):
     g.add_argument("--out", type=Path, metavar="FILE.jsonl", help="file to write the scores of --data to, one line a row")
     g.add_argument("--overwrite", action="store_true", help="replace a file that is already there")
     g = parser.add_argument_group("how")
-    g.add_argument("--model", default="runs/reward", metavar="NAME", help="run folder, model folder, hub name, or 'embedded'")
+    g.add_argument(
+        "--model", default="runs/reward", metavar="NAME", help="run folder, model folder, hub name, or 'embedded'"
+    )
     g.add_argument("--rank", choices=METHODS, help="how to rank (default: reference where there is one, else round-robin)")
-    g.add_argument("--average", choices=AVERAGES, default="probabilities", help="average of the two orders: of probabilities or log-odds")
+    g.add_argument(
+        "--average",
+        choices=AVERAGES,
+        default="probabilities",
+        help="average of the two orders: of probabilities or log-odds",
+    )
     g.add_argument("--batch-size", type=options.positive_int, default=64, metavar="N", help="judge prompts per forward pass")
     options.add_model_options(parser, g, bits_default=None)
     args = parser.parse_args(argv)
@@ -72,12 +79,15 @@ def show_comparison(judge, args):
     """One pair, in words."""
     result = judge.compare(args.prompt, *args.response, average=args.average)
     print(f"prompt  {args.prompt}\n  A     {args.response[0]}\n  B     {args.response[1]}")
-    print(f"P(A better) = {result.probability:.3f}, the average of {result.a_first:.3f} (A shown first) and {result.a_second:.3f} (B shown first)")
+    p = result.probability
+    print(f"P(A better) = {p:.3f}, from {result.a_first:.3f} with A shown first and {result.a_second:.3f} with B shown first")
     print(f"position gap {result.position_gap:.3f}; mass on the labels {result.label_mass:.3f}")
     if result.truncated:
         print(f"the texts were cut to {args.max_length} tokens")
-    p = result.probability
-    print("Neither is better." if p == 0.5 else f"Response {'A' if p > 0.5 else 'B'} is better, with probability {max(p, 1 - p):.2f}.")
+    if p == 0.5:
+        print("Neither is better.")
+    else:
+        print(f"Response {'A' if p > 0.5 else 'B'} is better, with probability {max(p, 1 - p):.2f}.")
 
 
 def show_ranking(judge, prompt, responses, reference, args):
@@ -120,7 +130,12 @@ def score_file(judge, args):
                         hits.append(line["better"] == "AB"[job.label])
                 else:
                     ranking = rank(judge, *job, args)
-                    line |= {"order": ranking.order, "scores": ranking.scores, "method": ranking.method, "comparisons": ranking.comparisons}
+                    line |= {
+                        "order": ranking.order,
+                        "scores": ranking.scores,
+                        "method": ranking.method,
+                        "comparisons": ranking.comparisons,
+                    }
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
         partial.replace(args.out)
     except OSError as error:

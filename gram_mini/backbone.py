@@ -14,7 +14,9 @@ from pathlib import Path
 import torch
 
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it announces at import that an optional kernel is missing
-warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)  # peft asks for an old name
+warnings.filterwarnings(
+    "ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning
+)  # peft asks for an old name
 
 from peft import LoraConfig, PeftModel, get_peft_model  # noqa: E402
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig  # noqa: E402
@@ -44,7 +46,7 @@ def pick_device(device: str) -> torch.device:
 
 
 def compute_dtype(bits: int, device: torch.device) -> torch.dtype:
-    """The type of activations and unquantised weights: float32 on a CPU (unless ``bits`` is 16), bf16 on a GPU that has it."""
+    """Type of activations and unquantised weights: float32 on a CPU (unless ``bits`` is 16), bf16 on a GPU that has it."""
     if bits == 32 or (device.type == "cpu" and bits == 4):
         return torch.float32
     if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
@@ -131,7 +133,9 @@ def output_logits(model, hidden: torch.Tensor, tokens: tuple[int, ...] | None = 
     head = base.get_output_embeddings()
     rows = slice(None) if tokens is None else list(tokens)
     bias = getattr(head, "bias", None)
-    logits = torch.nn.functional.linear(hidden.to(head.weight.dtype), head.weight[rows], None if bias is None else bias[rows])
+    logits = torch.nn.functional.linear(
+        hidden.to(head.weight.dtype), head.weight[rows], None if bias is None else bias[rows]
+    )
     config = base.config.get_text_config()
     logits = logits * (getattr(config, "logit_scale", None) or 1.0)  # Cohere
     logits = logits / (getattr(config, "logits_scaling", None) or 1.0)  # Granite

@@ -322,9 +322,7 @@ def _messages(value, where: str, column: str) -> list[tuple[str, str]]:
             else (None, None)
         )
         if role not in speakers or not isinstance(text, str):
-            raise UserError(
-                f"{where}: column {column!r}: a message needs a role (one of {', '.join(speakers)}) and a text"
-            )
+            raise UserError(f"{where}: column {column!r}: a message needs a role (one of {', '.join(speakers)}) and a text")
         messages.append((speakers[role], text.strip()))
     return messages
 

@@ -33,7 +33,9 @@ class Evaluation:
     cross_entropy: float | None = None  # to the true probabilities, nats; the embedded world only
 
 
-def evaluate(judge: RewardModel, pairs: list[Pair], average: str = "probabilities", progress: str | None = None) -> Evaluation:
+def evaluate(
+    judge: RewardModel, pairs: list[Pair], average: str = "probabilities", progress: str | None = None
+) -> Evaluation:
     """Judge labelled pairs in both orders.
 
     Raises:
@@ -132,13 +134,17 @@ def main() -> None:
 
     from gram_mini.errors import clear_errors
 
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("models", nargs="+", metavar="MODEL", help="run folders, or 'embedded' for the plain backbone")
     parser.add_argument("--device", default="auto", help="cpu, cuda, ... (default: auto)")
     args = parser.parse_args()
     with clear_errors():
         print(world_table(args.models, args.device))
-        print("Accuracy ± 95% interval; cross-entropy to the true probabilities (nats) and position gap on unlabelled topics.")
+        print(
+            "Accuracy ± 95% interval; cross-entropy to the true probabilities (nats) and position gap on unlabelled topics."
+        )
 
 
 if __name__ == "__main__":

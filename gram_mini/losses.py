@@ -1,6 +1,7 @@
 """The two losses of GRAM, and why the second is a regularised Bradley-Terry loss.
 
-Stage 1 is the negative log-likelihood of the pair of responses, -log pi(y_a, y_b | x) (the paper calls it pre-training on unlabeled data).
+Stage 1 is the negative log-likelihood of the pair of responses, -log pi(y_a, y_b | x): what the paper calls
+pre-training on unlabeled data.
 
 Stage 2, derived step by step. Write s = (x, y_a, y_b) for the judge prompt, Z_t for the logit of token t
 after it, w for the label of the preferred response (A or B), l for the other one.

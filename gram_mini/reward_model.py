@@ -116,7 +116,9 @@ class RewardModel:
         starts = range(0, len(jobs), self.batch_size)
         for start in tqdm(starts, desc=progress, delay=2, disable=progress is None, leave=False):
             chosen = jobs[start : start + self.batch_size]
-            batch = judge_batch([rows[i] for i, _ in chosen], [s for _, s in chosen], self.prompt, self.tokenizer.pad_token_id)
+            batch = judge_batch(
+                [rows[i] for i, _ in chosen], [s for _, s in chosen], self.prompt, self.tokenizer.pad_token_id
+            )
             hidden = hidden_states(self.model, batch["input_ids"].to(device))  # (B, T, H)
             at_end = hidden[torch.arange(len(chosen)), batch["last"]]  # (B, H)
             logits = output_logits(self.model, at_end).float().cpu()  # (B, V)
@@ -127,7 +129,9 @@ class RewardModel:
         self.model.train(training)
         return odds, mass, torch.tensor([row.truncated for row in rows])
 
-    def compare_many(self, pairs: list[Pair], average: str = "probabilities", progress: str | None = None) -> list[Comparison]:
+    def compare_many(
+        self, pairs: list[Pair], average: str = "probabilities", progress: str | None = None
+    ) -> list[Comparison]:
         """Compare the two responses of each pair in both orders.
 
         Args:
@@ -151,7 +155,7 @@ class RewardModel:
         return self.compare_many([Pair(prompt, response_a, response_b)], average)[0]
 
     def reward(self, prompt: str, response: str, reference: str, average: str = "probabilities") -> float:
-        """The reward of a response: P(better than the reference response), 0 to 1, 1/2 is a draw (NiuTrans/GRAM, README.md, "PPO")."""
+        """P(better than the reference response), 0 to 1, 1/2 is a draw (NiuTrans/GRAM, README.md, "PPO")."""
         return self.compare(prompt, response, reference, average).probability
 
     def rank(
@@ -191,7 +195,9 @@ class RewardModel:
     def _round_robin(self, prompt, responses, average):
         games = list(itertools.combinations(range(len(responses)), 2))
         wins = [0.0] * len(responses)
-        for (i, j), result in zip(games, self.compare_many([Pair(prompt, responses[i], responses[j]) for i, j in games], average)):
+        for (i, j), result in zip(
+            games, self.compare_many([Pair(prompt, responses[i], responses[j]) for i, j in games], average)
+        ):
             wins[i] += result.probability
             wins[j] += 1 - result.probability
         return [w / max(1, len(responses) - 1) for w in wins], len(games)

@@ -83,7 +83,14 @@ def test_adapter_comes_back_from_safetensors(nf4_model, tokenizer, tmp_path):
 
 def test_output_logits_are_the_models_own():
     torch.manual_seed(0)
-    small = dict(vocab_size=99, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2)
+    small = dict(
+        vocab_size=99,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+    )
     for model in (
         LlamaForCausalLM(LlamaConfig(**small)),
         Gemma2ForCausalLM(Gemma2Config(**small, head_dim=16, final_logit_softcapping=0.3)),
@@ -98,7 +105,9 @@ def test_output_logits_are_the_models_own():
 
 
 def test_fingerprint_tells_backbones_apart(tmp_path):
-    LlamaForCausalLM(LlamaConfig(vocab_size=9, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)).save_pretrained(tmp_path)
+    LlamaForCausalLM(
+        LlamaConfig(vocab_size=9, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
+    ).save_pretrained(tmp_path)
     assert fingerprint(str(tmp_path)) not in ("", fingerprint(EMBEDDED))
     assert fingerprint(EMBEDDED) == fingerprint(EMBEDDED)
 
@@ -121,7 +130,9 @@ def test_name_that_the_hub_does_not_give():
 
 
 def test_pickled_weights_are_refused(tmp_path):
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=9, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1))
+    model = LlamaForCausalLM(
+        LlamaConfig(vocab_size=9, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
+    )
     model.config.save_pretrained(tmp_path)
     torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
     with pytest.raises(UserError, match="cannot be loaded"):

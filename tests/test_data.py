@@ -27,7 +27,11 @@ PAIR_BLOCK = prompts.PAIR.format(response_a="two", response_b="three\nlines")
 FORMATS = {
     "plain": (ROW, Pair("What is 1 + 1?", "2", "3", 0)),
     "conversational": (
-        {"prompt": messages("Hi", "Hello", "1 + 1?"), "chosen": messages("2")[:1], "rejected": [{"role": "assistant", "content": "3"}]},
+        {
+            "prompt": messages("Hi", "Hello", "1 + 1?"),
+            "chosen": messages("2")[:1],
+            "rejected": [{"role": "assistant", "content": "3"}],
+        },
         Pair("Human: Hi\n\nAssistant: Hello\n\nHuman: 1 + 1?", "2", "3", 0),
     ),
     "implicit conversational": (
@@ -35,7 +39,10 @@ FORMATS = {
         Pair("1 + 1?", "2", "3", 0),
     ),
     "hh-rlhf": (
-        {"chosen": "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant: yes, d", "rejected": "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant: yes, e"},
+        {
+            "chosen": "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant: yes, d",
+            "rejected": "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant: yes, e",
+        },
         Pair("Human: a\n\nAssistant: b\n\nHuman: c", "yes, d", "yes, e", 0),
     ),
     "hh-rlhf, one question": (
@@ -55,11 +62,18 @@ FORMATS = {
         Pair("1 + 1?", "two", "three\nlines", None),
     ),
     "official, fine-tuning": (
-        {"instruction": prompts.JUDGE.format(prompt="1 + 1?", response_a="two", response_b="three"), "input": "", "output": "B"},
+        {
+            "instruction": prompts.JUDGE.format(prompt="1 + 1?", response_a="two", response_b="three"),
+            "input": "",
+            "output": "B",
+        },
         Pair("1 + 1?", "two", "three", 1),
     ),
     "triple": ({"prompt": "1 + 1?", "response_a": "2", "response_b": "3"}, Pair("1 + 1?", "2", "3", None)),
-    "triple with label": ({"prompt": "1 + 1?", "response_a": "2", "response_b": "3", "label": "B"}, Pair("1 + 1?", "2", "3", 1)),
+    "triple with label": (
+        {"prompt": "1 + 1?", "response_a": "2", "response_b": "3", "label": "B"},
+        Pair("1 + 1?", "2", "3", 1),
+    ),
 }
 
 
@@ -123,10 +137,18 @@ BAD = {
     "columns": ("d.jsonl", '{"text": "x"}\n', "d.jsonl, line 1: columns ['text'] are of no known format"),
     "type": ("d.jsonl", json.dumps({**ROW, "chosen": 3}) + "\n", "d.jsonl, line 1: column 'chosen' must be text or a list"),
     "prompt type": ("d.jsonl", json.dumps({**ROW, "prompt": None}) + "\n", "column 'prompt'"),
-    "message": ("d.jsonl", json.dumps({**ROW, "prompt": [{"role": "robot", "content": "x"}]}) + "\n", "a message needs a role"),
+    "message": (
+        "d.jsonl",
+        json.dumps({**ROW, "prompt": [{"role": "robot", "content": "x"}]}) + "\n",
+        "a message needs a role",
+    ),
     "label": ("d.jsonl", json.dumps({"prompt": "x", "response_a": "1", "response_b": "2", "label": "C"}), "must be A or B"),
     "unlabelled": ("d.jsonl", json.dumps({"prompt": "x", "response_a": "1", "response_b": "2"}), "no label"),
-    "marker": ("d.jsonl", json.dumps({"instruction": "x", "output": prompts.START_A + "1"}), "marker of the official format"),
+    "marker": (
+        "d.jsonl",
+        json.dumps({"instruction": "x", "output": prompts.START_A + "1"}),
+        "marker of the official format",
+    ),
     "no prefix": ("d.jsonl", json.dumps({"chosen": "a", "rejected": "b"}), "add 'prompt'"),
     "all dropped": ("d.jsonl", json.dumps({**ROW, "chosen": "3"}) + "\n", "nothing left to use"),
     "csv fields": ("d.csv", "prompt,chosen,rejected\na,b,c\na,b\n", "d.csv, line 3: has another number of fields"),

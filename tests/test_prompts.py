@@ -16,7 +16,8 @@ CHATML = (
 )
 # As Qwen3 does: without thinking the generation prompt holds an empty thought.
 THINKING = CHATML.replace(
-    "assistant\n{% endif %}", "assistant\n{% if enable_thinking is defined and not enable_thinking %}<think></think>{% endif %}{% endif %}"
+    "assistant\n{% endif %}",
+    "assistant\n{% if enable_thinking is defined and not enable_thinking %}<think></think>{% endif %}{% endif %}",
 )
 # As Mistral does: a space before the assistant's text.
 SPACED = "{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]{% else %} {{ m.content }}</s>{% endif %}{% endfor %}"
@@ -38,7 +39,9 @@ def whole(tokenizer, pieces, texts=("x", "y", "z")):
     return tokenizer.decode(ids)
 
 
-@pytest.mark.parametrize(("template", "label"), [(CHATML, "A"), (THINKING, "A"), (SPACED, "ĠA"), (None, "A"), (WITH_BOS, "A")])
+@pytest.mark.parametrize(
+    ("template", "label"), [(CHATML, "A"), (THINKING, "A"), (SPACED, "ĠA"), (None, "A"), (WITH_BOS, "A")]
+)
 def test_label_token_is_read_off_the_template(tokenizer, template, label):
     # Without a template the text goes on with " A", but the embedded tokenizer's markers swallow white space.
     changed = with_template(tokenizer, template)
@@ -63,7 +66,9 @@ def test_bos_where_the_tokenizer_itself_would_begin_with_it(tokenizer):
 
     changed = with_template(tokenizer, None, bos_token=tokenizer.pad_token)
     bos = changed.bos_token_id
-    changed.backend_tokenizer.post_processor = TemplateProcessing(single=f"{changed.bos_token} $0", special_tokens=[(changed.bos_token, bos)])
+    changed.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"{changed.bos_token} $0", special_tokens=[(changed.bos_token, bos)]
+    )
     assert changed("x")["input_ids"][0] == bos
     ids = judge_prompt(changed).pieces[0]
     assert ids[0] == bos and ids[1] != bos
@@ -72,9 +77,23 @@ def test_bos_where_the_tokenizer_itself_would_begin_with_it(tokenizer):
 @pytest.mark.parametrize("template", [CHATML, SPACED, None, "embedded"])
 def test_prompts_hold_all_three_texts_in_order(tokenizer, template):
     changed = tokenizer if template == "embedded" else with_template(tokenizer, template)
-    judge, pair = (whole(changed, make(changed), ("Anna eats soup", "blue", "green")) for make in (judge_prompt, pair_prompt))
+    judge, pair = (
+        whole(changed, make(changed), ("Anna eats soup", "blue", "green")) for make in (judge_prompt, pair_prompt)
+    )
     for text in (judge, pair):
-        places = [text.index(word) for word in ("[User Question]", "Anna eats soup", prompts.START_A, "blue", prompts.END_A, prompts.START_B, "green", prompts.END_B)]
+        places = [
+            text.index(word)
+            for word in (
+                "[User Question]",
+                "Anna eats soup",
+                prompts.START_A,
+                "blue",
+                prompts.END_A,
+                prompts.START_B,
+                "green",
+                prompts.END_B,
+            )
+        ]
         assert places == sorted(places)
     assert prompts.INSTRUCTION in judge and prompts.INSTRUCTION not in pair
     assert pair.endswith(prompts.END_B)
@@ -103,6 +122,14 @@ def test_labels_unknown_to_the_tokenizer_are_an_error():
 
 
 def test_embedded_markers_are_one_token_each(tokenizer):
-    for marker in (prompts.INSTRUCTION, prompts.USER_QUESTION, prompts.START_A, prompts.END_A, prompts.START_B, prompts.END_B, prompts.PREFERRED):
+    for marker in (
+        prompts.INSTRUCTION,
+        prompts.USER_QUESTION,
+        prompts.START_A,
+        prompts.END_A,
+        prompts.START_B,
+        prompts.END_B,
+        prompts.PREFERRED,
+    ):
         assert len(encode(tokenizer, marker)) == 1
     assert judge_prompt(tokenizer).fixed_tokens == 10

@@ -20,7 +20,12 @@ from gram_mini.reward_model import RewardModel
 ROOT = Path(__file__).parent.parent
 SMALL = ["--batch-size", "16", "--lora-rank", "8", "--log-every", "5"]
 ROWS = [
-    {"id": f"row-{i}", "prompt": f"What does Anna eat, {i}?", "chosen": "Glad you asked. Anna eats soup.", "rejected": "fish " * (i % 7 + 1)}
+    {
+        "id": f"row-{i}",
+        "prompt": f"What does Anna eat, {i}?",
+        "chosen": "Glad you asked. Anna eats soup.",
+        "rejected": "fish " * (i % 7 + 1),
+    }
     for i in range(30)
 ]
 
@@ -40,7 +45,9 @@ def pretrain(folder):
 @pytest.fixture(scope="module")
 def reward(folder, pretrain):
     """A short stage-2 run that starts from it."""
-    train_reward.main(["--init", str(pretrain), "--out", str(folder / "reward"), "--limit", "400", "--steps", "10", *SMALL[:2], *SMALL[4:]])
+    train_reward.main(
+        ["--init", str(pretrain), "--out", str(folder / "reward"), "--limit", "400", "--steps", "10", *SMALL[:2], *SMALL[4:]]
+    )
     return folder / "reward"
 
 
@@ -68,9 +75,15 @@ def log_of(run):
 
 def test_artefacts_of_both_stages(pretrain, reward):
     for run, stage in ((pretrain, "pretrain"), (reward, "reward")):
-        assert {"adapter_model.safetensors", "adapter_config.json", "tokenizer.json", "run.json", "log.csv", "plot.png"} <= {f.name for f in run.iterdir()}
+        assert {"adapter_model.safetensors", "adapter_config.json", "tokenizer.json", "run.json", "log.csv", "plot.png"} <= {
+            f.name for f in run.iterdir()
+        }
         assert (run / "plot.png").read_bytes().startswith(b"\x89PNG")
-        assert any(tensor.abs().max() > 0 for name, tensor in load_file(run / "adapter_model.safetensors").items() if "lora_B" in name)
+        assert any(
+            tensor.abs().max() > 0
+            for name, tensor in load_file(run / "adapter_model.safetensors").items()
+            if "lora_B" in name
+        )
         record = json.loads((run / "run.json").read_text())
         assert record["stage"] == stage and record["options"]["lora_rank"] == (8 if stage == "pretrain" else None)
         assert {"torch", "transformers", "peft", "bitsandbytes"} <= record["versions"].keys()
@@ -81,7 +94,10 @@ def test_artefacts_of_both_stages(pretrain, reward):
 
 
 def test_logs(pretrain, reward):
-    for run, columns in ((pretrain, ["loss", "lr", "tokens_per_second"]), (reward, ["loss", "accuracy", "margin", "label_mass", "lr", "tokens_per_second"])):
+    for run, columns in (
+        (pretrain, ["loss", "lr", "tokens_per_second"]),
+        (reward, ["loss", "accuracy", "margin", "label_mass", "lr", "tokens_per_second"]),
+    ):
         train = [row for row in log_of(run) if row["part"] == "train"]
         assert [row["step"] for row in train] == ["5", "10"]
         assert all(row[column] for row in train for column in columns)
@@ -95,7 +111,23 @@ def test_stage_1_learns(pretrain):
 
 
 def test_stage_2_learns_what_the_labels_say(tmp_path, data):
-    train_reward.main(["--data", data, "--out", str(tmp_path / "run"), "--steps", "25", "--lr", "3e-3", "--held-out", "0.2", "--log-every", "1", *SMALL[:4]])
+    train_reward.main(
+        [
+            "--data",
+            data,
+            "--out",
+            str(tmp_path / "run"),
+            "--steps",
+            "25",
+            "--lr",
+            "3e-3",
+            "--held-out",
+            "0.2",
+            "--log-every",
+            "1",
+            *SMALL[:4],
+        ]
+    )
     log = log_of(tmp_path / "run")
     assert float(log[-1]["accuracy"]) == 1.0 and log[-1]["part"] == "held-out"  # on prompts it was not trained on
     assert json.loads((tmp_path / "run" / "run.json").read_text())["results"]["held_out"]["accuracy"] == 1.0
@@ -105,7 +137,21 @@ def test_stage_2_starts_from_stage_1(folder, pretrain, reward):
     before, after = load_file(pretrain / "adapter_model.safetensors"), load_file(reward / "adapter_model.safetensors")
     assert before.keys() == after.keys()
     train_reward.main(["--out", str(folder / "fresh"), "--limit", "400", "--steps", "1", "--lr", "1e-9", *SMALL])
-    train_reward.main(["--init", str(pretrain), "--out", str(folder / "started"), "--limit", "400", "--steps", "1", "--lr", "1e-9", *SMALL[:2]])
+    train_reward.main(
+        [
+            "--init",
+            str(pretrain),
+            "--out",
+            str(folder / "started"),
+            "--limit",
+            "400",
+            "--steps",
+            "1",
+            "--lr",
+            "1e-9",
+            *SMALL[:2],
+        ]
+    )
     started, fresh = (load_file(folder / name / "adapter_model.safetensors") for name in ("started", "fresh"))
     assert all((started[n] - before[n]).abs().max() < 1e-6 for n in before)
     assert any((fresh[n] - before[n]).abs().max() > 1e-3 for n in before)
@@ -124,7 +170,9 @@ def test_gradient_accumulation_is_a_larger_batch(tmp_path, data):
     rows = [{"prompt": "What does Anna eat?", "chosen": "Anna eats soup.", "rejected": "Anna eats fish."}] * 16
     Path(data).write_text("".join(json.dumps(row) + "\n" for row in rows))
     for name, options in (("one", ["--batch-size", "16"]), ("two", ["--batch-size", "8", "--grad-accum", "2"])):
-        train_pretrain.main(["--data", data, "--out", str(tmp_path / name), "--steps", "1", "--lora-rank", "4", "--bits", "32", *options])
+        train_pretrain.main(
+            ["--data", data, "--out", str(tmp_path / name), "--steps", "1", "--lora-rank", "4", "--bits", "32", *options]
+        )
     one, two = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("one", "two"))
     assert max((one[n] - two[n]).abs().max().item() for n in one) < 4e-3  # a swapped row or two; the step is 3e-3
 
@@ -147,7 +195,18 @@ def test_a_run_can_be_moved_and_scores_the_same(reward, tmp_path):
 
 
 def test_score_a_pair(reward, capsys):
-    score.main(["--model", str(reward), "--prompt", "What does Anna eat?", "--response", "Anna eats soup.", "--response", "Anna eats fish."])
+    score.main(
+        [
+            "--model",
+            str(reward),
+            "--prompt",
+            "What does Anna eat?",
+            "--response",
+            "Anna eats soup.",
+            "--response",
+            "Anna eats fish.",
+        ]
+    )
     said = capsys.readouterr().out
     expected = RewardModel.load(str(reward)).compare("What does Anna eat?", "Anna eats soup.", "Anna eats fish.")
     assert f"P(A better) = {expected.probability:.3f}" in said and f"position gap {expected.position_gap:.3f}" in said
@@ -155,7 +214,13 @@ def test_score_a_pair(reward, capsys):
 
 
 def test_score_rankings_and_rewards(reward, capsys):
-    three = ["--model", str(reward), "--prompt", "What does Anna eat?", *(x for r in ("Anna eats soup.", "Anna eats fish.", "x") for x in ("--response", r))]
+    three = [
+        "--model",
+        str(reward),
+        "--prompt",
+        "What does Anna eat?",
+        *(x for r in ("Anna eats soup.", "Anna eats fish.", "x") for x in ("--response", r)),
+    ]
     score.main(three)
     assert "round-robin, 3 comparisons" in capsys.readouterr().out
     score.main([*three, "--rank", "knock-out"])
@@ -167,7 +232,11 @@ def test_score_rankings_and_rewards(reward, capsys):
 
 
 def test_score_a_file_keeps_order_and_ids(reward, data, tmp_path, capsys):
-    rows = [*ROWS, {"id": 7, "prompt": "What?", "responses": ["a", "b", "c"]}, {"prompt": "What?", "responses": ["a"], "reference": "b"}]
+    rows = [
+        *ROWS,
+        {"id": 7, "prompt": "What?", "responses": ["a", "b", "c"]},
+        {"prompt": "What?", "responses": ["a"], "reference": "b"},
+    ]
     Path(data).write_text("".join(json.dumps(row) + "\n" for row in rows))
     out = tmp_path / "scores.jsonl"
     score.main(["--model", str(reward), "--data", data, "--out", str(out), "--batch-size", "7"])
@@ -198,7 +267,9 @@ def test_the_table_tells_the_recipes_apart(reward, pretrain, monkeypatch):
 def other_backbone(path):
     """A model folder that is not the embedded one, with the embedded tokenizer."""
     tokenizer = load_tokenizer("embedded")
-    config = LlamaConfig(vocab_size=len(tokenizer), hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2
+    )
     LlamaForCausalLM(config).save_pretrained(path)
     tokenizer.save_pretrained(path)
     return str(path)
@@ -210,7 +281,9 @@ def splitting_backbone(path):
         (path / file.name).write_bytes(file.read_bytes())
     template = (path / "chat_template.jinja").read_text()
     # A template that writes a mark right before the assistant's text, so that mark and label are two tokens.
-    (path / "chat_template.jinja").write_text(template.replace("{{ message.content }}", "{% if message.role == 'assistant' %}={% endif %}{{ message.content }}"))
+    (path / "chat_template.jinja").write_text(
+        template.replace("{{ message.content }}", "{% if message.role == 'assistant' %}={% endif %}{{ message.content }}")
+    )
     return str(path)
 
 
@@ -288,14 +361,22 @@ def test_a_folder_that_is_no_run_is_never_replaced(tmp_path, data):
 
 
 def test_init_of_another_backbone_or_rank(pretrain, tmp_path):
-    fails(train_reward, ["--init", str(pretrain), "--model", other_backbone(tmp_path / "other"), "--out", str(tmp_path / "x")], "was trained on the backbone 'embedded'")
+    fails(
+        train_reward,
+        ["--init", str(pretrain), "--model", other_backbone(tmp_path / "other"), "--out", str(tmp_path / "x")],
+        "was trained on the backbone 'embedded'",
+    )
     fails(train_reward, ["--init", str(pretrain), "--lora-rank", "4", "--out", str(tmp_path / "x")], "has rank 8")
 
 
 def test_labels_that_split(tmp_path):
     (tmp_path / "model").mkdir()
     model = splitting_backbone(tmp_path / "model")
-    fails(train_reward, ["--model", model, "--out", str(tmp_path / "x"), "--limit", "50"], r"label '=A' is not one token .* \['=', 'A'\]")
+    fails(
+        train_reward,
+        ["--model", model, "--out", str(tmp_path / "x"), "--limit", "50"],
+        r"label '=A' is not one token .* \['=', 'A'\]",
+    )
 
 
 def test_scores_are_not_overwritten_unasked(reward, data, tmp_path):
@@ -308,7 +389,11 @@ def test_scores_are_not_overwritten_unasked(reward, data, tmp_path):
 def test_scoring_names_the_bad_row_and_writes_nothing(reward, data, tmp_path):
     with open(data, "a") as file:
         file.write('{"prompt": "x", "responses": "not a list"}\n')
-    fails(score, ["--model", str(reward), "--data", data, "--out", str(tmp_path / "s.jsonl")], "line 31: column 'responses' must be a list")
+    fails(
+        score,
+        ["--model", str(reward), "--data", data, "--out", str(tmp_path / "s.jsonl")],
+        "line 31: column 'responses' must be a list",
+    )
     assert not list(tmp_path.glob("s.jsonl*"))
 
 
@@ -319,12 +404,18 @@ def test_run_folder_whose_backbone_changed(reward, tmp_path):
     record = json.loads((copy / "run.json").read_text())
     record["backbone"]["fingerprint"] = "0" * 16
     (copy / "run.json").write_text(json.dumps(record))
-    fails(score, ["--model", str(copy), "--prompt", "x", "--response", "y", "--response", "z"], "another version of the backbone")
+    fails(
+        score,
+        ["--model", str(copy), "--prompt", "x", "--response", "y", "--response", "z"],
+        "another version of the backbone",
+    )
 
 
 @pytest.mark.parametrize("script", ["train_pretrain.py", "train_reward.py", "score.py"])
 def test_help_opens_with_two_commands_and_shows_every_default(script):
     status, said, _ = run_script(script, "--help")
     assert status == 0
-    assert said.splitlines()[1].strip().startswith(f"python {script}") and said.splitlines()[2].strip().startswith(f"python {script}")
+    assert said.splitlines()[1].strip().startswith(f"python {script}") and said.splitlines()[2].strip().startswith(
+        f"python {script}"
+    )
     assert "default: 512" in said and "(default: None)" not in said

@@ -8,7 +8,19 @@ import pytest
 
 from gram_mini.backbone import EMBEDDED_FOLDER
 from gram_mini.prompts import encode
-from gram_mini.world import ATTRIBUTES, COURTEOUS, CURT, FACTS, GROUPS, NAMES, RAMBLING, SPURIOUS, draw_response, question, true_probability
+from gram_mini.world import (
+    ATTRIBUTES,
+    COURTEOUS,
+    CURT,
+    FACTS,
+    GROUPS,
+    NAMES,
+    RAMBLING,
+    SPURIOUS,
+    draw_response,
+    question,
+    true_probability,
+)
 from gram_mini.world.build_backbone import CORPUS_SHA256, corpus, corpus_hash, probes
 from gram_mini.world.pairs import SPLITS, topics, world_pairs
 
@@ -118,7 +130,13 @@ def test_shipped_backbone_can_do_what_a_judge_needs(embedded_judge):
 
 def test_shipped_backbone_is_small_and_ordinary():
     files = {file.name: file.stat().st_size for file in EMBEDDED_FOLDER.iterdir()}
-    assert files.keys() == {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
+    assert files.keys() == {
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "chat_template.jinja",
+    }
     assert sum(files.values()) < 8_000_000
 
 

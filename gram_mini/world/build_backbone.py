@@ -36,7 +36,15 @@ CHAT_TEMPLATE = (
     "{% for message in messages %}<|{{ message.role }}|>{{ message.content }}<|end|>{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
-MARKERS = (prompts.INSTRUCTION, prompts.USER_QUESTION, prompts.START_A, prompts.END_A, prompts.START_B, prompts.END_B, prompts.PREFERRED)
+MARKERS = (
+    prompts.INSTRUCTION,
+    prompts.USER_QUESTION,
+    prompts.START_A,
+    prompts.END_A,
+    prompts.START_B,
+    prompts.END_B,
+    prompts.PREFERRED,
+)
 
 
 def corpus(documents: int = DOCUMENTS, seed: int = CORPUS_SEED):
@@ -226,7 +234,9 @@ def probes(model, tokenizer, group: str) -> dict[str, float]:
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     parser.add_argument("--steps", type=int, default=3500, help="training steps (default: 3500)")
     parser.add_argument("--batch-size", type=int, default=64, help="documents per step (default: 64)")
