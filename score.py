@@ -80,7 +80,9 @@ def show_comparison(judge, args):
     result = judge.compare(args.prompt, *args.response, average=args.average)
     print(f"prompt  {args.prompt}\n  A     {args.response[0]}\n  B     {args.response[1]}")
     p = result.probability
-    print(f"P(A better) = {p:.3f}, from {result.a_first:.3f} with A shown first and {result.a_second:.3f} with B shown first")
+    print(
+        f"P(A better) = {p:.3f}, from {result.a_first:.3f} with A shown first and {result.a_second:.3f} with B shown first"
+    )
     print(f"position gap {result.position_gap:.3f}; mass on the labels {result.label_mass:.3f}")
     if result.truncated:
         print(f"the texts were cut to {args.max_length} tokens")

@@ -6,6 +6,7 @@ import random
 from dataclasses import dataclass
 
 import torch
+from tqdm import tqdm
 
 from gram_mini.data import Pair
 from gram_mini.errors import UserError
@@ -41,12 +42,14 @@ def encode_pairs(pairs: list[Pair], pieces: PromptPieces, tokenizer, max_length:
             f"--max-length {max_length} leaves {max(budget, 0)} tokens for the texts, since the prompt's own words take "
             f"{pieces.fixed_tokens}; give at least {pieces.fixed_tokens + 6}"
         )
-    texts = [text for pair in pairs for text in (pair.prompt, pair.response_a, pair.response_b)]
-    ids = tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
     encoded = []
-    for pair, prompt, a, b in zip(pairs, ids[0::3], ids[1::3], ids[2::3]):
-        cut = truncate(prompt, a, b, budget)
-        encoded.append(EncodedPair(*cut, pair.label, truncated=cut != (prompt, a, b)))
+    for start in tqdm(range(0, len(pairs), 1000), desc="tokenising", unit="k", delay=2, leave=False):
+        some = pairs[start : start + 1000]
+        texts = [text for pair in some for text in (pair.prompt, pair.response_a, pair.response_b)]
+        ids = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+        for pair, prompt, a, b in zip(some, ids[0::3], ids[1::3], ids[2::3]):
+            cut = truncate(prompt, a, b, budget)
+            encoded.append(EncodedPair(*cut, pair.label, truncated=cut != (prompt, a, b)))
     return encoded
 
 

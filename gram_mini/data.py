@@ -26,6 +26,8 @@ from collections import Counter
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from tqdm import tqdm
+
 from gram_mini import prompts
 from gram_mini.errors import UserError
 from gram_mini.prompts import END_A, END_B, PREFERRED, START_A, START_B, USER_QUESTION
@@ -102,7 +104,7 @@ def load_pairs(source: str, labelled: bool, limit: int | None = None, split: str
         pairs = world_pairs("labelled" if labelled else "unlabelled", seed=seed)[:limit]
         return PairData("world", pairs, len(pairs))
     data = PairData(source, [], 0)
-    for where, row in read_rows(source, split, limit):
+    for where, row in tqdm(read_rows(source, split, limit), desc="reading", unit=" rows", delay=2, leave=False):
         pair = parse_pair(row, where)
         data.rows += 1
         if labelled and pair.label is None:

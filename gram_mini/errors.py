@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 from contextlib import contextmanager
 
@@ -12,11 +13,16 @@ class UserError(Exception):
 
 @contextmanager
 def clear_errors():
-    """Turn a UserError into one line on standard error and exit status 2; anything else is a bug and shows as one."""
+    """Turn what a user can put right into one line on standard error and exit status 2; a bug still shows as one."""
     try:
         yield
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+            raise
+        print(f"error: {error.filename or 'a file'}: {error.strerror}; make room or choose another folder", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("\ninterrupted: no run folder was written or replaced", file=sys.stderr)

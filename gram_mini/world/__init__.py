@@ -43,10 +43,16 @@ class Attribute:
 
 
 ATTRIBUTES = (
-    Attribute("Where does {name} live?", "{name} lives by the {value}.", ("river", "hill", "mill", "harbour", "forest", "market")),
+    Attribute(
+        "Where does {name} live?", "{name} lives by the {value}.", ("river", "hill", "mill", "harbour", "forest", "market")
+    ),
     Attribute("What does {name} eat?", "{name} eats {value}.", ("bread", "soup", "cheese", "fish", "apples", "cake")),
     Attribute("Which pet does {name} keep?", "{name} keeps a {value}.", ("cat", "dog", "goat", "duck", "pig", "horse")),
-    Attribute("What work does {name} do?", "{name} works as a {value}.", ("baker", "farmer", "miller", "tailor", "painter", "sailor")),
+    Attribute(
+        "What work does {name} do?",
+        "{name} works as a {value}.",
+        ("baker", "farmer", "miller", "tailor", "painter", "sailor"),
+    ),
 )
 
 COURTEOUS = ("Glad you asked.", "Happy to help.")  # as long as the curt ones: courtesy is no cue for length
