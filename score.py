@@ -3,7 +3,7 @@
 Every comparison is made in both orders. On the command line: two responses give a comparison, more (or --rank)
 a ranking, --reference the reward of each. With --data, every row of a file becomes a line of JSON:
 
-  prompt, chosen, rejected (or any other format of README, 'Your own data')    -> a comparison
+  prompt, chosen, rejected (or any other format of the README)                  -> a comparison
   prompt, responses (a list) and perhaps reference                             -> a ranking, rewards
 """
 
@@ -19,6 +19,8 @@ EXAMPLES = """\
   python score.py --prompt "What does Bella eat?" --response "Bella eats apples." --response "Bella eats cake."
   python score.py --data pairs.jsonl --out scores.jsonl"""
 
+DEFAULT_MODEL = "runs/reward"
+
 
 def main(argv=None):
     parser = options.parser(__doc__, EXAMPLES)
@@ -32,9 +34,7 @@ def main(argv=None):
     g.add_argument("--out", type=Path, metavar="FILE.jsonl", help="file to write the scores of --data to, one line a row")
     g.add_argument("--overwrite", action="store_true", help="replace a file that is already there")
     g = parser.add_argument_group("how")
-    g.add_argument(
-        "--model", default="runs/reward", metavar="NAME", help="run folder, model folder, hub name, or 'embedded'"
-    )
+    g.add_argument("--model", default=DEFAULT_MODEL, metavar="NAME", help="run folder, model folder, hub name, or 'embedded'")
     g.add_argument("--rank", choices=METHODS, help="how to rank (default: reference where there is one, else round-robin)")
     g.add_argument(
         "--average",
@@ -47,6 +47,8 @@ def main(argv=None):
     args = parser.parse_args(argv)
     check(parser, args)
 
+    if args.model == DEFAULT_MODEL and not Path(args.model).is_dir():
+        raise UserError(f"{args.model}: not trained yet; run train_reward.py, or give --model (runs/demo/reward after make demo)")
     judge = RewardModel.load(args.model, args.bits, args.device, max_length=args.max_length, batch_size=args.batch_size)
     if args.data:
         score_file(judge, args)
@@ -80,9 +82,7 @@ def show_comparison(judge, args):
     result = judge.compare(args.prompt, *args.response, average=args.average)
     print(f"prompt  {args.prompt}\n  A     {args.response[0]}\n  B     {args.response[1]}")
     p = result.probability
-    print(
-        f"P(A better) = {p:.3f}, from {result.a_first:.3f} with A shown first and {result.a_second:.3f} with B shown first"
-    )
+    print(f"P(A better) = {p:.3f}, from {result.a_first:.3f} with A shown first and {result.a_second:.3f} with B shown first")
     print(f"position gap {result.position_gap:.3f}; mass on the labels {result.label_mass:.3f}")
     if result.truncated:
         print(f"the texts were cut to {args.max_length} tokens")

@@ -31,7 +31,7 @@ EXAMPLES = """\
 def main(argv=None):
     parser = options.parser(__doc__, EXAMPLES)
     options.add_training_options(
-        parser, out="runs/pretrain", lr=3e-3, epochs=2, held_out=0.01,
+        parser, out="runs/pretrain", lr=3e-3, epochs=2, held_out=0.01, lora_rank=32,
         data_help="pairs of responses: file, folder, hub name, or 'world' for the embedded village",
     )  # fmt: skip
     args = parser.parse_args(argv)
@@ -51,7 +51,7 @@ def main(argv=None):
 
     # Backbone and adapter
     torch.manual_seed(args.seed)
-    model = add_lora(load_backbone(args.model, args.bits, device), args.lora_rank or 32)
+    model = add_lora(load_backbone(args.model, args.bits, device), args.lora_rank)
     steps = number_of_steps(len(train), args.batch_size, args.grad_accum, args.epochs, args.steps)
     optimizer, schedule = optimizer_and_schedule(model, args.lr, steps)
     log = Log(run.start() / "log.csv", args.log_every)

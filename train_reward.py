@@ -45,7 +45,7 @@ EXAMPLES = """\
 def main(argv=None):
     parser = options.parser(__doc__, EXAMPLES)
     options.add_training_options(
-        parser, out="runs/reward", lr=1e-3, epochs=2, held_out=0.05,
+        parser, out="runs/reward", lr=1e-3, epochs=2, held_out=0.05, lora_rank=None,
         data_help="labelled pairs: file, folder, hub name, or 'world' for the embedded village",
     )  # fmt: skip
     group = parser.add_argument_group("stage 2")
@@ -57,8 +57,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     device = pick_device(args.device)
     run = RunFolder(args.out, args.overwrite)
-    if args.init:
-        check_init(args.init, args.model, args.lora_rank)
+    args.lora_rank = check_init(args.init, args.model, args.lora_rank) if args.init else args.lora_rank or 32
 
     # Data -> prompts -> token ids
     data = load_pairs(args.data, labelled=True, limit=args.limit, split=args.split, seed=args.seed)
@@ -66,7 +65,7 @@ def main(argv=None):
     tokenizer = load_tokenizer(args.model)
     torch.manual_seed(args.seed)
     backbone = load_backbone(args.model, args.bits, device)
-    model = load_lora(backbone, args.init, trainable=True) if args.init else add_lora(backbone, args.lora_rank or 32)
+    model = load_lora(backbone, args.init, trainable=True) if args.init else add_lora(backbone, args.lora_rank)
     judge = RewardModel(model, tokenizer, args.max_length, args.batch_size)
     train_pairs, held_out = split_by_prompt(data.pairs, args.held_out, args.seed)
     train = encode_pairs(train_pairs, judge.prompt, tokenizer, args.max_length)

@@ -14,9 +14,7 @@ from pathlib import Path
 import torch
 
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it announces at import that an optional kernel is missing
-warnings.filterwarnings(
-    "ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning
-)  # peft asks for an old name
+warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)  # peft asks for an old name
 
 from peft import LoraConfig, PeftModel, get_peft_model  # noqa: E402
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig  # noqa: E402
@@ -133,9 +131,7 @@ def output_logits(model, hidden: torch.Tensor, tokens: tuple[int, ...] | None = 
     head = base.get_output_embeddings()
     rows = slice(None) if tokens is None else list(tokens)
     bias = getattr(head, "bias", None)
-    logits = torch.nn.functional.linear(
-        hidden.to(head.weight.dtype), head.weight[rows], None if bias is None else bias[rows]
-    )
+    logits = torch.nn.functional.linear(hidden.to(head.weight.dtype), head.weight[rows], None if bias is None else bias[rows])
     config = base.config.get_text_config()
     logits = logits * (getattr(config, "logit_scale", None) or 1.0)  # Cohere
     logits = logits / (getattr(config, "logits_scaling", None) or 1.0)  # Granite

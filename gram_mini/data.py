@@ -293,7 +293,7 @@ def parse_pair(row: dict, where: str) -> Pair:
         return _official(row, where)
     raise UserError(
         f"{where}: columns {sorted(map(str, row))} are of no known format; give 'prompt', 'chosen' and 'rejected' "
-        "(README, 'Your own data', lists the others)"
+        "(the README lists the others)"
     )
 
 

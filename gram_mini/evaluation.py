@@ -33,9 +33,7 @@ class Evaluation:
     cross_entropy: float | None = None  # to the true probabilities, nats; the embedded world only
 
 
-def evaluate(
-    judge: RewardModel, pairs: list[Pair], average: str = "probabilities", progress: str | None = None
-) -> Evaluation:
+def evaluate(judge: RewardModel, pairs: list[Pair], average: str = "probabilities", progress: str | None = None) -> Evaluation:
     """Judge labelled pairs in both orders.
 
     Raises:
@@ -142,9 +140,7 @@ def main() -> None:
     args = parser.parse_args()
     with clear_errors():
         print(world_table(args.models, args.device))
-        print(
-            "Accuracy ± 95% interval; cross-entropy to the true probabilities (nats) and position gap on unlabelled topics."
-        )
+        print("Accuracy ± 95% interval; cross-entropy to the true probabilities (nats) and position gap on unlabelled topics.")
 
 
 if __name__ == "__main__":

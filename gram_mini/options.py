@@ -24,22 +24,20 @@ class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescription
         super().__init__(prog, max_help_position=30, width=110)
 
     def _get_help_string(self, action):
-        # Every default, but not "(default: None)": where the default is computed, the help text says how.
-        return action.help if action.default is None else super()._get_help_string(action)
+        # Every default, but not "(default: None)" or that a switch is off; a computed default stands in the help text.
+        return action.help if action.default in (None, False, []) else super()._get_help_string(action)
 
 
 def add_training_options(
-    p: argparse.ArgumentParser, out: str, lr: float, epochs: float, held_out: float, data_help: str
+    p: argparse.ArgumentParser, out: str, lr: float, epochs: float, held_out: float, lora_rank: int | None, data_help: str
 ) -> None:
-    """Options of both stages; ``out``, ``lr``, ``epochs`` and ``held_out`` are the stage's defaults."""
+    """Options of both stages; ``out`` to ``lora_rank`` are the stage's defaults."""
     g = p.add_argument_group("what to train on what")
     g.add_argument("--model", default=EMBEDDED, metavar="NAME", help="backbone: hub name or folder, or 'embedded'")
     g.add_argument("--data", default="world", metavar="SOURCE", help=data_help)
     g.add_argument("--split", default="train", help="split of a hub data set")
     g.add_argument("--limit", type=positive_int, metavar="N", help="use the first N rows only (default: all)")
-    g.add_argument(
-        "--held-out", type=share, default=held_out, metavar="SHARE", help="share of the prompts kept for evaluation"
-    )
+    g.add_argument("--held-out", type=share, default=held_out, metavar="SHARE", help="share of the prompts kept for evaluation")
     g = p.add_argument_group("where to put it")
     g.add_argument("--out", type=Path, default=Path(out), metavar="FOLDER", help="run folder to write")
     g.add_argument("--overwrite", action="store_true", help="replace a run that is already there, once the new one is done")
@@ -49,15 +47,16 @@ def add_training_options(
     )
     g.add_argument("--batch-size", type=positive_int, default=64, metavar="N", help="pairs per forward pass")
     g.add_argument("--grad-accum", type=positive_int, default=1, metavar="N", help="forward passes per optimiser step")
-    length = g.add_mutually_exclusive_group()
-    length.add_argument("--epochs", type=positive_float, default=epochs, help="passes over the data")
-    length.add_argument("--steps", type=positive_int, metavar="N", help="optimiser steps, in the place of --epochs")
-    g.add_argument(
-        "--seed", type=int, default=0, help="draws the adapter, the order of rows and responses, the world's pairs"
-    )
+    duration = g.add_mutually_exclusive_group()
+    duration.add_argument("--epochs", type=positive_float, default=epochs, help="passes over the data")
+    duration.add_argument("--steps", type=positive_int, metavar="N", help="optimiser steps, in the place of --epochs")
+    g.add_argument("--seed", type=int, default=0, help="draws the adapter, the order of rows and responses, the world's pairs")
     g.add_argument("--log-every", type=positive_int, default=20, metavar="N", help="steps per line of log.csv")
     g = p.add_argument_group("model")
-    g.add_argument("--lora-rank", type=positive_int, metavar="R", help="rank of a fresh LoRA adapter (default: 32)")
+    g.add_argument(
+        "--lora-rank", type=positive_int, metavar="R", default=lora_rank,
+        help="rank of the LoRA adapter" + ("" if lora_rank else " (default: that of --init, else 32)"),
+    )  # fmt: skip
     add_model_options(p, g, bits_default=4)
 
 

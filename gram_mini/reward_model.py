@@ -116,9 +116,7 @@ class RewardModel:
         starts = range(0, len(jobs), self.batch_size)
         for start in tqdm(starts, desc=progress, delay=2, disable=progress is None, leave=False):
             chosen = jobs[start : start + self.batch_size]
-            batch = judge_batch(
-                [rows[i] for i, _ in chosen], [s for _, s in chosen], self.prompt, self.tokenizer.pad_token_id
-            )
+            batch = judge_batch([rows[i] for i, _ in chosen], [s for _, s in chosen], self.prompt, self.tokenizer.pad_token_id)
             hidden = hidden_states(self.model, batch["input_ids"].to(device))  # (B, T, H)
             at_end = hidden[torch.arange(len(chosen)), batch["last"]]  # (B, H)
             logits = output_logits(self.model, at_end).float().cpu()  # (B, V)
@@ -129,9 +127,7 @@ class RewardModel:
         self.model.train(training)
         return odds, mass, torch.tensor([row.truncated for row in rows])
 
-    def compare_many(
-        self, pairs: list[Pair], average: str = "probabilities", progress: str | None = None
-    ) -> list[Comparison]:
+    def compare_many(self, pairs: list[Pair], average: str = "probabilities", progress: str | None = None) -> list[Comparison]:
         """Compare the two responses of each pair in both orders.
 
         Args:

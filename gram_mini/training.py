@@ -151,8 +151,8 @@ def run_record(stage: str, args, data, labels: tuple[int, int], **results) -> di
     }
 
 
-def check_init(init: Path, backbone: str, rank: int | None) -> dict:
-    """Whether a stage-1 run can be the start of stage 2 on this backbone.
+def check_init(init: Path, backbone: str, rank: int | None) -> int:
+    """Whether a stage-1 run can be the start of stage 2 on this backbone; returns the rank of its adapter.
 
     Raises:
         UserError: no finished run, another backbone, or another rank than asked for.
@@ -168,7 +168,7 @@ def check_init(init: Path, backbone: str, rank: int | None) -> dict:
     had = json.loads((init / "adapter_config.json").read_text())["r"]
     if rank is not None and rank != had:
         raise UserError(f"--lora-rank {rank}: the adapter in {init} has rank {had}; leave the option out")
-    return run
+    return had
 
 
 def plot(log: Path, picture: Path, title: str) -> None:

@@ -20,9 +20,7 @@ def test_trained_tokens_decode_to_the_pair_and_nothing_else(tokenizer):
     batch = pair_batch(rows, [False, True], pieces, tokenizer.pad_token_id)
     assert batch["input_ids"].shape == batch["targets"].shape
     trained = [tokenizer.decode(row[row != IGNORED]) for row in batch["targets"]]
-    assert (
-        trained[0] == f"{prompts.START_A}{PAIR.response_a}{prompts.END_A}{prompts.START_B}{PAIR.response_b}{prompts.END_B}"
-    )
+    assert trained[0] == f"{prompts.START_A}{PAIR.response_a}{prompts.END_A}{prompts.START_B}{PAIR.response_b}{prompts.END_B}"
     assert trained[1] == f"{prompts.START_A}y{prompts.END_A}{prompts.START_B}x{prompts.END_B}"
 
 

@@ -39,9 +39,7 @@ def whole(tokenizer, pieces, texts=("x", "y", "z")):
     return tokenizer.decode(ids)
 
 
-@pytest.mark.parametrize(
-    ("template", "label"), [(CHATML, "A"), (THINKING, "A"), (SPACED, "ĠA"), (None, "A"), (WITH_BOS, "A")]
-)
+@pytest.mark.parametrize(("template", "label"), [(CHATML, "A"), (THINKING, "A"), (SPACED, "ĠA"), (None, "A"), (WITH_BOS, "A")])
 def test_label_token_is_read_off_the_template(tokenizer, template, label):
     # Without a template the text goes on with " A", but the embedded tokenizer's markers swallow white space.
     changed = with_template(tokenizer, template)
@@ -77,9 +75,7 @@ def test_bos_where_the_tokenizer_itself_would_begin_with_it(tokenizer):
 @pytest.mark.parametrize("template", [CHATML, SPACED, None, "embedded"])
 def test_prompts_hold_all_three_texts_in_order(tokenizer, template):
     changed = tokenizer if template == "embedded" else with_template(tokenizer, template)
-    judge, pair = (
-        whole(changed, make(changed), ("Anna eats soup", "blue", "green")) for make in (judge_prompt, pair_prompt)
-    )
+    judge, pair = (whole(changed, make(changed), ("Anna eats soup", "blue", "green")) for make in (judge_prompt, pair_prompt))
     for text in (judge, pair):
         places = [
             text.index(word)

@@ -27,9 +27,7 @@ class KnownJudge(RewardModel):
 
 def by_number(scale=1.0, bias=0.0):
     """Prefers the response with the greater number, by logit ``scale`` per unit, and assistant A by ``bias``."""
-    return KnownJudge(
-        lambda pair, first: scale * (float(pair.response_a) - float(pair.response_b)) + (bias if first else -bias)
-    )
+    return KnownJudge(lambda pair, first: scale * (float(pair.response_a) - float(pair.response_b)) + (bias if first else -bias))
 
 
 def sigmoid(x):
@@ -76,9 +74,7 @@ def test_rank_refuses_what_it_cannot_do():
 def test_judge_that_sees_the_true_reward():
     result = evaluate(KnownJudge(lambda p, first: math.log(p.probability / (1 - p.probability))), PAIRS)
     assert result.accuracy == 1.0 and result.position_gap == 0.0 and result.interval == 0.0
-    entropy = sum(
-        -p.probability * math.log(p.probability) - (1 - p.probability) * math.log(1 - p.probability) for p in PAIRS
-    )
+    entropy = sum(-p.probability * math.log(p.probability) - (1 - p.probability) * math.log(1 - p.probability) for p in PAIRS)
     assert result.cross_entropy == pytest.approx(entropy / len(PAIRS))
 
 
@@ -112,9 +108,7 @@ def test_evaluate_needs_labels():
 
 
 def test_batches_of_unequal_length_score_as_one_by_one(embedded_judge):
-    pairs = [
-        Pair("What does Anna eat? " * (1 + i % 5), "soup " * (1 + 7 * i), "fish and cake " * (1 + i), 0) for i in range(12)
-    ]
+    pairs = [Pair("What does Anna eat? " * (1 + i % 5), "soup " * (1 + 7 * i), "fish and cake " * (1 + i), 0) for i in range(12)]
     together = embedded_judge.compare_many(pairs)
     for pair, result in zip(pairs, together):
         alone = embedded_judge.compare(pair.prompt, pair.response_a, pair.response_b)
@@ -137,9 +131,9 @@ def test_scores_are_those_of_a_plain_forward_pass(embedded_judge, tokenizer):
     from gram_mini import prompts
 
     content = prompts.JUDGE.format(prompt="What does Anna eat?", response_a="Anna eats soup.", response_b="Anna eats fish.")
-    ids = tokenizer.apply_chat_template(
-        [{"role": "user", "content": content}], add_generation_prompt=True, return_tensors="pt"
-    )["input_ids"]
+    ids = tokenizer.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True, return_tensors="pt")[
+        "input_ids"
+    ]
     with torch.no_grad():
         logits = embedded_judge.model(input_ids=ids).logits[0, -1]
     expected = logits[tokenizer.convert_tokens_to_ids(["A", "B"])].softmax(dim=0)[0].item()

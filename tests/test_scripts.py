@@ -80,12 +80,10 @@ def test_artefacts_of_both_stages(pretrain, reward):
         }
         assert (run / "plot.png").read_bytes().startswith(b"\x89PNG")
         assert any(
-            tensor.abs().max() > 0
-            for name, tensor in load_file(run / "adapter_model.safetensors").items()
-            if "lora_B" in name
+            tensor.abs().max() > 0 for name, tensor in load_file(run / "adapter_model.safetensors").items() if "lora_B" in name
         )
         record = json.loads((run / "run.json").read_text())
-        assert record["stage"] == stage and record["options"]["lora_rank"] == (8 if stage == "pretrain" else None)
+        assert record["stage"] == stage and record["options"]["lora_rank"] == 8
         assert {"torch", "transformers", "peft", "bitsandbytes"} <= record["versions"].keys()
         assert record["data"]["used"] == 400 and len(record["data"]["fingerprint"]) == 16
         assert record["backbone"]["name"] == "embedded" and "[User Question]" in record["prompt"]["judge"]
@@ -300,6 +298,7 @@ def test_unknown_option_is_an_error():
     (train_reward, ["--init", "runs/nowhere"], "--init runs/nowhere: no such folder"),
     (train_reward, ["--device", "abacus"], "--device abacus"),
     (score, ["--model", "runs/nowhere", "--prompt", "x", "--response", "y", "--response", "z"], "runs/nowhere: no such folder"),
+    (score, ["--prompt", "x", "--response", "y", "--response", "z"], "runs/reward: not trained yet; run train_reward.py"),
     (score, ["--data", "nowhere.jsonl", "--out", "scores.jsonl", "--model", "embedded"], "nowhere.jsonl: no such file"),
 ])  # fmt: skip
 def test_user_errors_are_one_line(script, arguments, message, tmp_path, monkeypatch):
