@@ -22,7 +22,7 @@ from gram_mini.backbone import (
 )
 from gram_mini.batches import encode_pairs, judge_batch
 from gram_mini.data import load_pairs, split_by_prompt
-from gram_mini.errors import clear_errors
+from gram_mini.errors import UserError, clear_errors
 from gram_mini.evaluation import evaluate
 from gram_mini.losses import best_margin, label_mass, margins, reward_loss
 from gram_mini.reward_model import RewardModel
@@ -57,6 +57,8 @@ def main(argv=None):
     args = parser.parse_args(argv)
     device = pick_device(args.device)
     run = RunFolder(args.out, args.overwrite)
+    if args.init and args.init.resolve() == args.out.resolve():
+        raise UserError(f"--out {args.out}: is the run given as --init; give another folder")
     args.lora_rank = check_init(args.init, args.model, args.lora_rank) if args.init else args.lora_rank or 32
 
     # Data -> prompts -> token ids

@@ -130,9 +130,11 @@ class RunFolder:
         save_adapter(model, tokenizer, record["backbone"]["name"], self.partial)
         plot(self.partial / "log.csv", self.partial / "plot.png", record["stage"])
         (self.partial / "run.json").write_text(json.dumps(record, indent=2) + "\n")
+        replaced = self.folder.with_name(self.folder.name + ".replaced")
         if self.folder.exists():
-            shutil.rmtree(self.folder)
+            self.folder.rename(replaced)
         self.partial.rename(self.folder)
+        shutil.rmtree(replaced, ignore_errors=True)
 
 
 def run_record(stage: str, args, data, labels: tuple[int, int], **results) -> dict:

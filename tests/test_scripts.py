@@ -365,6 +365,7 @@ def test_init_of_another_backbone_or_rank(pretrain, tmp_path):
         ["--init", str(pretrain), "--model", other_backbone(tmp_path / "other"), "--out", str(tmp_path / "x")],
         "was trained on the backbone 'embedded'",
     )
+    fails(train_reward, ["--init", str(pretrain), "--out", str(pretrain), "--overwrite"], "is the run given as --init")
     fails(train_reward, ["--init", str(pretrain), "--lora-rank", "4", "--out", str(tmp_path / "x")], "has rank 8")
 
 
