@@ -8,11 +8,16 @@ a ranking, --reference the reward of each. With --data, every row of a file beco
 """
 
 import json
+import os
+from dataclasses import asdict
 from pathlib import Path
 
+from tqdm import tqdm
+
 from gram_mini import options
-from gram_mini.data import Pair, parse_pair, read_rows
+from gram_mini.data import Pair, parse_pair, read_prompt, read_rows, unusable
 from gram_mini.errors import UserError, clear_errors
+from gram_mini.prompts import LABELS
 from gram_mini.reward_model import AVERAGES, METHODS, RewardModel
 
 EXAMPLES = """\
@@ -43,7 +48,7 @@ def main(argv=None):
         help="average of the two orders: of probabilities or log-odds",
     )
     g.add_argument("--batch-size", type=options.positive_int, default=64, metavar="N", help="judge prompts per forward pass")
-    options.add_model_options(parser, g, bits_default=None)
+    options.add_model_options(g, bits_default=None, max_length_default=None)
     args = parser.parse_args(argv)
     check(parser, args)
 
@@ -52,29 +57,38 @@ def main(argv=None):
     judge = RewardModel.load(args.model, args.bits, args.device, max_length=args.max_length, batch_size=args.batch_size)
     if args.data:
         score_file(judge, args)
-    elif len(args.response) == 2 and not args.reference and not args.rank:
+    elif len(args.response) == 2 and args.reference is None and not args.rank:
         show_comparison(judge, args)
     else:
         show_ranking(judge, args.prompt, args.response, args.reference, args)
 
 
 def check(parser, args):
-    """Options that do not go together are an error of usage."""
-    if bool(args.data) == bool(args.prompt or args.response):
+    """Options that do not go together are an error of usage; what the system garbled is an error of the user's."""
+    single = args.prompt is not None or bool(args.response)
+    if (args.data is not None) == single:
         parser.error("give either --prompt with --response, or --data with --out")
-    if args.data:
-        if not args.out:
+    if args.data is not None:
+        if args.out is None:
             parser.error("--data needs --out FILE.jsonl")
         if args.out.exists() and not args.overwrite:
             raise UserError(f"--out {args.out}: already there; give another file, or --overwrite to replace it")
-        if args.out.is_dir() or not args.out.parent.is_dir():
-            raise UserError(f"--out {args.out}: give the name of a file in a folder that exists")
-    elif not args.prompt or not args.response:
-        parser.error("give --prompt and at least one --response")
-    elif len(args.response) == 1 and not args.reference:
-        parser.error("one response alone cannot be compared; give another --response or a --reference")
-    if args.rank == "reference" and args.prompt and not args.reference:
-        parser.error("--rank reference needs --reference")
+        if args.out.is_dir() or not args.out.parent.is_dir() or not os.access(args.out.parent, os.W_OK):
+            raise UserError(f"--out {args.out}: give the name of a file in a folder that exists and can be written to")
+    else:
+        if args.out or args.overwrite or args.limit:
+            parser.error("--out, --overwrite and --limit go with --data")
+        if not args.prompt or not args.response:
+            parser.error("give --prompt and at least one --response")
+        if len(args.response) == 1 and args.reference is None:
+            parser.error("one response alone cannot be compared; give another --response or a --reference")
+        if args.rank == "reference" and args.reference is None:
+            parser.error("--rank reference needs --reference")
+    if args.reference is not None and args.rank not in (None, "reference"):
+        parser.error(f"--reference does not go with --rank {args.rank}")
+    for text in (args.prompt, args.reference, *args.response):
+        if text is not None and not text.isprintable() and any("\ud800" <= c <= "\udfff" for c in text):
+            raise UserError("a text on the command line is not UTF-8; give it in a file with --data")
 
 
 def show_comparison(judge, args):
@@ -85,7 +99,7 @@ def show_comparison(judge, args):
     print(f"P(A better) = {p:.3f}, from {result.a_first:.3f} with A shown first and {result.a_second:.3f} with B shown first")
     print(f"position gap {result.position_gap:.3f}; mass on the labels {result.label_mass:.3f}")
     if result.truncated:
-        print(f"the texts were cut to {args.max_length} tokens")
+        print(f"the texts were cut to {judge.max_length} tokens")
     if p == 0.5:
         print("Neither is better.")
     else:
@@ -97,6 +111,8 @@ def show_ranking(judge, prompt, responses, reference, args):
     ranking = rank(judge, prompt, responses, reference, args)
     print(f"prompt  {prompt}")
     print(f"ranked by {ranking.method}, {ranking.comparisons} comparisons, each in both orders; best first:")
+    if ranking.truncated:
+        print(f"in {ranking.truncated} of them the texts were cut to {judge.max_length} tokens")
     for place, i in enumerate(ranking.order, start=1):
         print(f"  {place}. {ranking.scores[i]:6.3f}  {responses[i]}")
     if ranking.method == "reference":
@@ -113,54 +129,56 @@ def score_file(judge, args):
     rows = list(read_rows(args.data, args.split, args.limit))
     jobs = [read_job(row, where, args) for where, row in rows]
     pairs = [job for job in jobs if isinstance(job, Pair)]
-    compared = iter(judge.compare_many(pairs, args.average, progress="scoring")) if pairs else iter(())
+    compared = iter(judge.compare_many(pairs, args.average, progress="scoring") if pairs else [])
+    lines, hits, cut = [], [], 0
+    for number, ((_, row), job) in enumerate(zip(tqdm(rows, desc="scoring", delay=2, leave=False), jobs), start=1):
+        line = {"row": number, **({"id": row["id"]} if "id" in row else {})}
+        if isinstance(job, Pair):
+            result = next(compared)
+            better = "A" if result.probability > 0.5 else "B" if result.probability < 0.5 else None
+            line |= {
+                "probability": result.probability,
+                "a_first": result.a_first,
+                "a_second": result.a_second,
+                "position_gap": result.position_gap,
+                "truncated": result.truncated,
+                "better": better,
+            }
+            if job.label is not None and not unusable(job):
+                hits.append(better == LABELS[job.label])
+        else:
+            result = rank(judge, *job, args)
+            line |= asdict(result)
+        cut += bool(result.truncated)
+        lines.append(json.dumps(line, ensure_ascii=False, default=str) + "\n")
     partial = args.out.with_name(args.out.name + ".partial")
-    hits, cut = [], 0
     try:
-        with open(partial, "w") as file:
-            for number, ((_, row), job) in enumerate(zip(rows, jobs), start=1):
-                line = {"row": number, **({"id": row["id"]} if "id" in row else {})}
-                if isinstance(job, Pair):
-                    r = next(compared)
-                    line |= {
-                        "probability": r.probability, "a_first": r.a_first, "a_second": r.a_second,
-                        "position_gap": r.position_gap, "truncated": r.truncated,
-                        "better": "A" if r.probability > 0.5 else "B" if r.probability < 0.5 else None,
-                    }  # fmt: skip
-                    cut += r.truncated
-                    if job.label is not None:
-                        hits.append(line["better"] == "AB"[job.label])
-                else:
-                    ranking = rank(judge, *job, args)
-                    line |= {
-                        "order": ranking.order,
-                        "scores": ranking.scores,
-                        "method": ranking.method,
-                        "comparisons": ranking.comparisons,
-                    }
-                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        partial.write_text("".join(lines), encoding="utf-8", errors="replace")
         partial.replace(args.out)
     except OSError as error:
         raise UserError(f"--out {args.out}: cannot be written: {error.strerror}") from None
-    print(f"scored {len(rows)} rows from {args.data}; {cut} cut to {args.max_length} tokens; wrote {args.out}")
+    finally:
+        partial.unlink(missing_ok=True)
+    print(f"scored {len(rows)} rows from {args.data}, {cut} of them cut to {judge.max_length} tokens; wrote {args.out}")
     if hits:
         print(f"{sum(hits)} of {len(hits)} labelled pairs judged as labelled: accuracy {sum(hits) / len(hits):.3f}")
 
 
 def read_job(row, where, args):
     """A row as a Pair, or as (prompt, responses, reference) where it holds a list of responses."""
-    if "responses" not in row:
-        return parse_pair(row, where)
-    prompt, responses, reference = row.get("prompt"), row["responses"], row.get("reference", args.reference)
-    if not isinstance(prompt, str):
-        raise UserError(f"{where}: column 'prompt' must be text, found {type(prompt).__name__}")
+    if row.get("responses") is None:
+        if args.rank or args.reference is not None:
+            raise UserError(f"{where}: --rank and --reference need rows with a column 'responses', a list of texts")
+        return parse_pair(row, where, labelled=row.get("label") in LABELS)
+    prompt, responses = read_prompt(row.get("prompt"), where, "prompt"), row["responses"]
     if not isinstance(responses, list) or not responses or not all(isinstance(r, str) for r in responses):
         raise UserError(f"{where}: column 'responses' must be a list of at least one text")
+    reference = args.reference if row.get("reference") is None else row["reference"]
     if reference is not None and not isinstance(reference, str):
         raise UserError(f"{where}: column 'reference' must be text, found {type(reference).__name__}")
     if reference is None and (len(responses) == 1 or args.rank == "reference"):
         raise UserError(f"{where}: needs a column 'reference', or --reference")
-    return prompt, responses, reference
+    return prompt, responses, reference if args.rank in (None, "reference") else None
 
 
 if __name__ == "__main__":

@@ -3,6 +3,8 @@
 Any preference data will do: labels are dropped, and which response comes first is drawn at random.
 """
 
+import time
+
 import torch
 from tqdm import tqdm
 
@@ -31,7 +33,7 @@ EXAMPLES = """\
 def main(argv=None):
     parser = options.parser(__doc__, EXAMPLES)
     options.add_training_options(
-        parser, out="runs/pretrain", lr=3e-3, epochs=2, held_out=0.01, lora_rank=32,
+        parser, out="runs/pretrain", lr=3e-3, epochs=2, held_out=0.0, lora_rank=32,
         data_help="pairs of responses: file, folder, hub name, or 'world' for the embedded village",
     )  # fmt: skip
     args = parser.parse_args(argv)
@@ -54,7 +56,7 @@ def main(argv=None):
     model = add_lora(load_backbone(args.model, args.bits, device), args.lora_rank)
     steps = number_of_steps(len(train), args.batch_size, args.grad_accum, args.epochs, args.steps)
     optimizer, schedule = optimizer_and_schedule(model, args.lr, steps)
-    log = Log(run.start() / "log.csv", args.log_every)
+    log = Log(run.start() / "log.csv", args.log_every, steps)
 
     def loss_on(rows, swaps):
         batch = pair_batch(rows, swaps, prompt, tokenizer.pad_token_id)
@@ -67,35 +69,35 @@ def main(argv=None):
     @torch.no_grad()
     def held_out_loss():
         model.eval()
-        sizes = range(0, len(held_out), args.batch_size)
-        chunks = [held_out[i : i + args.batch_size] for i in sizes]
-        total = sum(loss_on(chunk, [False] * len(chunk))[0].item() * len(chunk) for chunk in chunks)
+        chunks = [held_out[i : i + args.batch_size] for i in range(0, len(held_out), args.batch_size)]
+        losses = [(loss_on(chunk, [False] * len(chunk))[0].item(), len(chunk)) for chunk in tqdm(chunks, delay=2, leave=False)]
         model.train()
-        return total / len(held_out)
+        return sum(loss * size for loss, size in losses) / len(held_out)
 
     # The loop
     model.train()
     batches = batches_forever(train, args.batch_size, args.seed)
     progress = tqdm(range(1, steps + 1), desc="stage 1", mininterval=1)
     for step in progress:
-        tokens = 0
         for _ in range(args.grad_accum):
-            loss, size = loss_on(*next(batches))
+            loss, tokens = loss_on(*next(batches))
             (loss / args.grad_accum).backward()
-            tokens += size
+            log.note(tokens, loss=loss)
         clip_gradients(model)
         optimizer.step()
-        schedule.step()
         optimizer.zero_grad()
-        log.train(step, schedule.get_last_lr()[0], tokens, loss=loss)
-        if log.due(step):
-            progress.set_postfix(loss=f"{loss.item():.3f}")
+        if means := log.train(step, lr=schedule.get_last_lr()[0]):
+            progress.set_postfix(loss=f"{means['loss']:.3f}")
+        schedule.step()
         if held_out and (step == steps or step % max(1, steps // 5) == 0):
-            log.held_out(step, loss=(final := held_out_loss()))
+            began = time.perf_counter()
+            final = held_out_loss()
+            log.held_out(step, time.perf_counter() - began, loss=final)
 
     results = {"held_out_loss": final} if held_out else {}
-    run.finish(model, tokenizer, run_record("pretrain", args, data, labels, truncated=cut, steps=steps, **results))
-    print(f"held-out loss {final:.3f} nats per token" if held_out else "nothing was held out")
+    run.finish(model, tokenizer, run_record("pretrain", args, data, model, labels, truncated=cut, steps=steps, **results))
+    if held_out:
+        print(f"held-out loss {final:.3f} nats per token")
     print(f"wrote {args.out}: adapter, tokenizer, run.json, log.csv, plot.png")
 
 

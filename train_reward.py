@@ -4,6 +4,7 @@ The loss on the two label logits is Bradley-Terry plus a regulariser, -log sigmo
 m = Z_w - Z_l; gram_mini/losses.py derives it step by step.
 """
 
+import time
 from dataclasses import asdict
 from pathlib import Path
 
@@ -49,7 +50,9 @@ def main(argv=None):
         data_help="labelled pairs: file, folder, hub name, or 'world' for the embedded village",
     )  # fmt: skip
     group = parser.add_argument_group("stage 2")
-    group.add_argument("--init", type=Path, metavar="RUN", help="stage-1 run to start from (default: the plain backbone)")
+    group.add_argument(
+        "--init", type=Path, metavar="RUN", help="run to start from, of stage 1 as a rule (default: the plain backbone)"
+    )
     group.add_argument(
         "--label-smoothing", type=options.smoothing, default=0.05, metavar="EPS",
         help="eps of the loss above, 0 <= eps < 0.5; half of torch's label_smoothing, so 0.05 is the paper's 0.1 there",
@@ -71,18 +74,17 @@ def main(argv=None):
     judge = RewardModel(model, tokenizer, args.max_length, args.batch_size)
     train_pairs, held_out = split_by_prompt(data.pairs, args.held_out, args.seed)
     train = encode_pairs(train_pairs, judge.prompt, tokenizer, args.max_length)
-    cut = sum(row.truncated for row in train)
+    cut = sum(row.truncated for row in train + encode_pairs(held_out, judge.prompt, tokenizer, args.max_length))
     print(f"{len(train)} pairs to train on, {len(held_out)} held out; {cut} cut to {args.max_length} tokens")
 
     # The loop
     steps = number_of_steps(len(train), args.batch_size, args.grad_accum, args.epochs, args.steps)
     optimizer, schedule = optimizer_and_schedule(model, args.lr, steps)
-    log = Log(run.start() / "log.csv", args.log_every)
+    log = Log(run.start() / "log.csv", args.log_every, steps)
     model.train()
     batches = batches_forever(train, args.batch_size, args.seed)
     progress = tqdm(range(1, steps + 1), desc="stage 2", mininterval=1)
     for step in progress:
-        tokens = 0
         for _ in range(args.grad_accum):
             batch = judge_batch(*next(batches), judge.prompt, tokenizer.pad_token_id)
             hidden = hidden_states(model, batch["input_ids"].to(device))  # (B, T, H)
@@ -91,25 +93,23 @@ def main(argv=None):
             labels = batch["labels"].to(device)  # (B,)
             loss = reward_loss(logits, labels, args.label_smoothing)
             (loss / args.grad_accum).backward()
-            tokens += batch["input_ids"].numel()
+            m = margins(logits, labels)  # (B,)
+            log.note(batch["input_ids"].numel(), loss=loss, accuracy=(m > 0).float().mean(), margin=m.mean())
+        if log.due(step):  # the mass on {A, B} needs the whole output matrix, so only now and then
+            log.note(0, label_mass=label_mass(output_logits(model, at_end.detach()), judge.labels).mean())
         clip_gradients(model)
         optimizer.step()
-        schedule.step()
         optimizer.zero_grad()
-        with torch.no_grad():
-            m = margins(logits, labels)  # (B,)
-            shown = {"loss": loss, "accuracy": (m > 0).float().mean(), "margin": m.mean()}
-            if log.due(step):  # the mass on {A, B} needs the whole output matrix, so only now and then
-                shown["label_mass"] = label_mass(output_logits(model, at_end), judge.labels).mean()
-        log.train(step, schedule.get_last_lr()[0], tokens, **shown)
-        if log.due(step):
-            progress.set_postfix(loss=f"{loss.item():.3f}", accuracy=f"{shown['accuracy'].item():.2f}")
+        if means := log.train(step, lr=schedule.get_last_lr()[0]):
+            progress.set_postfix(loss=f"{means['loss']:.3f}", accuracy=f"{means['accuracy']:.2f}")
+        schedule.step()
         if held_out and (step == steps or step % max(1, steps // 5) == 0):
-            final = evaluate(judge, held_out)
-            log.held_out(step, **asdict(final))
+            began = time.perf_counter()
+            final = evaluate(judge, held_out, progress="held out")
+            log.held_out(step, time.perf_counter() - began, **asdict(final))
 
     results = {"held_out": asdict(final)} if held_out else {}
-    run.finish(model, tokenizer, run_record("reward", args, data, judge.labels, truncated=cut, steps=steps, **results))
+    run.finish(model, tokenizer, run_record("reward", args, data, model, judge.labels, truncated=cut, steps=steps, **results))
     if held_out:
         print(
             f"held out: accuracy {final.accuracy:.3f} ± {final.interval:.3f}, loss {final.loss:.3f}, position gap "

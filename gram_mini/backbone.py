@@ -38,6 +38,8 @@ def pick_device(device: str) -> torch.device:
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
+        if device == "meta":
+            raise RuntimeError("it holds no numbers")
         return torch.empty(0, device=device).device
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {device}: not to be had here: {str(error).splitlines()[0]}") from None
@@ -58,14 +60,17 @@ def load_tokenizer(name: str):
     Raises:
         UserError: if there is none under this name.
     """
-    tokenizer = _from_pretrained(AutoTokenizer, name)
+    folder = Path(name) if (Path(name) / "tokenizer.json").is_file() else local_folder(name)
+    tokenizer = _from_pretrained(AutoTokenizer, name, folder)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token  # padding is never attended to, any token will do
     return tokenizer
 
 
-def load_backbone(name: str, bits: int = 4, device: torch.device = torch.device("cpu")):
+def load_backbone(name: str, bits: int = 4, device: torch.device = torch.device("cpu"), revision: str | None = None):
     """Load a causal language model with frozen weights; ``bits=4`` is NF4 with double quantisation (QLoRA).
+
+    ``revision`` is the commit of a hub model; the newest by default.
 
     Raises:
         UserError: if there is no such model.
@@ -77,8 +82,11 @@ def load_backbone(name: str, bits: int = 4, device: torch.device = torch.device(
     model = _from_pretrained(
         AutoModelForCausalLM,
         name,
+        local_folder(name),
         dtype=dtype,
         device_map={"": device},
+        revision=revision or "main",
+        use_safetensors=True,  # a pickled checkpoint could run code
         **({"quantization_config": quantization} if bits == 4 else {}),
     )
     for module in model.modules():
@@ -105,7 +113,10 @@ def load_lora(model, folder: Path, trainable: bool) -> PeftModel:
     """
     if not (folder / "adapter_model.safetensors").is_file():
         raise UserError(f"{folder}: holds no adapter_model.safetensors; is this a finished run?")
-    return PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
+    try:
+        return PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
+    except Exception as error:  # as in _from_pretrained
+        raise UserError(f"{folder}: the adapter cannot be loaded: {str(error).splitlines()[0]}") from None
 
 
 def save_adapter(model: PeftModel, tokenizer, backbone: str, folder: Path) -> None:
@@ -114,6 +125,13 @@ def save_adapter(model: PeftModel, tokenizer, backbone: str, folder: Path) -> No
     model.save_pretrained(str(folder), save_embedding_layers=False)
     (folder / "README.md").unlink(missing_ok=True)  # an empty model card
     tokenizer.save_pretrained(str(folder))
+
+
+def logits_at_end(model, input_ids: torch.Tensor, last: torch.Tensor, tokens: tuple[int, ...] | None = None) -> torch.Tensor:
+    """Next-token logits after position ``last`` (B,) of each of the sequences (B, T): (B, V), or (B, len(tokens))."""
+    hidden = hidden_states(model, input_ids)  # (B, T, H)
+    at_end = hidden[torch.arange(len(hidden)), last]  # (B, H)
+    return output_logits(model, at_end, tokens)
 
 
 def hidden_states(model, input_ids: torch.Tensor) -> torch.Tensor:
@@ -139,34 +157,47 @@ def output_logits(model, hidden: torch.Tensor, tokens: tuple[int, ...] | None = 
     return torch.tanh(logits / cap) * cap if cap else logits
 
 
-def fingerprint(name: str) -> str:
-    """What identifies a backbone: its commit on the hub, or a hash of the config and the weight files of its folder."""
-    folder = EMBEDDED_FOLDER if name == EMBEDDED else Path(name)
-    if not folder.is_dir():
-        from huggingface_hub import try_to_load_from_cache
+def local_folder(name: str) -> Path | None:
+    """The folder of a backbone: the embedded one, or one on this machine; None for a name on the hub.
 
-        cached = try_to_load_from_cache(name, "config.json")
-        return Path(cached).parent.name if isinstance(cached, str) else name
-    digest = hashlib.sha256()
-    for file in sorted([folder / "config.json", *folder.glob("*.safetensors")]):
+    Raises:
+        UserError: for what looks like a path, but is no folder with a model in it.
+    """
+    folder = EMBEDDED_FOLDER if name == EMBEDDED else Path(name)
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise UserError(f"{name}: holds no config.json, so it is no model folder")
+        return folder
+    if looks_like_path(name):
+        raise UserError(f"{name}: no such folder; give a model folder, a run folder or a name on the hub")
+    return None
+
+
+def fingerprint(name: str, model=None) -> str | None:
+    """What identifies a backbone: a hash over config and weights of its folder, or its commit on the hub.
+
+    The commit is read off the loaded ``model``; without one it is None for a name on the hub.
+    """
+    folder = local_folder(name)
+    if folder is None:
+        return getattr(model.config, "_commit_hash", None) if model is not None else None
+    digest = hashlib.sha256((folder / "config.json").read_bytes())
+    for file in sorted(folder.glob("*.safetensors")):
+        size = file.stat().st_size
+        digest.update(f"{file.name} {size} ".encode())
         with open(file, "rb") as stream:
-            digest.update(f"{file.name} {file.stat().st_size} ".encode() + stream.read(1 << 22))  # the first 4 MB will do
+            for part in range(256):  # 64 KB at 256 places tell two models apart without reading 16 GB
+                stream.seek(part * size // 256)
+                digest.update(stream.read(1 << 16))
     return digest.hexdigest()[:16]
 
 
-def _from_pretrained(kind, name: str, **options):
-    path = str(EMBEDDED_FOLDER) if name == EMBEDDED else str(Path(name).expanduser()) if Path(name).is_dir() else name
-    if looks_like_path(name) and not Path(path).is_dir():
-        raise UserError(f"{name}: no such folder; give a model folder, a run folder or a name on the hub")
-    if Path(path).is_dir() and not (Path(path) / "config.json").is_file() and kind is AutoModelForCausalLM:
-        raise UserError(f"{name}: holds no config.json, so it is no model folder")
+def _from_pretrained(kind, name: str, folder: Path | None, **options):
     try:
-        # Safetensors only: a pickled checkpoint could run code.
-        extra = {"use_safetensors": True} if kind is AutoModelForCausalLM else {}
-        return kind.from_pretrained(path, **extra, **options)
-    except (OSError, ValueError) as error:
+        return kind.from_pretrained(str(folder or name), **options)
+    except Exception as error:  # files of any origin: whatever the loader raises, this name gives no model
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise UserError(f"backbone {name!r} cannot be loaded: {reason}") from None
+        raise UserError(f"{name!r} cannot be loaded: {reason}") from None
 
 
 def read_run(folder: Path) -> dict:
@@ -176,8 +207,11 @@ def read_run(folder: Path) -> dict:
         UserError: if the folder holds none or it cannot be read.
     """
     try:
-        return json.loads((folder / "run.json").read_text())
+        run = json.loads((folder / "run.json").read_text())
     except FileNotFoundError:
         raise UserError(f"{folder}: holds no run.json, so it is no finished run") from None
     except json.JSONDecodeError as error:
         raise UserError(f"{folder / 'run.json'}, line {error.lineno}: invalid JSON: {error.msg}") from None
+    if not isinstance(run, dict) or not {"stage", "backbone", "options", "labels"} <= run.keys():
+        raise UserError(f"{folder / 'run.json'}: is not the record of a run")
+    return run

@@ -45,8 +45,9 @@ def encode_pairs(pairs: list[Pair], pieces: PromptPieces, tokenizer, max_length:
     encoded = []
     for start in tqdm(range(0, len(pairs), 1000), desc="tokenising", unit="k", delay=2, leave=False):
         some = pairs[start : start + 1000]
-        texts = [text for pair in some for text in (pair.prompt, pair.response_a, pair.response_b)]
-        ids = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+        texts = [text.strip() for pair in some for text in (pair.prompt, pair.response_a, pair.response_b)]
+        # A response that spells out "<|im_end|>" must not end the user's turn: inside a text it is only text.
+        ids = tokenizer(texts, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
         for pair, prompt, a, b in zip(some, ids[0::3], ids[1::3], ids[2::3]):
             cut = truncate(prompt, a, b, budget)
             encoded.append(EncodedPair(*cut, pair.label, truncated=cut != (prompt, a, b)))

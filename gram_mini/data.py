@@ -22,6 +22,7 @@ import json
 import os
 import random
 import re
+import zlib
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -105,14 +106,14 @@ def load_pairs(source: str, labelled: bool, limit: int | None = None, split: str
         return PairData("world", pairs, len(pairs))
     data = PairData(source, [], 0)
     for where, row in tqdm(read_rows(source, split, limit), desc="reading", unit=" rows", delay=2, leave=False):
-        pair = parse_pair(row, where)
+        pair = parse_pair(row, where, labelled)
         data.rows += 1
         if labelled and pair.label is None:
             raise UserError(
                 f"{where}: no label; stage 2 and evaluation need to know the preferred response: give columns "
                 "'chosen' and 'rejected', or 'label' with A or B"
             )
-        reason = _unusable(pair)
+        reason = unusable(pair)
         if reason:
             data.dropped[reason] += 1
         else:
@@ -146,6 +147,8 @@ def read_rows(source: str, split: str = "train", limit: int | None = None):
         UserError: no such source, an empty or undecodable file, invalid JSON (names the line).
     """
     path = Path(source)
+    if len(path.name) > 255:
+        raise UserError(f"{source[:40]}...: no such file or folder")
     if path.is_dir():
         files = sorted(file for file in path.iterdir() if _suffix(file) in SUFFIXES)
         if not files:
@@ -191,7 +194,7 @@ def _read_file(path: Path):
         text = (gzip.decompress(raw) if path.suffix == ".gz" else raw).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 text (byte {error.start}); save it as UTF-8") from None
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{path}: cannot be read: {error}") from None
     if not text.strip():
         raise UserError(f"{path}: the file is empty; give a file with at least one row")
@@ -206,6 +209,8 @@ def _read_jsonl(path: Path, text: str):
                 row = json.loads(line)
             except json.JSONDecodeError as error:
                 raise UserError(f"{where}: invalid JSON: {error.msg} at column {error.colno}") from None
+            except (ValueError, RecursionError) as error:  # numbers too long, lists too deep
+                raise UserError(f"{where}: invalid JSON: {error}") from None
             yield where, _as_row(row, where)
 
 
@@ -214,6 +219,8 @@ def _read_json(path: Path, text: str):
         rows = json.loads(text)
     except json.JSONDecodeError as error:
         raise UserError(f"{path}, line {error.lineno}: invalid JSON: {error.msg} at column {error.colno}") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: invalid JSON: {error}") from None
     if not isinstance(rows, list):
         raise UserError(f"{path}: expected a list of rows, found {type(rows).__name__}; for one row a line use .jsonl")
     for number, row in enumerate(rows, start=1):
@@ -268,18 +275,18 @@ def _as_row(row, where: str) -> dict:
 # ---- one row -> one pair ------------------------------------------------------------------------------
 
 
-def parse_pair(row: dict, where: str) -> Pair:
-    """Recognise the format of one row by its columns and read it.
+def parse_pair(row: dict, where: str, labelled: bool = True) -> Pair:
+    """Recognise the format of one row by its columns and read it; a column 'label' only where ``labelled``.
 
     Raises:
         UserError: columns missing or of the wrong type; names ``where`` and the column.
     """
     if {"conversations", "chosen", "rejected"} <= row.keys():
-        prompt = _dialogue(row["conversations"], where, "conversations")
+        prompt = read_prompt(row["conversations"], where, "conversations")
         return Pair(prompt, _reply(row["chosen"], where, "chosen"), _reply(row["rejected"], where, "rejected"), 0)
     if {"prompt", "chosen", "rejected"} <= row.keys():
         return Pair(
-            _dialogue(row["prompt"], where, "prompt"),
+            read_prompt(row["prompt"], where, "prompt"),
             _reply(row["chosen"], where, "chosen"),
             _reply(row["rejected"], where, "rejected"),
             label=0,
@@ -288,7 +295,7 @@ def parse_pair(row: dict, where: str) -> Pair:
         return _shared_prefix(row["chosen"], row["rejected"], where)
     if {"prompt", "response_a", "response_b"} <= row.keys():
         texts = [_text(row[name], where, name) for name in ("prompt", "response_a", "response_b")]
-        return Pair(*texts, label=_label(row.get("label"), where))
+        return Pair(*texts, label=_label(row.get("label"), where) if labelled else None)
     if {"instruction", "output"} <= row.keys():
         return _official(row, where)
     raise UserError(
@@ -300,6 +307,8 @@ def parse_pair(row: dict, where: str) -> Pair:
 def _text(value, where: str, column: str) -> str:
     if not isinstance(value, str):
         raise UserError(f"{where}: column {column!r} must be text, found {type(value).__name__}")
+    if any("\ud800" <= character <= "\udfff" for character in value):
+        raise UserError(f"{where}: column {column!r} holds half a character (a lone surrogate); save the text as UTF-8")
     return value.strip()
 
 
@@ -323,9 +332,9 @@ def _messages(value, where: str, column: str) -> list[tuple[str, str]]:
             if isinstance(message, dict)
             else (None, None)
         )
-        if role not in speakers or not isinstance(text, str):
+        if not isinstance(role, str) or role not in speakers or not isinstance(text, str):
             raise UserError(f"{where}: column {column!r}: a message needs a role (one of {', '.join(speakers)}) and a text")
-        messages.append((speakers[role], text.strip()))
+        messages.append((speakers[role], _text(text, where, column)))
     return messages
 
 
@@ -336,7 +345,8 @@ def _transcript(messages: list[tuple[str, str]]) -> str:
     return "\n\n".join(f"{speaker}: {text}" for speaker, text in messages)
 
 
-def _dialogue(value, where: str, column: str) -> str:
+def read_prompt(value, where: str, column: str) -> str:
+    """A prompt: text, or a list of messages as one text."""
     return _text(value, where, column) if isinstance(value, str) else _transcript(_messages(value, where, column))
 
 
@@ -400,7 +410,8 @@ def _official(row: dict, where: str) -> Pair:
     return Pair(question.strip(), a.strip(), b.strip(), label)
 
 
-def _unusable(pair: Pair) -> str | None:
+def unusable(pair: Pair) -> str | None:
+    """Why a pair says nothing about preference, or None if it does."""
     if not pair.prompt:
         return "with an empty prompt"
     if not pair.response_a or not pair.response_b:

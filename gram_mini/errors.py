@@ -25,5 +25,5 @@ def clear_errors():
         print(f"error: {error.filename or 'a file'}: {error.strerror}; make room or choose another folder", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("\ninterrupted: no run folder was written or replaced", file=sys.stderr)
+        print("\ninterrupted: nothing was written or replaced", file=sys.stderr)
         sys.exit(130)

@@ -8,14 +8,19 @@ different seeds share a row: mean and 95% interval over the seeds.
 
 from __future__ import annotations
 
+import argparse
+import json
 import math
 import statistics
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
+from gram_mini.backbone import read_run
 from gram_mini.data import Pair
+from gram_mini.errors import clear_errors
 from gram_mini.reward_model import Comparison, RewardModel
+from gram_mini.world.pairs import world_pairs
 
 
 @dataclass(frozen=True)
@@ -50,17 +55,19 @@ def summarise(pairs: list[Pair], results: list[Comparison]) -> Evaluation:
     for pair, result in zip(pairs, results):
         p = result.probability
         hits[pair.prompt].append(p > 0.5 if pair.label == 0 else p < 0.5)
-        margins += [m if pair.label == 0 else -m for m in (result.odds_first, result.odds_second)]
+        margins += [m if pair.label == 0 else -m for m in (result.log_odds_first, result.log_odds_second)]
         if pair.probability is not None:
             p, q = min(max(p, 1e-12), 1 - 1e-12), pair.probability
             entropies.append(-q * math.log(p) - (1 - q) * math.log(1 - p))
     accuracy = sum(map(sum, hits.values())) / len(pairs)
     # Pairs of one prompt stand or fall together, so the interval counts prompts (cluster-robust).
     residuals = sum((sum(h) - accuracy * len(h)) ** 2 for h in hits.values())
+    prompts = len(hits)
+    widen = student_t(prompts - 1) * math.sqrt(prompts / (prompts - 1)) if prompts > 1 else math.inf
     return Evaluation(
         pairs=len(pairs),
         accuracy=accuracy,
-        interval=1.96 * math.sqrt(residuals) / len(pairs),
+        interval=min(1.0, widen * math.sqrt(residuals) / len(pairs)) if residuals else 0.0,
         loss=sum(_softplus(-m) for m in margins) / len(margins),
         margin=sum(margins) / len(margins),
         label_mass=sum(r.label_mass for r in results) / len(results),
@@ -76,51 +83,65 @@ def _softplus(x: float) -> float:
 
 # ---- the table of the demo ----------------------------------------------------------------------------
 
+# Options that may differ between runs of one recipe.
+PASSING = ("seed", "out", "init", "overwrite", "device", "log_every")
 
-def recipe(run: dict | None) -> str:
-    """What a run did, in a word or two; the rows of the table are called by it."""
+
+def recipe(run: dict | None) -> tuple[str, str]:
+    """What a run did, in a word or two, and everything that must agree for two runs to share a row."""
     if run is None:
-        return "zero-shot judge"
+        return "zero-shot judge", ""
+    options = {name: value for name, value in run["options"].items() if name not in PASSING}
     if run["stage"] == "pretrain":
-        return "stage 1 alone"
-    start = "stage 1 + labels" if run["options"]["init"] else "labels alone"
-    return start + (", smoothed" if run["options"]["label_smoothing"] > 0 else "")
+        name = "stage 1 alone"
+    else:
+        start = run["init"]["stage"] if run["init"] else None
+        name = {None: "labels alone", "pretrain": "stage 1 + labels", "reward": "labels twice"}[start]
+        name += ", smoothed" if options["label_smoothing"] > 0 else ""
+    return name, json.dumps(options, sort_keys=True)
 
 
 def world_table(models: list[str], device: str = "auto") -> str:
     """Judge both test sets of the village with each model and set the figures in a table."""
-    from gram_mini.backbone import read_run
-    from gram_mini.world.pairs import world_pairs
-
     known, unknown = world_pairs("in-distribution"), world_pairs("out-of-distribution")
-    rows = defaultdict(list)
+    rows: dict[tuple[str, str], dict[int, list[Evaluation]]] = defaultdict(dict)
     for model in models:
-        name = recipe(read_run(Path(model)) if (Path(model) / "run.json").is_file() else None)
+        run = read_run(Path(model)) if (Path(model) / "run.json").is_file() else None
         judge = RewardModel.load(model, device=device)
         results = judge.compare_many(unknown, progress=model)
         facts = [(pair, result) for pair, result in zip(unknown, results) if "fact" in pair.differs]
-        rows[name].append([evaluate(judge, known, progress=model), summarise(unknown, results), summarise(*zip(*facts))])
-    lines = [
-        f"{'':28}{'labelled topics':>18}{'unlabelled topics':>20}{'- fact pairs':>18}{'cross-entropy':>15}{'position gap':>14}"
-    ]
-    for name, runs in rows.items():
-        cells = [_mean([run[k] for run in runs]) for k in range(3)]
-        entropy = statistics.mean(run[1].cross_entropy for run in runs)
-        gap = statistics.mean(run[1].position_gap for run in runs)
-        title = name + (f" ({len(runs)} seeds)" if len(runs) > 1 else "")
-        lines.append(f"{title:28}{cells[0]:>18}{cells[1]:>20}{cells[2]:>18}{entropy:>15.3f}{gap:>14.3f}")
+        seed = run["options"]["seed"] if run else 0
+        rows[recipe(run)][seed] = [evaluate(judge, known, progress=model), summarise(unknown, results), summarise(*zip(*facts))]
+
+    head = ("", "labelled topics", "unlabelled topics", "- fact pairs", "cross-entropy", "position gap")
+    lines = [head]
+    for (name, _), by_seed in rows.items():
+        runs = list(by_seed.values())
+        entropy = statistics.mean(unlabelled.cross_entropy for _, unlabelled, _ in runs)
+        gap = statistics.mean(unlabelled.position_gap for _, unlabelled, _ in runs)
+        accuracies = (_with_interval([run[k] for run in runs]) for k in range(3))
+        lines.append((name + (f" ({len(runs)} seeds)" if len(runs) > 1 else ""), *accuracies, f"{entropy:.3f}", f"{gap:.3f}"))
     ideal = statistics.mean(_entropy(pair.probability) for pair in unknown)
-    lines.append(f"{'the true rewards':28}{'1.000':>18}{'1.000':>20}{'1.000':>18}{ideal:>15.3f}{0:>14.3f}")
-    return "\n".join(lines)
+    lines.append(("the true rewards", "1.000", "1.000", "1.000", f"{ideal:.3f}", "0.000"))
+    widths = [max(len(line[k]) for line in lines) for k in range(len(head))]
+    return "\n".join(
+        "  ".join([line[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(line[1:], widths[1:]))]) for line in lines
+    )
 
 
-def _mean(runs: list[Evaluation]) -> str:
-    """Accuracy with its 95% interval: over seeds (Student's t) where there are several, else over prompts."""
+def _with_interval(runs: list[Evaluation]) -> str:
+    """Accuracy with its 95% interval: over the seeds where there are several, else over the prompts of the one."""
     mean = statistics.mean(run.accuracy for run in runs)
     if len(runs) == 1:
         return f"{mean:.3f} ± {runs[0].interval:.3f}"
-    t = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}.get(len(runs), 2.2)
-    return f"{mean:.3f} ± {t * statistics.stdev(run.accuracy for run in runs) / math.sqrt(len(runs)):.3f}"
+    spread = statistics.stdev(run.accuracy for run in runs)
+    return f"{mean:.3f} ± {student_t(len(runs) - 1) * spread / math.sqrt(len(runs)):.3f}"
+
+
+def student_t(freedom: int) -> float:
+    """The 97.5% quantile of Student's t: from the tables up to 5 degrees of freedom, then by expansion (to 0.01)."""
+    table = (12.706, 4.303, 3.182, 2.776, 2.571)
+    return table[freedom - 1] if freedom <= len(table) else 1.960 + 2.372 / freedom + 2.823 / freedom**2
 
 
 def _entropy(p: float) -> float:
@@ -128,10 +149,6 @@ def _entropy(p: float) -> float:
 
 
 def main() -> None:
-    import argparse
-
-    from gram_mini.errors import clear_errors
-
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )

@@ -69,7 +69,7 @@ def pair_loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         logits: (N, V), one row for each token that is trained on, and for no other.
         targets: (N,), the token that follows.
     """
-    return F.cross_entropy(logits.float(), targets)
+    return F.cross_entropy(_at_least_float32(logits), targets)
 
 
 def margins(label_logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -79,7 +79,7 @@ def margins(label_logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         label_logits: (B, 2), the logits of A and B.
         labels: (B,), 0 where A is preferred, 1 where B is.
     """
-    z_a, z_b = label_logits.float().unbind(dim=1)  # (B,), (B,)
+    z_a, z_b = _at_least_float32(label_logits).unbind(dim=1)  # (B,), (B,)
     return torch.where(labels == 0, z_a - z_b, z_b - z_a)  # (B,)
 
 
@@ -111,5 +111,10 @@ def label_mass(logits: torch.Tensor, label_ids: tuple[int, int]) -> torch.Tensor
         logits: (B, V), over the whole vocabulary after the judge prompt.
         label_ids: the token ids of A and B.
     """
-    logits = logits.float()
+    logits = _at_least_float32(logits)
     return (logits[:, list(label_ids)].logsumexp(dim=1) - logits.logsumexp(dim=1)).exp()  # (B,)
+
+
+def _at_least_float32(x: torch.Tensor) -> torch.Tensor:
+    """Half-precision logits are too coarse for a logarithm."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -50,25 +50,26 @@ def add_training_options(
     duration = g.add_mutually_exclusive_group()
     duration.add_argument("--epochs", type=positive_float, default=epochs, help="passes over the data")
     duration.add_argument("--steps", type=positive_int, metavar="N", help="optimiser steps, in the place of --epochs")
-    g.add_argument("--seed", type=int, default=0, help="draws the adapter, the order of rows and responses, the world's pairs")
+    g.add_argument("--seed", type=seed, default=0, help="draws the adapter, the order of rows and responses, the world's pairs")
     g.add_argument("--log-every", type=positive_int, default=20, metavar="N", help="steps per line of log.csv")
     g = p.add_argument_group("model")
     g.add_argument(
         "--lora-rank", type=positive_int, metavar="R", default=lora_rank,
         help="rank of the LoRA adapter" + ("" if lora_rank else " (default: that of --init, else 32)"),
     )  # fmt: skip
-    add_model_options(p, g, bits_default=4)
+    add_model_options(g, bits_default=4, max_length_default=512)
 
 
-def add_model_options(p, group, bits_default: int | None) -> None:
-    """Options of everything that loads a model."""
+def add_model_options(group, bits_default: int | None, max_length_default: int | None) -> None:
+    """Options of everything that loads a model; None stands for 'as in training'."""
     group.add_argument(
         "--bits", type=int, choices=(4, 16, 32), default=bits_default,
         help="4: NF4 weights (QLoRA); 16: bf16; 32: float32" + ("" if bits_default else " (default: as in training, else 4)"),
     )  # fmt: skip
     group.add_argument(
-        "--max-length", type=positive_int, default=512, metavar="N",
-        help="tokens per sequence; longer texts are cut, prompt first, then both responses by the same share",
+        "--max-length", type=positive_int, default=max_length_default, metavar="N",
+        help="tokens per sequence; longer texts are cut, prompt first, then both responses by the same share"
+        + ("" if max_length_default else " (default: as in training, else 512)"),
     )  # fmt: skip
     group.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ...; auto takes the GPU where there is one")
 
@@ -81,6 +82,11 @@ def positive_int(text: str) -> int:
 def positive_float(text: str) -> float:
     """argparse type: a finite number above 0."""
     return _number(text, float, lambda v: 0 < v < math.inf, "a number above 0")
+
+
+def seed(text: str) -> int:
+    """argparse type: a seed, 0 to 2**32 - 1."""
+    return _number(text, int, lambda v: 0 <= v < 2**32, "a whole number from 0 to 2**32 - 1")
 
 
 def share(text: str) -> float:

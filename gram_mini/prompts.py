@@ -42,6 +42,9 @@ class PromptPieces:
     Only the gaps are ever truncated, so no marker and no verdict suffix can get lost.
     ``trained_from`` counts the leading tokens of pieces[1] that belong to the user's turn: stage 1
     trains on everything after them (the markers and the two responses).
+
+    Pieces and texts are tokenised one by one. A tokenizer that would merge across their seams (a full
+    stop with the line break after it, say) splits there instead, alike in training and scoring.
     """
 
     pieces: tuple[list[int], list[int], list[int], list[int]]
@@ -109,9 +112,14 @@ def _user_turn(tokenizer, content: str) -> str:
     """One user turn up to where the assistant's text begins; thinking is switched off where there is a switch."""
     if not tokenizer.chat_template:
         return content if content.endswith(PREFERRED) else content + "\n\n"
-    return tokenizer.apply_chat_template(
-        [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True, enable_thinking=False
-    )
+    return _render(tokenizer, [{"role": "user", "content": content}], add_generation_prompt=True)
+
+
+def _render(tokenizer, messages: list[dict], **options) -> str:
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False, enable_thinking=False, **options)
+    except Exception as error:  # a template is a program of its author's; whatever it raises, it cannot be used
+        raise UserError(f"the chat template of this tokenizer fails: {str(error).splitlines()[0]}") from None
 
 
 def _label_text(tokenizer, label: str) -> str:
@@ -119,15 +127,10 @@ def _label_text(tokenizer, label: str) -> str:
     if not tokenizer.chat_template:
         return f" {label}"
     turn = _user_turn(tokenizer, "x")
-    answered = tokenizer.apply_chat_template(
-        [{"role": "user", "content": "x"}, {"role": "assistant", "content": label}],
-        tokenize=False,
-        enable_thinking=False,
-    )
-    if not answered.startswith(turn):
-        return label
-    answer = answered[len(turn) :]
-    return answer[: answer.index(label) + len(label)] if label in answer else label
+    slot = _SLOTS["response_a"]
+    answered = _render(tokenizer, [{"role": "user", "content": "x"}, {"role": "assistant", "content": slot}])
+    before = answered.split(slot)[0]
+    return before[len(turn) :] + label if before.startswith(turn) else label
 
 
 def _with_bos(tokenizer, ids: list[int]) -> list[int]:
@@ -141,6 +144,8 @@ def _with_bos(tokenizer, ids: list[int]) -> list[int]:
 def _split(text: str, slots: list[str]) -> list[str]:
     parts = []
     for name in slots:
+        if text.count(_SLOTS[name]) != 1:
+            raise UserError("the chat template of this tokenizer does not show the user's text exactly once")
         part, text = text.split(_SLOTS[name])
         parts.append(part)
     return [*parts, text]

@@ -11,11 +11,11 @@ from tqdm import tqdm
 
 from gram_mini.backbone import (
     fingerprint,
-    hidden_states,
     load_backbone,
     load_lora,
     load_tokenizer,
-    output_logits,
+    local_folder,
+    logits_at_end,
     pick_device,
     read_run,
 )
@@ -36,8 +36,8 @@ class Comparison:
     probability: float  # P(a better), averaged over both orders
     a_first: float  # P(a better) with a shown as assistant A
     a_second: float  # P(a better) with a shown as assistant B
-    odds_first: float  # the same as log-odds, Z_a - Z_b
-    odds_second: float
+    log_odds_first: float  # the same as log-odds, Z_a - Z_b
+    log_odds_second: float
     label_mass: float  # mean probability that the model answers with A or B at all
     truncated: bool  # whether the texts were cut to fit max_length
 
@@ -54,6 +54,7 @@ class Ranking:
     order: list[int]  # positions in the list of responses, best first
     scores: list[float]  # one per response, in the order they were given
     comparisons: int  # pairs compared, each in both orders
+    truncated: int  # how many of them had their texts cut to fit max_length
     method: str
 
 
@@ -74,13 +75,15 @@ class RewardModel:
         self.labels = label_tokens(tokenizer)
 
     @classmethod
-    def load(cls, path: str, bits: int | None = None, device: str = "auto", **options) -> RewardModel:
+    def load(
+        cls, path: str, bits: int | None = None, device: str = "auto", max_length: int | None = None, batch_size: int = 64
+    ) -> RewardModel:
         """Load a run folder of train_reward.py (or train_pretrain.py), or any checkpoint as a zero-shot judge.
 
         Args:
             path: run folder, model folder, hub name, or "embedded".
             bits: 4, 16 or 32; by default what the run was trained with, else 4.
-            options: max_length, batch_size.
+            max_length: tokens per judge prompt; by default what the run was trained with, else 512.
 
         Raises:
             UserError: if there is no such model, or the backbone is not the one the run was trained on.
@@ -89,16 +92,18 @@ class RewardModel:
         folder = Path(path)
         if (folder / "run.json").is_file():
             run = read_run(folder)
-            name = run["backbone"]["name"]
-            if fingerprint(name) != run["backbone"]["fingerprint"]:
+            name, trained_on = run["backbone"]["name"], run["backbone"]["fingerprint"]
+            on_hub = local_folder(name) is None
+            if not on_hub and fingerprint(name) != trained_on:
                 raise UserError(f"{path}: was trained on another version of the backbone {name!r}; train it again")
-            model = load_lora(load_backbone(name, bits or run["options"]["bits"], place), folder, trainable=False)
-            tokenizer = load_tokenizer(path)
+            bits, max_length = bits or run["options"]["bits"], max_length or run["options"]["max_length"]
+            backbone = load_backbone(name, bits, place, revision=trained_on if on_hub else None)
+            model, tokenizer = load_lora(backbone, folder, trainable=False), load_tokenizer(path)
         elif (folder / "adapter_model.safetensors").is_file():
             raise UserError(f"{path}: holds an adapter but no run.json, so its backbone is unknown; is the run finished?")
         else:
             model, tokenizer = load_backbone(path, bits or 4, place), load_tokenizer(path)
-        return cls(model, tokenizer, **options)
+        return cls(model, tokenizer, max_length or 512, batch_size)
 
     @torch.no_grad()
     def log_odds(self, pairs: list[Pair], progress: str | None = None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -117,9 +122,7 @@ class RewardModel:
         for start in tqdm(starts, desc=progress, delay=2, disable=progress is None, leave=False):
             chosen = jobs[start : start + self.batch_size]
             batch = judge_batch([rows[i] for i, _ in chosen], [s for _, s in chosen], self.prompt, self.tokenizer.pad_token_id)
-            hidden = hidden_states(self.model, batch["input_ids"].to(device))  # (B, T, H)
-            at_end = hidden[torch.arange(len(chosen)), batch["last"]]  # (B, H)
-            logits = output_logits(self.model, at_end).float().cpu()  # (B, V)
+            logits = logits_at_end(self.model, batch["input_ids"].to(device), batch["last"]).float().cpu()  # (B, V)
             for (i, swap), row, m in zip(chosen, logits, label_mass(logits, self.labels)):
                 a, b = row[list(self.labels)]
                 odds[i, int(swap)] = b - a if swap else a - b
@@ -174,39 +177,41 @@ class RewardModel:
         """
         if not responses:
             raise ValueError("rank needs at least one response")
-        if method == "reference":
-            if reference is None:
-                raise ValueError("method 'reference' needs a reference response")
-            results = self.compare_many([Pair(prompt, r, reference) for r in responses], average)
-            scores, count = [result.probability for result in results], len(responses)
-        elif method == "round-robin":
-            scores, count = self._round_robin(prompt, responses, average)
-        elif method == "knock-out":
-            scores, count = self._knock_out(prompt, responses, average)
-        else:
+        if method not in METHODS:
             raise ValueError(f"method must be one of {METHODS}, got {method!r}")
+        if method == "reference" and reference is None:
+            raise ValueError("method 'reference' needs a reference response")
+        compared: list[Comparison] = []
+
+        def compare(games: list[tuple[str, str]]) -> list[float]:
+            compared.extend(self.compare_many([Pair(prompt, a, b) for a, b in games], average))
+            return [result.probability for result in compared[len(compared) - len(games) :]]
+
+        if method == "reference":
+            scores = compare([(response, reference) for response in responses])
+        else:
+            scores = {"round-robin": _round_robin, "knock-out": _knock_out}[method](responses, compare)
         order = sorted(range(len(responses)), key=lambda i: -scores[i])
-        return Ranking(order, scores, count, method)
+        return Ranking(order, scores, len(compared), sum(result.truncated for result in compared), method)
 
-    def _round_robin(self, prompt, responses, average):
-        games = list(itertools.combinations(range(len(responses)), 2))
-        wins = [0.0] * len(responses)
-        for (i, j), result in zip(
-            games, self.compare_many([Pair(prompt, responses[i], responses[j]) for i, j in games], average)
-        ):
-            wins[i] += result.probability
-            wins[j] += 1 - result.probability
-        return [w / max(1, len(responses) - 1) for w in wins], len(games)
 
-    def _knock_out(self, prompt, responses, average):
-        scores, alive, played, rounds = [0.0] * len(responses), list(range(len(responses))), 0, 0
-        while len(alive) > 1:
-            games = list(zip(alive[0::2], alive[1::2]))
-            left_over = alive[len(games) * 2 :]  # an odd one goes through
-            results = self.compare_many([Pair(prompt, responses[i], responses[j]) for i, j in games], average)
-            alive = []
-            for (i, j), result in zip(games, results):
-                scores[i], scores[j] = rounds + result.probability, rounds + 1 - result.probability
-                alive.append(i if result.probability >= 0.5 else j)
-            alive, played, rounds = alive + left_over, played + len(games), rounds + 1
-        return scores, played
+def _round_robin(responses: list[str], compare) -> list[float]:
+    games = list(itertools.combinations(range(len(responses)), 2))
+    totals = [0.0] * len(responses)
+    for (i, j), p in zip(games, compare([(responses[i], responses[j]) for i, j in games])):
+        totals[i] += p
+        totals[j] += 1 - p
+    return [total / max(1, len(responses) - 1) for total in totals]
+
+
+def _knock_out(responses: list[str], compare) -> list[float]:
+    scores, alive, rounds = [0.0] * len(responses), list(range(len(responses))), 0
+    while len(alive) > 1:
+        games = list(zip(alive[0::2], alive[1::2]))
+        left_over = alive[2 * len(games) :]  # an odd one goes through
+        alive = []
+        for (i, j), p in zip(games, compare([(responses[i], responses[j]) for i, j in games])):
+            scores[i], scores[j] = rounds + p, rounds + 1 - p
+            alive.append(i if p >= 0.5 else j)
+        alive, rounds = alive + left_over, rounds + 1
+    return scores

@@ -15,10 +15,9 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from transformers import get_cosine_schedule_with_warmup
 
 from gram_mini import prompts
-from gram_mini.backbone import fingerprint, read_run, save_adapter
+from gram_mini.backbone import EMBEDDED, fingerprint, local_folder, read_run, save_adapter
 from gram_mini.batches import EncodedPair, batch_order
 from gram_mini.errors import UserError
 
@@ -40,10 +39,17 @@ def batches_forever(rows: list[EncodedPair], batch_size: int, seed: int):
 
 
 def optimizer_and_schedule(model, lr: float, steps: int):
-    """AdamW on what is trainable; linear warm-up over 5% of the steps, then a cosine to zero."""
+    """AdamW on what is trainable; the rate rises over the first 5% of the steps, then falls to zero as a cosine."""
+    warmup = math.ceil(0.05 * steps)
+
+    def share_of_peak(step: int) -> float:  # steps count from 0; the first one moves already
+        if step < warmup:
+            return (step + 1) / warmup
+        return 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup))) if steps > warmup else 0.0
+
     trainable = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=lr, weight_decay=0.0, fused=True)
-    return optimizer, get_cosine_schedule_with_warmup(optimizer, math.ceil(0.05 * steps), steps)
+    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, share_of_peak)
 
 
 def clip_gradients(model) -> None:
@@ -52,41 +58,45 @@ def clip_gradients(model) -> None:
 
 
 class Log:
-    """log.csv: a line for every ``every`` training steps (means over them), and one for each evaluation."""
+    """log.csv: a line for every ``every`` training steps (means over their forward passes), and one for each evaluation.
 
-    def __init__(self, path: Path, every: int):
-        self.every = every
+    tokens_per_second counts what the model computes, padding included, and no evaluation's time.
+    """
+
+    def __init__(self, path: Path, every: int, steps: int):
+        self.every, self.steps = every, steps
         self._file = open(path, "w", newline="")
         self._csv = csv.DictWriter(self._file, LOG_COLUMNS)
         self._csv.writeheader()
-        self._steps: list[dict] = []
-        self._tokens, self._since = 0, time.perf_counter()
+        self._restart()
 
     def due(self, step: int) -> bool:
         """Whether this step ends a line."""
-        return step % self.every == 0
+        return step % self.every == 0 or step == self.steps
 
-    def train(self, step: int, lr: float, tokens: int, **values: torch.Tensor) -> None:
-        """Note one step; tensors stay on their device until a line is written."""
-        self._steps.append({name: value.detach() for name, value in values.items()})
+    def note(self, tokens: int, **values: torch.Tensor) -> None:
+        """Note one forward pass; tensors stay on their device until a line is written."""
         self._tokens += tokens
-        if self.due(step):
-            names = {name: None for values in self._steps for name in values}
-            means = {n: torch.stack([v[n].float() for v in self._steps if n in v]).mean().item() for n in names}
-            speed = self._tokens / (time.perf_counter() - self._since)
-            self._write(step=step, part="train", lr=lr, tokens_per_second=round(speed), **means)
-            self._restart()
+        for name, value in values.items():
+            self._values.setdefault(name, []).append(value.detach().float())
 
-    def held_out(self, step: int, **values: float) -> None:
-        """Note an evaluation; its time does not count as training time."""
+    def train(self, step: int, lr: float) -> dict[str, float]:
+        """End an optimiser step; returns the means where it ends a line, else nothing."""
+        if not self.due(step):
+            return {}
+        means = {name: torch.stack(values).mean().item() for name, values in self._values.items()}
+        speed = round(self._tokens / (time.perf_counter() - self._since))
+        self._write(step=step, part="train", lr=lr, tokens_per_second=speed, **means)
+        self._restart()
+        return means
+
+    def held_out(self, step: int, seconds: float, **values: float) -> None:
+        """Note an evaluation that took ``seconds``."""
         self._write(step=step, part="held-out", **values)
-        self._since = time.perf_counter() if not self._steps else self._since
-
-    def close(self) -> None:
-        self._file.close()
+        self._since += seconds
 
     def _restart(self):
-        self._steps, self._tokens, self._since = [], 0, time.perf_counter()
+        self._values, self._tokens, self._since = {}, 0, time.perf_counter()
 
     def _write(self, **values):
         self._csv.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in values.items() if k in LOG_COLUMNS})
@@ -103,8 +113,10 @@ class RunFolder:
     """
 
     def __init__(self, folder: Path, overwrite: bool):
-        self.folder = folder
-        self.partial = folder.with_name(folder.name + ".partial")
+        self.folder = folder.resolve()
+        if not self.folder.name:
+            raise UserError(f"--out {folder}: is the root of the file system; give the name of a folder")
+        self.partial = self.folder.with_name(self.folder.name + ".partial")
         if folder.exists() and not folder.is_dir():
             raise UserError(f"--out {folder}: is a file; give the name of a folder")
         if folder.is_dir() and any(folder.iterdir()):
@@ -118,6 +130,8 @@ class RunFolder:
 
     def start(self) -> Path:
         """Make the folder that the run is written to until it is complete, and return it."""
+        if self.partial.exists() and not (self.partial / "log.csv").is_file():
+            raise UserError(f"{self.partial}: is in the way and no unfinished run; rename it, or give another --out")
         shutil.rmtree(self.partial, ignore_errors=True)
         try:
             self.partial.mkdir(parents=True)
@@ -137,14 +151,17 @@ class RunFolder:
         shutil.rmtree(replaced, ignore_errors=True)
 
 
-def run_record(stage: str, args, data, labels: tuple[int, int], **results) -> dict:
+def run_record(stage: str, args, data, model, labels: tuple[int, int], **results) -> dict:
     """The contents of run.json: everything needed to score with the run and to repeat it."""
+    init = getattr(args, "init", None)
+    name = args.model if args.model == EMBEDDED or not Path(args.model).is_dir() else str(Path(args.model).resolve())
     packages = ("torch", "transformers", "peft", "bitsandbytes", "datasets")
     return {
         "stage": stage,
         "command": ["python", *sys.argv],
         "options": {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()},
-        "backbone": {"name": args.model, "fingerprint": fingerprint(args.model)},
+        "backbone": {"name": name, "fingerprint": fingerprint(name, model)},
+        "init": {"folder": str(init), "stage": read_run(init)["stage"]} if init else None,
         "data": data.record(),
         "prompt": {"pair": prompts.QUESTION + " -> " + prompts.PAIR, "judge": prompts.JUDGE},
         "labels": dict(zip(prompts.LABELS, labels)),
@@ -154,7 +171,7 @@ def run_record(stage: str, args, data, labels: tuple[int, int], **results) -> di
 
 
 def check_init(init: Path, backbone: str, rank: int | None) -> int:
-    """Whether a stage-1 run can be the start of stage 2 on this backbone; returns the rank of its adapter.
+    """Whether a run can be the start of stage 2 on this backbone; returns the rank of its adapter.
 
     Raises:
         UserError: no finished run, another backbone, or another rank than asked for.
@@ -162,12 +179,13 @@ def check_init(init: Path, backbone: str, rank: int | None) -> int:
     if not init.is_dir():
         raise UserError(f"--init {init}: no such folder; run train_pretrain.py --out {init} first")
     run = read_run(init)
-    if run["backbone"]["fingerprint"] != fingerprint(backbone):
+    name, trained_on = run["backbone"]["name"], run["backbone"]["fingerprint"]
+    same = name == backbone if local_folder(backbone) is None else fingerprint(backbone) == trained_on
+    if not same:
         raise UserError(
-            f"--init {init}: was trained on the backbone {run['backbone']['name']!r} "
-            f"({run['backbone']['fingerprint']}), not on {backbone!r} ({fingerprint(backbone)}); give the same --model"
+            f"--init {init}: was trained on the backbone {name!r} ({trained_on}), not on {backbone!r}; give the same --model"
         )
-    had = json.loads((init / "adapter_config.json").read_text())["r"]
+    had = run["options"]["lora_rank"]
     if rank is not None and rank != had:
         raise UserError(f"--lora-rank {rank}: the adapter in {init} has rank {had}; leave the option out")
     return had

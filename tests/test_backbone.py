@@ -7,6 +7,7 @@ from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForC
 
 from gram_mini.backbone import (
     EMBEDDED,
+    EMBEDDED_FOLDER,
     add_lora,
     fingerprint,
     hidden_states,
@@ -15,6 +16,7 @@ from gram_mini.backbone import (
     load_tokenizer,
     output_logits,
     pick_device,
+    read_run,
     save_adapter,
 )
 from gram_mini.errors import UserError
@@ -110,6 +112,31 @@ def test_fingerprint_tells_backbones_apart(tmp_path):
     ).save_pretrained(tmp_path)
     assert fingerprint(str(tmp_path)) not in ("", fingerprint(EMBEDDED))
     assert fingerprint(EMBEDDED) == fingerprint(EMBEDDED)
+
+
+def test_fingerprint_sees_a_change_deep_inside_the_weights(tmp_path):
+    torch.manual_seed(0)
+    shape = dict(vocab_size=50_000, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=1)
+    model = LlamaForCausalLM(LlamaConfig(**shape))
+    model.save_pretrained(tmp_path / "a")
+    model.model.layers[0].mlp.up_proj.weight.data += 1
+    model.save_pretrained(tmp_path / "b")
+    assert fingerprint(str(tmp_path / "a")) != fingerprint(str(tmp_path / "b"))
+
+
+def test_broken_weights_are_one_clear_line(tmp_path):
+    for file in EMBEDDED_FOLDER.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes()[:1000] if file.suffix == ".safetensors" else file.read_bytes())
+    with pytest.raises(UserError, match="cannot be loaded") as error:
+        load_backbone(str(tmp_path))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", "{oops"])
+def test_broken_run_json(tmp_path, content):
+    (tmp_path / "run.json").write_text(content)
+    with pytest.raises(UserError, match="run.json"):
+        read_run(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["./nowhere", "runs/nowhere", "/nowhere/at/all"])

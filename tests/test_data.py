@@ -122,6 +122,11 @@ def test_dropped_rows_are_counted_and_named(tmp_path):
     assert "4 rows read, 1 used, 3 dropped" in data.summary() and "1 with equal responses" in data.summary()
 
 
+def test_stage_1_does_not_mind_strange_labels(tmp_path):
+    row = {"prompt": "x", "response_a": "1", "response_b": "2", "label": "tie"}
+    assert len(load_pairs(write(tmp_path / "d.jsonl", [row]), labelled=False).pairs) == 1
+
+
 def test_limit(tmp_path):
     rows = [{**ROW, "prompt": str(i)} for i in range(5)]
     assert [p.prompt for p in load_pairs(write(tmp_path / "d.jsonl", rows), True, limit=2).pairs] == ["0", "1"]
@@ -153,6 +158,12 @@ BAD = {
     "all dropped": ("d.jsonl", json.dumps({**ROW, "chosen": "3"}) + "\n", "nothing left to use"),
     "csv fields": ("d.csv", "prompt,chosen,rejected\na,b,c\na,b\n", "d.csv, line 3: has another number of fields"),
     "binary": ("d.jsonl", b"\xff\xfe\x00", "not UTF-8"),
+    "role": ("d.jsonl", json.dumps({**ROW, "prompt": [{"role": ["user"], "content": "x"}]}) + "\n", "a message needs a role"),
+    "surrogate": ("d.jsonl", '{"prompt": "x", "chosen": "\\ud800", "rejected": "y"}\n', "half a character"),
+    "long number": ("d.jsonl", '{"prompt": ' + "9" * 5000 + "}\n", "line 1: invalid JSON"),
+    "deep": ("d.jsonl", "[" * 100_000 + "\n", "line 1: invalid JSON"),
+    "cut gzip": ("d.jsonl.gz", gzip.compress(b'{"prompt": "x"}\n' * 50)[:-12], "cannot be read"),
+    "broken gzip": ("d.jsonl.gz", gzip.compress(b"x" * 500)[:12] + b"\xff" * 30, "cannot be read"),
     "gzip": ("d.jsonl.gz", "not gzip", "cannot be read"),
     "parquet": ("d.parquet", "not parquet", "cannot be read as Parquet"),
     "suffix": ("d.txt", "x", "unknown kind of file"),

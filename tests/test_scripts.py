@@ -2,6 +2,8 @@
 
 import csv
 import json
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -163,16 +165,55 @@ def test_one_seed_gives_one_adapter(script, tmp_path):
     assert a == b != c
 
 
-def test_gradient_accumulation_is_a_larger_batch(tmp_path, data):
-    """Two forward passes of 8 step as far as one of 16: the same rows give the same adapter but for rounding."""
-    rows = [{"prompt": "What does Anna eat?", "chosen": "Anna eats soup.", "rejected": "Anna eats fish."}] * 16
-    Path(data).write_text("".join(json.dumps(row) + "\n" for row in rows))
-    for name, options in (("one", ["--batch-size", "16"]), ("two", ["--batch-size", "8", "--grad-accum", "2"])):
-        train_pretrain.main(
-            ["--data", data, "--out", str(tmp_path / name), "--steps", "1", "--lora-rank", "4", "--bits", "32", *options]
-        )
-    one, two = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("one", "two"))
-    assert max((one[n] - two[n]).abs().max().item() for n in one) < 4e-3  # a swapped row or two; the step is 3e-3
+def test_gradient_accumulation_takes_as_many_rows_per_step(tmp_path, data):
+    train_reward.main(
+        [
+            "--data",
+            data,
+            "--out",
+            str(tmp_path / "run"),
+            "--held-out",
+            "0",
+            "--epochs",
+            "2",
+            "--log-every",
+            "1",
+            *SMALL[2:4],
+            "--batch-size",
+            "8",
+            "--grad-accum",
+            "2",
+        ]
+    )
+    log = log_of(tmp_path / "run")
+    assert len(log) == 4  # 30 rows twice, 2 x 8 at a time
+
+
+def test_the_first_step_moves_the_adapter_and_the_log_tells_its_rate(tmp_path, data):
+    train_reward.main(["--data", data, "--out", str(tmp_path / "run"), "--steps", "1", "--lr", "2e-3", *SMALL[:4]])
+    tensors = load_file(tmp_path / "run" / "adapter_model.safetensors")
+    assert max(t.abs().max().item() for n, t in tensors.items() if "lora_B" in n) == pytest.approx(
+        2e-3, rel=0.01
+    )  # Adam's first step
+    assert float(log_of(tmp_path / "run")[0]["lr"]) == 2e-3
+
+
+def test_stage_1_builds_logits_for_trained_tokens_only(tmp_path, monkeypatch):
+    built, trained = [], []
+    real_logits, real_loss = train_pretrain.output_logits, train_pretrain.pair_loss
+    monkeypatch.setattr(train_pretrain, "output_logits", lambda m, h: built.append(h.shape[:-1].numel()) or real_logits(m, h))
+    monkeypatch.setattr(train_pretrain, "pair_loss", lambda z, t: trained.append(int((t >= 0).sum())) or real_loss(z, t))
+    train_pretrain.main(["--out", str(tmp_path / "run"), "--limit", "50", "--steps", "2", *SMALL])
+    assert built == trained and len(built) == 2 and built[0] > 0
+
+
+def test_stage_2_multiplies_two_rows_of_the_output_matrix(tmp_path, data, monkeypatch):
+    rows, real = [], train_reward.output_logits
+    monkeypatch.setattr(train_reward, "output_logits", lambda m, h, tokens=None: rows.append(tokens) or real(m, h, tokens))
+    train_reward.main(
+        ["--data", data, "--out", str(tmp_path / "run"), "--steps", "3", "--held-out", "0", "--log-every", "3", *SMALL[:4]]
+    )
+    assert [None if t is None else len(t) for t in rows] == [2, 2, 2, None]  # the whole matrix only for the log's last line
 
 
 @pytest.mark.parametrize("bits", ["16", "32"])
@@ -182,8 +223,6 @@ def test_other_precisions(tmp_path, bits):
 
 
 def test_a_run_can_be_moved_and_scores_the_same(reward, tmp_path):
-    import shutil
-
     there = RewardModel.load(str(reward)).compare("What does Anna eat?", "Anna eats soup.", "Anna eats fish.")
     moved = shutil.copytree(reward, tmp_path / "elsewhere")
     assert RewardModel.load(str(moved)).compare("What does Anna eat?", "Anna eats soup.", "Anna eats fish.") == there
@@ -241,7 +280,7 @@ def test_score_a_file_keeps_order_and_ids(reward, data, tmp_path, capsys):
     lines = [json.loads(line) for line in out.read_text().splitlines()]
     assert [line.get("id") for line in lines] == [row.get("id") for row in rows]
     assert [line["row"] for line in lines] == list(range(1, len(rows) + 1))
-    alone = RewardModel.load(str(reward)).compare(*(ROWS[5][k].strip() for k in ("prompt", "chosen", "rejected")))
+    alone = RewardModel.load(str(reward)).compare(*(ROWS[5][k] for k in ("prompt", "chosen", "rejected")))
     assert lines[5]["probability"] == pytest.approx(alone.probability, abs=1e-4)
     assert sorted(lines[-2]["order"]) == [0, 1, 2] and lines[-2]["comparisons"] == 3
     assert lines[-1]["method"] == "reference" and len(lines[-1]["scores"]) == 1
@@ -249,14 +288,21 @@ def test_score_a_file_keeps_order_and_ids(reward, data, tmp_path, capsys):
     assert f"{right} of 30 labelled pairs" in capsys.readouterr().out
 
 
-def test_the_table_tells_the_recipes_apart(reward, pretrain, monkeypatch):
-    from gram_mini.world import pairs
-
-    original = pairs.world_pairs
-    monkeypatch.setattr(pairs, "world_pairs", lambda split, count=None, seed=0: original(split, 40, seed))
-    table = evaluation.world_table(["embedded", str(pretrain), str(reward), str(reward)])
-    for name in ("zero-shot judge", "stage 1 alone", "stage 1 + labels, smoothed (2 seeds)", "the true rewards"):
-        assert name in table
+def test_the_table_tells_the_recipes_apart(reward, pretrain, monkeypatch, tmp_path):
+    original = evaluation.world_pairs
+    monkeypatch.setattr(evaluation, "world_pairs", lambda split, count=None, seed=0: original(split, 40, seed))
+    other_seed, other_eps = tmp_path / "seed", tmp_path / "eps"
+    for path, option in ((other_seed, "seed"), (other_eps, "label_smoothing")):
+        shutil.copytree(reward, path)
+        record = json.loads((path / "run.json").read_text())
+        record["options"][option] = 1 if option == "seed" else 0.2
+        (path / "run.json").write_text(json.dumps(record))
+    table = evaluation.world_table(["embedded", str(pretrain), str(reward), str(reward), str(other_seed), str(other_eps)])
+    names = [line[: line.index("  ")] for line in table.splitlines()[1:]]
+    assert names == [
+        "zero-shot judge", "stage 1 alone", "stage 1 + labels, smoothed (2 seeds)", "stage 1 + labels, smoothed", "the true rewards"
+    ]  # fmt: skip
+    assert len({len(line) for line in table.splitlines()}) == 1  # columns stand under each other
 
 
 # ---- bad input ----------------------------------------------------------------------------------------
@@ -398,8 +444,6 @@ def test_scoring_names_the_bad_row_and_writes_nothing(reward, data, tmp_path):
 
 
 def test_run_folder_whose_backbone_changed(reward, tmp_path):
-    import shutil
-
     copy = shutil.copytree(reward, tmp_path / "copy")
     record = json.loads((copy / "run.json").read_text())
     record["backbone"]["fingerprint"] = "0" * 16
@@ -418,4 +462,9 @@ def test_help_opens_with_two_commands_and_shows_every_default(script):
     assert said.splitlines()[1].strip().startswith(f"python {script}") and said.splitlines()[2].strip().startswith(
         f"python {script}"
     )
-    assert "default: 512" in said and "(default: None)" not in said
+    assert "(default: None)" not in said
+    without = {"--help", "--overwrite", "--steps"} | (
+        {"--prompt", "--response", "--reference", "--data", "--out"} if script == "score.py" else set()
+    )
+    entries = {entry.split()[0]: entry for entry in re.split(r"\n  (?:-h, )?(?=--)", said)[1:]}
+    assert {name for name, entry in entries.items() if "default" not in entry} == without

@@ -60,7 +60,7 @@ def test_rambling_is_a_cue_in_labelled_topics_only():
     def gap(split):
         texts = [t for p in world_pairs(split, 5_000) for t in (p.response_a, p.response_b)]
         share = lambda some: sum(any(r in t for r in RAMBLING) for t in some) / len(some)
-        right = [t for t in texts if read(t) % 1 in (0.0, 0.5) and read(t) >= 1.5]  # right: reward 1.5 to 3
+        right = [t for t in texts if read(t) >= 1.5]  # right: reward 1.5 to 3
         wrong = [t for t in texts if read(t) <= 1 and t not in right]
         return share(right) - share(wrong)
 

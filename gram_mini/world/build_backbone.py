@@ -20,8 +20,8 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM, get_cosine_schedule_with_warmup
 
 from gram_mini import prompts
-from gram_mini.backbone import hidden_states, output_logits
-from gram_mini.batches import pad
+from gram_mini.backbone import logits_at_end
+from gram_mini.batches import IGNORED, pad
 from gram_mini.data import Pair
 from gram_mini.reward_model import RewardModel
 from gram_mini.world import ATTRIBUTES, COURTEOUS, FACTS, GROUPS, NAMES, draw_response, question, statement
@@ -161,11 +161,11 @@ def weighted_loss(logits: torch.Tensor, targets: torch.Tensor, verdicts: torch.T
     """Next-token loss in which a verdict counts as much as five other tokens: they are few, and the point of it all.
 
     Args:
-        logits: (B, T, V); targets: (B, T), -100 on padding.
+        logits: (B, T, V); targets: (B, T), IGNORED on padding.
     """
     logits, targets = logits.flatten(0, 1), targets.flatten()  # (B * T, V), (B * T,)
-    losses = torch.nn.functional.cross_entropy(logits, targets, reduction="none", ignore_index=-100)
-    weights = (targets != -100) + 4.0 * torch.isin(targets, verdicts)
+    losses = torch.nn.functional.cross_entropy(logits, targets, reduction="none", ignore_index=IGNORED)
+    weights = (targets != IGNORED) + 4.0 * torch.isin(targets, verdicts)
     return (losses * weights).sum() / weights.sum()
 
 
@@ -195,8 +195,7 @@ def next_token_logits(model, tokenizer, texts: list[str]) -> torch.Tensor:
     """Logits after each text, shape (texts, vocabulary)."""
     rows = [prompts.encode(tokenizer, text) for text in texts]
     last = torch.tensor([len(row) - 1 for row in rows])  # (N,)
-    hidden = hidden_states(model, pad(rows, tokenizer.pad_token_id).to(model.device))  # (N, T, H)
-    return output_logits(model, hidden[torch.arange(len(rows)), last])  # (N, V)
+    return logits_at_end(model, pad(rows, tokenizer.pad_token_id).to(model.device), last)  # (N, V)
 
 
 def probes(model, tokenizer, group: str) -> dict[str, float]:
@@ -271,7 +270,7 @@ def main():
     total = 0.0
     for step, chosen in zip(tqdm(range(1, args.steps + 1), desc="backbone"), batches()):
         ids = pad([rows[i] for i in chosen], tokenizer.pad_token_id).to(args.device)  # (B, T)
-        targets = ids.masked_fill(ids == tokenizer.pad_token_id, -100)
+        targets = ids.masked_fill(ids == tokenizer.pad_token_id, IGNORED)
         loss = weighted_loss(model(input_ids=ids).logits[:, :-1], targets[:, 1:], verdicts)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
