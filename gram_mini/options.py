@@ -25,7 +25,8 @@ class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescription
 
     def _get_help_string(self, action):
         # Every default, but not "(default: None)" or that a switch is off; a computed default stands in the help text.
-        return action.help if action.default in (None, False, []) else super()._get_help_string(action)
+        silent = action.default is None or action.default is False or action.default == []
+        return action.help if silent else super()._get_help_string(action)
 
 
 def add_training_options(

@@ -463,8 +463,7 @@ def test_help_opens_with_two_commands_and_shows_every_default(script):
         f"python {script}"
     )
     assert "(default: None)" not in said
-    without = {"--help", "--overwrite", "--steps"} | (
-        {"--prompt", "--response", "--reference", "--data", "--out"} if script == "score.py" else set()
-    )
+    without = {"--help", "--overwrite"}
+    without |= {"--prompt", "--response", "--reference", "--data", "--out"} if script == "score.py" else {"--steps"}
     entries = {entry.split()[0]: entry for entry in re.split(r"\n  (?:-h, )?(?=--)", said)[1:]}
     assert {name for name, entry in entries.items() if "default" not in entry} == without
