@@ -42,6 +42,7 @@ test: .venv/.installed-tests
 
 .venv/.installed: requirements.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@echo "Installing requirements.txt into .venv; a minute or more, by your connection ..."
 	$(BIN)/python -m pip install -q -r requirements.txt
 	touch $@
 
