@@ -31,6 +31,9 @@ JUDGE = f"{INSTRUCTION}\n\n{QUESTION}\n\n{PAIR}\n\n{PREFERRED}"
 
 LABELS = ("A", "B")
 
+# The fixed parts, as the embedded tokenizer knows them: one token each, so that its sequences stay short.
+MARKERS = (INSTRUCTION, USER_QUESTION, START_A, END_A, START_B, END_B, PREFERRED)
+
 # Private-use characters stand for the three texts while a chat template is rendered around them.
 _SLOTS = {"prompt": "\ue000", "response_a": "\ue001", "response_b": "\ue002"}
 

@@ -118,14 +118,6 @@ def test_labels_unknown_to_the_tokenizer_are_an_error():
 
 
 def test_embedded_markers_are_one_token_each(tokenizer):
-    for marker in (
-        prompts.INSTRUCTION,
-        prompts.USER_QUESTION,
-        prompts.START_A,
-        prompts.END_A,
-        prompts.START_B,
-        prompts.END_B,
-        prompts.PREFERRED,
-    ):
+    for marker in prompts.MARKERS:
         assert len(encode(tokenizer, marker)) == 1
     assert judge_prompt(tokenizer).fixed_tokens == 10

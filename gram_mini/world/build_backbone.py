@@ -36,15 +36,6 @@ CHAT_TEMPLATE = (
     "{% for message in messages %}<|{{ message.role }}|>{{ message.content }}<|end|>{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
-MARKERS = (
-    prompts.INSTRUCTION,
-    prompts.USER_QUESTION,
-    prompts.START_A,
-    prompts.END_A,
-    prompts.START_B,
-    prompts.END_B,
-    prompts.PREFERRED,
-)
 
 
 def corpus(documents: int = DOCUMENTS, seed: int = CORPUS_SEED):
@@ -136,9 +127,9 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer.decoder = decoders.ByteLevel()
     chat = [AddedToken(token, special=True, normalized=False) for token in (PAD, USER, ASSISTANT, END)]
     # A marker swallows the line breaks around it: sequences stay short.
-    markers = [AddedToken(marker, lstrip=True, rstrip=True, normalized=False) for marker in MARKERS]
+    markers = [AddedToken(marker, lstrip=True, rstrip=True, normalized=False) for marker in prompts.MARKERS]
     words = [text for text in corpus(4000)]
-    for marker in (*MARKERS, PAD, USER, ASSISTANT, END):
+    for marker in (*prompts.MARKERS, PAD, USER, ASSISTANT, END):
         words = [text.replace(marker, "\n") for text in words]
     words += ["A", "B"]
     trainer = trainers.BpeTrainer(
