@@ -4,7 +4,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 DEMO := runs/demo
-RUNS := pretrain labels labels_smoothed reward_plain reward
+RUNS := pretrain labels labels_smoothed reward_unsmoothed reward
 
 .PHONY: demo seeds test clean
 
@@ -12,7 +12,7 @@ demo: .venv/.installed
 	$(BIN)/python train_pretrain.py --out $(DEMO)/pretrain --overwrite
 	$(BIN)/python train_reward.py --out $(DEMO)/labels --label-smoothing 0 --overwrite
 	$(BIN)/python train_reward.py --out $(DEMO)/labels_smoothed --overwrite
-	$(BIN)/python train_reward.py --init $(DEMO)/pretrain --out $(DEMO)/reward_plain --label-smoothing 0 --overwrite
+	$(BIN)/python train_reward.py --init $(DEMO)/pretrain --out $(DEMO)/reward_unsmoothed --label-smoothing 0 --overwrite
 	$(BIN)/python train_reward.py --init $(DEMO)/pretrain --out $(DEMO)/reward --overwrite
 	@echo
 	@$(BIN)/python -m gram_mini.evaluation embedded $(RUNS:%=$(DEMO)/%)
@@ -32,7 +32,7 @@ seeds: .venv/.installed
 	  $(BIN)/python train_pretrain.py --seed $$seed --out $$out/pretrain --overwrite && \
 	  $(BIN)/python train_reward.py --seed $$seed --out $$out/labels --label-smoothing 0 --overwrite && \
 	  $(BIN)/python train_reward.py --seed $$seed --out $$out/labels_smoothed --overwrite && \
-	  $(BIN)/python train_reward.py --seed $$seed --init $$out/pretrain --out $$out/reward_plain --label-smoothing 0 --overwrite && \
+	  $(BIN)/python train_reward.py --seed $$seed --init $$out/pretrain --out $$out/reward_unsmoothed --label-smoothing 0 --overwrite && \
 	  $(BIN)/python train_reward.py --seed $$seed --init $$out/pretrain --out $$out/reward --overwrite || exit 1; \
 	done
 	$(BIN)/python -m gram_mini.evaluation embedded $(foreach run,$(RUNS),$(patsubst %,runs/seeds/%/$(run),1 2 3 4 5))

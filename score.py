@@ -3,8 +3,15 @@
 Every comparison is made in both orders. On the command line: two responses give a comparison, more (or --rank)
 a ranking, --reference the reward of each. With --data, every row of a file becomes a line of JSON:
 
-  prompt, chosen, rejected (or any other format of the README)                  -> a comparison
-  prompt, responses (a list) and perhaps reference                             -> a ranking, rewards
+  prompt, chosen, rejected (or any other format of the README)    -> a comparison
+      probability    P(the first response, A, is better), the average of both orders
+      a_first, a_second    the same with A shown first, with A shown second; position_gap = how far they differ
+      label_mass     how likely the model is to answer A or B at all
+      truncated      whether the texts were cut to fit --max-length
+      better         "A", "B", or null for a draw
+  prompt, responses (a list) and perhaps reference                 -> a ranking
+      order          numbers of the responses, from 0, best first
+      scores         one for each response, as given; comparisons = how many pairs were compared, truncated = cut
 """
 
 import json
@@ -69,6 +76,8 @@ def check(parser, args):
     if (args.data is not None) == single:
         parser.error("give either --prompt with --response, or --data with --out")
     if args.data is not None:
+        if args.data == "world":
+            raise UserError("--data world: the village is for training; python -m gram_mini.evaluation judges its test sets")
         if args.out is None:
             parser.error("--data needs --out FILE.jsonl")
         if args.out.exists() and not args.overwrite:
@@ -98,12 +107,14 @@ def show_comparison(judge, args):
     p = result.probability
     print(f"P(A better) = {p:.3f}, from {result.a_first:.3f} with A shown first and {result.a_second:.3f} with B shown first")
     print(f"position gap {result.position_gap:.3f}; mass on the labels {result.label_mass:.3f}")
+    if result.label_mass < 0.5:
+        print("The model hardly answers A or B here: do not rely on what follows.")
     if result.truncated:
         print(f"the texts were cut to {judge.max_length} tokens")
-    if p == 0.5:
+    if f"{p:.3f}" == "0.500":
         print("Neither is better.")
     else:
-        print(f"Response {'A' if p > 0.5 else 'B'} is better, with probability {max(p, 1 - p):.2f}.")
+        print(f"Response {'A' if p > 0.5 else 'B'} is better, with probability {max(p, 1 - p):.3f}.")
 
 
 def show_ranking(judge, prompt, responses, reference, args):
@@ -115,8 +126,11 @@ def show_ranking(judge, prompt, responses, reference, args):
         print(f"in {ranking.truncated} of them the texts were cut to {judge.max_length} tokens")
     for place, i in enumerate(ranking.order, start=1):
         print(f"  {place}. {ranking.scores[i]:6.3f}  {responses[i]}")
-    if ranking.method == "reference":
-        print(f"score = reward = P(better than the reference {reference!r})")
+    print({
+        "reference": f"score = reward = P(better than the reference {reference!r})",
+        "round-robin": "score = mean P(better than another response)",
+        "knock-out": "score = rounds survived + P in the last one; only the first place is decided by comparing",
+    }[ranking.method])  # fmt: skip
 
 
 def rank(judge, prompt, responses, reference, args):
@@ -141,6 +155,7 @@ def score_file(judge, args):
                 "a_first": result.a_first,
                 "a_second": result.a_second,
                 "position_gap": result.position_gap,
+                "label_mass": result.label_mass,
                 "truncated": result.truncated,
                 "better": better,
             }
@@ -178,7 +193,9 @@ def read_job(row, where, args):
         raise UserError(f"{where}: column 'reference' must be text, found {type(reference).__name__}")
     if reference is None and (len(responses) == 1 or args.rank == "reference"):
         raise UserError(f"{where}: needs a column 'reference', or --reference")
-    return prompt, responses, reference if args.rank in (None, "reference") else None
+    if args.rank not in (None, "reference"):
+        reference = None
+    return prompt, responses, reference
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from gram_mini.training import (
 )
 
 EXAMPLES = """\
-  python train_pretrain.py                                      # the embedded village, about 3 minutes on 2 CPU cores
+  python train_pretrain.py                                      # the embedded village, 2 minutes on 2 CPU cores
   python train_pretrain.py --model Qwen/Qwen2.5-0.5B-Instruct --data pairs.jsonl --lr 1e-4 --batch-size 8"""
 
 
@@ -75,6 +75,7 @@ def main(argv=None):
         return sum(loss * size for loss, size in losses) / len(held_out)
 
     # The loop
+    final = None
     model.train()
     batches = batches_forever(train, args.batch_size, args.seed)
     progress = tqdm(range(1, steps + 1), desc="stage 1", mininterval=1)

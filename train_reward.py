@@ -39,7 +39,7 @@ from gram_mini.training import (
 )
 
 EXAMPLES = """\
-  python train_reward.py --init runs/pretrain                   # the embedded village, about 1 minute on 2 CPU cores
+  python train_reward.py --init runs/pretrain                   # the embedded village, 40 seconds on 2 CPU cores
   python train_reward.py --model Qwen/Qwen2.5-0.5B-Instruct --data pairs.jsonl --lr 1e-4 --batch-size 8"""
 
 
@@ -55,7 +55,7 @@ def main(argv=None):
     )
     group.add_argument(
         "--label-smoothing", type=options.smoothing, default=0.05, metavar="EPS",
-        help="eps of the loss above, 0 <= eps < 0.5; half of torch's label_smoothing, so 0.05 is the paper's 0.1 there",
+        help="eps of the loss above, 0 <= eps < 0.5; half of torch's label_smoothing: 0.05 is the official 0.1 there",
     )  # fmt: skip
     args = parser.parse_args(argv)
     device = pick_device(args.device)
@@ -81,6 +81,7 @@ def main(argv=None):
     steps = number_of_steps(len(train), args.batch_size, args.grad_accum, args.epochs, args.steps)
     optimizer, schedule = optimizer_and_schedule(model, args.lr, steps)
     log = Log(run.start() / "log.csv", args.log_every, steps)
+    final = None
     model.train()
     batches = batches_forever(train, args.batch_size, args.seed)
     progress = tqdm(range(1, steps + 1), desc="stage 2", mininterval=1)
@@ -108,12 +109,12 @@ def main(argv=None):
             final = evaluate(judge, held_out, progress="held out")
             log.held_out(step, time.perf_counter() - began, **asdict(final))
 
-    results = {"held_out": asdict(final)} if held_out else {}
+    results = {"held_out": asdict(final)} if final else {}
     run.finish(model, tokenizer, run_record("reward", args, data, model, judge.labels, truncated=cut, steps=steps, **results))
-    if held_out:
+    if final:
         print(
             f"held out: accuracy {final.accuracy:.3f} ± {final.interval:.3f}, loss {final.loss:.3f}, position gap "
-            f"{final.position_gap:.3f}, mean margin {final.margin:.2f} (best at eps {args.label_smoothing}: "
+            f"{final.position_gap:.3f}, mean margin {final.margin:.2f} (were the labels certain, the best were "
             f"{best_margin(args.label_smoothing):.2f})"
         )
     print(f"wrote {args.out}: adapter, tokenizer, run.json, log.csv, plot.png")

@@ -77,8 +77,7 @@ def truncate(prompt: list[int], a: list[int], b: list[int], budget: int) -> tupl
 def join(pieces: PromptPieces, pair: EncodedPair, swap: bool = False) -> list[int]:
     """The whole sequence of one example; ``swap`` puts y_b in the place of assistant A."""
     first, second = (pair.response_b, pair.response_a) if swap else (pair.response_a, pair.response_b)
-    start, after_prompt, between, end = pieces.pieces
-    return [*start, *pair.prompt, *after_prompt, *first, *between, *second, *end]
+    return [*pieces.start, *pair.prompt, *pieces.after_prompt, *first, *pieces.between, *second, *pieces.end]
 
 
 def batch_order(lengths: list[int], batch_size: int, rng: random.Random) -> list[list[int]]:
@@ -114,7 +113,7 @@ def pair_batch(rows: list[EncodedPair], swaps: list[bool], pieces: PromptPieces,
     sequences, targets = [], []
     for row, swap in zip(rows, swaps):
         ids = join(pieces, row, swap)
-        given = len(pieces.pieces[0]) + len(row.prompt) + pieces.trained_from  # tokens that are not trained on
+        given = len(pieces.start) + len(row.prompt) + pieces.untrained  # tokens that are not trained on
         sequences.append(ids)
         targets.append([IGNORED] * (given - 1) + ids[given:] + [IGNORED])
     return {"input_ids": pad(sequences, pad_id), "targets": pad(targets, IGNORED)}

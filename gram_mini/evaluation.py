@@ -1,4 +1,4 @@
-"""How good is a reward model? Accuracy, calibration against the truth, sensitivity to the order.
+"""How good is a reward model? Accuracy, cross-entropy to the truth, sensitivity to the order.
 
     python -m gram_mini.evaluation embedded runs/reward [RUN ...]
 
@@ -83,6 +83,12 @@ def _softplus(x: float) -> float:
 
 # ---- the table of the demo ----------------------------------------------------------------------------
 
+CAPTION = """\
+Accuracy against the truly better response, ± 95% interval (over the prompts, 20 labelled and 80 unlabelled ones; over
+the seeds where there are several). Fact pairs: one response right, the other wrong. Cross-entropy: to the true
+probabilities, in nats. Position gap: mean |P(a better, a shown first) - P(a better, a shown second)|. The last three
+are on unlabelled topics."""
+
 # Options that may differ between runs of one recipe.
 PASSING = ("seed", "out", "init", "overwrite", "device", "log_every")
 
@@ -98,12 +104,14 @@ def recipe(run: dict | None) -> tuple[str, str]:
         start = run["init"]["stage"] if run["init"] else None
         name = {None: "labels alone", "pretrain": "stage 1 + labels", "reward": "labels twice"}[start]
         name += ", smoothed" if options["label_smoothing"] > 0 else ""
+        name += " = GRAM" if name == "stage 1 + labels, smoothed" else ""
     return name, json.dumps(options, sort_keys=True)
 
 
 def world_table(models: list[str], device: str = "auto") -> str:
     """Judge both test sets of the village with each model and set the figures in a table."""
     known, unknown = world_pairs("in-distribution"), world_pairs("out-of-distribution")
+    folders: dict[tuple[str, str], str] = {}
     rows: dict[tuple[str, str], dict[int, list[Evaluation]]] = defaultdict(dict)
     for model in models:
         run = read_run(Path(model)) if (Path(model) / "run.json").is_file() else None
@@ -111,18 +119,21 @@ def world_table(models: list[str], device: str = "auto") -> str:
         results = judge.compare_many(unknown, progress=model)
         facts = [(pair, result) for pair, result in zip(unknown, results) if "fact" in pair.differs]
         seed = run["options"]["seed"] if run else 0
+        folders[recipe(run)] = Path(model).name
         rows[recipe(run)][seed] = [evaluate(judge, known, progress=model), summarise(unknown, results), summarise(*zip(*facts))]
 
-    head = ("", "labelled topics", "unlabelled topics", "- fact pairs", "cross-entropy", "position gap")
+    head = ("", "labelled topics", "unlabelled topics", "fact pairs", "cross-entropy", "position gap", "run")
     lines = [head]
-    for (name, _), by_seed in rows.items():
-        runs = list(by_seed.values())
+    for key, by_seed in rows.items():
+        name, runs = key[0], list(by_seed.values())
         entropy = statistics.mean(unlabelled.cross_entropy for _, unlabelled, _ in runs)
         gap = statistics.mean(unlabelled.position_gap for _, unlabelled, _ in runs)
         accuracies = (_with_interval([run[k] for run in runs]) for k in range(3))
-        lines.append((name + (f" ({len(runs)} seeds)" if len(runs) > 1 else ""), *accuracies, f"{entropy:.3f}", f"{gap:.3f}"))
+        lines.append(
+            (name + (f" ({len(runs)} seeds)" if len(runs) > 1 else ""), *accuracies, f"{entropy:.3f}", f"{gap:.3f}", folders[key])
+        )
     ideal = statistics.mean(_entropy(pair.probability) for pair in unknown)
-    lines.append(("the true rewards", "1.000", "1.000", "1.000", f"{ideal:.3f}", "0.000"))
+    lines.append(("the true rewards", "1.000", "1.000", "1.000", f"{ideal:.3f}", "0.000", ""))
     widths = [max(len(line[k]) for line in lines) for k in range(len(head))]
     return "\n".join(
         "  ".join([line[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(line[1:], widths[1:]))]) for line in lines
@@ -150,14 +161,17 @@ def _entropy(p: float) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        prog="python -m gram_mini.evaluation",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     parser.add_argument("models", nargs="+", metavar="MODEL", help="run folders, or 'embedded' for the plain backbone")
     parser.add_argument("--device", default="auto", help="cpu, cuda, ... (default: auto)")
     args = parser.parse_args()
     with clear_errors():
         print(world_table(args.models, args.device))
-        print("Accuracy ± 95% interval; cross-entropy to the true probabilities (nats) and position gap on unlabelled topics.")
+        print(CAPTION)
 
 
 if __name__ == "__main__":

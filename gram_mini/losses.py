@@ -1,7 +1,8 @@
 """The two losses of GRAM, and why the second is a regularised Bradley-Terry loss.
 
 Stage 1 is the negative log-likelihood of the pair of responses, -log pi(y_a, y_b | x): what the paper calls
-pre-training on unlabeled data.
+pre-training on unlabeled data. It is a sum over the tokens of the pair, markers included; we take its mean per
+token, as language models are trained.
 
 Stage 2, derived step by step. Write s = (x, y_a, y_b) for the judge prompt, Z_t for the logit of token t
 after it, w for the label of the preferred response (A or B), l for the other one.
@@ -38,11 +39,14 @@ after it, w for the label of the preferred response (A or B), l for the other on
        m* = log((1 - eps) / eps),
 
    finite for every eps > 0; infinite for eps = 0 and 0 for eps = 1/2, where nothing is learned. The second
-   derivative sigmoid(m) sigmoid(-m) is positive, so this is the minimum.
+   derivative sigmoid(m) sigmoid(-m) is positive, so this is the minimum. It is the best margin of a pair
+   whose label is certain. Where only a share q of the raters prefers w, the target of w is
+   q (1 - eps) + (1 - q) eps on average, and that stands in the place of 1 - eps: the noise of the labels
+   keeps margins down too, often more than the smoothing does.
 
 6. torch's CrossEntropyLoss(label_smoothing=e) spreads e over *all* classes, the right one included: with
-   two classes the target of w is 1 - e + e/2 = 1 - e/2. Hence e = 2 eps. The official code trains with
-   torch's e = 0.1, that is eps = 0.05.
+   two classes the target of w is 1 - e + e/2 = 1 - e/2. Hence e = 2 eps. The official configuration
+   (NiuTrans/GRAM, examples/train_full/qwen3_fine_tuning_rm.yaml) has e = 0.1, that is eps = 0.05.
 
 7. What step 2 left out: with the mass M = pi(A | s) + pi(B | s) that the model puts on the two labels,
    pi(w | s) = p(w | s) * M, so
@@ -99,9 +103,13 @@ def reward_loss(label_logits: torch.Tensor, labels: torch.Tensor, eps: float = 0
     return (-F.logsigmoid(m) + eps * m).mean()
 
 
-def best_margin(eps: float) -> float:
-    """The margin at which the smoothed loss is least, log((1 - eps) / eps) (step 5); infinite for eps = 0."""
-    return math.log((1 - eps) / eps) if eps > 0 else math.inf
+def best_margin(eps: float, q: float = 1.0) -> float:
+    """The margin at which the smoothed loss is least (step 5), where a share ``q`` of the labels says w.
+
+    log((1 - eps) / eps) for certain labels; infinite where neither smoothing nor noise bounds it.
+    """
+    target = q * (1 - eps) + (1 - q) * eps
+    return math.log(target / (1 - target)) if 0 < target < 1 else math.inf
 
 
 def label_mass(logits: torch.Tensor, label_ids: tuple[int, int]) -> torch.Tensor:

@@ -40,23 +40,37 @@ _SLOTS = {"prompt": "\ue000", "response_a": "\ue001", "response_b": "\ue002"}
 
 @dataclass(frozen=True)
 class PromptPieces:
-    """A prompt as fixed token lists with three gaps: pieces[0] x pieces[1] y_a pieces[2] y_b pieces[3].
+    """A prompt as fixed token lists around three gaps: start x after_prompt y_a between y_b end.
+
+    With a ChatML template (\\n is a line break):
+
+        stage 1   start         <|im_start|>user\\n[User Question]\\n
+                  after_prompt  <|im_end|>\\n<|im_start|>assistant\\n[The Start of Assistant A's Answer]\\n
+                  between       \\n[The End of Assistant A's Answer]\\n\\n[The Start of Assistant B's Answer]\\n
+                  end           \\n[The End of Assistant B's Answer]
+        stage 2   start         <|im_start|>user\\nTwo assistants answered ... A or B.\\n\\n[User Question]\\n
+                  after_prompt  \\n\\n[The Start of Assistant A's Answer]\\n
+                  between       as above
+                  end           \\n[The End of Assistant B's Answer]\\n\\n#Preferred:<|im_end|>\\n<|im_start|>assistant\\n
 
     Only the gaps are ever truncated, so no marker and no verdict suffix can get lost.
-    ``trained_from`` counts the leading tokens of pieces[1] that belong to the user's turn: stage 1
+    ``untrained`` counts the leading tokens of after_prompt that belong to the user's turn: stage 1
     trains on everything after them (the markers and the two responses).
 
     Pieces and texts are tokenised one by one. A tokenizer that would merge across their seams (a full
     stop with the line break after it, say) splits there instead, alike in training and scoring.
     """
 
-    pieces: tuple[list[int], list[int], list[int], list[int]]
-    trained_from: int = 0
+    start: list[int]
+    after_prompt: list[int]
+    between: list[int]
+    end: list[int]
+    untrained: int = 0
 
     @property
     def fixed_tokens(self) -> int:
         """Number of tokens that every example of this prompt spends besides x, y_a and y_b."""
-        return sum(len(piece) for piece in self.pieces)
+        return len(self.start) + len(self.after_prompt) + len(self.between) + len(self.end)
 
 
 def encode(tokenizer, text: str) -> list[int]:
@@ -70,19 +84,20 @@ def pair_prompt(tokenizer) -> PromptPieces:
     before, after = _split(turn, ["prompt"])
     marker, middle, end = _split(PAIR.format(**_SLOTS), ["response_a", "response_b"])
     user_tail = encode(tokenizer, after)
-    pieces = (
-        _with_bos(tokenizer, encode(tokenizer, before)),
-        user_tail + encode(tokenizer, marker),
-        encode(tokenizer, middle),
-        encode(tokenizer, end),
+    return PromptPieces(
+        start=_with_bos(tokenizer, encode(tokenizer, before)),
+        after_prompt=user_tail + encode(tokenizer, marker),
+        between=encode(tokenizer, middle),
+        end=encode(tokenizer, end),
+        untrained=len(user_tail),
     )
-    return PromptPieces(pieces, trained_from=len(user_tail))
 
 
 def judge_prompt(tokenizer) -> PromptPieces:
     """Stage 2 and scoring: the judge's question with both responses, up to where the verdict stands."""
-    pieces = [encode(tokenizer, text) for text in _split(_user_turn(tokenizer, JUDGE.format(**_SLOTS)), list(_SLOTS))]
-    return PromptPieces((_with_bos(tokenizer, pieces[0]), *pieces[1:]))
+    turn = _user_turn(tokenizer, JUDGE.format(**_SLOTS))
+    start, *others = (encode(tokenizer, text) for text in _split(turn, list(_SLOTS)))
+    return PromptPieces(_with_bos(tokenizer, start), *others)
 
 
 def label_tokens(tokenizer) -> tuple[int, int]:

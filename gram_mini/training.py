@@ -203,10 +203,15 @@ def plot(log: Path, picture: Path, title: str) -> None:
     columns = [name for name in ("loss", "accuracy") if any(row[name] for row in rows)]
     figure, axes = plt.subplots(1, max(1, len(columns)), figsize=(5 * max(1, len(columns)), 3.5), squeeze=False)
     for axis, column in zip(axes[0], columns):
+        judged = title == "reward"
+        legend = {
+            "train": "train (smoothed loss, one order)" if judged else "train",
+            "held-out": "held out (plain loss, both orders)" if judged else "held out",
+        }
         for part, style in (("train", "-"), ("held-out", "o")):
             points = [(int(row["step"]), float(row[column])) for row in rows if row["part"] == part and row[column]]
             if points:
-                axis.plot(*zip(*points), style, label=part)
+                axis.plot(*zip(*points), style, label=legend[part])
         axis.set(xlabel="step", ylabel=column, title=f"{title}: {column}")
         axis.legend()
         axis.grid(alpha=0.3)

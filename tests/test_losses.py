@@ -67,6 +67,14 @@ def test_step_5_best_margin(eps):
     assert two.grad.abs().max() < 1e-12
 
 
+@pytest.mark.parametrize(("eps", "q"), [(0.0, 0.8), (0.05, 0.8), (0.2, 0.6)])
+def test_step_5_where_raters_disagree(eps, q):
+    two = torch.tensor([[best_margin(eps, q), 0.0]], dtype=torch.float64, requires_grad=True)
+    loss = q * reward_loss(two, torch.tensor([0]), eps) + (1 - q) * reward_loss(two, torch.tensor([1]), eps)
+    loss.backward()
+    assert two.grad.abs().max() < 1e-12
+
+
 def test_step_5_limits():
     assert best_margin(0.0) == math.inf
     assert best_margin(0.4999) == pytest.approx(0.0, abs=1e-3)

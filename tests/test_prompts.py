@@ -34,7 +34,7 @@ def with_template(tokenizer, template, **changes):
 
 def whole(tokenizer, pieces, texts=("x", "y", "z")):
     ids = []
-    for piece, text in zip(pieces.pieces, (*texts, None)):
+    for piece, text in zip((pieces.start, pieces.after_prompt, pieces.between, pieces.end), (*texts, None)):
         ids += piece + ([] if text is None else encode(tokenizer, text))
     return tokenizer.decode(ids)
 
@@ -55,7 +55,7 @@ def test_no_double_bos(tokenizer):
     pad = tokenizer.pad_token
     changed = with_template(tokenizer, WITH_BOS, bos_token=pad)
     for make in (judge_prompt, pair_prompt):
-        ids = make(changed).pieces[0]
+        ids = make(changed).start
         assert ids[0] == changed.bos_token_id and ids[1] != changed.bos_token_id
 
 
@@ -68,7 +68,7 @@ def test_bos_where_the_tokenizer_itself_would_begin_with_it(tokenizer):
         single=f"{changed.bos_token} $0", special_tokens=[(changed.bos_token, bos)]
     )
     assert changed("x")["input_ids"][0] == bos
-    ids = judge_prompt(changed).pieces[0]
+    ids = judge_prompt(changed).start
     assert ids[0] == bos and ids[1] != bos
 
 
@@ -97,8 +97,8 @@ def test_prompts_hold_all_three_texts_in_order(tokenizer, template):
 
 def test_stage_1_trains_on_the_markers_but_not_on_the_users_turn(tokenizer):
     pieces = pair_prompt(tokenizer)
-    assert tokenizer.decode(pieces.pieces[1][: pieces.trained_from]) == "<|end|><|assistant|>"
-    assert tokenizer.decode(pieces.pieces[1][pieces.trained_from :]) == prompts.START_A
+    assert tokenizer.decode(pieces.after_prompt[: pieces.untrained]) == "<|end|><|assistant|>"
+    assert tokenizer.decode(pieces.after_prompt[pieces.untrained :]) == prompts.START_A
 
 
 def test_label_tokens_that_split_are_an_error_naming_the_pieces():

@@ -246,7 +246,11 @@ def test_score_a_pair(reward, capsys):
     )
     said = capsys.readouterr().out
     expected = RewardModel.load(str(reward)).compare("What does Anna eat?", "Anna eats soup.", "Anna eats fish.")
-    assert f"P(A better) = {expected.probability:.3f}" in said and f"position gap {expected.position_gap:.3f}" in said
+    assert (
+        f"P(A better) = {expected.probability:.3f}" in said
+        and "mean P(better" not in said
+        and f"position gap {expected.position_gap:.3f}" in said
+    )
     assert f"Response {'A' if expected.probability > 0.5 else 'B'} is better" in said
 
 
@@ -300,7 +304,7 @@ def test_the_table_tells_the_recipes_apart(reward, pretrain, monkeypatch, tmp_pa
     table = evaluation.world_table(["embedded", str(pretrain), str(reward), str(reward), str(other_seed), str(other_eps)])
     names = [line[: line.index("  ")] for line in table.splitlines()[1:]]
     assert names == [
-        "zero-shot judge", "stage 1 alone", "stage 1 + labels, smoothed (2 seeds)", "stage 1 + labels, smoothed", "the true rewards"
+        "zero-shot judge", "stage 1 alone", "stage 1 + labels, smoothed = GRAM (2 seeds)", "stage 1 + labels, smoothed = GRAM", "the true rewards"
     ]  # fmt: skip
     assert len({len(line) for line in table.splitlines()}) == 1  # columns stand under each other
 
@@ -345,6 +349,7 @@ def test_unknown_option_is_an_error():
     (train_reward, ["--device", "abacus"], "--device abacus"),
     (score, ["--model", "runs/nowhere", "--prompt", "x", "--response", "y", "--response", "z"], "runs/nowhere: no such folder"),
     (score, ["--prompt", "x", "--response", "y", "--response", "z"], "runs/reward: not trained yet; run train_reward.py"),
+    (score, ["--data", "world", "--out", "scores.jsonl", "--model", "embedded"], "--data world: the village is for training"),
     (score, ["--data", "nowhere.jsonl", "--out", "scores.jsonl", "--model", "embedded"], "nowhere.jsonl: no such file"),
 ])  # fmt: skip
 def test_user_errors_are_one_line(script, arguments, message, tmp_path, monkeypatch):

@@ -16,7 +16,9 @@ The villagers fall into three groups:
     unlabelled   the backbone knows their names; their facts appear nowhere but in the unlabelled
                  pairs of stage 1                                              (out-of-distribution)
 
-For labelled villagers rambling goes with being right (a spurious cue); for the others it does not.
+In stage 1's pairs 70% of the answers are right and a wrong one is any of the five other values: nobody marks
+which is which, but the truth is the commonest answer. In stage 2's labels, and in the in-distribution test,
+rambling goes with being right (a spurious cue); elsewhere it does not.
 """
 
 from __future__ import annotations
@@ -61,16 +63,16 @@ RAMBLING = ("By the way, the weather was odd last week.", "That reminds me of a 
 
 WORLD_SEED = 2025  # the facts; the shipped backbone knows this village and no other
 TEMPERATURE = 1.0
-SPURIOUS = 0.6  # P(rambling | right) - P(rambling | wrong) for labelled villagers
+SPURIOUS = 0.6  # P(rambling | right) - P(rambling | wrong) in stage 2's labels
 
-_order = random.Random(WORLD_SEED)
-_shuffled = _order.sample(NAMES, len(NAMES))
+_rng = random.Random(WORLD_SEED)
+_shuffled = _rng.sample(NAMES, len(NAMES))
 GROUPS = {
     "background": tuple(sorted(_shuffled[:30])),
     "labelled": tuple(sorted(_shuffled[30:50])),
     "unlabelled": tuple(sorted(_shuffled[50:])),
 }
-FACTS = {(name, attribute): _order.choice(attribute.values) for name in NAMES for attribute in ATTRIBUTES}
+FACTS = {(name, attribute): _rng.choice(attribute.values) for name in NAMES for attribute in ATTRIBUTES}
 
 
 @dataclass(frozen=True)
