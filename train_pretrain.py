@@ -9,20 +9,25 @@ import torch
 from tqdm import tqdm
 
 from gram_mini import options
-from gram_mini.backbone import add_lora, hidden_states, load_backbone, load_tokenizer, output_logits, pick_device
-from gram_mini.batches import IGNORED, encode_pairs, pair_batch
+from gram_mini.backbone import add_lora, checkpoint_gradients, hidden_states, load_backbone, load_tokenizer, output_logits
+from gram_mini.batches import IGNORED, describe, encode_pairs, lengths, pair_batch, trained_tokens
 from gram_mini.data import load_pairs, split_by_prompt
 from gram_mini.errors import clear_errors
+from gram_mini.log import Log
 from gram_mini.losses import pair_loss
 from gram_mini.prompts import label_tokens, pair_prompt
+from gram_mini.run_folder import RunFolder, run_record
 from gram_mini.training import (
-    Log,
-    RunFolder,
+    NonFinite,
+    add_up,
     batches_forever,
     clip_gradients,
+    forward_passes,
+    in_shares,
     number_of_steps,
     optimizer_and_schedule,
-    run_record,
+    start_processes,
+    stopping_after_the_step,
 )
 
 EXAMPLES = """\
@@ -37,26 +42,29 @@ def main(argv=None):
         data_help="pairs of responses: file, folder, hub name, or 'world' for the embedded village",
     )  # fmt: skip
     args = parser.parse_args(argv)
-    device = pick_device(args.device)
-    run = RunFolder(args.out, args.overwrite)
+    run = RunFolder(args.out, args.overwrite, args.resume)
+    accelerator, device = start_processes(args.device, args.report_to, run.partial)
 
     # Data -> prompts -> token ids
     data = load_pairs(args.data, labelled=False, limit=args.limit, split=args.split, seed=args.seed)
-    print(data.summary())
+    accelerator.print(data.summary())
     tokenizer = load_tokenizer(args.model)
     prompt, labels = pair_prompt(tokenizer), label_tokens(tokenizer)
     train_pairs, held_out_pairs = split_by_prompt(data.pairs, args.held_out, args.seed)
     train = encode_pairs(train_pairs, prompt, tokenizer, args.max_length)
     held_out = encode_pairs(held_out_pairs, prompt, tokenizer, args.max_length)
-    cut = sum(row.truncated for row in train + held_out)
-    print(f"{len(train)} pairs to train on, {len(held_out)} held out; {cut} cut to {args.max_length} tokens")
+    length = lengths(train + held_out, prompt)
+    accelerator.print(f"{len(train)} pairs to train on, {len(held_out)} held out; {describe(length, args.max_length)}")
 
     # Backbone and adapter
     torch.manual_seed(args.seed)
-    model = add_lora(load_backbone(args.model, args.bits, device), args.lora_rank)
-    steps = number_of_steps(len(train), args.batch_size, args.grad_accum, args.epochs, args.steps)
+    backbone = load_backbone(args.model, args.bits, device)
+    if args.gradient_checkpointing:
+        checkpoint_gradients(backbone)
+    model = add_lora(backbone, args.lora_rank)
+    per_step = args.batch_size * args.grad_accum * accelerator.num_processes
+    steps = number_of_steps(len(train), per_step, args.epochs, args.steps)
     optimizer, schedule = optimizer_and_schedule(model, args.lr, steps)
-    log = Log(run.start() / "log.csv", args.log_every, steps)
 
     def loss_on(rows, swaps):
         batch = pair_batch(rows, swaps, prompt, tokenizer.pad_token_id)
@@ -68,38 +76,63 @@ def main(argv=None):
 
     @torch.no_grad()
     def held_out_loss():
+        def losses(chunks):
+            return [loss_on(chunk, [False] * len(chunk))[0].item() for chunk in tqdm(chunks, delay=2, leave=False)]
+
         model.eval()
         chunks = [held_out[i : i + args.batch_size] for i in range(0, len(held_out), args.batch_size)]
-        losses = [(loss_on(chunk, [False] * len(chunk))[0].item(), len(chunk)) for chunk in tqdm(chunks, delay=2, leave=False)]
+        tokens = [sum(trained_tokens(prompt, row) for row in chunk) for chunk in chunks]
+        total = sum(loss * n for loss, n in zip(in_shares(accelerator, chunks, losses), tokens))
         model.train()
-        return sum(loss * size for loss, size in losses) / len(held_out)
+        return total / sum(tokens)
 
-    # The loop
+    # The loop, from the beginning or from a checkpoint
+    if accelerator.is_main_process:
+        run.start()
+    done = run.load(accelerator, args, data, model, optimizer, schedule)
+    log = Log(run.partial / "log.csv", args, steps, accelerator, done["log"])
+    non_finite = NonFinite(args.skip_limit, data.source, done["skipped"])
+    batches = batches_forever(train, per_step, args.seed, skip=done["step"])
     final = None
     model.train()
-    batches = batches_forever(train, args.batch_size, args.seed)
-    progress = tqdm(range(1, steps + 1), desc="stage 1", mininterval=1)
-    for step in progress:
-        for _ in range(args.grad_accum):
-            loss, tokens = loss_on(*next(batches))
-            (loss / args.grad_accum).backward()
-            log.note(tokens, loss=loss)
-        clip_gradients(model)
-        optimizer.step()
-        optimizer.zero_grad()
-        if means := log.train(step, lr=schedule.get_last_lr()[0]):
-            progress.set_postfix(loss=f"{means['loss']:.3f}")
-        schedule.step()
-        if held_out and (step == steps or step % max(1, steps // 5) == 0):
-            began = time.perf_counter()
-            final = held_out_loss()
-            log.held_out(step, time.perf_counter() - began, loss=final)
+    progress = tqdm(
+        range(done["step"] + 1, steps + 1), desc="stage 1", mininterval=1, initial=done["step"], total=steps,
+        disable=not accelerator.is_main_process,
+    )  # fmt: skip
+    with stopping_after_the_step(accelerator):
+        for step in progress:
+            rows, swaps = next(batches)  # what all forward passes, in all processes, see in this step
+            in_step, step_loss = sum(trained_tokens(prompt, row) for row in rows), 0.0
+            for some, their_swaps in forward_passes(rows, swaps, args.batch_size, accelerator):
+                loss, tokens = loss_on(some, their_swaps)
+                share = sum(trained_tokens(prompt, row) for row in some) / in_step  # the step's loss is a mean over tokens
+                (loss * share).backward()
+                step_loss += loss.detach() * share
+                log.note(tokens, share, loss=loss)
+            step_loss = add_up(accelerator, model, step_loss)
+            if non_finite.allows(step_loss, clip_gradients(model), rows):
+                optimizer.step()
+            optimizer.zero_grad()
+            if means := log.train(step, lr=schedule.get_last_lr()[0], skipped=non_finite.skipped):
+                progress.set_postfix(loss=f"{means['loss']:.3f}")
+            schedule.step()
+            if held_out and (step == steps or step % max(1, steps // 5) == 0):
+                began = time.perf_counter()
+                final = held_out_loss()
+                log.held_out(step, time.perf_counter() - began, loss=final)
+            stop = accelerator.check_trigger()
+            if step < steps and (stop or step % args.save_every == 0):
+                run.save(accelerator, step, args, data, model, optimizer, schedule, log, non_finite.skipped)
+                if stop:
+                    raise run.interrupted(step)
 
-    results = {"held_out_loss": final} if held_out else {}
-    run.finish(model, tokenizer, run_record("pretrain", args, data, model, labels, truncated=cut, steps=steps, **results))
-    if held_out:
-        print(f"held-out loss {final:.3f} nats per token")
-    print(f"wrote {args.out}: adapter, tokenizer, run.json, log.csv, plot.png")
+    accelerator.end_training()
+    if accelerator.is_main_process:
+        results = {"steps": steps, "skipped": non_finite.skipped, **({"held_out_loss": final} if held_out else {})}
+        run.finish(model, tokenizer, run_record("pretrain", args, data, model, labels, lengths=length, **results))
+        if held_out:
+            print(f"held-out loss {final:.3f} nats per token")
+        print(f"wrote {args.out}: adapter, tokenizer, run.json, log.csv, plot.png")
 
 
 if __name__ == "__main__":

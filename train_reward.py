@@ -14,28 +14,32 @@ from tqdm import tqdm
 from gram_mini import options
 from gram_mini.backbone import (
     add_lora,
+    checkpoint_gradients,
     hidden_states,
     load_backbone,
     load_lora,
     load_tokenizer,
     output_logits,
-    pick_device,
 )
-from gram_mini.batches import encode_pairs, judge_batch
+from gram_mini.batches import describe, encode_pairs, judge_batch, lengths
 from gram_mini.data import load_pairs, split_by_prompt
 from gram_mini.errors import UserError, clear_errors
-from gram_mini.evaluation import evaluate
+from gram_mini.evaluation import summarise
+from gram_mini.log import Log
 from gram_mini.losses import best_margin, label_mass, margins, reward_loss
 from gram_mini.reward_model import RewardModel
+from gram_mini.run_folder import RunFolder, check_init, run_record
 from gram_mini.training import (
-    Log,
-    RunFolder,
+    NonFinite,
+    add_up,
     batches_forever,
-    check_init,
     clip_gradients,
+    forward_passes,
+    in_shares,
     number_of_steps,
     optimizer_and_schedule,
-    run_record,
+    start_processes,
+    stopping_after_the_step,
 )
 
 EXAMPLES = """\
@@ -58,66 +62,90 @@ def main(argv=None):
         help="eps of the loss above, 0 <= eps < 0.5; half of torch's label_smoothing: 0.05 is the official 0.1 there",
     )  # fmt: skip
     args = parser.parse_args(argv)
-    device = pick_device(args.device)
-    run = RunFolder(args.out, args.overwrite)
+    run = RunFolder(args.out, args.overwrite, args.resume)
+    accelerator, device = start_processes(args.device, args.report_to, run.partial)
     if args.init and args.init.resolve() == args.out.resolve():
         raise UserError(f"--out {args.out}: is the run given as --init; give another folder")
     args.lora_rank = check_init(args.init, args.model, args.lora_rank) if args.init else args.lora_rank or 32
 
     # Data -> prompts -> token ids
     data = load_pairs(args.data, labelled=True, limit=args.limit, split=args.split, seed=args.seed)
-    print(data.summary())
+    accelerator.print(data.summary())
     tokenizer = load_tokenizer(args.model)
     torch.manual_seed(args.seed)
     backbone = load_backbone(args.model, args.bits, device)
+    if args.gradient_checkpointing:
+        checkpoint_gradients(backbone)
     model = load_lora(backbone, args.init, trainable=True) if args.init else add_lora(backbone, args.lora_rank)
     judge = RewardModel(model, tokenizer, args.max_length, args.batch_size)
     train_pairs, held_out = split_by_prompt(data.pairs, args.held_out, args.seed)
     train = encode_pairs(train_pairs, judge.prompt, tokenizer, args.max_length)
-    cut = sum(row.truncated for row in train + encode_pairs(held_out, judge.prompt, tokenizer, args.max_length))
-    print(f"{len(train)} pairs to train on, {len(held_out)} held out; {cut} cut to {args.max_length} tokens")
+    length = lengths(train + encode_pairs(held_out, judge.prompt, tokenizer, args.max_length), judge.prompt)
+    accelerator.print(f"{len(train)} pairs to train on, {len(held_out)} held out; {describe(length, args.max_length)}")
 
-    # The loop
-    steps = number_of_steps(len(train), args.batch_size, args.grad_accum, args.epochs, args.steps)
+    # The loop, from the beginning or from a checkpoint
+    per_step = args.batch_size * args.grad_accum * accelerator.num_processes
+    steps = number_of_steps(len(train), per_step, args.epochs, args.steps)
     optimizer, schedule = optimizer_and_schedule(model, args.lr, steps)
-    log = Log(run.start() / "log.csv", args.log_every, steps)
+    if accelerator.is_main_process:
+        run.start()
+    done = run.load(accelerator, args, data, model, optimizer, schedule)
+    log = Log(run.partial / "log.csv", args, steps, accelerator, done["log"])
+    non_finite = NonFinite(args.skip_limit, data.source, done["skipped"])
+    batches = batches_forever(train, per_step, args.seed, skip=done["step"])
     final = None
     model.train()
-    batches = batches_forever(train, args.batch_size, args.seed)
-    progress = tqdm(range(1, steps + 1), desc="stage 2", mininterval=1)
-    for step in progress:
-        for _ in range(args.grad_accum):
-            batch = judge_batch(*next(batches), judge.prompt, tokenizer.pad_token_id)
-            hidden = hidden_states(model, batch["input_ids"].to(device))  # (B, T, H)
-            at_end = hidden[torch.arange(len(hidden)), batch["last"]]  # (B, H)
-            logits = output_logits(model, at_end, judge.labels)  # (B, 2): two rows of the output matrix
-            labels = batch["labels"].to(device)  # (B,)
-            loss = reward_loss(logits, labels, args.label_smoothing)
-            (loss / args.grad_accum).backward()
-            m = margins(logits, labels)  # (B,)
-            log.note(batch["input_ids"].numel(), loss=loss, accuracy=(m > 0).float().mean(), margin=m.mean())
-        if log.due(step):  # the mass on {A, B} needs the whole output matrix, so only now and then
-            log.note(0, label_mass=label_mass(output_logits(model, at_end.detach()), judge.labels).mean())
-        clip_gradients(model)
-        optimizer.step()
-        optimizer.zero_grad()
-        if means := log.train(step, lr=schedule.get_last_lr()[0]):
-            progress.set_postfix(loss=f"{means['loss']:.3f}", accuracy=f"{means['accuracy']:.2f}")
-        schedule.step()
-        if held_out and (step == steps or step % max(1, steps // 5) == 0):
-            began = time.perf_counter()
-            final = evaluate(judge, held_out, progress="held out")
-            log.held_out(step, time.perf_counter() - began, **asdict(final))
+    progress = tqdm(
+        range(done["step"] + 1, steps + 1), desc="stage 2", mininterval=1, initial=done["step"], total=steps,
+        disable=not accelerator.is_main_process,
+    )  # fmt: skip
+    with stopping_after_the_step(accelerator):
+        for step in progress:
+            rows, swaps = next(batches)  # what all forward passes, in all processes, see in this step
+            step_loss = 0.0
+            for some, their_swaps in forward_passes(rows, swaps, args.batch_size, accelerator):
+                batch = judge_batch(some, their_swaps, judge.prompt, tokenizer.pad_token_id)
+                hidden = hidden_states(model, batch["input_ids"].to(device))  # (B, T, H)
+                at_end = hidden[torch.arange(len(hidden)), batch["last"]]  # (B, H)
+                logits = output_logits(model, at_end, judge.labels)  # (B, 2): two rows of the output matrix
+                labels = batch["labels"].to(device)  # (B,)
+                loss = reward_loss(logits, labels, args.label_smoothing)
+                share = len(some) / len(rows)  # the step's loss is a mean over its pairs
+                (loss * share).backward()
+                step_loss += loss.detach() * share
+                m = margins(logits, labels)  # (B,)
+                log.note(batch["input_ids"].numel(), share, loss=loss, accuracy=(m > 0).float().mean(), margin=m.mean())
+                if log.due(step):  # the mass on {A, B} needs the whole output matrix, so only now and then
+                    log.note(0, share, label_mass=label_mass(output_logits(model, at_end.detach()), judge.labels).mean())
+            step_loss = add_up(accelerator, model, step_loss)
+            if non_finite.allows(step_loss, clip_gradients(model), rows):
+                optimizer.step()
+            optimizer.zero_grad()
+            if means := log.train(step, lr=schedule.get_last_lr()[0], skipped=non_finite.skipped):
+                progress.set_postfix(loss=f"{means['loss']:.3f}", accuracy=f"{means['accuracy']:.2f}")
+            schedule.step()
+            if held_out and (step == steps or step % max(1, steps // 5) == 0):
+                began = time.perf_counter()
+                compared = in_shares(accelerator, held_out, lambda mine: judge.compare_many(mine, progress="held out"))
+                final = summarise(held_out, compared)
+                log.held_out(step, time.perf_counter() - began, **asdict(final))
+            stop = accelerator.check_trigger()
+            if step < steps and (stop or step % args.save_every == 0):
+                run.save(accelerator, step, args, data, model, optimizer, schedule, log, non_finite.skipped)
+                if stop:
+                    raise run.interrupted(step)
 
-    results = {"held_out": asdict(final)} if final else {}
-    run.finish(model, tokenizer, run_record("reward", args, data, model, judge.labels, truncated=cut, steps=steps, **results))
-    if final:
-        print(
-            f"held out: accuracy {final.accuracy:.3f} ± {final.interval:.3f}, loss {final.loss:.3f}, position gap "
-            f"{final.position_gap:.3f}, mean margin {final.margin:.2f} (were the labels certain, the best were "
-            f"{best_margin(args.label_smoothing):.2f})"
-        )
-    print(f"wrote {args.out}: adapter, tokenizer, run.json, log.csv, plot.png")
+    accelerator.end_training()
+    if accelerator.is_main_process:
+        results = {"steps": steps, "skipped": non_finite.skipped, **({"held_out": asdict(final)} if final else {})}
+        run.finish(model, tokenizer, run_record("reward", args, data, model, judge.labels, lengths=length, **results))
+        if final:
+            print(
+                f"held out: accuracy {final.accuracy:.3f} ± {final.interval:.3f}, loss {final.loss:.3f}, position gap "
+                f"{final.position_gap:.3f}, mean margin {final.margin:.2f} (were the labels certain, the best were "
+                f"{best_margin(args.label_smoothing):.2f})"
+            )
+        print(f"wrote {args.out}: adapter, tokenizer, run.json, log.csv, plot.png")
 
 
 if __name__ == "__main__":

@@ -46,11 +46,15 @@ def pick_device(device: str) -> torch.device:
 
 
 def compute_dtype(bits: int, device: torch.device) -> torch.dtype:
-    """Type of activations and unquantised weights: float32 on a CPU (unless ``bits`` is 16), bf16 on a GPU that has it."""
+    """Type of activations and unquantised weights: bf16 on a GPU that has it, float32 elsewhere.
+
+    ``bits=16`` is half precision everywhere: float16 on a GPU without bf16. NF4 computes in float32 there, which is slower,
+    but never overflows.
+    """
     if bits == 32 or (device.type == "cpu" and bits == 4):
         return torch.float32
     if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
-        return torch.float16
+        return torch.float32 if bits == 4 else torch.float16
     return torch.bfloat16
 
 
@@ -97,6 +101,11 @@ def load_backbone(name: str, bits: int = 4, device: torch.device = torch.device(
     model.requires_grad_(False)
     model.config.use_cache = False
     return model
+
+
+def checkpoint_gradients(model) -> None:
+    """Keep only each layer's input for the backward pass and compute the rest again: less memory, about a third slower."""
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
 def add_lora(model, rank: int) -> PeftModel:

@@ -17,17 +17,24 @@ IGNORED = -100  # target of a position that carries no loss, torch's default ign
 
 @dataclass(frozen=True)
 class EncodedPair:
-    """The three texts of a pair as token ids, cut to length, with the label as in Pair."""
+    """The three texts of a pair as token ids, cut to length, with label and row number as in Pair."""
 
     prompt: list[int]
     response_a: list[int]
     response_b: list[int]
     label: int | None
-    truncated: bool
+    row: int
+    uncut: tuple[int, int, int]  # how long the three were before they were cut
 
     @property
     def length(self) -> int:
+        """Tokens of the three texts."""
         return len(self.prompt) + len(self.response_a) + len(self.response_b)
+
+    @property
+    def truncated(self) -> bool:
+        """Whether the pair was too long."""
+        return self.length < sum(self.uncut)
 
 
 def encode_pairs(pairs: list[Pair], pieces: PromptPieces, tokenizer, max_length: int) -> list[EncodedPair]:
@@ -49,9 +56,36 @@ def encode_pairs(pairs: list[Pair], pieces: PromptPieces, tokenizer, max_length:
         # A response that spells out "<|im_end|>" must not end the user's turn: inside a text it is only text.
         ids = tokenizer(texts, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
         for pair, prompt, a, b in zip(some, ids[0::3], ids[1::3], ids[2::3]):
-            cut = truncate(prompt, a, b, budget)
-            encoded.append(EncodedPair(*cut, pair.label, truncated=cut != (prompt, a, b)))
+            uncut = (len(prompt), len(a), len(b))
+            encoded.append(EncodedPair(*truncate(prompt, a, b, budget), pair.label, pair.row, uncut))
     return encoded
+
+
+def lengths(rows: list[EncodedPair], pieces: PromptPieces) -> dict:
+    """How long the sequences are before they are cut, in tokens, prompt pieces included, and how many are cut.
+
+    ``longer_preferred`` is the share of labelled pairs, of those with responses of different length, in which the longer
+    one is preferred: far from 1/2, length alone is a cue (None where no pair says).
+    """
+    tokens = sorted(sum(row.uncut) + pieces.fixed_tokens for row in rows)
+    won = [(a > b) == (row.label == 0) for row in rows for _, a, b in [row.uncut] if row.label is not None and a != b]
+    return {
+        "half": tokens[len(tokens) // 2],
+        "nine_in_ten": tokens[len(tokens) * 9 // 10],
+        "longest": tokens[-1],
+        "truncated": sum(row.truncated for row in rows),
+        "longer_preferred": sum(won) / len(won) if won else None,
+    }
+
+
+def describe(lengths: dict, max_length: int) -> str:
+    """One line for what :func:`lengths` found."""
+    preferred = lengths["longer_preferred"]
+    return (
+        f"tokens a pair: {lengths['half']} for half of them, {lengths['nine_in_ten']} for nine in ten, at most "
+        f"{lengths['longest']}; {lengths['truncated']} cut to {max_length}"
+        + ("" if preferred is None else f"; the longer response preferred in {preferred:.0%} of the pairs")
+    )
 
 
 def truncate(prompt: list[int], a: list[int], b: list[int], budget: int) -> tuple[list[int], list[int], list[int]]:
@@ -103,6 +137,11 @@ def pad(rows: list[list[int]], value: int) -> torch.Tensor:
     """
     length = max(map(len, rows))
     return torch.tensor([row + [value] * (length - len(row)) for row in rows])  # (B, T)
+
+
+def trained_tokens(pieces: PromptPieces, row: EncodedPair) -> int:
+    """Number of tokens that stage 1 trains on in one pair: both responses and the markers around them."""
+    return row.length - len(row.prompt) + pieces.fixed_tokens - len(pieces.start) - pieces.untrained
 
 
 def pair_batch(rows: list[EncodedPair], swaps: list[bool], pieces: PromptPieces, pad_id: int) -> dict[str, torch.Tensor]:

@@ -50,6 +50,7 @@ class Pair:
     label: int | None = None
     probability: float | None = None
     differs: frozenset[str] = frozenset()
+    row: int = field(default=0, compare=False)
 
 
 @dataclass

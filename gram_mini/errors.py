@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import sys
 from contextlib import contextmanager
 
@@ -11,19 +12,47 @@ class UserError(Exception):
     """Something the user can put right. The message says what is wrong, where, and what to do."""
 
 
+class Interrupted(Exception):
+    """A run was asked to stop and has stopped in good order. The message says how to go on."""
+
+
 @contextmanager
 def clear_errors():
     """Turn what a user can put right into one line on standard error and exit status 2; a bug still shows as one."""
     try:
         yield
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
-            raise
-        print(f"error: {error.filename or 'a file'}: {error.strerror}; make room or choose another folder", file=sys.stderr)
-        sys.exit(2)
+        _end(f"error: {error}", 2)
+    except Interrupted as error:
+        _end(f"interrupted: {error}", 130)
     except KeyboardInterrupt:
-        print("\ninterrupted: nothing was written or replaced", file=sys.stderr)
-        sys.exit(130)
+        _end("\ninterrupted: nothing was written or replaced since the last checkpoint, if there is one", 130)
+    except Exception as error:
+        line = _explain(error)
+        if line is None:
+            raise
+        _end(f"error: {line}", 2, alike=False)
+
+
+def _end(line: str, status: int, alike: bool = True) -> None:
+    rank = os.environ.get("RANK", "0")
+    if rank == "0" or not alike:  # of several processes that fail alike, one speaks
+        print(line if rank == "0" else f"process {rank}: {line}", file=sys.stderr)
+    sys.exit(status)
+
+
+def _explain(error: Exception) -> str | None:
+    """One line for what a machine ran out of or forbids, None for anything else."""
+    text = str(error)
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS):
+        return f"{error.filename or 'a file'}: {error.strerror}; make room or choose another folder"
+    if "No space left on device" in text or "File too large" in text:  # what safetensors and torch make of an OSError
+        return f"a file could not be written: {text.splitlines()[0]}; make room or choose another folder"
+    if type(error).__name__ == "OutOfMemoryError":
+        return (
+            f"out of GPU memory ({text.splitlines()[0].split('. ')[0]}); what helps: a smaller --batch-size with more "
+            "--grad-accum (the result is the same), --gradient-checkpointing, a shorter --max-length, --bits 4, a smaller --lora-rank"
+        )
+    if isinstance(error, MemoryError) or "can't allocate memory" in text:
+        return "out of memory; what helps: a smaller --batch-size with more --grad-accum, a shorter --max-length, --limit"
+    return None

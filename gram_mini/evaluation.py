@@ -16,6 +16,7 @@ from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
+from gram_mini import options
 from gram_mini.backbone import read_run
 from gram_mini.data import Pair
 from gram_mini.errors import clear_errors
@@ -90,22 +91,22 @@ probabilities, in nats. Position gap: mean |P(a better, a shown first) - P(a bet
 are on unlabelled topics."""
 
 # Options that may differ between runs of one recipe.
-PASSING = ("seed", "out", "init", "overwrite", "device", "log_every")
+PASSING = ("seed", "init", *options.WITHOUT_EFFECT)
 
 
 def recipe(run: dict | None) -> tuple[str, str]:
     """What a run did, in a word or two, and everything that must agree for two runs to share a row."""
     if run is None:
         return "zero-shot judge", ""
-    options = {name: value for name, value in run["options"].items() if name not in PASSING}
+    given = {name: value for name, value in run["options"].items() if name not in PASSING}
     if run["stage"] == "pretrain":
         name = "stage 1 alone"
     else:
         start = run["init"]["stage"] if run["init"] else None
         name = {None: "labels alone", "pretrain": "stage 1 + labels", "reward": "labels twice"}[start]
-        name += ", smoothed" if options["label_smoothing"] > 0 else ""
+        name += ", smoothed" if given["label_smoothing"] > 0 else ""
         name += " = GRAM" if name == "stage 1 + labels, smoothed" else ""
-    return name, json.dumps(options, sort_keys=True)
+    return name, json.dumps(given, sort_keys=True)
 
 
 def world_table(models: list[str], device: str = "auto") -> str:

@@ -8,6 +8,9 @@ from pathlib import Path
 
 from gram_mini.backbone import EMBEDDED
 
+# Training options that change nothing in what is learned.
+WITHOUT_EFFECT = ("out", "overwrite", "resume", "save_every", "log_every", "report_to", "device", "skip_limit")
+
 
 def parser(description: str, examples: str) -> argparse.ArgumentParser:
     """A parser whose help opens with commands to copy and shows every default."""
@@ -42,21 +45,34 @@ def add_training_options(
     g = p.add_argument_group("where to put it")
     g.add_argument("--out", type=Path, default=Path(out), metavar="FOLDER", help="run folder to write")
     g.add_argument("--overwrite", action="store_true", help="replace a run that is already there, once the new one is done")
+    g.add_argument("--save-every", type=positive_int, default=100, metavar="N", help="steps between checkpoints to resume from")
+    g.add_argument("--resume", action="store_true", help="go on with the unfinished run of --out; give the same options again")
+    g.add_argument("--log-every", type=positive_int, default=20, metavar="N", help="steps per line of log.csv")
+    g.add_argument(
+        "--report-to", choices=("tensorboard", "wandb"), help="a tracker that gets what log.csv gets (default: log.csv alone)"
+    )
     g = p.add_argument_group("optimisation")
     g.add_argument(
         "--lr", type=positive_float, default=lr, help="peak learning rate (warmed up over 5%% of the steps, then cosine)"
     )
-    g.add_argument("--batch-size", type=positive_int, default=64, metavar="N", help="pairs per forward pass")
+    g.add_argument("--batch-size", type=positive_int, default=64, metavar="N", help="pairs per forward pass and process")
     g.add_argument("--grad-accum", type=positive_int, default=1, metavar="N", help="forward passes per optimiser step")
     duration = g.add_mutually_exclusive_group()
     duration.add_argument("--epochs", type=positive_float, default=epochs, help="passes over the data")
     duration.add_argument("--steps", type=positive_int, metavar="N", help="optimiser steps, in the place of --epochs")
     g.add_argument("--seed", type=seed, default=0, help="draws the adapter, the order of rows and responses, the world's pairs")
-    g.add_argument("--log-every", type=positive_int, default=20, metavar="N", help="steps per line of log.csv")
+    g.add_argument(
+        "--skip-limit", type=positive_int, default=5, metavar="N",
+        help="stop after N steps in a row whose loss or gradient is not finite; such steps are skipped and counted",
+    )  # fmt: skip
     g = p.add_argument_group("model")
     g.add_argument(
         "--lora-rank", type=positive_int, metavar="R", default=lora_rank,
         help="rank of the LoRA adapter" + ("" if lora_rank else " (default: that of --init, else 32)"),
+    )  # fmt: skip
+    g.add_argument(
+        "--gradient-checkpointing", action="store_true",
+        help="compute activations twice to keep fewer of them: less memory, about a third slower",
     )  # fmt: skip
     add_model_options(g, bits_default=4, max_length_default=512)
 

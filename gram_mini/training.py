@@ -1,41 +1,77 @@
-"""What surrounds a training loop: batches without end, optimiser, log, run folder. The loop stands in the scripts."""
+"""What surrounds a training loop: processes, batches without end, optimiser. The loop itself stands in the scripts.
+
+One optimiser step sees ``batch_size * grad_accum`` pairs in each of the processes that accelerate starts. Every process
+draws the same pairs of a step, computes its share of them, a forward pass at a time, and gradients are added up at the
+end. Each forward pass weighs by its share of the step, so neither accumulation nor processes change what is learned.
+"""
 
 from __future__ import annotations
 
-import csv
-import json
+import importlib.util
 import math
-import os
-import platform
 import random
-import shutil
-import sys
-import time
-from importlib.metadata import version
-from pathlib import Path
+import signal
+from contextlib import contextmanager
 
 import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
 
-from gram_mini import prompts
-from gram_mini.backbone import EMBEDDED, fingerprint, local_folder, read_run, save_adapter
+from gram_mini.backbone import pick_device
 from gram_mini.batches import EncodedPair, batch_order
 from gram_mini.errors import UserError
 
-LOG_COLUMNS = ("step", "part", "loss", "accuracy", "margin", "label_mass", "position_gap", "lr", "tokens_per_second")
+
+def start_processes(device: str, report_to: str | None = None, folder=None) -> tuple[Accelerator, torch.device]:
+    """The accelerator, which knows this process's place among those that ``accelerate launch`` started (or that it is
+    the only one), and the device to compute on. ``report_to`` names a tracker that writes to ``folder``.
+
+    Raises:
+        UserError: for a device or a tracker that is not to be had.
+    """
+    place = pick_device(device)
+    if report_to and importlib.util.find_spec(report_to) is None:
+        raise UserError(f"--report-to {report_to}: is not installed; pip install {report_to}")
+    accelerator = Accelerator(cpu=place.type == "cpu", log_with=report_to, project_dir=folder)
+    return accelerator, accelerator.device if accelerator.num_processes > 1 else place
 
 
-def number_of_steps(rows: int, batch_size: int, grad_accum: int, epochs: float, steps: int | None) -> int:
+def in_shares(accelerator: Accelerator, items: list, work) -> list:
+    """``work(items)``, a list of as many results, with each process doing a share; every process gets all results."""
+    n = accelerator.num_processes
+    results = [None] * len(items)
+    for rank, share in enumerate(gather_object([work(items[accelerator.process_index :: n])])):
+        results[rank::n] = share
+    return results
+
+
+def number_of_steps(rows: int, rows_per_step: int, epochs: float, steps: int | None) -> int:
     """Optimiser steps: ``steps`` where given, else what ``epochs`` passes over ``rows`` pairs take."""
-    return steps or max(1, math.ceil(epochs * math.ceil(rows / batch_size) / grad_accum))
+    return steps or max(1, math.ceil(epochs * math.ceil(rows / rows_per_step)))
 
 
-def batches_forever(rows: list[EncodedPair], batch_size: int, seed: int):
-    """Yield (rows, swaps) epoch after epoch; each pair's responses change places with probability 1/2, anew each time."""
+def batches_forever(rows: list[EncodedPair], rows_per_step: int, seed: int, skip: int = 0):
+    """Yield (rows, swaps) of one optimiser step, epoch after epoch, without the first ``skip`` of them.
+
+    Each pair's responses change places with probability 1/2, anew each time.
+    """
     rng = random.Random(seed)
     lengths = [row.length for row in rows]
     while True:
-        for batch in batch_order(lengths, batch_size, rng):
-            yield [rows[i] for i in batch], [rng.random() < 0.5 for _ in batch]
+        for batch in batch_order(lengths, rows_per_step, rng):
+            swaps = [rng.random() < 0.5 for _ in batch]
+            if skip > 0:
+                skip -= 1
+            else:
+                yield [rows[i] for i in batch], swaps
+
+
+def forward_passes(rows: list[EncodedPair], swaps: list[bool], batch_size: int, accelerator: Accelerator):
+    """Yield (rows, swaps) of this process's share of a step, at most ``batch_size`` at a time."""
+    mine = slice(accelerator.process_index, None, accelerator.num_processes)  # rows are sorted: equal work for all
+    rows, swaps = rows[mine], swaps[mine]
+    for start in range(0, len(rows), batch_size):
+        yield rows[start : start + batch_size], swaps[start : start + batch_size]
 
 
 def optimizer_and_schedule(model, lr: float, steps: int):
@@ -47,174 +83,71 @@ def optimizer_and_schedule(model, lr: float, steps: int):
             return (step + 1) / warmup
         return 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup))) if steps > warmup else 0.0
 
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trainable, lr=lr, weight_decay=0.0, fused=True)
+    optimizer = torch.optim.AdamW(trainable(model), lr=lr, weight_decay=0.0, fused=True)
     return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, share_of_peak)
 
 
-def clip_gradients(model) -> None:
-    """Clip the gradient of the trainable parameters to norm 1."""
-    torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], 1.0)
+def trainable(model) -> list[torch.nn.Parameter]:
+    """The parameters that are trained: the adapter's."""
+    return [p for p in model.parameters() if p.requires_grad]
 
 
-class Log:
-    """log.csv: a line for every ``every`` training steps (means over their forward passes), and one for each evaluation.
-
-    tokens_per_second counts what the model computes, padding included, and no evaluation's time.
-    """
-
-    def __init__(self, path: Path, every: int, steps: int):
-        self.every, self.steps = every, steps
-        self._file = open(path, "w", newline="")
-        self._csv = csv.DictWriter(self._file, LOG_COLUMNS)
-        self._csv.writeheader()
-        self._restart()
-
-    def due(self, step: int) -> bool:
-        """Whether this step ends a line."""
-        return step % self.every == 0 or step == self.steps
-
-    def note(self, tokens: int, **values: torch.Tensor) -> None:
-        """Note one forward pass; tensors stay on their device until a line is written."""
-        self._tokens += tokens
-        for name, value in values.items():
-            self._values.setdefault(name, []).append(value.detach().float())
-
-    def train(self, step: int, lr: float) -> dict[str, float]:
-        """End an optimiser step; returns the means where it ends a line, else nothing."""
-        if not self.due(step):
-            return {}
-        means = {name: torch.stack(values).mean().item() for name, values in self._values.items()}
-        speed = round(self._tokens / (time.perf_counter() - self._since))
-        self._write(step=step, part="train", lr=lr, tokens_per_second=speed, **means)
-        self._restart()
-        return means
-
-    def held_out(self, step: int, seconds: float, **values: float) -> None:
-        """Note an evaluation that took ``seconds``."""
-        self._write(step=step, part="held-out", **values)
-        self._since += seconds
-
-    def _restart(self):
-        self._values, self._tokens, self._since = {}, 0, time.perf_counter()
-
-    def _write(self, **values):
-        self._csv.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in values.items() if k in LOG_COLUMNS})
-        self._file.flush()
+def add_up(accelerator: Accelerator, model, loss: torch.Tensor | float) -> float:
+    """Add gradients and loss of a step up over the processes; returns the loss of the whole step."""
+    if accelerator.num_processes > 1:
+        for p in trainable(model):  # a process without a row in this step has no gradient
+            p.grad = accelerator.reduce(torch.zeros_like(p) if p.grad is None else p.grad, "sum")
+        loss = accelerator.reduce(torch.as_tensor(loss, dtype=torch.float32, device=accelerator.device), "sum")
+    return float(loss)
 
 
-class RunFolder:
-    """The folder of a run, written under another name and renamed when it is complete.
-
-    So a run folder is always a finished run, and a run that fails leaves what was there before untouched.
-
-    Raises:
-        UserError: if the folder holds a run and ``overwrite`` is off, holds something else, or cannot be written.
-    """
-
-    def __init__(self, folder: Path, overwrite: bool):
-        self.folder = folder.resolve()
-        if not self.folder.name:
-            raise UserError(f"--out {folder}: is the root of the file system; give the name of a folder")
-        self.partial = self.folder.with_name(self.folder.name + ".partial")
-        if folder.exists() and not folder.is_dir():
-            raise UserError(f"--out {folder}: is a file; give the name of a folder")
-        if folder.is_dir() and any(folder.iterdir()):
-            if not (folder / "run.json").is_file():
-                raise UserError(f"--out {folder}: holds files that are not a run; give another folder")
-            if not overwrite:
-                raise UserError(f"--out {folder}: already holds a run; give another folder, or --overwrite to replace it")
-        above = next(p for p in folder.absolute().parents if p.exists())
-        if not (above.is_dir() and os.access(above, os.W_OK)):
-            raise UserError(f"--out {folder}: {above} cannot be written to; give another folder")
-
-    def start(self) -> Path:
-        """Make the folder that the run is written to until it is complete, and return it."""
-        if self.partial.exists() and not (self.partial / "log.csv").is_file():
-            raise UserError(f"{self.partial}: is in the way and no unfinished run; rename it, or give another --out")
-        shutil.rmtree(self.partial, ignore_errors=True)
-        try:
-            self.partial.mkdir(parents=True)
-        except OSError as error:
-            raise UserError(f"--out {self.folder}: cannot be written: {error.strerror}") from None
-        return self.partial
-
-    def finish(self, model, tokenizer, record: dict) -> None:
-        """Write adapter, tokenizer, plot and run.json, then give the folder its name."""
-        save_adapter(model, tokenizer, record["backbone"]["name"], self.partial)
-        plot(self.partial / "log.csv", self.partial / "plot.png", record["stage"])
-        (self.partial / "run.json").write_text(json.dumps(record, indent=2) + "\n")
-        replaced = self.folder.with_name(self.folder.name + ".replaced")
-        if self.folder.exists():
-            self.folder.rename(replaced)
-        self.partial.rename(self.folder)
-        shutil.rmtree(replaced, ignore_errors=True)
+def clip_gradients(model) -> float:
+    """Clip the gradient of the adapter to norm 1; returns the norm it had."""
+    return float(torch.nn.utils.clip_grad_norm_(trainable(model), 1.0))
 
 
-def run_record(stage: str, args, data, model, labels: tuple[int, int], **results) -> dict:
-    """The contents of run.json: everything needed to score with the run and to repeat it."""
-    init = getattr(args, "init", None)
-    name = args.model if args.model == EMBEDDED or not Path(args.model).is_dir() else str(Path(args.model).resolve())
-    packages = ("torch", "transformers", "peft", "bitsandbytes", "datasets")
-    return {
-        "stage": stage,
-        "command": ["python", *sys.argv],
-        "options": {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()},
-        "backbone": {"name": name, "fingerprint": fingerprint(name, model)},
-        "init": {"folder": str(init), "stage": read_run(init)["stage"]} if init else None,
-        "data": data.record(),
-        "prompt": {"pair": prompts.QUESTION + " -> " + prompts.PAIR, "judge": prompts.JUDGE},
-        "labels": dict(zip(prompts.LABELS, labels)),
-        "results": results,
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
-    }
+class NonFinite:
+    """Says whether a step can be taken, counts those that cannot, and gives up after ``limit`` of them in a row."""
+
+    def __init__(self, limit: int, source: str, skipped: int = 0):
+        self.limit, self.source, self.skipped, self.in_a_row = limit, source, skipped, 0
+
+    def allows(self, loss: float, norm: float, rows: list[EncodedPair]) -> bool:
+        """False where the loss or the gradient of a step on ``rows`` is infinite or not a number.
+
+        Raises:
+            UserError: if that happened ``limit`` times in a row; names the rows of the last time.
+        """
+        if math.isfinite(loss) and math.isfinite(norm):
+            self.in_a_row = 0
+            return True
+        self.skipped, self.in_a_row = self.skipped + 1, self.in_a_row + 1
+        if self.in_a_row >= self.limit:
+            raise UserError(
+                f"{self.limit} steps in a row had a loss or gradient that is not finite (loss {loss:.4g}, gradient norm "
+                f"{norm:.4g}), the last one on rows {', '.join(map(str, sorted(row.row for row in rows)))} of {self.source}; "
+                "lower --lr, or look at these rows"
+            )
+        return False
 
 
-def check_init(init: Path, backbone: str, rank: int | None) -> int:
-    """Whether a run can be the start of stage 2 on this backbone; returns the rank of its adapter.
+@contextmanager
+def stopping_after_the_step(accelerator: Accelerator):
+    """Ctrl-C and SIGTERM set the accelerator's trigger, so that the loop can save and stop; a second one stops at once."""
+    before = {}
 
-    Raises:
-        UserError: no finished run, another backbone, or another rank than asked for.
-    """
-    if not init.is_dir():
-        raise UserError(f"--init {init}: no such folder; run train_pretrain.py --out {init} first")
-    run = read_run(init)
-    name, trained_on = run["backbone"]["name"], run["backbone"]["fingerprint"]
-    same = name == backbone if local_folder(backbone) is None else fingerprint(backbone) == trained_on
-    if not same:
-        raise UserError(
-            f"--init {init}: was trained on the backbone {name!r} ({trained_on}), not on {backbone!r}; give the same --model"
-        )
-    had = run["options"]["lora_rank"]
-    if rank is not None and rank != had:
-        raise UserError(f"--lora-rank {rank}: the adapter in {init} has rank {had}; leave the option out")
-    return had
+    def stop(number, frame):
+        accelerator.set_trigger()
+        accelerator.print("\nstopping after this step; once more stops at once, without saving")
+        for name, handler in before.items():
+            signal.signal(name, handler)
 
-
-def plot(log: Path, picture: Path, title: str) -> None:
-    """Loss, and accuracy where there is one, over the steps of a log.csv."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    with open(log, newline="") as file:
-        rows = list(csv.DictReader(file))
-    columns = [name for name in ("loss", "accuracy") if any(row[name] for row in rows)]
-    figure, axes = plt.subplots(1, max(1, len(columns)), figsize=(5 * max(1, len(columns)), 3.5), squeeze=False)
-    for axis, column in zip(axes[0], columns):
-        judged = title == "reward"
-        legend = {
-            "train": "train (smoothed loss, one order)" if judged else "train",
-            "held-out": "held out (plain loss, both orders)" if judged else "held out",
-        }
-        for part, style in (("train", "-"), ("held-out", "o")):
-            points = [(int(row["step"]), float(row[column])) for row in rows if row["part"] == part and row[column]]
-            if points:
-                axis.plot(*zip(*points), style, label=legend[part])
-        axis.set(xlabel="step", ylabel=column, title=f"{title}: {column}")
-        axis.legend()
-        axis.grid(alpha=0.3)
-    figure.tight_layout()
-    figure.savefig(picture, dpi=100)
-    plt.close(figure)
+    try:
+        before = {name: signal.signal(name, stop) for name in (signal.SIGINT, signal.SIGTERM)}
+    except ValueError:  # not in the main thread: a notebook server's worker, say
+        pass
+    try:
+        yield
+    finally:
+        for name, handler in before.items():
+            signal.signal(name, handler)
