@@ -11,6 +11,7 @@ import importlib.util
 import math
 import random
 import signal
+import warnings
 from contextlib import contextmanager
 
 import torch
@@ -20,6 +21,8 @@ from accelerate.utils import gather_object
 from gram_mini.backbone import pick_device
 from gram_mini.batches import EncodedPair, batch_order
 from gram_mini.errors import UserError
+
+warnings.filterwarnings("ignore", message=".*lr_scheduler.step.. before .optimizer.step")  # a first step may be skipped
 
 
 def start_processes(device: str, report_to: str | None = None, folder=None) -> tuple[Accelerator, torch.device]:

@@ -9,6 +9,7 @@ from gram_mini.backbone import (
     EMBEDDED,
     EMBEDDED_FOLDER,
     add_lora,
+    checkpoint_gradients,
     fingerprint,
     hidden_states,
     load_backbone,
@@ -63,6 +64,31 @@ def test_nf4_is_nf4_and_embeddings_are_left_alone(nf4_model):
     assert layer.weight.quant_state.quant_type == "nf4" and layer.weight.quant_state.nested
     assert type(nf4_model.get_output_embeddings()) is torch.nn.Linear
     assert load_backbone(EMBEDDED, bits=16).get_input_embeddings().weight.dtype == torch.bfloat16
+
+
+def saved_bytes(model):
+    """Bytes that autograd keeps for the backward pass, each storage counted once, weights left out."""
+    storages, weights = {}, {p.untyped_storage().data_ptr() for p in model.parameters()}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            storages[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        hidden_states(model.train(), IDS)
+    return sum(storages.values())
+
+
+def test_gradient_checkpointing_keeps_less_and_gives_the_same_gradient():
+    plain, frugal = (load_backbone(EMBEDDED, bits=4) for _ in range(2))
+    checkpoint_gradients(frugal)
+    plain, frugal = add_lora(plain, 8), add_lora(frugal, 8)
+    for model in (plain, frugal):
+        perturb(model)
+    assert torch.allclose(lora_gradient(plain), lora_gradient(frugal), rtol=1e-5, atol=1e-8)
+    assert saved_bytes(frugal) < saved_bytes(plain) / 4
 
 
 def test_only_the_adapter_is_trainable_and_it_sits_on_every_linear_layer(nf4_model):

@@ -198,6 +198,29 @@ def test_the_first_step_moves_the_adapter_and_the_log_tells_its_rate(tmp_path, d
     assert float(log_of(tmp_path / "run")[0]["lr"]) == 2e-3
 
 
+def test_a_tracker_gets_what_the_log_gets(tmp_path, data):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    options = ["--data", data, "--out", str(tmp_path / "run"), "--steps", "4", "--log-every", "2", *SMALL[:4]]
+    train_reward.main([*options, "--report-to", "tensorboard", "--gradient-checkpointing"])
+    events = EventAccumulator(str(tmp_path / "run" / "gram_mini"))
+    events.Reload()
+    found = [(e.step, e.value) for e in events.Scalars("train/loss")]
+    assert found == [
+        (int(r["step"]), pytest.approx(float(r["loss"]), rel=1e-4)) for r in log_of(tmp_path / "run") if r["part"] == "train"
+    ]
+    assert events.Scalars("held-out/accuracy")
+
+
+def test_a_tracker_that_is_not_installed(tmp_path, data, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    fails(
+        train_reward,
+        ["--data", data, "--out", str(tmp_path / "run"), "--report-to", "wandb"],
+        "wandb: is not installed; pip install",
+    )
+
+
 def test_stage_1_builds_logits_for_trained_tokens_only(tmp_path, monkeypatch):
     built, trained = [], []
     real_logits, real_loss = train_pretrain.output_logits, train_pretrain.pair_loss
@@ -469,6 +492,6 @@ def test_help_opens_with_two_commands_and_shows_every_default(script):
     )
     assert "(default: None)" not in said
     without = {"--help", "--overwrite"}
-    without |= {"--prompt", "--response", "--reference", "--data", "--out"} if script == "score.py" else {"--steps"}
+    without |= {"--prompt", "--response", "--reference", "--data", "--out"} if script == "score.py" else {"--steps", "--resume", "--gradient-checkpointing"}
     entries = {entry.split()[0]: entry for entry in re.split(r"\n  (?:-h, )?(?=--)", said)[1:]}
     assert {name for name, entry in entries.items() if "default" not in entry} == without
