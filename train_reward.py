@@ -26,6 +26,7 @@ from gram_mini.data import load_pairs, split_by_prompt
 from gram_mini.errors import UserError, clear_errors
 from gram_mini.evaluation import evaluate
 from gram_mini.losses import best_margin, label_mass, margins, reward_loss
+from gram_mini.prompts import JUDGE, read_template
 from gram_mini.reward_model import RewardModel
 from gram_mini.training import (
     Log,
@@ -57,12 +58,14 @@ def main(argv=None):
         "--label-smoothing", type=options.smoothing, default=0.05, metavar="EPS",
         help="eps of the loss above, 0 <= eps < 0.5; half of torch's label_smoothing: 0.05 is the official 0.1 there",
     )  # fmt: skip
+    options.add_judge_template(group, default="the one in gram_mini/prompts.py")
     args = parser.parse_args(argv)
     device = pick_device(args.device)
     run = RunFolder(args.out, args.overwrite)
     if args.init and args.init.resolve() == args.out.resolve():
         raise UserError(f"--out {args.out}: is the run given as --init; give another folder")
     args.lora_rank = check_init(args.init, args.model, args.lora_rank) if args.init else args.lora_rank or 32
+    template = read_template(args.judge_template) if args.judge_template else JUDGE
 
     # Data -> prompts -> token ids
     data = load_pairs(args.data, labelled=True, limit=args.limit, split=args.split, seed=args.seed)
@@ -71,7 +74,7 @@ def main(argv=None):
     torch.manual_seed(args.seed)
     backbone = load_backbone(args.model, args.bits, device)
     model = load_lora(backbone, args.init, trainable=True) if args.init else add_lora(backbone, args.lora_rank)
-    judge = RewardModel(model, tokenizer, args.max_length, args.batch_size)
+    judge = RewardModel(model, tokenizer, args.max_length, args.batch_size, template)
     train_pairs, held_out = split_by_prompt(data.pairs, args.held_out, args.seed)
     train = encode_pairs(train_pairs, judge.prompt, tokenizer, args.max_length)
     cut = sum(row.truncated for row in train + encode_pairs(held_out, judge.prompt, tokenizer, args.max_length))
@@ -110,7 +113,9 @@ def main(argv=None):
             log.held_out(step, time.perf_counter() - began, **asdict(final))
 
     results = {"held_out": asdict(final)} if final else {}
-    run.finish(model, tokenizer, run_record("reward", args, data, model, judge.labels, truncated=cut, steps=steps, **results))
+    run.finish(
+        model, tokenizer, run_record("reward", args, data, model, judge.labels, template, truncated=cut, steps=steps, **results)
+    )
     if final:
         print(
             f"held out: accuracy {final.accuracy:.3f} ± {final.interval:.3f}, loss {final.loss:.3f}, position gap "

@@ -23,7 +23,7 @@ from gram_mini.batches import encode_pairs, judge_batch
 from gram_mini.data import Pair
 from gram_mini.errors import UserError
 from gram_mini.losses import label_mass
-from gram_mini.prompts import judge_prompt, label_tokens
+from gram_mini.prompts import JUDGE, judge_prompt, label_tokens
 
 AVERAGES = ("probabilities", "logits")
 METHODS = ("round-robin", "knock-out", "reference")
@@ -66,17 +66,24 @@ class RewardModel:
         tokenizer: its tokenizer; the label tokens are looked up in it.
         max_length: tokens per judge prompt; longer texts are cut (see batches.truncate).
         batch_size: judge prompts per forward pass.
+        template: the judge prompt, with placeholders as in prompts.JUDGE.
     """
 
-    def __init__(self, model, tokenizer, max_length: int = 512, batch_size: int = 64):
-        self.model, self.tokenizer = model, tokenizer
+    def __init__(self, model, tokenizer, max_length: int = 512, batch_size: int = 64, template: str = JUDGE):
+        self.model, self.tokenizer, self.template = model, tokenizer, template
         self.max_length, self.batch_size = max_length, batch_size
-        self.prompt = judge_prompt(tokenizer)
-        self.labels = label_tokens(tokenizer)
+        self.prompt = judge_prompt(tokenizer, template)
+        self.labels = label_tokens(tokenizer, template)
 
     @classmethod
     def load(
-        cls, path: str, bits: int | None = None, device: str = "auto", max_length: int | None = None, batch_size: int = 64
+        cls,
+        path: str,
+        bits: int | None = None,
+        device: str = "auto",
+        max_length: int | None = None,
+        batch_size: int = 64,
+        template: str | None = None,
     ) -> RewardModel:
         """Load a run folder of train_reward.py (or train_pretrain.py), or any checkpoint as a zero-shot judge.
 
@@ -84,6 +91,7 @@ class RewardModel:
             path: run folder, model folder, hub name, or "embedded".
             bits: 4, 16 or 32; by default what the run was trained with, else 4.
             max_length: tokens per judge prompt; by default what the run was trained with, else 512.
+            template: the judge prompt; by default what the run was trained with, else prompts.JUDGE.
 
         Raises:
             UserError: if there is no such model, or the backbone is not the one the run was trained on.
@@ -97,13 +105,14 @@ class RewardModel:
             if not on_hub and fingerprint(name) != trained_on:
                 raise UserError(f"{path}: was trained on another version of the backbone {name!r}; train it again")
             bits, max_length = bits or run["options"]["bits"], max_length or run["options"]["max_length"]
+            template = template or run["prompt"]["judge"]
             backbone = load_backbone(name, bits, place, revision=trained_on if on_hub else None)
             model, tokenizer = load_lora(backbone, folder, trainable=False), load_tokenizer(path)
         elif (folder / "adapter_model.safetensors").is_file():
             raise UserError(f"{path}: holds an adapter but no run.json, so its backbone is unknown; is the run finished?")
         else:
             model, tokenizer = load_backbone(path, bits or 4, place), load_tokenizer(path)
-        return cls(model, tokenizer, max_length or 512, batch_size)
+        return cls(model, tokenizer, max_length or 512, batch_size, template or JUDGE)
 
     @torch.no_grad()
     def log_odds(self, pairs: list[Pair], progress: str | None = None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
