@@ -24,7 +24,7 @@ from tqdm import tqdm
 from gram_mini import options
 from gram_mini.data import Pair, parse_pair, read_prompt, read_rows, unusable
 from gram_mini.errors import UserError, clear_errors
-from gram_mini.prompts import LABELS
+from gram_mini.prompts import LABELS, read_template
 from gram_mini.reward_model import AVERAGES, METHODS, RewardModel
 
 EXAMPLES = """\
@@ -56,12 +56,14 @@ def main(argv=None):
     )
     g.add_argument("--batch-size", type=options.positive_int, default=64, metavar="N", help="judge prompts per forward pass")
     options.add_model_options(g, bits_default=None, max_length_default=None)
+    options.add_judge_template(g, default="as in training, else the one in gram_mini/prompts.py")
     args = parser.parse_args(argv)
     check(parser, args)
 
     if args.model == DEFAULT_MODEL and not Path(args.model).is_dir():
         raise UserError(f"{args.model}: not trained yet; run train_reward.py, or give --model (runs/demo/reward after make demo)")
-    judge = RewardModel.load(args.model, args.bits, args.device, max_length=args.max_length, batch_size=args.batch_size)
+    template = read_template(args.judge_template) if args.judge_template else None
+    judge = RewardModel.load(args.model, args.bits, args.device, args.max_length, args.batch_size, template)
     if args.data:
         score_file(judge, args)
     elif len(args.response) == 2 and args.reference is None and not args.rank:

@@ -20,6 +20,7 @@ from gram_mini.backbone import (
     load_lora,
     load_tokenizer,
     output_logits,
+    read_run,
 )
 from gram_mini.batches import describe, encode_pairs, judge_batch, lengths
 from gram_mini.data import load_pairs, split_by_prompt
@@ -27,6 +28,7 @@ from gram_mini.errors import UserError, clear_errors
 from gram_mini.evaluation import summarise
 from gram_mini.log import Log
 from gram_mini.losses import best_margin, label_mass, margins, reward_loss
+from gram_mini.prompts import JUDGE, read_template
 from gram_mini.reward_model import RewardModel
 from gram_mini.run_folder import RunFolder, check_init, run_record
 from gram_mini.training import (
@@ -61,12 +63,15 @@ def main(argv=None):
         "--label-smoothing", type=options.smoothing, default=0.05, metavar="EPS",
         help="eps of the loss above, 0 <= eps < 0.5; half of torch's label_smoothing: 0.05 is the official 0.1 there",
     )  # fmt: skip
+    options.add_judge_template(group, default="that of --init, else the one in gram_mini/prompts.py")
     args = parser.parse_args(argv)
     run = RunFolder(args.out, args.overwrite, args.resume)
     accelerator, device = start_processes(args.device, args.report_to, run.partial)
     if args.init and args.init.resolve() == args.out.resolve():
         raise UserError(f"--out {args.out}: is the run given as --init; give another folder")
     args.lora_rank = check_init(args.init, args.model, args.lora_rank) if args.init else args.lora_rank or 32
+    inherited = read_run(args.init)["prompt"]["judge"] if args.init else JUDGE
+    template = read_template(args.judge_template) if args.judge_template else inherited
 
     # Data -> prompts -> token ids
     data = load_pairs(args.data, labelled=True, limit=args.limit, split=args.split, seed=args.seed)
@@ -77,7 +82,7 @@ def main(argv=None):
     if args.gradient_checkpointing:
         checkpoint_gradients(backbone)
     model = load_lora(backbone, args.init, trainable=True) if args.init else add_lora(backbone, args.lora_rank)
-    judge = RewardModel(model, tokenizer, args.max_length, args.batch_size)
+    judge = RewardModel(model, tokenizer, args.max_length, args.batch_size, template)
     train_pairs, held_out = split_by_prompt(data.pairs, args.held_out, args.seed)
     train = encode_pairs(train_pairs, judge.prompt, tokenizer, args.max_length)
     length = lengths(train + encode_pairs(held_out, judge.prompt, tokenizer, args.max_length), judge.prompt)
@@ -138,7 +143,7 @@ def main(argv=None):
     accelerator.end_training()
     if accelerator.is_main_process:
         results = {"steps": steps, "skipped": non_finite.skipped, **({"held_out": asdict(final)} if final else {})}
-        run.finish(model, tokenizer, run_record("reward", args, data, model, judge.labels, lengths=length, **results))
+        run.finish(model, tokenizer, run_record("reward", args, data, model, judge.labels, template, lengths=length, **results))
         if final:
             print(
                 f"held out: accuracy {final.accuracy:.3f} ± {final.interval:.3f}, loss {final.loss:.3f}, position gap "

@@ -221,6 +221,6 @@ def read_run(folder: Path) -> dict:
         raise UserError(f"{folder}: holds no run.json, so it is no finished run") from None
     except json.JSONDecodeError as error:
         raise UserError(f"{folder / 'run.json'}, line {error.lineno}: invalid JSON: {error.msg}") from None
-    if not isinstance(run, dict) or not {"stage", "backbone", "options", "labels"} <= run.keys():
+    if not isinstance(run, dict) or not {"stage", "backbone", "options", "prompt", "labels"} <= run.keys():
         raise UserError(f"{folder / 'run.json'}: is not the record of a run")
     return run

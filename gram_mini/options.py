@@ -91,6 +91,15 @@ def add_model_options(group, bits_default: int | None, max_length_default: int |
     group.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ...; auto takes the GPU where there is one")
 
 
+def add_judge_template(group, default: str) -> None:
+    """The option for another judge prompt; ``default`` says which one is meant without it."""
+    group.add_argument(
+        "--judge-template", type=Path, metavar="FILE",
+        help="text file of a judge prompt that holds {prompt}, {response_a} and {response_b}, once each and in this order "
+        f"(default: {default})",
+    )  # fmt: skip
+
+
 def positive_int(text: str) -> int:
     """argparse type: a whole number above 0."""
     return _number(text, int, lambda v: v > 0, "a whole number above 0")

@@ -6,12 +6,15 @@ Two texts wrap a prompt x and its two responses y_a, y_b:
     stage 2   user: JUDGE        assistant: "A" or "B"        (the verdict is generated)
 
 The markers are those of the official data (NiuTrans/GRAM, README.md, "Datasets"), so that files
-in the official format can be read; the judge's instruction is our own wording.
+in the official format can be read; the judge's instruction is our own wording. Another judge prompt,
+that of a released checkpoint say, takes the place of JUDGE as a template with the same three placeholders.
 """
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
+from pathlib import Path
 
 from gram_mini.errors import UserError
 
@@ -36,6 +39,7 @@ MARKERS = (INSTRUCTION, USER_QUESTION, START_A, END_A, START_B, END_B, PREFERRED
 
 # Private-use characters stand for the three texts while a chat template is rendered around them.
 _SLOTS = {"prompt": "\ue000", "response_a": "\ue001", "response_b": "\ue002"}
+_PLACEHOLDER = re.compile(r"\{(prompt|response_a|response_b)\}")
 
 
 @dataclass(frozen=True)
@@ -78,11 +82,41 @@ def encode(tokenizer, text: str) -> list[int]:
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
+def read_template(path: Path) -> str:
+    """A judge prompt from a UTF-8 file that holds {prompt}, {response_a} and {response_b}, once each, in this order.
+
+    The text is taken as it stands, other braces and white space included, but for one line break at the very
+    end: editors put one there. A prompt that shall end with a line break ends with two in the file. (Windows'
+    line breaks are read as \\n, and a chat template may trim the whole.)
+
+    Raises:
+        UserError: no such file, not UTF-8, or a placeholder is missing, doubled or out of order.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text (byte {error.start}); save it as UTF-8") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}; give the file of a judge prompt") from None
+    found = _PLACEHOLDER.findall(text)
+    wrong = [f"{{{name}}} stands there {found.count(name)} times" for name in _SLOTS if found.count(name) != 1]
+    if found != list(_SLOTS):
+        raise UserError(
+            f"{path}: {' and '.join(wrong) or 'the placeholders are out of order'}; a judge prompt must hold {{prompt}}, "
+            "{response_a} and {response_b}, each exactly once and in this order"
+        )
+    return text.removesuffix("\n")
+
+
+def fill(template: str, **texts: str) -> str:
+    """The template with a text for each of its placeholders; every other brace stays as it is, unlike in str.format."""
+    return _PLACEHOLDER.sub(lambda found: texts[found[1]], template)
+
+
 def pair_prompt(tokenizer) -> PromptPieces:
     """Stage 1: the question as the user's turn, the pair of responses as the assistant's turn."""
-    turn = _user_turn(tokenizer, QUESTION.format(prompt=_SLOTS["prompt"]))
-    before, after = _split(turn, ["prompt"])
-    marker, middle, end = _split(PAIR.format(**_SLOTS), ["response_a", "response_b"])
+    before, after = _split(_user_turn(tokenizer, fill(QUESTION, **_SLOTS), plain_end="\n\n"), ["prompt"])
+    marker, middle, end = _split(fill(PAIR, **_SLOTS), ["response_a", "response_b"])
     user_tail = encode(tokenizer, after)
     return PromptPieces(
         start=_with_bos(tokenizer, encode(tokenizer, before)),
@@ -93,26 +127,26 @@ def pair_prompt(tokenizer) -> PromptPieces:
     )
 
 
-def judge_prompt(tokenizer) -> PromptPieces:
+def judge_prompt(tokenizer, template: str = JUDGE) -> PromptPieces:
     """Stage 2 and scoring: the judge's question with both responses, up to where the verdict stands."""
-    turn = _user_turn(tokenizer, JUDGE.format(**_SLOTS))
-    start, *others = (encode(tokenizer, text) for text in _split(turn, list(_SLOTS)))
+    start, *others = (encode(tokenizer, text) for text in _judge_texts(tokenizer, template))
     return PromptPieces(_with_bos(tokenizer, start), *others)
 
 
-def label_tokens(tokenizer) -> tuple[int, int]:
+def label_tokens(tokenizer, template: str = JUDGE) -> tuple[int, int]:
     """Token ids of the verdicts A and B, exactly as they stand after the judge prompt.
 
-    Whether that is "A" or " A" depends on the chat template, so it is read off the rendered prompt.
+    Whether that is "A" or " A" depends on the chat template, so it is read off the rendered prompt. Without a
+    chat template the verdict follows the judge prompt directly, after its white space or else one space.
 
     Raises:
         UserError: if a label is not one token there (names what it splits into).
     """
-    suffix = _split(_user_turn(tokenizer, JUDGE.format(**_SLOTS)), list(_SLOTS))[-1]
+    suffix = _judge_texts(tokenizer, template)[-1]
     before = encode(tokenizer, suffix)
     ids = []
     for label in LABELS:
-        text = _label_text(tokenizer, label)
+        text = _label_text(tokenizer, label, template)
         after = encode(tokenizer, suffix + text)
         if len(after) != len(before) + 1 or after[:-1] != before:
             split = tokenizer.convert_ids_to_tokens(encode(tokenizer, text))
@@ -126,10 +160,19 @@ def label_tokens(tokenizer) -> tuple[int, int]:
     return ids[0], ids[1]
 
 
-def _user_turn(tokenizer, content: str) -> str:
-    """One user turn up to where the assistant's text begins; thinking is switched off where there is a switch."""
+def _judge_texts(tokenizer, template: str) -> list[str]:
+    """The four texts around prompt and responses, the last one up to where the verdict stands."""
+    return _split(_user_turn(tokenizer, fill(template, **_SLOTS)), list(_SLOTS))
+
+
+def _user_turn(tokenizer, content: str, plain_end: str = "") -> str:
+    """One user turn up to where the assistant's text begins; thinking is switched off where there is a switch.
+
+    ``plain_end`` ends the turn where there is no chat template. A space at its very end is left to the text
+    that follows, because most tokenizers hold it with the word after it: " A" is one token.
+    """
     if not tokenizer.chat_template:
-        return content if content.endswith(PREFERRED) else content + "\n\n"
+        return (content + plain_end).removesuffix(" ")
     return _render(tokenizer, [{"role": "user", "content": content}], add_generation_prompt=True)
 
 
@@ -140,10 +183,10 @@ def _render(tokenizer, messages: list[dict], **options) -> str:
         raise UserError(f"the chat template of this tokenizer fails: {str(error).splitlines()[0]}") from None
 
 
-def _label_text(tokenizer, label: str) -> str:
-    """The label with the white space, if any, that this chat template puts before the assistant's text."""
+def _label_text(tokenizer, label: str, template: str) -> str:
+    """The label with the white space, if any, that stands before the assistant's text."""
     if not tokenizer.chat_template:
-        return f" {label}"
+        return label if template.endswith(("\n", "\t")) else f" {label}"
     turn = _user_turn(tokenizer, "x")
     slot = _SLOTS["response_a"]
     answered = _render(tokenizer, [{"role": "user", "content": "x"}, {"role": "assistant", "content": slot}])

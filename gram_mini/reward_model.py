@@ -20,13 +20,14 @@ from gram_mini.backbone import (
     read_run,
 )
 from gram_mini.batches import encode_pairs, judge_batch
-from gram_mini.data import Pair
+from gram_mini.data import Pair, parse_pair, read_prompt
 from gram_mini.errors import UserError
 from gram_mini.losses import label_mass
-from gram_mini.prompts import judge_prompt, label_tokens
+from gram_mini.prompts import JUDGE, judge_prompt, label_tokens
 
 AVERAGES = ("probabilities", "logits")
 METHODS = ("round-robin", "knock-out", "reference")
+AGAINST = ("first", "all")
 
 
 @dataclass(frozen=True)
@@ -66,17 +67,24 @@ class RewardModel:
         tokenizer: its tokenizer; the label tokens are looked up in it.
         max_length: tokens per judge prompt; longer texts are cut (see batches.truncate).
         batch_size: judge prompts per forward pass.
+        template: the judge prompt, with placeholders as in prompts.JUDGE.
     """
 
-    def __init__(self, model, tokenizer, max_length: int = 512, batch_size: int = 64):
-        self.model, self.tokenizer = model, tokenizer
+    def __init__(self, model, tokenizer, max_length: int = 512, batch_size: int = 64, template: str = JUDGE):
+        self.model, self.tokenizer, self.template = model, tokenizer, template
         self.max_length, self.batch_size = max_length, batch_size
-        self.prompt = judge_prompt(tokenizer)
-        self.labels = label_tokens(tokenizer)
+        self.prompt = judge_prompt(tokenizer, template)
+        self.labels = label_tokens(tokenizer, template)
 
     @classmethod
     def load(
-        cls, path: str, bits: int | None = None, device: str = "auto", max_length: int | None = None, batch_size: int = 64
+        cls,
+        path: str,
+        bits: int | None = None,
+        device: str = "auto",
+        max_length: int | None = None,
+        batch_size: int = 64,
+        template: str | None = None,
     ) -> RewardModel:
         """Load a run folder of train_reward.py (or train_pretrain.py), or any checkpoint as a zero-shot judge.
 
@@ -84,6 +92,7 @@ class RewardModel:
             path: run folder, model folder, hub name, or "embedded".
             bits: 4, 16 or 32; by default what the run was trained with, else 4.
             max_length: tokens per judge prompt; by default what the run was trained with, else 512.
+            template: the judge prompt; by default what the run was trained with, else prompts.JUDGE.
 
         Raises:
             UserError: if there is no such model, or the backbone is not the one the run was trained on.
@@ -97,13 +106,14 @@ class RewardModel:
             if not on_hub and fingerprint(name) != trained_on:
                 raise UserError(f"{path}: was trained on another version of the backbone {name!r}; train it again")
             bits, max_length = bits or run["options"]["bits"], max_length or run["options"]["max_length"]
+            template = template or run["prompt"]["judge"]
             backbone = load_backbone(name, bits, place, revision=trained_on if on_hub else None)
             model, tokenizer = load_lora(backbone, folder, trainable=False), load_tokenizer(path)
         elif (folder / "adapter_model.safetensors").is_file():
             raise UserError(f"{path}: holds an adapter but no run.json, so its backbone is unknown; is the run finished?")
         else:
             model, tokenizer = load_backbone(path, bits or 4, place), load_tokenizer(path)
-        return cls(model, tokenizer, max_length or 512, batch_size)
+        return cls(model, tokenizer, max_length or 512, batch_size, template or JUDGE)
 
     @torch.no_grad()
     def log_odds(self, pairs: list[Pair], progress: str | None = None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -215,3 +225,64 @@ def _knock_out(responses: list[str], compare) -> list[float]:
             alive.append(i if p >= 0.5 else j)
         alive, rounds = alive + left_over, rounds + 1
     return scores
+
+
+def as_trl_reward(judge: RewardModel, against: str = "first", average: str = "probabilities"):
+    """The judge as a reward function for TRL (GRPOTrainer(reward_funcs=...) and the trainers that take the same).
+
+    A completion's reward is P(better than its reference), 0 to 1, where the data set has a column ``reference``.
+    Without it (or where it is None) the completions of one prompt are compared with each other:
+
+        first   reward = P(better than the first of them); the first one itself gets 1/2
+        all     reward = mean P(better than another one), n (n - 1) / 2 comparisons for n completions
+
+    Equal texts are a draw, 1/2, and are not shown to the model. All that one call needs is judged in one go.
+    Each process sees its own completions only; where TRL spreads those of one prompt over several processes,
+    add ``reference``, so that all are measured by the same thing.
+
+    Returns f(prompts, completions, completion_ids=None, reference=None, **others) -> one reward for each completion.
+    Texts and lists of messages are read as in training, by data.parse_pair.
+
+    Raises:
+        ValueError: for another ``against``; from f, where a completion has nothing to be compared with.
+    """
+    if against not in AGAINST:
+        raise ValueError(f"against must be one of {AGAINST}, got {against!r}")
+
+    def gram_reward(prompts, completions, completion_ids=None, reference=None, **others) -> list[float]:
+        references = reference or [None] * len(prompts)
+        questions = [read_prompt(prompt, f"row {i}", "prompt") for i, prompt in enumerate(prompts)]
+        groups: dict[str, list[int]] = {}
+        for i, question in enumerate(questions):
+            groups.setdefault(question, []).append(i)
+
+        def rivals(i: int) -> list:
+            group = groups[questions[i]]
+            if references[i] is not None:
+                return [references[i]]
+            if len(group) == 1:
+                raise ValueError(
+                    f"the only completion of the prompt {questions[i][:60]!r} has nothing to be compared with; add a column "
+                    "'reference' to the data set (a response to each prompt), or sample more than one completion"
+                )
+            return [completions[group[0]]] if against == "first" else [completions[j] for j in group if j != i]
+
+        games = [
+            [parse_pair({"prompt": questions[i], "chosen": completion, "rejected": rival}, f"row {i}") for rival in rivals(i)]
+            for i, completion in enumerate(completions)
+        ]
+        # P(b better) = 1 - P(a better), so two texts meet once, whichever is asked about, and however often.
+        meetings = dict.fromkeys(
+            Pair(game.prompt, *sorted((game.response_a, game.response_b)))
+            for row in games
+            for game in row
+            if game.response_a != game.response_b
+        )
+        better = {}
+        for pair, result in zip(meetings, judge.compare_many(list(meetings), average)):
+            better[pair.prompt, pair.response_a, pair.response_b] = result.probability
+            better[pair.prompt, pair.response_b, pair.response_a] = 1 - result.probability
+        reward = lambda game: better.get((game.prompt, game.response_a, game.response_b), 0.5)  # equal texts: a draw
+        return [sum(map(reward, row)) / len(row) for row in games]
+
+    return gram_reward

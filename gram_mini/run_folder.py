@@ -154,7 +154,7 @@ def _options(args) -> dict:
     return {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
 
 
-def run_record(stage: str, args, data, model, labels: tuple[int, int], **results) -> dict:
+def run_record(stage: str, args, data, model, labels: tuple[int, int], judge: str = prompts.JUDGE, **results) -> dict:
     """The contents of run.json: everything needed to score with the run and to repeat it."""
     init = getattr(args, "init", None)
     name = args.model if args.model == EMBEDDED or not Path(args.model).is_dir() else str(Path(args.model).resolve())
@@ -166,7 +166,7 @@ def run_record(stage: str, args, data, model, labels: tuple[int, int], **results
         "backbone": {"name": name, "fingerprint": fingerprint(name, model)},
         "init": {"folder": str(init), "stage": read_run(init)["stage"]} if init else None,
         "data": data.record(),
-        "prompt": {"pair": prompts.QUESTION + " -> " + prompts.PAIR, "judge": prompts.JUDGE},
+        "prompt": {"pair": prompts.QUESTION + " -> " + prompts.PAIR, "judge": judge},
         "labels": dict(zip(prompts.LABELS, labels)),
         "results": results,
         "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},

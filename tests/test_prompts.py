@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerFast
 
 from gram_mini import prompts
 from gram_mini.errors import UserError
-from gram_mini.prompts import encode, judge_prompt, label_tokens, pair_prompt
+from gram_mini.prompts import encode, fill, judge_prompt, label_tokens, pair_prompt, read_template
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -121,3 +121,63 @@ def test_embedded_markers_are_one_token_each(tokenizer):
     for marker in prompts.MARKERS:
         assert len(encode(tokenizer, marker)) == 1
     assert judge_prompt(tokenizer).fixed_tokens == 10
+
+
+# ---- another judge prompt -----------------------------------------------------------------------------
+
+TEMPLATE = 'Answer as {"best": "A"}, {} or {prompt }.\nQuestion: {prompt}\nA: {response_a}\nB: {response_b}\n\nBest: '
+
+
+def test_template_is_read_as_it_stands_but_for_one_final_line_break(tmp_path):
+    file = tmp_path / "judge.txt"
+    for written, read in ((TEMPLATE, TEMPLATE), (TEMPLATE + "\n", TEMPLATE), (TEMPLATE + "\n\n", TEMPLATE + "\n")):
+        file.write_text(written, encoding="utf-8")
+        assert read_template(file) == read
+    file.write_bytes(b"\xef\xbb\xbf" + TEMPLATE.replace("\n", "\r\n").encode())  # as a Windows editor saves it
+    assert read_template(file) == TEMPLATE
+
+
+@pytest.mark.parametrize(("text", "message"), [
+    ("{prompt} {response_a}", "{response_b} stands there 0 times"),
+    ("{prompt} {prompt} {response_a} {response_b}", "{prompt} stands there 2 times"),
+    ("{input} {response_a} {response_b} {response_b}", "{prompt} stands there 0 times and {response_b} stands there 2 times"),
+    ("{prompt} {response_b} {response_a}", "the placeholders are out of order"),
+    (b"\xff{prompt} {response_a} {response_b}", "not UTF-8"),
+    (None, "cannot be read"),
+])  # fmt: skip
+def test_bad_templates_are_one_line_that_names_the_file(tmp_path, text, message):
+    file = tmp_path / "judge.txt"
+    if text is not None:
+        file.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(UserError) as error:
+        read_template(file)
+    assert str(error.value).startswith(f"{file}: ") and message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_texts_are_filled_in_once_and_other_braces_stay():
+    filled = fill(TEMPLATE, prompt="{response_a} {x}", response_a="{prompt}", response_b="{")
+    assert filled == 'Answer as {"best": "A"}, {} or {prompt }.\nQuestion: {response_a} {x}\nA: {prompt}\nB: {\n\nBest: '
+
+
+@pytest.mark.parametrize("chat", [CHATML, SPACED, None])
+def test_the_judge_sees_the_template(tokenizer, chat):
+    changed = with_template(tokenizer, chat)
+    text = fill(TEMPLATE, prompt="x", response_a="y", response_b="z")
+    assert text.rstrip() in whole(changed, judge_prompt(changed, TEMPLATE))
+    if chat == CHATML:
+        assert whole(changed, judge_prompt(changed, TEMPLATE)).endswith(text + "<|im_end|>\n<|im_start|>assistant\n")
+
+
+@pytest.mark.parametrize(("end", "label"), [("Best:", "ĠA"), ("Best: ", "ĠA"), ("Best:\n", "A"), ("", "ĠA")])
+def test_without_a_chat_template_the_verdict_follows_directly(tokenizer, end, label):
+    changed = with_template(tokenizer, None)
+    template = "{prompt}\n{response_a}\n{response_b}" + end
+    tokens = changed.convert_ids_to_tokens([*judge_prompt(changed, template).end, label_tokens(changed, template)[0]])
+    assert tokens[-1] == label
+    text = changed.convert_tokens_to_string(tokens)
+    assert text == end + ("" if end.endswith((" ", "\n")) else " ") + "A"
+
+
+def test_without_a_chat_template_the_pair_begins_a_paragraph(tokenizer):
+    pieces = pair_prompt(with_template(tokenizer, None))
+    assert tokenizer.decode(pieces.after_prompt[: pieces.untrained]) == "\n\n"

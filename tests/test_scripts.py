@@ -332,6 +332,47 @@ def test_the_table_tells_the_recipes_apart(reward, pretrain, monkeypatch, tmp_pa
     assert len({len(line) for line in table.splitlines()}) == 1  # columns stand under each other
 
 
+# ---- another judge prompt -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def template(tmp_path):
+    path = tmp_path / "judge.txt"
+    path.write_text('Say {"best": A} or {"best": B}.\n{prompt}\nFirst: {response_a}\nSecond: {response_b}\nBest: \n')
+    return path
+
+
+def scores(model, data, out, *options):
+    """What score.py writes for ``data``."""
+    score.main(["--model", str(model), "--data", data, "--out", str(out), *options])
+    return [json.loads(line) for line in out.read_text().splitlines()]
+
+
+def test_a_judge_template_is_trained_with_recorded_and_used_again(tmp_path, data, template):
+    run, options = tmp_path / "run", ["--data", data, "--steps", "2", *SMALL]
+    train_reward.main([*options, "--out", str(run), "--judge-template", str(template)])
+    train_reward.main([*options, "--out", str(tmp_path / "plain")])
+    adapters = [load_file(folder / "adapter_model.safetensors") for folder in (run, tmp_path / "plain")]
+    assert any(not adapters[0][name].equal(adapters[1][name]) for name in adapters[0])
+    recorded = json.loads((run / "run.json").read_text())["prompt"]["judge"]
+    assert recorded == template.read_text().removesuffix("\n")
+    named = scores(run, data, tmp_path / "named.jsonl", "--judge-template", str(template))
+    template.unlink()  # the run folder is enough
+    unnamed = scores(run, data, tmp_path / "unnamed.jsonl")
+    assert unnamed == named and RewardModel.load(str(run)).template == recorded
+    template.write_text("{prompt} {response_a} {response_b}")
+    assert scores(run, data, tmp_path / "other.jsonl", "--judge-template", str(template)) != named
+
+
+def test_a_model_folder_is_scored_with_the_template_named(tmp_path, data, template):
+    model = other_backbone(tmp_path / "released")
+    there = scores(model, data, tmp_path / "there.jsonl", "--bits", "32", "--judge-template", str(template))
+    judge = RewardModel.load(model, bits=32, template=template.read_text().removesuffix("\n"))
+    expected = judge.compare(*(ROWS[5][column] for column in ("prompt", "chosen", "rejected")))
+    assert there[5]["probability"] == pytest.approx(expected.probability, abs=1e-5)
+    assert there != scores(model, data, tmp_path / "without.jsonl", "--bits", "32")
+
+
 # ---- bad input ----------------------------------------------------------------------------------------
 
 
@@ -370,6 +411,8 @@ def test_unknown_option_is_an_error():
     (train_pretrain, ["--max-length", "8"], "--max-length 8 leaves"),
     (train_reward, ["--init", "runs/nowhere"], "--init runs/nowhere: no such folder"),
     (train_reward, ["--device", "abacus"], "--device abacus"),
+    (train_reward, ["--judge-template", "nowhere.txt"], "nowhere.txt: cannot be read"),
+    (score, ["--model", "embedded", "--judge-template", "no.txt", *"--prompt x --response y --response z".split()], "no.txt: cannot"),
     (score, ["--model", "runs/nowhere", "--prompt", "x", "--response", "y", "--response", "z"], "runs/nowhere: no such folder"),
     (score, ["--prompt", "x", "--response", "y", "--response", "z"], "runs/reward: not trained yet; run train_reward.py"),
     (score, ["--data", "world", "--out", "scores.jsonl", "--model", "embedded"], "--data world: the village is for training"),
@@ -492,6 +535,10 @@ def test_help_opens_with_two_commands_and_shows_every_default(script):
     )
     assert "(default: None)" not in said
     without = {"--help", "--overwrite"}
-    without |= {"--prompt", "--response", "--reference", "--data", "--out"} if script == "score.py" else {"--steps", "--resume", "--gradient-checkpointing"}
+    without |= (
+        {"--prompt", "--response", "--reference", "--data", "--out"}
+        if script == "score.py"
+        else {"--steps", "--resume", "--gradient-checkpointing"}
+    )
     entries = {entry.split()[0]: entry for entry in re.split(r"\n  (?:-h, )?(?=--)", said)[1:]}
     assert {name for name, entry in entries.items() if "default" not in entry} == without
