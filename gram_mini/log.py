@@ -28,9 +28,10 @@ class Log:
         kept = []
         if state is not None:
             self._sums, self._weights, self._tokens = state["sums"], state["weights"], state["tokens"]
-            with open(path, newline="") as file:  # lines written after the checkpoint will be written again
-                kept = [row for row in csv.DictReader(file) if int(row["step"]) <= state["step"]]
         if accelerator.is_main_process:
+            if state is not None:
+                with open(path, newline="") as file:  # lines written after the checkpoint will be written again
+                    kept = [row for row in csv.DictReader(file) if int(row["step"]) <= state["step"]]
             self._file = open(path, "w", newline="")
             self._csv = csv.DictWriter(self._file, LOG_COLUMNS)
             self._csv.writeheader()
