@@ -41,7 +41,10 @@ def main(argv=None):
     run = RunFolder(args.out, args.overwrite)
 
     # Data -> prompts -> token ids
-    data = load_pairs(args.data, labelled=False, limit=args.limit, split=args.split, seed=args.seed)
+    data = load_pairs(
+        args.data, labelled=False, limit=args.limit, split=args.split, seed=args.seed,
+        subset=args.subset, streaming=args.streaming, on_bad_row=args.on_bad_row, pairs=args.pairs,
+    )  # fmt: skip
     print(data.summary())
     tokenizer = load_tokenizer(args.model)
     prompt, labels = pair_prompt(tokenizer), label_tokens(tokenizer)

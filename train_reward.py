@@ -65,7 +65,10 @@ def main(argv=None):
     args.lora_rank = check_init(args.init, args.model, args.lora_rank) if args.init else args.lora_rank or 32
 
     # Data -> prompts -> token ids
-    data = load_pairs(args.data, labelled=True, limit=args.limit, split=args.split, seed=args.seed)
+    data = load_pairs(
+        args.data, labelled=True, limit=args.limit, split=args.split, seed=args.seed,
+        subset=args.subset, streaming=args.streaming, on_bad_row=args.on_bad_row, pairs=args.pairs,
+    )  # fmt: skip
     print(data.summary())
     tokenizer = load_tokenizer(args.model)
     torch.manual_seed(args.seed)
