@@ -158,11 +158,12 @@ def _chosen_rejected(row: dict, where: str, labelled: bool) -> list[Pair]:
     value = row[column]
     prompt = [("Human", _text(value, where, column))] if isinstance(value, str) else _messages(value, where, column)
     chosen, rejected = (_continued(prompt, row[name], where, name) for name in ("chosen", "rejected"))
-    return [_tied_by_score(_parted(chosen, rejected, where, "'chosen' and 'rejected'"), row, where)]
+    pair = _parted(chosen, rejected, where, "'chosen' and 'rejected'")
+    return [_tied_by_score(pair, row, where) if labelled else pair]
 
 
 def _continued(prompt: list[tuple[str, str]], value, where: str, column: str) -> list[tuple[str, str]]:
-    """The dialogue with this reply: text, a message, or a list of messages that may repeat the prompt."""
+    """The dialogue with a reply to it: text, a message, or a list of messages that may repeat the prompt."""
     if isinstance(value, str):
         return [*prompt, ("Assistant", _text(value, where, column))]
     reply = _messages([value] if isinstance(value, dict) else value, where, column)
@@ -177,10 +178,12 @@ def _dialogues(row: dict, where: str, labelled: bool) -> list[Pair]:
     if not isinstance(chosen, list) or not isinstance(rejected, list):
         return [_parted_text(chosen, rejected, where)]
     a, b = _messages(chosen, where, "chosen"), _messages(rejected, where, "rejected")
-    return [_tied_by_score(_parted(a, b, where, "'chosen' and 'rejected'"), row, where)]
+    pair = _parted(a, b, where, "'chosen' and 'rejected'")
+    return [_tied_by_score(pair, row, where) if labelled else pair]
 
 
 def _tied_by_score(pair: Pair, row: dict, where: str) -> Pair:
+    """The pair, tied where both columns of scores are there and say so."""
     scores = [row.get(name) for name in ("score_chosen", "score_rejected")]
     if None in scores:
         return pair
@@ -204,6 +207,7 @@ def _triple(row: dict, where: str, labelled: bool) -> list[Pair]:
 
 
 def _helpsteer3(row: dict, where: str, labelled: bool) -> list[Pair]:
+    """nvidia/HelpSteer3, preference: from -3, response1 much better, to 3, response2 much better."""
     prompt = read_prompt(row["context"], where, "context")
     a, b = (_text(row[name], where, name) for name in ("response1", "response2"))
     preference = _number(row["overall_preference"], where, "overall_preference") if labelled else None

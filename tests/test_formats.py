@@ -7,6 +7,8 @@ from dataclasses import asdict
 import pytest
 
 import score
+import train_pretrain
+import train_reward
 from gram_mini.data import load_pairs, split_by_prompt
 from gram_mini.errors import UserError
 from gram_mini.formats import Pair, parse_pairs
@@ -287,6 +289,16 @@ def test_bad_values_are_one_clear_line(name, tmp_path):
     assert f"1 that cannot be read); the first that cannot be read: {error.value}" in data.summary()
 
 
+@pytest.mark.parametrize("name", [
+    "a rating as text", "no rating", "NaN", "a score as bool", "a preference as text", "infinite", "verdict", "verdict type"
+])  # fmt: skip
+def test_stage_1_does_not_read_ratings(name, tmp_path):
+    row = BAD[name][0]
+    row = {**row, "completions": row["completions"] * 2} if "completions" in row else row
+    data = load_pairs(write(tmp_path / "d.jsonl", SKYWORK, row), False)
+    assert data.rows == 2 and "that cannot be read" not in data.dropped
+
+
 def test_the_bad_row_of_a_group_is_named(tmp_path):
     source = write(tmp_path / "d.jsonl", *steer("a", ("x", 1), ("y", None)))
     with pytest.raises(UserError, match="line 2: column 'helpfulness'"):
@@ -333,3 +345,25 @@ def test_score_does_not_mind_strange_labels(tmp_path, capsys):
     source = write(tmp_path / "d.jsonl", {**JUDGEBENCH, "label": "?"}, {**JUDGEBENCH, "label": ["A"]})
     score.main(["--model", "embedded", "--bits", "32", "--data", source, "--out", str(tmp_path / "scores.jsonl")])
     assert "labelled pairs" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("script", [train_pretrain, train_reward])
+def test_training_passes_its_options_on(script, tmp_path, monkeypatch):
+    asked, real = [], script.load_pairs
+    monkeypatch.setattr(script, "load_pairs", lambda *a, **options: asked.append(options) or real(*a, **options))
+    source = write(tmp_path / "d.jsonl", {}, {**ULTRA, "instruction": "2 + 2?"}, ULTRA)
+    options = ["--on-bad-row", "skip", "--pairs", "best-worst", "--streaming", "--steps", "1", "--held-out", "0"]
+    script.main(["--data", source, "--out", str(tmp_path / "run"), "--max-length", "128", *options])
+    record = json.loads((tmp_path / "run" / "run.json").read_text())["data"]
+    assert (record["rows"], record["used"], record["dropped"]) == (3, 2, {"that cannot be read": 1})
+    assert "line 1" in record["unreadable"] and asked[0]["streaming"] and asked[0]["subset"] is None
+    with pytest.raises(UserError, match="--subset en"):
+        script.main(["--data", source, "--out", str(tmp_path / "other"), "--subset", "en"])
+
+
+def test_score_passes_split_and_subset_on(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(score, "read_rows", lambda *a: asked.append(a) or [("here", SKYWORK)])
+    options = ["--split", "val", "--subset", "all", "--limit", "3", "--out", str(tmp_path / "s.jsonl")]
+    score.main(["--model", "embedded", "--bits", "32", "--data", "owner/name", *options])
+    assert asked == [("owner/name", "val", 3, "all")]
