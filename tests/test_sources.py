@@ -4,14 +4,13 @@ import builtins
 import gzip
 import json
 
+import datasets
 import pytest
 
 from gram_mini import sources
 from gram_mini.data import load_pairs
 from gram_mini.errors import UserError
 from gram_mini.sources import read_rows
-
-datasets = pytest.importorskip("datasets")
 
 ROWS = [{"prompt": f"{i} + 1?", "chosen": f"{i + 1}", "rejected": "x"} for i in range(5)]
 
