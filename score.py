@@ -1,7 +1,8 @@
 """Score responses with a reward model: which of two is better, a reward against a reference, a ranking of n.
 
 Every comparison is made in both orders. On the command line: two responses give a comparison, more (or --rank)
-a ranking, --reference the reward of each. With --data, every row of a file becomes a line of JSON:
+a ranking, --reference the reward of each. With --data, every row of a file becomes a line of JSON (a row that
+gives several pairs one line each, numbered by "pair"; a row that gives none a line with "skipped", the reason):
 
   prompt, chosen, rejected (or any other format of the README)    -> a comparison
       probability    P(the first response, A, is better), the average of both orders
@@ -15,17 +16,19 @@ a ranking, --reference the reward of each. With --data, every row of a file beco
 """
 
 import json
-import os
+from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 
 from tqdm import tqdm
 
 from gram_mini import options
-from gram_mini.data import Pair, parse_pair, read_prompt, read_rows, unusable
 from gram_mini.errors import UserError, clear_errors
+from gram_mini.formats import group_rows, is_verdict, parse_pairs, read_prompt, unusable
+from gram_mini.output import check_output, write_whole
 from gram_mini.prompts import LABELS, read_template
 from gram_mini.reward_model import AVERAGES, METHODS, RewardModel
+from gram_mini.sources import read_rows
 
 EXAMPLES = """\
   python score.py --prompt "What does Bella eat?" --response "Bella eats apples." --response "Bella eats cake."
@@ -42,6 +45,7 @@ def main(argv=None):
     g.add_argument("--reference", metavar="TEXT", help="reference response: each response gets P(better than it) as reward")
     g.add_argument("--data", metavar="SOURCE", help="score the rows of a file, folder or hub data set instead")
     g.add_argument("--split", default="train", help="split of a hub data set")
+    g.add_argument("--subset", metavar="NAME", help="configuration of a hub data set (default: its default)")
     g.add_argument("--limit", type=options.positive_int, metavar="N", help="first N rows only (default: all)")
     g.add_argument("--out", type=Path, metavar="FILE.jsonl", help="file to write the scores of --data to, one line a row")
     g.add_argument("--overwrite", action="store_true", help="replace a file that is already there")
@@ -82,10 +86,7 @@ def check(parser, args):
             raise UserError("--data world: the village is for training; python -m gram_mini.evaluation judges its test sets")
         if args.out is None:
             parser.error("--data needs --out FILE.jsonl")
-        if args.out.exists() and not args.overwrite:
-            raise UserError(f"--out {args.out}: already there; give another file, or --overwrite to replace it")
-        if args.out.is_dir() or not args.out.parent.is_dir() or not os.access(args.out.parent, os.W_OK):
-            raise UserError(f"--out {args.out}: give the name of a file in a folder that exists and can be written to")
+        check_output(args.out, args.overwrite, "--out")
     else:
         if args.out or args.overwrite or args.limit:
             parser.error("--out, --overwrite and --limit go with --data")
@@ -142,51 +143,58 @@ def rank(judge, prompt, responses, reference, args):
 
 def score_file(judge, args):
     """Rows in, lines of JSON out, in the same order and with their ids; the file appears when it is complete."""
-    rows = list(read_rows(args.data, args.split, args.limit))
-    jobs = [read_job(row, where, args) for where, row in rows]
-    pairs = [job for job in jobs if isinstance(job, Pair)]
+    groups = list(group_rows(read_rows(args.data, args.split, args.limit, args.subset)))
+    jobs = [read_job(group, args) for _, group in groups]
+    pairs = [pair for found, _, _ in jobs for pair in found]
     compared = iter(judge.compare_many(pairs, args.average, progress="scoring") if pairs else [])
-    lines, hits, cut = [], [], 0
-    for number, ((_, row), job) in enumerate(zip(tqdm(rows, desc="scoring", delay=2, leave=False), jobs), start=1):
-        line = {"row": number, **({"id": row["id"]} if "id" in row else {})}
-        if isinstance(job, Pair):
-            result = next(compared)
-            better = "A" if result.probability > 0.5 else "B" if result.probability < 0.5 else None
-            line |= {
-                "probability": result.probability,
-                "a_first": result.a_first,
-                "a_second": result.a_second,
-                "position_gap": result.position_gap,
-                "label_mass": result.label_mass,
-                "truncated": result.truncated,
-                "better": better,
-            }
-            if job.label is not None and not unusable(job):
-                hits.append(better == LABELS[job.label])
-        else:
-            result = rank(judge, *job, args)
-            line |= asdict(result)
-        cut += bool(result.truncated)
-        lines.append(json.dumps(line, ensure_ascii=False, default=str) + "\n")
-    partial = args.out.with_name(args.out.name + ".partial")
-    try:
-        partial.write_text("".join(lines), encoding="utf-8", errors="replace")
-        partial.replace(args.out)
-    except OSError as error:
-        raise UserError(f"--out {args.out}: cannot be written: {error.strerror}") from None
-    finally:
-        partial.unlink(missing_ok=True)
-    print(f"scored {len(rows)} rows from {args.data}, {cut} of them cut to {judge.max_length} tokens; wrote {args.out}")
+    lines, hits = [], []
+    for (number, group), (found, left_out, ranking) in zip(tqdm(groups, desc="scoring", delay=2, leave=False), jobs):
+        row = group[0][1]
+        head = {"row": number, **({"id": row["id"]} if "id" in row else {})}
+        if ranking:
+            lines.append(head | asdict(rank(judge, *ranking, args)))
+        elif not found:
+            lines.append(head | {"skipped": ", ".join(left_out)})
+        for k, pair in enumerate(found, start=1):
+            line = head | ({"pair": k} if len(found) > 1 else {}) | comparison(next(compared))
+            if pair.label is not None and not unusable(pair):
+                hits.append(line["better"] == LABELS[pair.label])
+            lines.append(line)
+    cut = sum(bool(line.get("truncated")) for line in lines)
+    write_whole(args.out, (json.dumps(line, ensure_ascii=False, default=str) + "\n" for line in lines), "--out")
+    rows = sum(len(group) for _, group in groups)
+    print(
+        f"scored {rows} rows from {args.data}: {len(lines)} lines, {cut} of them cut to {judge.max_length} tokens; wrote {args.out}"
+    )
+    for reason, count in sum((left_out for _, left_out, _ in jobs), Counter()).items():
+        print(f"not scored: {count} {reason}")
     if hits:
         print(f"{sum(hits)} of {len(hits)} labelled pairs judged as labelled: accuracy {sum(hits) / len(hits):.3f}")
 
 
-def read_job(row, where, args):
-    """A row as a Pair, or as (prompt, responses, reference) where it holds a list of responses."""
+def comparison(result):
+    """What the line of a pair says."""
+    p = result.probability
+    return {
+        "probability": p,
+        "a_first": result.a_first,
+        "a_second": result.a_second,
+        "position_gap": result.position_gap,
+        "label_mass": result.label_mass,
+        "truncated": result.truncated,
+        "better": "A" if p > 0.5 else "B" if p < 0.5 else None,
+    }
+
+
+def read_job(group, args):
+    """What a row asks for: (pairs, what is left out and why, None), or as the third (prompt, responses, reference)."""
+    where, row = group[0]
+    if isinstance(row, UserError):
+        raise row
     if row.get("responses") is None:
         if args.rank or args.reference is not None:
             raise UserError(f"{where}: --rank and --reference need rows with a column 'responses', a list of texts")
-        return parse_pair(row, where, labelled=row.get("label") in LABELS)
+        return *parse_pairs(group, labelled=is_verdict(row.get("label"))), None
     prompt, responses = read_prompt(row.get("prompt"), where, "prompt"), row["responses"]
     if not isinstance(responses, list) or not responses or not all(isinstance(r, str) for r in responses):
         raise UserError(f"{where}: column 'responses' must be a list of at least one text")
@@ -197,7 +205,7 @@ def read_job(row, where, args):
         raise UserError(f"{where}: needs a column 'reference', or --reference")
     if args.rank not in (None, "reference"):
         reference = None
-    return prompt, responses, reference
+    return [], Counter(), (prompt, responses, reference)
 
 
 if __name__ == "__main__":

@@ -46,7 +46,8 @@ def main(argv=None):
     accelerator, device = start_processes(args.device, args.report_to, run.partial)
 
     # Data -> prompts -> token ids
-    data = load_pairs(args.data, labelled=False, limit=args.limit, split=args.split, seed=args.seed)
+    with accelerator.main_process_first():  # one download, the others find it done
+        data = load_pairs(args.data, labelled=False, seed=args.seed, **options.reading(args))
     accelerator.print(data.summary())
     tokenizer = load_tokenizer(args.model)
     prompt, labels = pair_prompt(tokenizer), label_tokens(tokenizer)

@@ -74,7 +74,8 @@ def main(argv=None):
     template = read_template(args.judge_template) if args.judge_template else inherited
 
     # Data -> prompts -> token ids
-    data = load_pairs(args.data, labelled=True, limit=args.limit, split=args.split, seed=args.seed)
+    with accelerator.main_process_first():  # one download, the others find it done
+        data = load_pairs(args.data, labelled=True, seed=args.seed, **options.reading(args))
     accelerator.print(data.summary())
     tokenizer = load_tokenizer(args.model)
     torch.manual_seed(args.seed)

@@ -20,8 +20,8 @@ from peft import LoraConfig, PeftModel, get_peft_model  # noqa: E402
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig  # noqa: E402
 from transformers.utils import logging as transformers_logging  # noqa: E402
 
-from gram_mini.data import looks_like_path  # noqa: E402
 from gram_mini.errors import UserError  # noqa: E402
+from gram_mini.sources import looks_like_path  # noqa: E402
 
 EMBEDDED = "embedded"
 EMBEDDED_FOLDER = Path(__file__).parent / "world" / "backbone"

@@ -39,8 +39,7 @@ def add_training_options(
     g = p.add_argument_group("what to train on what")
     g.add_argument("--model", default=EMBEDDED, metavar="NAME", help="backbone: hub name or folder, or 'embedded'")
     g.add_argument("--data", default="world", metavar="SOURCE", help=data_help)
-    g.add_argument("--split", default="train", help="split of a hub data set")
-    g.add_argument("--limit", type=positive_int, metavar="N", help="use the first N rows only (default: all)")
+    add_reading_options(g)
     g.add_argument("--held-out", type=share, default=held_out, metavar="SHARE", help="share of the prompts kept for evaluation")
     g = p.add_argument_group("where to put it")
     g.add_argument("--out", type=Path, default=Path(out), metavar="FOLDER", help="run folder to write")
@@ -75,6 +74,28 @@ def add_training_options(
         help="compute activations twice to keep fewer of them: less memory, about a third slower",
     )  # fmt: skip
     add_model_options(g, bits_default=4, max_length_default=512)
+
+
+def add_reading_options(group) -> None:
+    """Options of everything that reads pairs by load_pairs."""
+    group.add_argument("--split", default="train", help="split of a hub data set")
+    group.add_argument("--subset", metavar="NAME", help="configuration of a hub data set (default: its default)")
+    group.add_argument("--limit", type=positive_int, metavar="N", help="use the first N rows only (default: all)")
+    group.add_argument(
+        "--streaming", action="store_true",
+        help="download no more rows of a hub data set than --limit needs (default: all of them, once)",
+    )  # fmt: skip
+    group.add_argument(
+        "--on-bad-row", choices=("error", "skip"), default="error", help="what to do with a row that cannot be read"
+    )
+    group.add_argument(
+        "--pairs", choices=("all", "best-worst"), default="all", help="which pairs of a row with several scored responses"
+    )
+
+
+def reading(args) -> dict:
+    """What add_reading_options added, as arguments of load_pairs."""
+    return {name: getattr(args, name) for name in ("split", "subset", "limit", "streaming", "on_bad_row", "pairs")}
 
 
 def add_model_options(group, bits_default: int | None, max_length_default: int | None) -> None:

@@ -20,8 +20,8 @@ from gram_mini.backbone import (
     read_run,
 )
 from gram_mini.batches import encode_pairs, judge_batch
-from gram_mini.data import Pair, parse_pair, read_prompt
 from gram_mini.errors import UserError
+from gram_mini.formats import Pair, parse_pairs, read_prompt
 from gram_mini.losses import label_mass
 from gram_mini.prompts import JUDGE, judge_prompt, label_tokens
 
@@ -241,7 +241,7 @@ def as_trl_reward(judge: RewardModel, against: str = "first", average: str = "pr
     add ``reference``, so that all are measured by the same thing.
 
     Returns f(prompts, completions, completion_ids=None, reference=None, **others) -> one reward for each completion.
-    Texts and lists of messages are read as in training, by data.parse_pair.
+    Texts and lists of messages are read as in training, by formats.parse_pairs.
 
     Raises:
         ValueError: for another ``against``; from f, where a completion has nothing to be compared with.
@@ -267,10 +267,11 @@ def as_trl_reward(judge: RewardModel, against: str = "first", average: str = "pr
                 )
             return [completions[group[0]]] if against == "first" else [completions[j] for j in group if j != i]
 
-        games = [
-            [parse_pair({"prompt": questions[i], "chosen": completion, "rejected": rival}, f"row {i}") for rival in rivals(i)]
-            for i, completion in enumerate(completions)
-        ]
+        def pair_of(i: int, rival) -> Pair:
+            row = {"prompt": questions[i], "chosen": completions[i], "rejected": rival}
+            return parse_pairs([(f"row {i}", row)])[0][0]
+
+        games = [[pair_of(i, rival) for rival in rivals(i)] for i in range(len(completions))]
         # P(b better) = 1 - P(a better), so two texts meet once, whichever is asked about, and however often.
         meetings = dict.fromkeys(
             Pair(game.prompt, *sorted((game.response_a, game.response_b)))

@@ -7,8 +7,9 @@ import json
 import pytest
 
 from gram_mini import prompts
-from gram_mini.data import Pair, load_pairs, parse_pair, split_by_prompt
+from gram_mini.data import Pair, load_pairs, split_by_prompt
 from gram_mini.errors import UserError
+from gram_mini.formats import parse_pairs
 
 ROW = {"prompt": "What is 1 + 1?", "chosen": "2", "rejected": "3"}
 
@@ -80,7 +81,7 @@ FORMATS = {
 @pytest.mark.parametrize("name", FORMATS)
 def test_formats(name):
     row, expected = FORMATS[name]
-    assert parse_pair(row, "here") == expected
+    assert parse_pairs([("here", row)]) == ([expected], {})
 
 
 def test_pretraining_drops_labels(tmp_path):
@@ -119,7 +120,7 @@ def test_dropped_rows_are_counted_and_named(tmp_path):
     data = load_pairs(write(tmp_path / "d.jsonl", rows), labelled=True)
     assert (data.rows, len(data.pairs)) == (4, 1)
     assert data.dropped == {"with equal responses": 1, "with an empty response": 1, "with an empty prompt": 1}
-    assert "4 rows read, 1 used, 3 dropped" in data.summary() and "1 with equal responses" in data.summary()
+    assert "4 rows read, 1 pairs used, 3 dropped" in data.summary() and "1 with equal responses" in data.summary()
 
 
 def test_stage_1_does_not_mind_strange_labels(tmp_path):
@@ -162,7 +163,7 @@ BAD = {
     "surrogate": ("d.jsonl", '{"prompt": "x", "chosen": "\\ud800", "rejected": "y"}\n', "half a character"),
     "long number": ("d.jsonl", '{"prompt": ' + "9" * 5000 + "}\n", "line 1: invalid JSON"),
     "deep": ("d.jsonl", "[" * 100_000 + "\n", "line 1: invalid JSON"),
-    "cut gzip": ("d.jsonl.gz", gzip.compress(b'{"prompt": "x"}\n' * 50)[:-12], "cannot be read"),
+    "cut gzip": ("d.jsonl.gz", gzip.compress((json.dumps(ROW) + "\n").encode() * 50)[:-12], "cannot be read"),
     "broken gzip": ("d.jsonl.gz", gzip.compress(b"x" * 500)[:12] + b"\xff" * 30, "cannot be read"),
     "gzip": ("d.jsonl.gz", "not gzip", "cannot be read"),
     "parquet": ("d.parquet", "not parquet", "cannot be read as Parquet"),

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from gram_mini.backbone import EMBEDDED, load_backbone
-from gram_mini.data import parse_pair
+from gram_mini.formats import parse_pairs
 from gram_mini.reward_model import as_trl_reward
 
 QUESTION = "What does Anna eat?"
@@ -76,7 +76,8 @@ def test_messages_are_read_as_in_training(embedded_judge, judged):
     dialogue = [says("system", "Be kind."), says("user", "Hello."), says("assistant", "Hello!"), says("user", QUESTION)]
     answers = [[says("assistant", text)] for text in (SOUP, FISH)]
     as_trl_reward(embedded_judge)([dialogue] * 2, answers)
-    in_training = parse_pair({"prompt": dialogue, "chosen": answers[0], "rejected": answers[1]}, "here")
+    row = {"prompt": dialogue, "chosen": answers[0], "rejected": answers[1]}
+    in_training = parse_pairs([("here", row)])[0][0]
     pair = judged[0][0]
     assert pair.prompt == in_training.prompt and {pair.response_a, pair.response_b} == {SOUP, FISH}
     alone = as_trl_reward(embedded_judge)(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 
-from gram_mini.data import Pair
+from gram_mini.formats import Pair
 from gram_mini.world import ATTRIBUTES, GROUPS, SPURIOUS, Response, draw_response, question, true_probability
 
 #           group of villagers        p(right)  spurious cue  default number of pairs
@@ -54,7 +54,7 @@ def world_pairs(split: str, count: int | None = None, seed: int = 0) -> list[Pai
             label = int(b.reward > a.reward)
         else:
             label = int(rng.random() >= probability)
-        found.append(Pair(question(name, attribute), a.text, b.text, label, probability, _differs(a, b)))
+        found.append(Pair(question(name, attribute), a.text, b.text, label, probability, _differs(a, b), row=len(found) + 1))
     return found
 
 

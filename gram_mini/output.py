@@ -1,0 +1,38 @@
+"""A file that is written whole or not at all."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+from gram_mini.errors import UserError
+
+
+def check_output(path: Path, overwrite: bool, name: str) -> None:
+    """See before the work begins that a file can be written; ``name`` is what the user calls it.
+
+    Raises:
+        UserError: the file is there already and may not be replaced, or its folder cannot be written to.
+    """
+    if path.exists() and not overwrite:
+        raise UserError(f"{name} {path}: already there; give another file, or --overwrite to replace it")
+    if path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+        raise UserError(f"{name} {path}: give the name of a file in a folder that exists and can be written to")
+
+
+def write_whole(path: Path, parts: Iterable[str], name: str) -> None:
+    """Write texts to a file under another name and rename it when it is complete.
+
+    Raises:
+        UserError: it cannot be written; what was there before is still there.
+    """
+    partial = path.with_name(path.name + ".partial")
+    try:
+        with open(partial, "w", encoding="utf-8", errors="replace") as file:
+            file.writelines(parts)
+        partial.replace(path)
+    except OSError as error:
+        raise UserError(f"{name} {path}: cannot be written: {error.strerror}") from None
+    finally:
+        partial.unlink(missing_ok=True)
