@@ -19,8 +19,8 @@ from gram_mini.backbone import (
     load_backbone,
     load_lora,
     load_tokenizer,
+    local_folder,
     output_logits,
-    read_run,
 )
 from gram_mini.batches import describe, encode_pairs, judge_batch, lengths
 from gram_mini.data import load_pairs, split_by_prompt
@@ -69,17 +69,20 @@ def main(argv=None):
     accelerator, device = start_processes(args.device, args.report_to, run.partial)
     if args.init and args.init.resolve() == args.out.resolve():
         raise UserError(f"--out {args.out}: is the run given as --init; give another folder")
-    args.lora_rank = check_init(args.init, args.model, args.lora_rank) if args.init else args.lora_rank or 32
-    inherited = read_run(args.init)["prompt"]["judge"] if args.init else JUDGE
-    template = read_template(args.judge_template) if args.judge_template else inherited
+    start = check_init(args.init, args.model, args.lora_rank) if args.init else None
+    args.lora_rank = start["options"]["lora_rank"] if start else args.lora_rank or 32
+    revision = start["backbone"]["fingerprint"] if start and local_folder(args.model) is None else None  # the hub's may be newer
+    template = start["prompt"]["judge"] if start else JUDGE
+    if args.judge_template:
+        template = read_template(args.judge_template)
 
     # Data -> prompts -> token ids
     with accelerator.main_process_first():  # one download, the others find it done
         data = load_pairs(args.data, labelled=True, seed=args.seed, **options.reading(args))
     accelerator.print(data.summary())
-    tokenizer = load_tokenizer(args.model)
+    tokenizer = load_tokenizer(args.model, revision)
     torch.manual_seed(args.seed)
-    backbone = load_backbone(args.model, args.bits, device)
+    backbone = load_backbone(args.model, args.bits, device, revision)
     if args.gradient_checkpointing:
         checkpoint_gradients(backbone)
     model = load_lora(backbone, args.init, trainable=True) if args.init else add_lora(backbone, args.lora_rank)

@@ -58,14 +58,14 @@ def compute_dtype(bits: int, device: torch.device) -> torch.dtype:
     return torch.bfloat16
 
 
-def load_tokenizer(name: str):
-    """The tokenizer of a backbone or a run folder, with a padding token.
+def load_tokenizer(name: str, revision: str | None = None):
+    """The tokenizer of a backbone or a run folder, with a padding token; ``revision`` as in load_backbone.
 
     Raises:
         UserError: if there is none under this name.
     """
     folder = Path(name) if (Path(name) / "tokenizer.json").is_file() else local_folder(name)
-    tokenizer = _from_pretrained(AutoTokenizer, name, folder)
+    tokenizer = _from_pretrained(AutoTokenizer, name, folder, revision=revision or "main")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token  # padding is never attended to, any token will do
     return tokenizer

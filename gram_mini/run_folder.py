@@ -173,8 +173,8 @@ def run_record(stage: str, args, data, model, labels: tuple[int, int], judge: st
     }
 
 
-def check_init(init: Path, backbone: str, rank: int | None) -> int:
-    """Whether a run can be the start of stage 2 on this backbone; returns the rank of its adapter.
+def check_init(init: Path, backbone: str, rank: int | None) -> dict:
+    """The record of a run, if it can be the start of stage 2 on this backbone.
 
     Raises:
         UserError: no finished run, another backbone, or another rank than asked for.
@@ -191,4 +191,4 @@ def check_init(init: Path, backbone: str, rank: int | None) -> int:
     had = run["options"]["lora_rank"]
     if rank is not None and rank != had:
         raise UserError(f"--lora-rank {rank}: the adapter in {init} has rank {had}; leave the option out")
-    return had
+    return run

@@ -1,6 +1,7 @@
 """Long runs: killed and resumed, interrupted, split over passes and processes, and what cannot go on."""
 
 import csv
+import errno
 import json
 import os
 import signal
@@ -282,6 +283,15 @@ def test_out_of_gpu_memory_names_the_options_that_help(tmp_path):
     )
     line = ends_with_one_line("", *OPTIONS, "--out", str(tmp_path / "run"), before=before)
     assert line.startswith("error: out of GPU memory") and "--gradient-checkpointing" in line and "--grad-accum" in line
+
+
+def test_a_read_only_folder_is_one_line(tmp_path, monkeypatch):
+    def refuse(self, *arguments, **options):
+        raise OSError(errno.EROFS, "Read-only file system", str(self))
+
+    monkeypatch.setattr(Path, "mkdir", refuse)  # root may write everywhere
+    with pytest.raises(UserError, match="--out .*run: cannot be written: Read-only file system"):
+        train_reward.main([*OPTIONS, "--out", str(tmp_path / "run")])
 
 
 @pytest.mark.parametrize("kilobytes", [20, 60], ids=["at a checkpoint", "at the end"])
