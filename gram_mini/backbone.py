@@ -55,7 +55,7 @@ def compute_dtype(bits: int, device: torch.device) -> torch.dtype:
 
 
 def load_tokenizer(name: str):
-    """The tokenizer of a backbone or a run folder, with a padding token.
+    """The tokenizer of a backbone or a run folder, with a padding token (or None where no token ends texts either).
 
     Raises:
         UserError: if there is none under this name.

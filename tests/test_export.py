@@ -52,7 +52,7 @@ def test_logits_are_those_of_the_4_bit_model_with_its_adapter(run, exported):
     judged = RewardModel.load(str(run)).model
     with judged.disable_adapter():
         plain = logits(judged)
-    assert (logits(judged) - plain).abs().max() > 1  # the adapter does something
+    assert (logits(judged) - plain).abs().max() > 0.3  # the adapter does something
     merged = AutoModelForCausalLM.from_pretrained(exported)
     assert torch.allclose(logits(merged), logits(judged), atol=1e-3)
     assert merged.lm_head.weight is merged.model.embed_tokens.weight  # tied, as in the backbone
