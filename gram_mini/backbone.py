@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it announces at import that an optional kernel is missing
-warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)  # peft asks for an old name
+warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*", category=FutureWarning)  # peft and we use old names
 
 from peft import LoraConfig, PeftModel, get_peft_model  # noqa: E402
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig  # noqa: E402
