@@ -59,7 +59,9 @@ def compute_dtype(bits: int, device: torch.device) -> torch.dtype:
 
 
 def load_tokenizer(name: str, revision: str | None = None):
-    """The tokenizer of a backbone or a run folder, with a padding token; ``revision`` as in load_backbone.
+    """The tokenizer of a backbone or a run folder, with a padding token (or None where no token ends texts either).
+
+    ``revision`` as in load_backbone.
 
     Raises:
         UserError: if there is none under this name.
@@ -99,12 +101,11 @@ def load_backbone(name: str, bits: int = 4, device: torch.device = torch.device(
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
     model.requires_grad_(False)
-    model.config.use_cache = False
     return model
 
 
 def checkpoint_gradients(model) -> None:
-    """Keep only each layer's input for the backward pass and compute the rest again: less memory, about a third slower."""
+    """Keep only each layer's input for the backward pass and compute the rest again: less memory, a third more time."""
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
@@ -146,7 +147,7 @@ def logits_at_end(model, input_ids: torch.Tensor, last: torch.Tensor, tokens: tu
 def hidden_states(model, input_ids: torch.Tensor) -> torch.Tensor:
     """Last hidden states (B, T, H) of right-padded sequences (B, T), before the output matrix."""
     decoder = (model.get_base_model() if isinstance(model, PeftModel) else model).get_decoder()
-    return decoder(input_ids=input_ids).last_hidden_state
+    return decoder(input_ids=input_ids, use_cache=False).last_hidden_state
 
 
 def output_logits(model, hidden: torch.Tensor, tokens: tuple[int, ...] | None = None) -> torch.Tensor:

@@ -130,11 +130,13 @@ def batch_order(lengths: list[int], batch_size: int, rng: random.Random) -> list
     return batches
 
 
-def pad(rows: list[list[int]], value: int) -> torch.Tensor:
+def pad(rows: list[list[int]], value: int | None) -> torch.Tensor:
     """Right-pad token lists to a tensor (B, T).
 
-    No attention mask is needed: attention is causal, so what stands right of a token cannot change it.
+    No attention mask is needed: attention is causal, so what stands right of a token cannot change it. So where a
+    tokenizer has no padding token (None) token 0 will do; to name it so would change how the tokenizer splits texts.
     """
+    value = 0 if value is None else value
     length = max(map(len, rows))
     return torch.tensor([row + [value] * (length - len(row)) for row in rows])  # (B, T)
 
