@@ -24,6 +24,7 @@ from gram_mini.errors import UserError  # noqa: E402
 from gram_mini.sources import looks_like_path  # noqa: E402
 
 EMBEDDED = "embedded"
+EXPORTED = "gram_run.json"  # a run's record in an exported model: with run.json the folder would be taken for a run
 EMBEDDED_FOLDER = Path(__file__).parent / "world" / "backbone"
 
 transformers_logging.disable_progress_bar()
@@ -210,18 +211,18 @@ def _from_pretrained(kind, name: str, folder: Path | None, **options):
         raise UserError(f"{name!r} cannot be loaded: {reason}") from None
 
 
-def read_run(folder: Path) -> dict:
-    """The run.json of a run folder.
+def read_run(folder: Path, name: str = "run.json") -> dict:
+    """The record of a run folder; an exported model keeps it under the name EXPORTED.
 
     Raises:
         UserError: if the folder holds none or it cannot be read.
     """
     try:
-        run = json.loads((folder / "run.json").read_text())
+        run = json.loads((folder / name).read_text())
     except FileNotFoundError:
-        raise UserError(f"{folder}: holds no run.json, so it is no finished run") from None
+        raise UserError(f"{folder}: holds no {name}, so it is no finished run") from None
     except json.JSONDecodeError as error:
-        raise UserError(f"{folder / 'run.json'}, line {error.lineno}: invalid JSON: {error.msg}") from None
+        raise UserError(f"{folder / name}, line {error.lineno}: invalid JSON: {error.msg}") from None
     if not isinstance(run, dict) or not {"stage", "backbone", "options", "prompt", "labels"} <= run.keys():
-        raise UserError(f"{folder / 'run.json'}: is not the record of a run")
+        raise UserError(f"{folder / name}: is not the record of a run")
     return run

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from gram_mini import options
-from gram_mini.backbone import load_lora, read_run
+from gram_mini.backbone import EXPORTED, load_lora, read_run
 from gram_mini.errors import UserError, clear_errors
 from gram_mini.reward_model import RewardModel
 
@@ -25,7 +25,6 @@ EXAMPLES = """\
   python -m gram_mini.export runs/reward exported
   python -m gram_mini.export runs/reward exported --dtype float32 --overwrite"""
 
-RECORD = "gram_run.json"  # the run's run.json; under that name the folder would be taken for a run
 DTYPES = ("bfloat16", "float16", "float32")
 
 
@@ -37,34 +36,32 @@ def main(argv=None) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace a folder that this command wrote before")
     parser.add_argument("--device", default="cpu", help="where to merge; it takes 4 bytes per weight")
     args = parser.parse_args(argv)
-    max_length = export(args.run, args.out, args.dtype, args.overwrite, args.device)
-    print(f"wrote {args.out}: model, tokenizer, {RECORD}; to score with it:")
-    print(f"  python score.py --model {args.out} --bits 16 --max-length {max_length} --prompt ... --response ... --response ...")
+    export(args.run, args.out, args.dtype, args.overwrite, args.device)
+    print(f"wrote {args.out}: model, tokenizer, {EXPORTED}; to score with it:")
+    print(f"  python score.py --model {args.out} --bits 16 --prompt ... --response ... --response ...")
 
 
-def export(run: Path, out: Path, dtype: str = "bfloat16", overwrite: bool = False, device: str = "cpu") -> int:
+def export(run: Path, out: Path, dtype: str = "bfloat16", overwrite: bool = False, device: str = "cpu") -> None:
     """Write the merged model of ``run`` to ``out``, under another name until it is complete.
-
-    Returns the max_length that the run was trained with, which an ordinary model folder does not know.
 
     Raises:
         UserError: no finished run, its backbone is missing or another version, or ``out`` is in the way.
     """
     out = out.resolve()
     partial, replaced = (out.with_name(out.name + suffix) for suffix in (".partial", ".replaced"))
-    trained = read_run(run)["options"]
+    bits = read_run(run)["options"]["bits"]
     check_out(out, partial, overwrite)
 
     judge = RewardModel.load(str(run), device=device)
     backbone = judge.model.unload()
-    if trained["bits"] == 4:
+    if bits == 4:
         backbone.dequantize()
     model = load_lora(backbone.float(), run, trainable=False).merge_and_unload().to(getattr(torch, dtype))
 
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        shutil.copy(run / "run.json", partial / RECORD)
+        shutil.copy(run / "run.json", partial / EXPORTED)
         model.save_pretrained(partial)
         judge.tokenizer.save_pretrained(partial)
         if out.exists():
@@ -73,7 +70,6 @@ def export(run: Path, out: Path, dtype: str = "bfloat16", overwrite: bool = Fals
         shutil.rmtree(replaced, ignore_errors=True)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    return trained["max_length"]
 
 
 def check_out(out: Path, partial: Path, overwrite: bool) -> None:
@@ -84,9 +80,9 @@ def check_out(out: Path, partial: Path, overwrite: bool) -> None:
     """
     for folder in (out, partial):
         empty = folder.is_dir() and not any(folder.iterdir())
-        if folder.exists() and not empty and not (folder / RECORD).is_file():
+        if folder.exists() and not empty and not (folder / EXPORTED).is_file():
             raise UserError(f"{folder}: is in the way and no exported model; give another folder")
-    if (out / RECORD).is_file() and not overwrite:
+    if (out / EXPORTED).is_file() and not overwrite:
         raise UserError(f"{out}: already holds an exported model; give another folder, or --overwrite to replace it")
     above = next(folder for folder in out.parents if folder.exists())
     if not (above.is_dir() and os.access(above, os.W_OK)):

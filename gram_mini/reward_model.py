@@ -10,6 +10,7 @@ import torch
 from tqdm import tqdm
 
 from gram_mini.backbone import (
+    EXPORTED,
     fingerprint,
     load_backbone,
     load_lora,
@@ -86,7 +87,7 @@ class RewardModel:
         batch_size: int = 64,
         template: str | None = None,
     ) -> RewardModel:
-        """Load a run folder of train_reward.py (or train_pretrain.py), or any checkpoint as a zero-shot judge.
+        """Load a run folder of train_reward.py (or train_pretrain.py), an exported one, or any checkpoint as a zero-shot judge.
 
         Args:
             path: run folder, model folder, hub name, or "embedded".
@@ -112,6 +113,9 @@ class RewardModel:
         elif (folder / "adapter_model.safetensors").is_file():
             raise UserError(f"{path}: holds an adapter but no run.json, so its backbone is unknown; is the run finished?")
         else:
+            if (folder / EXPORTED).is_file():
+                run = read_run(folder, EXPORTED)
+                max_length, template = max_length or run["options"]["max_length"], template or run["prompt"]["judge"]
             model, tokenizer = load_backbone(path, bits or 4, place), load_tokenizer(path)
         return cls(model, tokenizer, max_length or 512, batch_size, template or JUDGE)
 

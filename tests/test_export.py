@@ -73,6 +73,31 @@ def test_scores_are_those_of_the_run(run, exported):
     assert abs(here.log_odds_first) > 1e-2
 
 
+def test_the_judge_prompt_and_length_of_the_run_come_along(tmp_path):
+    (tmp_path / "judge.txt").write_text("{prompt} Better: {response_a} or {response_b}?\n")
+    run, out = tmp_path / "run", tmp_path / "out"
+    train_reward.main(
+        [
+            "--out",
+            str(run),
+            "--limit",
+            "50",
+            "--steps",
+            "1",
+            "--max-length",
+            "64",
+            "--judge-template",
+            str(tmp_path / "judge.txt"),
+        ]
+    )
+    export.main([str(run), str(out), "--dtype", "float32"])
+    judge = RewardModel.load(str(out), bits=32)
+    assert (judge.template, judge.max_length) == ("{prompt} Better: {response_a} or {response_b}?", 64)
+    assert judge.compare(*PAIR).log_odds_first == pytest.approx(
+        RewardModel.load(str(run)).compare(*PAIR).log_odds_first, abs=1e-3
+    )
+
+
 def test_two_label_log_probabilities_of_a_server_are_enough(run, exported):
     """The README's way: token ids in, log-probabilities of the next token out, both orders."""
     tokenizer = load_tokenizer(str(exported))
