@@ -106,7 +106,7 @@ def load_backbone(name: str, bits: int = 4, device: torch.device = torch.device(
 
 
 def checkpoint_gradients(model) -> None:
-    """Keep only each layer's input for the backward pass and compute the rest again: less memory, a third more time."""
+    """Keep only each layer's input for the backward pass and compute the rest again: less memory, up to half more time."""
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 

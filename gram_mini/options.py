@@ -71,7 +71,7 @@ def add_training_options(
     )  # fmt: skip
     g.add_argument(
         "--gradient-checkpointing", action="store_true",
-        help="compute activations twice to keep fewer of them: less memory, about a third slower",
+        help="compute activations twice to keep fewer of them: less memory, up to half more time",
     )  # fmt: skip
     add_model_options(g, bits_default=4, max_length_default=512)
 

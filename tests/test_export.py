@@ -130,7 +130,7 @@ def test_the_folder_is_an_ordinary_one(run, exported):
 def test_the_default_is_bfloat16(run, tmp_path, capsys):
     export.main([str(run), str(tmp_path / "out")])
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").dtype == torch.bfloat16
-    assert "--max-length 512" in capsys.readouterr().out
+    assert f"score.py --model {tmp_path}/out" in capsys.readouterr().out
     small, large = (sum(f.stat().st_size for f in folder.glob("*.safetensors")) for folder in (tmp_path / "out", EMBEDDED_FOLDER))
     assert small < 0.55 * large
 
