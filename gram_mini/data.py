@@ -10,6 +10,7 @@ import json
 import random
 from collections import Counter
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 from tqdm import tqdm
 
@@ -29,7 +30,7 @@ class PairData:
     dropped: Counter = field(default_factory=Counter)
     unreadable: str | None = None  # what was wrong with the first row that could not be read
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """SHA-256 over the pairs in order, the first 16 hex digits."""
         digest = hashlib.sha256()

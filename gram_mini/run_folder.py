@@ -85,12 +85,14 @@ class RunFolder:
         accelerator.wait_for_everyone()
 
     def load(self, accelerator, args, data, model, optimizer, schedule) -> dict:
-        """Put a run back to its last checkpoint; returns {"step", "skipped", "log"}, steps 0 where there is none.
+        """Put a run back to its last checkpoint; returns {"step", "skipped", "log"}, step 0 where there is none.
 
         Raises:
             UserError: if the checkpoint cannot be read, or was made with other options or data (names them).
         """
         if not (self.resume and self.checkpoint.is_file()):
+            if self.resume:
+                accelerator.print("there is no checkpoint yet: starting from the beginning")
             return {"step": 0, "skipped": 0, "log": None}
         try:
             state = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
@@ -115,6 +117,7 @@ class RunFolder:
         torch.set_rng_state(mine["rng"]["cpu"])
         if "cuda" in mine["rng"]:
             torch.cuda.set_rng_state(mine["rng"]["cuda"])
+        accelerator.print(f"going on after step {state['step']}")
         return {"step": state["step"], "skipped": state["skipped"], "log": mine["log"]}
 
     def interrupted(self, step: int) -> Interrupted:
