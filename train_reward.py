@@ -13,8 +13,10 @@ from tqdm import tqdm
 
 from gram_mini import options
 from gram_mini.backbone import (
+    add_head,
     add_lora,
     checkpoint_gradients,
+    freeze_all_but_head,
     hidden_states,
     load_backbone,
     load_lora,
@@ -22,13 +24,13 @@ from gram_mini.backbone import (
     local_folder,
     output_logits,
 )
-from gram_mini.batches import describe, encode_pairs, judge_batch, lengths
+from gram_mini.batches import IGNORED, chosen_batch, describe, encode_pairs, lengths
 from gram_mini.data import load_pairs, split_by_prompt
 from gram_mini.errors import UserError, clear_errors
 from gram_mini.evaluation import summarise
 from gram_mini.log import Log
-from gram_mini.losses import best_margin, label_mass, margins, reward_loss
-from gram_mini.prompts import JUDGE, read_template
+from gram_mini.losses import best_margin, margins, pair_loss, reward_loss
+from gram_mini.prompts import JUDGE, label_tokens, read_template
 from gram_mini.reward_model import RewardModel
 from gram_mini.run_folder import RunFolder, check_init, run_record
 from gram_mini.training import (
@@ -63,6 +65,17 @@ def main(argv=None):
         "--label-smoothing", type=options.smoothing, default=0.05, metavar="EPS",
         help="eps of the loss above, 0 <= eps < 0.5; half of torch's label_smoothing: 0.05 is the official 0.1 there",
     )  # fmt: skip
+    group.add_argument(
+        "--head", choices=("labels", "scalar"), default="labels",
+        help="what is compared: the logits of A and B after the judge prompt, or rewards that a scalar head gives each response",
+    )  # fmt: skip
+    group.add_argument(
+        "--freeze", action="store_true", help="train the head alone: the scalar one, or a copy of the two label rows"
+    )
+    group.add_argument(
+        "--text-weight", type=options.weight, default=0.0, metavar="W",
+        help="scalar head: add W times the negative log-likelihood of the preferred response, which keeps the hidden states",
+    )  # fmt: skip
     options.add_judge_template(group, default="that of --init, else the one in gram_mini/prompts.py")
     args = parser.parse_args(argv)
     run = RunFolder(args.out, args.overwrite, args.resume)
@@ -86,11 +99,22 @@ def main(argv=None):
     if args.gradient_checkpointing:
         checkpoint_gradients(backbone)
     model = load_lora(backbone, args.init, trainable=True) if args.init else add_lora(backbone, args.lora_rank)
+    if (args.head == "scalar" or args.freeze) and not hasattr(model, "head"):
+        add_head(model, None if args.head == "scalar" else label_tokens(tokenizer, template))
+    if args.freeze:
+        freeze_all_but_head(model)
     judge = RewardModel(model, tokenizer, args.max_length, args.batch_size, template)
     train_pairs, held_out = split_by_prompt(data.pairs, args.held_out, args.seed)
     train = encode_pairs(train_pairs, judge.prompt, tokenizer, args.max_length)
     length = lengths(train + encode_pairs(held_out, judge.prompt, tokenizer, args.max_length), judge.prompt)
     accelerator.print(f"{len(train)} pairs to train on, {len(held_out)} held out; {describe(length, args.max_length)}")
+
+    def text_loss(rows):
+        """Negative log-likelihood of the preferred responses, per token, by the backbone's own output matrix."""
+        batch = chosen_batch(rows, judge.prompt, tokenizer.pad_token_id)
+        hidden, targets = hidden_states(model, batch["input_ids"].to(device)), batch["targets"].to(device)  # (B, T, H), (B, T)
+        trained = targets != IGNORED
+        return pair_loss(output_logits(model, hidden[trained]), targets[trained])
 
     # The loop, from the beginning or from a checkpoint
     per_step = args.batch_size * args.grad_accum * accelerator.num_processes
@@ -113,19 +137,18 @@ def main(argv=None):
             rows, swaps = next(batches)  # what all forward passes, in all processes, see in this step
             step_loss = 0.0
             for some, their_swaps in forward_passes(rows, swaps, args.batch_size, accelerator):
-                batch = judge_batch(some, their_swaps, judge.prompt, tokenizer.pad_token_id)
-                hidden = hidden_states(model, batch["input_ids"].to(device))  # (B, T, H)
-                at_end = hidden[torch.arange(len(hidden)), batch["last"]]  # (B, H)
-                logits = output_logits(model, at_end, judge.labels)  # (B, 2): two rows of the output matrix
+                logits, at_end, batch = judge.label_logits(some, their_swaps)  # (B, 2), (B, H)
                 labels = batch["labels"].to(device)  # (B,)
                 loss = reward_loss(logits, labels, args.label_smoothing)
+                if args.text_weight:
+                    loss = loss + args.text_weight * text_loss(some)
                 share = len(some) / len(rows)  # the step's loss is a mean over its pairs
                 (loss * share).backward()
                 step_loss += loss.detach() * share
                 m = margins(logits, labels)  # (B,)
                 log.note(batch["input_ids"].numel(), share, loss=loss, accuracy=(m > 0).float().mean(), margin=m.mean())
-                if log.due(step):  # the mass on {A, B} needs the whole output matrix, so only now and then
-                    log.note(0, share, label_mass=label_mass(output_logits(model, at_end.detach()), judge.labels).mean())
+                if log.due(step) and not judge.scalar:  # this needs the whole output matrix, so only now and then
+                    log.note(0, share, label_mass=judge.label_mass(at_end.detach()).mean())
             step_loss = add_up(accelerator, model, step_loss)
             if non_finite.allows(step_loss, clip_gradients(model), rows):
                 optimizer.step()

@@ -17,6 +17,7 @@ logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it announces at imp
 warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*", category=FutureWarning)  # peft, and 5.x names below
 
 from peft import LoraConfig, PeftModel, get_peft_model  # noqa: E402
+from safetensors.torch import load_file, save_file  # noqa: E402
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig  # noqa: E402
 from transformers.utils import logging as transformers_logging  # noqa: E402
 
@@ -25,6 +26,7 @@ from gram_mini.sources import looks_like_path  # noqa: E402
 
 EMBEDDED = "embedded"
 EXPORTED = "gram_run.json"  # a run's record in an exported model: with run.json the folder would be taken for a run
+HEAD = "head.safetensors"  # beside the adapter of a run that trained one
 EMBEDDED_FOLDER = Path(__file__).parent / "world" / "backbone"
 
 transformers_logging.disable_progress_bar()
@@ -116,6 +118,24 @@ def add_lora(model, rank: int) -> PeftModel:
     return get_peft_model(model, config)
 
 
+def add_head(model: PeftModel, labels: tuple[int, int] | None = None) -> None:
+    """Put a trainable head on the last hidden state: a scalar reward (1, H), or, given the labels, a copy of their two
+    rows of the output matrix (2, H)."""
+    head = torch.nn.Linear(model.get_input_embeddings().weight.shape[1], 1 if labels is None else 2, bias=False)
+    with torch.no_grad():
+        if labels is None:
+            head.weight.normal_(std=0.02)
+        else:
+            head.weight.copy_(model.get_output_embeddings().weight[list(labels)])
+    model.head = head.to(model.device)
+
+
+def freeze_all_but_head(model: PeftModel) -> None:
+    """Leave backbone and adapter as they are: only the head is trained."""
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.startswith("head."))
+
+
 def load_lora(model, folder: Path, trainable: bool) -> PeftModel:
     """Put the adapter of a run on its backbone.
 
@@ -125,15 +145,23 @@ def load_lora(model, folder: Path, trainable: bool) -> PeftModel:
     if not (folder / "adapter_model.safetensors").is_file():
         raise UserError(f"{folder}: holds no adapter_model.safetensors; is this a finished run?")
     try:
-        return PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
+        model = PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
+        if (folder / HEAD).is_file():
+            weight = load_file(folder / HEAD)["weight"]  # (1, H) or (2, H)
+            model.head = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False).to(model.device)
+            model.head.load_state_dict({"weight": weight})
+            model.head.requires_grad_(trainable)
+        return model
     except Exception as error:  # as in _from_pretrained
         raise UserError(f"{folder}: the adapter cannot be loaded: {str(error).splitlines()[0]}") from None
 
 
 def save_adapter(model: PeftModel, tokenizer, backbone: str, folder: Path) -> None:
-    """Write adapter and tokenizer, as safetensors and JSON."""
+    """Write adapter, head (where there is one) and tokenizer, as safetensors and JSON."""
     model.peft_config["default"].base_model_name_or_path = backbone
     model.save_pretrained(str(folder), save_embedding_layers=False)
+    if hasattr(model, "head"):
+        save_file({"weight": model.head.weight.detach().contiguous()}, folder / HEAD)
     (folder / "README.md").unlink(missing_ok=True)  # an empty model card
     tokenizer.save_pretrained(str(folder))
 

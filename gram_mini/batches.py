@@ -173,3 +173,36 @@ def judge_batch(rows: list[EncodedPair], swaps: list[bool], pieces: PromptPieces
         "last": torch.tensor([len(ids) - 1 for ids in sequences]),
         "labels": torch.tensor(labels),
     }
+
+
+def response_batch(rows: list[EncodedPair], swaps: list[bool], pieces: PromptPieces, pad_id: int) -> dict[str, torch.Tensor]:
+    """For a scalar head: each response by itself after its prompt, all of the first ones, then all of the second ones.
+
+    Returns input_ids (2B, T), last (2B,) and labels (B,), exchanged where the responses are, as in :func:`judge_batch`.
+    """
+    both = [(r.response_b, r.response_a) if swap else (r.response_a, r.response_b) for r, swap in zip(rows, swaps)]
+    sequences = [_after_prompt(pieces, row, both[i][k]) for k in (0, 1) for i, row in enumerate(rows)]
+    labels = [-1 if row.label is None else row.label ^ swap for row, swap in zip(rows, swaps)]
+    return {
+        "input_ids": pad(sequences, pad_id),
+        "last": torch.tensor([len(ids) - 1 for ids in sequences]),
+        "labels": torch.tensor(labels),
+    }
+
+
+def chosen_batch(rows: list[EncodedPair], pieces: PromptPieces, pad_id: int) -> dict[str, torch.Tensor]:
+    """The preferred response of each labelled pair after its prompt, to be generated.
+
+    Returns input_ids (B, T) and targets (B, T), IGNORED on the prompt and on padding.
+    """
+    sequences, targets = [], []
+    for row in rows:
+        ids = _after_prompt(pieces, row, row.response_b if row.label else row.response_a)
+        given = len(pieces.start) + len(row.prompt) + pieces.untrained
+        sequences.append(ids)
+        targets.append([IGNORED] * (given - 1) + ids[given:] + [IGNORED])
+    return {"input_ids": pad(sequences, pad_id), "targets": pad(targets, IGNORED)}
+
+
+def _after_prompt(pieces: PromptPieces, row: EncodedPair, response: list[int]) -> list[int]:
+    return [*pieces.start, *row.prompt, *pieces.after_prompt, *response, *pieces.end]

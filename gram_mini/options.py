@@ -141,6 +141,11 @@ def share(text: str) -> float:
     return _number(text, float, lambda v: 0 <= v < 1, "a number of at least 0 and below 1")
 
 
+def weight(text: str) -> float:
+    """argparse type: a finite number of at least 0."""
+    return _number(text, float, lambda v: 0 <= v < math.inf, "a number of at least 0")
+
+
 def smoothing(text: str) -> float:
     """argparse type: our eps, 0 <= eps < 1/2."""
     return _number(text, float, lambda v: 0 <= v < 0.5, "a number of at least 0 and below 0.5")

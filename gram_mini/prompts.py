@@ -133,6 +133,16 @@ def judge_prompt(tokenizer, template: str = JUDGE) -> PromptPieces:
     return PromptPieces(_with_bos(tokenizer, start), *others)
 
 
+def response_prompt(tokenizer) -> PromptPieces:
+    """For a scalar head: the question as the user's turn, one response as the assistant's; ``between`` stays empty."""
+    turn = [{"role": "user", "content": _SLOTS["prompt"]}, {"role": "assistant", "content": _SLOTS["response_a"]}]
+    text = _render(tokenizer, turn) if tokenizer.chat_template else fill("{prompt}\n\n{response_a}", **_SLOTS)
+    start, after_prompt, end = (encode(tokenizer, part) for part in _split(text, ["prompt", "response_a"]))
+    if not end and tokenizer.eos_token_id is not None:
+        end = [tokenizer.eos_token_id]  # the score is read where the response is over
+    return PromptPieces(_with_bos(tokenizer, start), after_prompt, [], end, untrained=len(after_prompt))
+
+
 def label_tokens(tokenizer, template: str = JUDGE) -> tuple[int, int]:
     """Token ids of the verdicts A and B, exactly as they stand after the judge prompt.
 

@@ -12,19 +12,20 @@ from tqdm import tqdm
 from gram_mini.backbone import (
     EXPORTED,
     fingerprint,
+    hidden_states,
     load_backbone,
     load_lora,
     load_tokenizer,
     local_folder,
-    logits_at_end,
+    output_logits,
     pick_device,
     read_run,
 )
-from gram_mini.batches import encode_pairs, judge_batch
+from gram_mini.batches import EncodedPair, encode_pairs, judge_batch, response_batch
 from gram_mini.errors import UserError
 from gram_mini.formats import Pair, parse_pairs, read_prompt
 from gram_mini.losses import label_mass
-from gram_mini.prompts import JUDGE, judge_prompt, label_tokens
+from gram_mini.prompts import JUDGE, judge_prompt, label_tokens, response_prompt
 
 AVERAGES = ("probabilities", "logits")
 METHODS = ("round-robin", "knock-out", "reference")
@@ -74,7 +75,9 @@ class RewardModel:
     def __init__(self, model, tokenizer, max_length: int = 512, batch_size: int = 64, template: str = JUDGE):
         self.model, self.tokenizer, self.template = model, tokenizer, template
         self.max_length, self.batch_size = max_length, batch_size
-        self.prompt = judge_prompt(tokenizer, template)
+        self.head = getattr(model, "head", None)
+        self.scalar = self.head is not None and self.head.out_features == 1
+        self.prompt = response_prompt(tokenizer) if self.scalar else judge_prompt(tokenizer, template)
         self.labels = label_tokens(tokenizer, template)
 
     @classmethod
@@ -119,6 +122,21 @@ class RewardModel:
             model, tokenizer = load_backbone(path, bits or 4, place), load_tokenizer(path)
         return cls(model, tokenizer, max_length or 512, batch_size, template or JUDGE)
 
+    def label_logits(self, rows: list[EncodedPair], swaps: list[bool]) -> tuple[torch.Tensor, torch.Tensor, dict]:
+        """Z_A and Z_B of a batch of pairs, (B, 2); the hidden states they are read from, (B, H); and the batch.
+
+        From a scalar head Z_A and Z_B are the rewards of the two responses, each seen by itself: the loss of
+        losses.py is then the plain Bradley-Terry loss, and the hidden states are (2B, H).
+        """
+        make = response_batch if self.scalar else judge_batch
+        batch = make(rows, swaps, self.prompt, self.tokenizer.pad_token_id)
+        hidden = hidden_states(self.model, batch["input_ids"].to(self.model.device))  # (B, T, H)
+        at_end = hidden[torch.arange(len(hidden)), batch["last"]]  # (B, H)
+        if self.head is None:
+            return output_logits(self.model, at_end, self.labels), at_end, batch  # two rows of the output matrix
+        logits = self.head(at_end.to(self.head.weight.dtype))  # (B, 2), or (2B, 1): first responses, then second ones
+        return logits.view(2, -1).T if self.scalar else logits, at_end, batch
+
     @torch.no_grad()
     def log_odds(self, pairs: list[Pair], progress: str | None = None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Judge pairs in both orders.
@@ -130,19 +148,22 @@ class RewardModel:
         # Both orders of a pair are two jobs of equal length; sorting by length keeps padding small.
         jobs = sorted(((i, swap) for i in range(len(rows)) for swap in (False, True)), key=lambda job: -rows[job[0]].length)
         odds, mass = torch.zeros(len(rows), 2), torch.zeros(len(rows), 2)  # (N, 2)
-        training, device = self.model.training, self.model.device
+        training = self.model.training
         self.model.eval()
         starts = range(0, len(jobs), self.batch_size)
         for start in tqdm(starts, desc=progress, delay=2, disable=progress is None, leave=False):
             chosen = jobs[start : start + self.batch_size]
-            batch = judge_batch([rows[i] for i, _ in chosen], [s for _, s in chosen], self.prompt, self.tokenizer.pad_token_id)
-            logits = logits_at_end(self.model, batch["input_ids"].to(device), batch["last"]).float().cpu()  # (B, V)
-            for (i, swap), row, m in zip(chosen, logits, label_mass(logits, self.labels)):
-                a, b = row[list(self.labels)]
+            logits, at_end, _ = self.label_logits([rows[i] for i, _ in chosen], [swap for _, swap in chosen])  # (B, 2)
+            found = torch.ones(len(chosen)) if self.scalar else self.label_mass(at_end).cpu()  # (B,)
+            for (i, swap), (a, b), m in zip(chosen, logits.float().cpu(), found):
                 odds[i, int(swap)] = b - a if swap else a - b
                 mass[i, int(swap)] = m
         self.model.train(training)
         return odds, mass, torch.tensor([row.truncated for row in rows])
+
+    def label_mass(self, at_end: torch.Tensor) -> torch.Tensor:
+        """Probability (B,) of answering A or B at all, from the hidden states (B, H) where the verdict stands."""
+        return label_mass(output_logits(self.model, at_end), self.labels)
 
     def compare_many(self, pairs: list[Pair], average: str = "probabilities", progress: str | None = None) -> list[Comparison]:
         """Compare the two responses of each pair in both orders.
