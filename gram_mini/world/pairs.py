@@ -11,6 +11,7 @@ from gram_mini.world import ATTRIBUTES, GROUPS, SPURIOUS, Response, draw_respons
 SPLITS = {
     "unlabelled": (("unlabelled", "labelled"), 0.7, 0.0, 24_000),
     "labelled": (("labelled",), 0.5, SPURIOUS, 6_000),
+    "adaptation": (("unlabelled",), 0.5, 0.0, 4_000),
     "in-distribution": (("labelled",), 0.5, SPURIOUS, 800),
     "out-of-distribution": (("unlabelled",), 0.5, 0.0, 1_600),
 }
@@ -31,7 +32,7 @@ def topics(split: str) -> list[tuple]:
 def world_pairs(split: str, count: int | None = None, seed: int = 0) -> list[Pair]:
     """Draw pairs of a split of the village.
 
-    "labelled" carries labels sampled from Bradley-Terry on the true rewards. The two test splits hold
+    "labelled" and "adaptation" carry labels sampled from Bradley-Terry on the true rewards. The two test splits hold
     only pairs of unequal true reward, and their label is the truly better response, so that a perfect
     reward model has accuracy 1.
 
