@@ -168,6 +168,11 @@ def score_file(judge, args):
     )
     for reason, count in sum((left_out for _, left_out, _ in jobs), Counter()).items():
         print(f"not scored: {count} {reason}")
+    masses = [line["label_mass"] for line in lines if "label_mass" in line]
+    if masses and sum(masses) / len(masses) < 0.5:
+        print(
+            f"The model hardly ever answers A or B (mean mass on the labels {sum(masses) / len(masses):.2g}): do not rely on this."
+        )
     if hits:
         print(f"{sum(hits)} of {len(hits)} labelled pairs judged as labelled: accuracy {sum(hits) / len(hits):.3f}")
 

@@ -46,10 +46,10 @@ def main(argv=None):
     accelerator, device = start_processes(args.device, args.report_to, run.partial)
 
     # Data -> prompts -> token ids
+    tokenizer = load_tokenizer(args.model)
     with accelerator.main_process_first():  # one download, the others find it done
         data = load_pairs(args.data, labelled=False, seed=args.seed, **options.reading(args))
     accelerator.print(data.summary())
-    tokenizer = load_tokenizer(args.model)
     prompt, labels = pair_prompt(tokenizer), label_tokens(tokenizer)
     train_pairs, held_out_pairs = split_by_prompt(data.pairs, args.held_out, args.seed)
     train = encode_pairs(train_pairs, prompt, tokenizer, args.max_length)

@@ -77,10 +77,10 @@ def main(argv=None):
         template = read_template(args.judge_template)
 
     # Data -> prompts -> token ids
+    tokenizer = load_tokenizer(args.model, revision)
     with accelerator.main_process_first():  # one download, the others find it done
         data = load_pairs(args.data, labelled=True, seed=args.seed, **options.reading(args))
     accelerator.print(data.summary())
-    tokenizer = load_tokenizer(args.model, revision)
     torch.manual_seed(args.seed)
     backbone = load_backbone(args.model, args.bits, device, revision)
     if args.gradient_checkpointing:
@@ -150,8 +150,8 @@ def main(argv=None):
         run.finish(model, tokenizer, run_record("reward", args, data, model, judge.labels, template, lengths=length, **results))
         if final:
             print(
-                f"held out: accuracy {final.accuracy:.3f} ± {final.interval:.3f}, loss {final.loss:.3f}, position gap "
-                f"{final.position_gap:.3f}, mean margin {final.margin:.2f} (were the labels certain, the best were "
+                f"held out: {final.pairs} pairs, accuracy {final.accuracy:.3f} ± {final.interval:.3f}, loss {final.loss:.3f}, position gap "
+                f"{final.position_gap:.3f}, mean margin {final.margin:.2f} (best for certain labels: "
                 f"{best_margin(args.label_smoothing):.2f})"
             )
         print(f"wrote {args.out}: adapter, tokenizer, run.json, log.csv, plot.png")

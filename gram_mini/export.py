@@ -22,8 +22,8 @@ from gram_mini.errors import UserError, clear_errors
 from gram_mini.reward_model import RewardModel
 
 EXAMPLES = """\
-  python -m gram_mini.export runs/reward exported
-  python -m gram_mini.export runs/reward exported --dtype float32 --overwrite"""
+  python -m gram_mini.export runs/reward runs/exported
+  python -m gram_mini.export runs/reward runs/exported --dtype float32 --overwrite"""
 
 DTYPES = ("bfloat16", "float16", "float32")
 
@@ -38,7 +38,7 @@ def main(argv=None) -> None:
     args = parser.parse_args(argv)
     export(args.run, args.out, args.dtype, args.overwrite, args.device)
     print(f"wrote {args.out}: model, tokenizer, {EXPORTED}; to score with it:")
-    print(f"  python score.py --model {args.out} --bits 16 --prompt ... --response ... --response ...")
+    print(f"  python score.py --model {args.out} --prompt ... --response ... --response ...")
 
 
 def export(run: Path, out: Path, dtype: str = "bfloat16", overwrite: bool = False, device: str = "cpu") -> None:

@@ -328,7 +328,9 @@ def is_verdict(value) -> bool:
 
 def _verdict(value, where: str) -> tuple[int | None, int | None]:
     if not is_verdict(value):
-        raise UserError(f"{where}: column 'label' must be A or B (or A>B, B>A, A=B), found {value!r}")
+        raise UserError(
+            f"{where}: column 'label' must be A, B or tie (or A>B, B>A, A=B), found {value!r}; write A where the first response is better"
+        )
     return VERDICTS[value.replace(" ", "")] if value else (None, None)
 
 

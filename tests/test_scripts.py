@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -493,6 +494,21 @@ def test_labels_that_split(tmp_path):
         train_reward,
         ["--model", model, "--out", str(tmp_path / "x"), "--limit", "50"],
         r"label '=A' is not one token .* \['=', 'A'\]",
+    )
+
+
+def test_a_file_of_pairs_that_the_model_does_not_answer_is_marked(data, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("gram_mini.reward_model.label_mass", lambda logits, labels: torch.full((len(logits),), 0.001))
+    score.main(["--model", "embedded", "--data", data, "--out", str(tmp_path / "s.jsonl")])
+    assert "hardly ever answers A or B (mean mass on the labels 0.001)" in capsys.readouterr().out
+
+
+def test_an_unfinished_run_is_named_as_such(tmp_path):
+    (tmp_path / "run.partial").mkdir()
+    fails(
+        score,
+        ["--model", str(tmp_path / "run"), "--prompt", "x", "--response", "y", "--response", "z"],
+        "is not finished; train it to its end with the same command and --resume",
     )
 
 
