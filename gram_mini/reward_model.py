@@ -249,7 +249,7 @@ def as_trl_reward(judge: RewardModel, against: str = "first", average: str = "pr
     add ``reference``, so that all are measured by the same thing.
 
     Returns f(prompts, completions, completion_ids=None, reference=None, **others) -> one reward for each completion.
-    Texts and lists of messages are read as in training, by formats.parse_pairs.
+    Texts and lists of messages are read as in training, by formats.parse_pairs; tool messages are not taken.
 
     Raises:
         ValueError: for another ``against``; from f, where a completion has nothing to be compared with.
