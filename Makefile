@@ -25,7 +25,7 @@ demo: .venv/.installed
 	@echo "Each run is a folder in $(DEMO)/: adapter, tokenizer, run.json, log.csv, plot.png. To score a pair of your own:"
 	@echo "  $(BIN)/python score.py --model $(DEMO)/reward --prompt ... --response ... --response ..."
 
-# The demo's table over five other seeds of labels, pairs, data order and adapters: about half an hour.
+# The demo's table over five other seeds of labels, pairs, data order and adapters: about 25 minutes.
 seeds: .venv/.installed
 	for seed in 1 2 3 4 5; do \
 	  out=runs/seeds/$$seed; \

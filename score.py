@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from gram_mini import options
 from gram_mini.errors import UserError, clear_errors
-from gram_mini.formats import group_rows, is_verdict, parse_pairs, read_prompt, unusable
+from gram_mini.formats import group_rows, parse_pairs, read_prompt, unusable
 from gram_mini.output import check_output, write_whole
 from gram_mini.prompts import LABELS, read_template
 from gram_mini.reward_model import AVERAGES, METHODS, RewardModel
@@ -44,9 +44,7 @@ def main(argv=None):
     g.add_argument("--response", action="append", default=[], metavar="TEXT", help="a response; give it once for each")
     g.add_argument("--reference", metavar="TEXT", help="reference response: each response gets P(better than it) as reward")
     g.add_argument("--data", metavar="SOURCE", help="score the rows of a file, folder or hub data set instead")
-    g.add_argument("--split", default="train", help="split of a hub data set")
-    g.add_argument("--subset", metavar="NAME", help="configuration of a hub data set (default: its default)")
-    g.add_argument("--limit", type=options.positive_int, metavar="N", help="first N rows only (default: all)")
+    options.add_reading_options(g)
     g.add_argument("--out", type=Path, metavar="FILE.jsonl", help="file to write the scores of --data to, one line a row")
     g.add_argument("--overwrite", action="store_true", help="replace a file that is already there")
     g = parser.add_argument_group("how")
@@ -143,14 +141,14 @@ def rank(judge, prompt, responses, reference, args):
 
 def score_file(judge, args):
     """Rows in, lines of JSON out, in the same order and with their ids; the file appears when it is complete."""
-    groups = list(group_rows(read_rows(args.data, args.split, args.limit, args.subset)))
+    groups = list(group_rows(read_rows(args.data, args.split, args.limit, args.subset, args.streaming)))
     jobs = [read_job(group, args) for _, group in groups]
     pairs = [pair for found, _, _ in jobs for pair in found]
     compared = iter(judge.compare_many(pairs, args.average, progress="scoring") if pairs else [])
     lines, hits = [], []
     for (number, group), (found, left_out, ranking) in zip(tqdm(groups, desc="scoring", delay=2, leave=False), jobs):
         row = group[0][1]
-        head = {"row": number, **({"id": row["id"]} if "id" in row else {})}
+        head = {"row": number, **({"id": row["id"]} if isinstance(row, dict) and "id" in row else {})}
         if ranking:
             lines.append(head | asdict(rank(judge, *ranking, args)))
         elif not found:
@@ -168,6 +166,11 @@ def score_file(judge, args):
     )
     for reason, count in sum((left_out for _, left_out, _ in jobs), Counter()).items():
         print(f"not scored: {count} {reason}")
+    masses = [line["label_mass"] for line in lines if "label_mass" in line]
+    if masses and sum(masses) / len(masses) < 0.5:
+        print(
+            f"The model hardly ever answers A or B (mean mass on the labels {sum(masses) / len(masses):.2g}): do not rely on this."
+        )
     if hits:
         print(f"{sum(hits)} of {len(hits)} labelled pairs judged as labelled: accuracy {sum(hits) / len(hits):.3f}")
 
@@ -188,13 +191,26 @@ def comparison(result):
 
 def read_job(group, args):
     """What a row asks for: (pairs, what is left out and why, None), or as the third (prompt, responses, reference)."""
+    try:
+        return _read_job(group, args)
+    except UserError:
+        if args.on_bad_row == "error":
+            raise
+        return [], Counter({"that cannot be read": len(group)}), None
+
+
+def _read_job(group, args):
     where, row = group[0]
     if isinstance(row, UserError):
         raise row
     if row.get("responses") is None:
         if args.rank or args.reference is not None:
             raise UserError(f"{where}: --rank and --reference need rows with a column 'responses', a list of texts")
-        return *parse_pairs(group, labelled=is_verdict(row.get("label"))), None
+        try:
+            found, left_out = parse_pairs(group, pairs=args.pairs)
+        except UserError:  # a pair whose label or rating cannot be read can still be scored
+            found, left_out = [], Counter()
+        return *((found, left_out) if found else parse_pairs(group, labelled=False, pairs=args.pairs)), None
     prompt, responses = read_prompt(row.get("prompt"), where, "prompt"), row["responses"]
     if not isinstance(responses, list) or not responses or not all(isinstance(r, str) for r in responses):
         raise UserError(f"{where}: column 'responses' must be a list of at least one text")

@@ -16,7 +16,7 @@ from gram_mini.errors import clear_errors
 from gram_mini.log import Log
 from gram_mini.losses import pair_loss
 from gram_mini.prompts import label_tokens, pair_prompt
-from gram_mini.run_folder import RunFolder, run_record
+from gram_mini.run_folder import RunFolder, recipe, run_record
 from gram_mini.training import (
     NonFinite,
     add_up,
@@ -46,10 +46,9 @@ def main(argv=None):
     accelerator, device = start_processes(args.device, args.report_to, run.partial)
 
     # Data -> prompts -> token ids
-    with accelerator.main_process_first():  # one download, the others find it done
-        data = load_pairs(args.data, labelled=False, seed=args.seed, **options.reading(args))
-    accelerator.print(data.summary())
     tokenizer = load_tokenizer(args.model)
+    data = load_pairs(args.data, labelled=False, seed=args.seed, **options.reading(args))
+    accelerator.print(data.summary())
     prompt, labels = pair_prompt(tokenizer), label_tokens(tokenizer)
     train_pairs, held_out_pairs = split_by_prompt(data.pairs, args.held_out, args.seed)
     train = encode_pairs(train_pairs, prompt, tokenizer, args.max_length)
@@ -90,8 +89,9 @@ def main(argv=None):
     # The loop, from the beginning or from a checkpoint
     if accelerator.is_main_process:
         run.start()
-    done = run.load(accelerator, args, data, model, optimizer, schedule)
-    log = Log(run.partial / "log.csv", args, steps, accelerator, done["log"])
+    of_run = recipe(args, data, model, accelerator)
+    done = run.load(accelerator, of_run, model, optimizer, schedule)
+    log = Log(run.partial / "log.csv", args, steps, accelerator, done["step"], done["log"])
     non_finite = NonFinite(args.skip_limit, data.source, done["skipped"])
     batches = batches_forever(train, per_step, args.seed, skip=done["step"])
     final = None
@@ -111,10 +111,10 @@ def main(argv=None):
                 step_loss += loss.detach() * share
                 log.note(tokens, share, loss=loss)
             step_loss = add_up(accelerator, model, step_loss)
-            if non_finite.allows(step_loss, clip_gradients(model), rows):
+            if taken := non_finite.allows(step_loss, clip_gradients(model), rows):
                 optimizer.step()
             optimizer.zero_grad()
-            if means := log.train(step, lr=schedule.get_last_lr()[0], skipped=non_finite.skipped):
+            if means := log.train(step, lr=schedule.get_last_lr()[0], taken=taken, skipped=non_finite.skipped):
                 progress.set_postfix(loss=f"{means['loss']:.3f}")
             schedule.step()
             if held_out and (step == steps or step % max(1, steps // 5) == 0):
@@ -123,8 +123,9 @@ def main(argv=None):
                 log.held_out(step, time.perf_counter() - began, loss=final)
             stop = accelerator.check_trigger()
             if step < steps and (stop or step % args.save_every == 0):
-                run.save(accelerator, step, args, data, model, optimizer, schedule, log, non_finite.skipped)
+                run.save(accelerator, step, of_run, model, optimizer, schedule, log, non_finite.skipped)
                 if stop:
+                    accelerator.end_training()
                     raise run.interrupted(step)
 
     accelerator.end_training()

@@ -32,7 +32,7 @@ from gram_mini.log import Log
 from gram_mini.losses import best_margin, margins, pair_loss, reward_loss
 from gram_mini.prompts import JUDGE, label_tokens, read_template
 from gram_mini.reward_model import RewardModel
-from gram_mini.run_folder import RunFolder, check_init, run_record
+from gram_mini.run_folder import RunFolder, check_init, recipe, run_record
 from gram_mini.training import (
     NonFinite,
     add_up,
@@ -90,10 +90,9 @@ def main(argv=None):
         template = read_template(args.judge_template)
 
     # Data -> prompts -> token ids
-    with accelerator.main_process_first():  # one download, the others find it done
-        data = load_pairs(args.data, labelled=True, seed=args.seed, **options.reading(args))
-    accelerator.print(data.summary())
     tokenizer = load_tokenizer(args.model, revision)
+    data = load_pairs(args.data, labelled=True, seed=args.seed, **options.reading(args))
+    accelerator.print(data.summary())
     torch.manual_seed(args.seed)
     backbone = load_backbone(args.model, args.bits, device, revision)
     if args.gradient_checkpointing:
@@ -122,8 +121,9 @@ def main(argv=None):
     optimizer, schedule = optimizer_and_schedule(model, args.lr, steps)
     if accelerator.is_main_process:
         run.start()
-    done = run.load(accelerator, args, data, model, optimizer, schedule)
-    log = Log(run.partial / "log.csv", args, steps, accelerator, done["log"])
+    of_run = recipe(args, data, model, accelerator, template)
+    done = run.load(accelerator, of_run, model, optimizer, schedule)
+    log = Log(run.partial / "log.csv", args, steps, accelerator, done["step"], done["log"])
     non_finite = NonFinite(args.skip_limit, data.source, done["skipped"])
     batches = batches_forever(train, per_step, args.seed, skip=done["step"])
     final = None
@@ -150,10 +150,10 @@ def main(argv=None):
                 if log.due(step) and not judge.scalar:  # this needs the whole output matrix, so only now and then
                     log.note(0, share, label_mass=judge.label_mass(at_end.detach()).mean())
             step_loss = add_up(accelerator, model, step_loss)
-            if non_finite.allows(step_loss, clip_gradients(model), rows):
+            if taken := non_finite.allows(step_loss, clip_gradients(model), rows):
                 optimizer.step()
             optimizer.zero_grad()
-            if means := log.train(step, lr=schedule.get_last_lr()[0], skipped=non_finite.skipped):
+            if means := log.train(step, lr=schedule.get_last_lr()[0], taken=taken, skipped=non_finite.skipped):
                 progress.set_postfix(loss=f"{means['loss']:.3f}", accuracy=f"{means['accuracy']:.2f}")
             schedule.step()
             if held_out and (step == steps or step % max(1, steps // 5) == 0):
@@ -163,8 +163,9 @@ def main(argv=None):
                 log.held_out(step, time.perf_counter() - began, **asdict(final))
             stop = accelerator.check_trigger()
             if step < steps and (stop or step % args.save_every == 0):
-                run.save(accelerator, step, args, data, model, optimizer, schedule, log, non_finite.skipped)
+                run.save(accelerator, step, of_run, model, optimizer, schedule, log, non_finite.skipped)
                 if stop:
+                    accelerator.end_training()
                     raise run.interrupted(step)
 
     accelerator.end_training()
@@ -173,8 +174,8 @@ def main(argv=None):
         run.finish(model, tokenizer, run_record("reward", args, data, model, judge.labels, template, lengths=length, **results))
         if final:
             print(
-                f"held out: accuracy {final.accuracy:.3f} ± {final.interval:.3f}, loss {final.loss:.3f}, position gap "
-                f"{final.position_gap:.3f}, mean margin {final.margin:.2f} (were the labels certain, the best were "
+                f"held out: {final.pairs} pairs, accuracy {final.accuracy:.3f} ± {final.interval:.3f}, loss {final.loss:.3f}, position gap "
+                f"{final.position_gap:.3f}, mean margin {final.margin:.2f} (best for certain labels: "
                 f"{best_margin(args.label_smoothing):.2f})"
             )
         print(f"wrote {args.out}: adapter, tokenizer, run.json, log.csv, plot.png")

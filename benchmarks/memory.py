@@ -273,6 +273,7 @@ def held_bytes(model, optimizer) -> int:
 
 def growth(step) -> int:
     """Most bytes that torch's CPU allocator held during ``step`` beyond what it held before."""
+    gc.collect()  # what is freed during the step must have been allocated in it
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
         step()
     events = [e for e in seen.profiler.kineto_results.events() if e.name() == "[memory]"]

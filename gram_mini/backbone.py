@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import warnings
 from pathlib import Path
 
@@ -33,13 +34,15 @@ transformers_logging.disable_progress_bar()
 
 
 def pick_device(device: str) -> torch.device:
-    """``auto`` is the GPU where there is one.
+    """``auto`` is the GPU where there is one; of several, each process of ``accelerate launch`` takes its own.
 
     Raises:
         UserError: for a device that torch does not know or that this machine lacks.
     """
     if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda":
+        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
         if device == "meta":
             raise RuntimeError("it holds no numbers")

@@ -88,22 +88,32 @@ def load_pairs(
         drawn = world_pairs("labelled" if labelled else "unlabelled", seed=seed)[:limit]
         return PairData("world", drawn, len(drawn))
     data = PairData(source, [], 0)
+
+    def read(group: list) -> tuple[list[Pair], Counter]:
+        found, left_out = parse_pairs(group, labelled, pairs)
+        if labelled and any(pair.label is None and not pair.tied for pair in found):
+            raise UserError(
+                f"{group[0][0]}: no label; stage 2 and evaluation need to know the preferred response: give columns "
+                "'chosen' and 'rejected', or 'label' with A or B"
+            )
+        return found, left_out
+
+    def readable(row: tuple) -> bool:
+        try:
+            read([row])
+        except UserError as error:
+            data.unreadable = data.unreadable or str(error)
+            return False
+        return True
+
     rows = read_rows(source, split, limit, subset, streaming)
     for number, group in group_rows(tqdm(rows, desc="reading", unit=" rows", delay=2, leave=False)):
         data.rows += len(group)
-        try:
-            found, left_out = parse_pairs(group, labelled, pairs)
-            if labelled and any(pair.label is None and not pair.tied for pair in found):
-                raise UserError(
-                    f"{group[0][0]}: no label; stage 2 and evaluation need to know the preferred response: give columns "
-                    "'chosen' and 'rejected', or 'label' with A or B"
-                )
-        except UserError as error:
-            if on_bad_row == "error":
-                raise
-            data.dropped["that cannot be read"] += len(group)
-            data.unreadable = data.unreadable or str(error)
-            continue
+        if on_bad_row == "skip":
+            good = [row for row in group if readable(row)]
+            data.dropped += Counter({"that cannot be read": len(group) - len(good)})
+            group = good
+        found, left_out = read(group) if group else ([], Counter())
         data.dropped.update(left_out)
         for pair in found:
             reason = unusable(pair) or ("tied" if labelled and pair.tied else None)

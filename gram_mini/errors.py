@@ -50,9 +50,10 @@ def _explain(error: Exception) -> str | None:
         return f"a file could not be written: {text.splitlines()[0]}; make room or choose another folder"
     if type(error).__name__ == "OutOfMemoryError":
         return (
-            f"out of GPU memory ({text.splitlines()[0].split('. ')[0]}); what helps: a smaller --batch-size with more "
-            "--grad-accum (the result is the same), --gradient-checkpointing, a shorter --max-length, --bits 4, a smaller --lora-rank"
+            f"out of GPU memory ({text.splitlines()[0].split('. ')[0]}); what helps: a smaller --batch-size (in training with as "
+            "much more --grad-accum, which gives the same result), a shorter --max-length, --bits 4, and in training "
+            "--gradient-checkpointing or a smaller --lora-rank"
         )
     if isinstance(error, MemoryError) or "can't allocate memory" in text:
-        return "out of memory; what helps: a smaller --batch-size with more --grad-accum, a shorter --max-length, --limit"
+        return "out of memory; what helps: a smaller --batch-size, a shorter --max-length, --limit"
     return None

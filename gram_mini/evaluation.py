@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gram_mini import options
-from gram_mini.backbone import read_run
+from gram_mini.backbone import local_folder, read_run
 from gram_mini.data import Pair
 from gram_mini.errors import clear_errors
 from gram_mini.reward_model import Comparison, RewardModel
@@ -111,6 +111,9 @@ def recipe(run: dict | None) -> tuple[str, str]:
 
 def world_table(models: list[str], device: str = "auto") -> str:
     """Judge both test sets of the village with each model and set the figures in a table."""
+    for model in models:
+        if not (Path(model) / "run.json").is_file():
+            local_folder(model)  # what is missing is said before the first is judged
     known, unknown = world_pairs("in-distribution"), world_pairs("out-of-distribution")
     folders: dict[tuple[str, str], str] = {}
     rows: dict[tuple[str, str], dict[int, list[Evaluation]]] = defaultdict(dict)

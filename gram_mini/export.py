@@ -10,7 +10,6 @@ and 0.0005), but large models overflow in it.
 
 from __future__ import annotations
 
-import os
 import shutil
 from pathlib import Path
 
@@ -19,11 +18,12 @@ import torch
 from gram_mini import options
 from gram_mini.backbone import EXPORTED, load_lora, read_run
 from gram_mini.errors import UserError, clear_errors
+from gram_mini.output import check_place, put_in_place
 from gram_mini.reward_model import RewardModel
 
 EXAMPLES = """\
-  python -m gram_mini.export runs/reward exported
-  python -m gram_mini.export runs/reward exported --dtype float32 --overwrite"""
+  python -m gram_mini.export runs/reward runs/exported
+  python -m gram_mini.export runs/reward runs/exported --dtype float32 --overwrite"""
 
 DTYPES = ("bfloat16", "float16", "float32")
 
@@ -38,7 +38,7 @@ def main(argv=None) -> None:
     args = parser.parse_args(argv)
     export(args.run, args.out, args.dtype, args.overwrite, args.device)
     print(f"wrote {args.out}: model, tokenizer, {EXPORTED}; to score with it:")
-    print(f"  python score.py --model {args.out} --bits 16 --prompt ... --response ... --response ...")
+    print(f"  python score.py --model {args.out} --prompt ... --response ... --response ...")
 
 
 def export(run: Path, out: Path, dtype: str = "bfloat16", overwrite: bool = False, device: str = "cpu") -> None:
@@ -48,7 +48,7 @@ def export(run: Path, out: Path, dtype: str = "bfloat16", overwrite: bool = Fals
         UserError: no finished run, its backbone is missing or another version, or ``out`` is in the way.
     """
     out = out.resolve()
-    partial, replaced = (out.with_name(out.name + suffix) for suffix in (".partial", ".replaced"))
+    partial = out.with_name(out.name + ".partial")
     bits = read_run(run)["options"]["bits"]
     check_out(out, partial, overwrite)
 
@@ -64,10 +64,7 @@ def export(run: Path, out: Path, dtype: str = "bfloat16", overwrite: bool = Fals
         shutil.copy(run / "run.json", partial / EXPORTED)
         model.save_pretrained(partial)
         judge.tokenizer.save_pretrained(partial)
-        if out.exists():
-            out.rename(replaced)
-        partial.rename(out)
-        shutil.rmtree(replaced, ignore_errors=True)
+        put_in_place(partial, out)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -84,9 +81,7 @@ def check_out(out: Path, partial: Path, overwrite: bool) -> None:
             raise UserError(f"{folder}: is in the way and no exported model; give another folder")
     if (out / EXPORTED).is_file() and not overwrite:
         raise UserError(f"{out}: already holds an exported model; give another folder, or --overwrite to replace it")
-    above = next(folder for folder in out.parents if folder.exists())
-    if not (above.is_dir() and os.access(above, os.W_OK)):
-        raise UserError(f"{out}: {above} cannot be written to; give another folder")
+    check_place(out, "OUT")
 
 
 if __name__ == "__main__":

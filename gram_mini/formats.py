@@ -184,10 +184,10 @@ def _dialogues(row: dict, where: str, labelled: bool) -> list[Pair]:
 
 def _tied_by_score(pair: Pair, row: dict, where: str) -> Pair:
     """The pair, tied where both columns of scores are there and say so."""
-    scores = [row.get(name) for name in ("score_chosen", "score_rejected")]
-    if None in scores:
+    try:
+        a, b = (_number(row.get(name), where, name) for name in ("score_chosen", "score_rejected"))
+    except UserError:  # other columns of this name: the format does without them
         return pair
-    a, b = (_number(score, where, name) for score, name in zip(scores, ("score_chosen", "score_rejected")))
     return replace(pair, label=None, tied=True) if a == b else pair
 
 
@@ -328,11 +328,19 @@ def is_verdict(value) -> bool:
 
 def _verdict(value, where: str) -> tuple[int | None, int | None]:
     if not is_verdict(value):
-        raise UserError(f"{where}: column 'label' must be A or B (or A>B, B>A, A=B), found {value!r}")
+        raise UserError(
+            f"{where}: column 'label' must be A, B or tie (or A>B, B>A, A=B), found {value!r}; write A where the first response is better"
+        )
     return VERDICTS[value.replace(" ", "")] if value else (None, None)
 
 
 def _number(value, where: str, column: str) -> float:
+    """A finite number, or its text: a CSV holds nothing else."""
+    if isinstance(value, str):
+        try:
+            value = float(value)
+        except ValueError:
+            raise UserError(f"{where}: column {column!r} must be a number, found {value[:40]!r}") from None
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise UserError(f"{where}: column {column!r} must be a number, found {type(value).__name__}")
     if isinstance(value, float) and not math.isfinite(value):

@@ -16,12 +16,13 @@ LOG_COLUMNS = ("step", "part", *MEANS, "position_gap", "lr", "skipped", "tokens_
 class Log:
     """log.csv: a line for every ``args.log_every`` training steps, and one for each evaluation.
 
-    A training line holds means over what its steps saw, in all processes. tokens_per_second counts what the model
+    A training line holds means over what its steps saw, in all processes; ``after`` and ``state`` are those of the checkpoint
+    that a run goes on from. tokens_per_second counts what the model
     computes, padding included, and no evaluation's time. Only the main process writes; the trackers that the
     accelerator was given get the same numbers.
     """
 
-    def __init__(self, path: Path, args, steps: int, accelerator, state: dict | None = None):
+    def __init__(self, path: Path, args, steps: int, accelerator, after: int = 0, state: dict | None = None):
         self.every, self.steps, self.accelerator = args.log_every, steps, accelerator
         self._csv = None
         self._restart()
@@ -31,7 +32,7 @@ class Log:
         if accelerator.is_main_process:
             if state is not None:
                 with open(path, newline="") as file:  # lines written after the checkpoint will be written again
-                    kept = [row for row in csv.DictReader(file) if int(row["step"]) <= state["step"]]
+                    kept = [row for row in csv.DictReader(file) if int(row["step"]) <= after]
             self._file = open(path, "w", newline="")
             self._csv = csv.DictWriter(self._file, LOG_COLUMNS)
             self._csv.writeheader()
@@ -47,12 +48,14 @@ class Log:
     def note(self, tokens: int, share: float, **values: torch.Tensor) -> None:
         """Note one forward pass that is ``share`` of its step; tensors stay on their device until a line is written."""
         self._tokens += tokens
-        for name, value in values.items():
-            self._sums[name] = self._sums.get(name, 0.0) + value.detach().float() * share
-            self._weights[name] = self._weights.get(name, 0.0) + share
+        self._of_this_step += [(name, value.detach().float() * share, share) for name, value in values.items()]
 
-    def train(self, step: int, lr: float, skipped: int) -> dict[str, float]:
-        """End an optimiser step; returns the means where it ends a line, else nothing."""
+    def train(self, step: int, lr: float, taken: bool, skipped: int) -> dict[str, float]:
+        """End an optimiser step; returns the means where it ends a line, else nothing. Steps not taken are in no mean."""
+        for name, value, share in self._of_this_step if taken else []:
+            self._sums[name] = self._sums.get(name, 0.0) + value
+            self._weights[name] = self._weights.get(name, 0.0) + share
+        self._of_this_step = []
         if not self.due(step):
             return {}
         table = [[float(self._sums.get(n, 0.0)), self._weights.get(n, 0.0)] for n in MEANS] + [[self._tokens, 0.0]]
@@ -69,17 +72,13 @@ class Log:
         self._write(step=step, part="held-out", **values)
         self._since += seconds
 
-    def state(self, step: int) -> dict:
-        """What a checkpoint after ``step`` keeps: this process's sums since the last line."""
-        return {
-            "step": step,
-            "sums": {n: float(v) for n, v in self._sums.items()},
-            "weights": self._weights,
-            "tokens": self._tokens,
-        }
+    def state(self) -> dict:
+        """What a checkpoint keeps: this process's sums since the last line."""
+        return {"sums": {n: float(v) for n, v in self._sums.items()}, "weights": self._weights, "tokens": self._tokens}
 
     def _restart(self):
-        self._sums, self._weights, self._tokens, self._since = {}, {}, 0, time.perf_counter()
+        self._sums, self._weights, self._of_this_step = {}, {}, []
+        self._tokens, self._since = 0, time.perf_counter()
 
     def _write(self, step, part, **values):
         values = {name: value for name, value in values.items() if name in LOG_COLUMNS and value is not None}

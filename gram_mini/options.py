@@ -9,7 +9,9 @@ from pathlib import Path
 from gram_mini.backbone import EMBEDDED
 
 # Training options that change nothing in what is learned.
-WITHOUT_EFFECT = ("out", "overwrite", "resume", "save_every", "log_every", "report_to", "device", "skip_limit")
+WITHOUT_EFFECT = (
+    "out", "overwrite", "resume", "save_every", "log_every", "report_to", "device", "skip_limit", "gradient_checkpointing",
+)  # fmt: skip
 
 
 def parser(description: str, examples: str) -> argparse.ArgumentParser:

@@ -1,8 +1,10 @@
-"""A file that is written whole or not at all."""
+"""Files and folders that are written whole or not at all."""
 
 from __future__ import annotations
 
 import os
+import shutil
+import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -36,3 +38,25 @@ def write_whole(path: Path, parts: Iterable[str], name: str) -> None:
         raise UserError(f"{name} {path}: cannot be written: {error.strerror}") from None
     finally:
         partial.unlink(missing_ok=True)
+
+
+def check_place(folder: Path, name: str) -> None:
+    """See before the work begins that a folder can be made; ``name`` is what the user calls it.
+
+    Raises:
+        UserError: what it would be made in cannot be written to.
+    """
+    above = next(place for place in folder.absolute().parents if place.exists())
+    if not (above.is_dir() and os.access(above, os.W_OK)):
+        raise UserError(f"{name} {folder}: {above} cannot be written to; give another folder")
+
+
+def put_in_place(partial: Path, folder: Path) -> None:
+    """Give a complete folder its name; what had that name is removed after, and nothing else is."""
+    aside = None
+    if folder.exists():
+        aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent)) / folder.name
+        folder.rename(aside)
+    partial.rename(folder)
+    if aside:
+        shutil.rmtree(aside.parent, ignore_errors=True)

@@ -98,6 +98,8 @@ def read_template(path: Path) -> str:
         raise UserError(f"{path}: not UTF-8 text (byte {error.start}); save it as UTF-8") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}; give the file of a judge prompt") from None
+    if any(slot in text for slot in _SLOTS.values()):
+        raise UserError(f"{path}: holds a private-use character (U+E000 to U+E002), which we need ourselves; take it out")
     found = _PLACEHOLDER.findall(text)
     wrong = [f"{{{name}}} stands there {found.count(name)} times" for name in _SLOTS if found.count(name) != 1]
     if found != list(_SLOTS):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from tqdm import tqdm
+from transformers import AutoConfig
 
 from gram_mini.backbone import (
     EXPORTED,
@@ -94,7 +95,7 @@ class RewardModel:
 
         Args:
             path: run folder, model folder, hub name, or "embedded".
-            bits: 4, 16 or 32; by default what the run was trained with, else 4.
+            bits: 4, 16 or 32; by default what the run was trained with, for an exported model what it was written in, else 4.
             max_length: tokens per judge prompt; by default what the run was trained with, else 512.
             template: the judge prompt; by default what the run was trained with, else prompts.JUDGE.
 
@@ -115,10 +116,13 @@ class RewardModel:
             model, tokenizer = load_lora(backbone, folder, trainable=False), load_tokenizer(path)
         elif (folder / "adapter_model.safetensors").is_file():
             raise UserError(f"{path}: holds an adapter but no run.json, so its backbone is unknown; is the run finished?")
+        elif folder.with_name(f"{folder.name}.partial").is_dir() and not folder.is_dir():
+            raise UserError(f"{path}: is not finished; train it to its end with the same command and --resume")
         else:
             if (folder / EXPORTED).is_file():
                 run = read_run(folder, EXPORTED)
                 max_length, template = max_length or run["options"]["max_length"], template or run["prompt"]["judge"]
+                bits = bits or (32 if AutoConfig.from_pretrained(folder).dtype == torch.float32 else 16)  # as it was written
             model, tokenizer = load_backbone(path, bits or 4, place), load_tokenizer(path)
         return cls(model, tokenizer, max_length or 512, batch_size, template or JUDGE)
 
@@ -266,7 +270,7 @@ def as_trl_reward(judge: RewardModel, against: str = "first", average: str = "pr
     add ``reference``, so that all are measured by the same thing.
 
     Returns f(prompts, completions, completion_ids=None, reference=None, **others) -> one reward for each completion.
-    Texts and lists of messages are read as in training, by formats.parse_pairs.
+    Texts and lists of messages are read as in training, by formats.parse_pairs; tool messages are not taken.
 
     Raises:
         ValueError: for another ``against``; from f, where a completion has nothing to be compared with.

@@ -17,6 +17,7 @@ from gram_mini import options, prompts
 from gram_mini.backbone import EMBEDDED, fingerprint, local_folder, read_run, save_adapter
 from gram_mini.errors import Interrupted, UserError
 from gram_mini.log import plot
+from gram_mini.output import check_place, put_in_place
 
 
 class RunFolder:
@@ -43,33 +44,36 @@ class RunFolder:
                 raise UserError(f"--out {folder}: holds files that are not a run; give another folder")
             if not overwrite:
                 raise UserError(f"--out {folder}: already holds a run; give another folder, or --overwrite to replace it")
-        above = next(p for p in folder.absolute().parents if p.exists())
-        if not (above.is_dir() and os.access(above, os.W_OK)):
-            raise UserError(f"--out {folder}: {above} cannot be written to; give another folder")
+        check_place(folder, "--out")
         if resume and not (self.partial / "log.csv").is_file():
             raise UserError(f"--resume: there is no unfinished run {folder}.partial; leave the option out to start one")
         if self.checkpoint.is_file() and not (resume or overwrite):
             raise UserError(f"--out {folder}: an unfinished run is there; go on with --resume, or start anew with --overwrite")
 
-    def start(self) -> Path:
-        """Make the folder that the run is written to until it is complete; returns where its log.csv goes."""
+    def start(self) -> None:
+        """Make the folder that the run is written to until it is complete.
+
+        Raises:
+            UserError: if something else has its name, or it cannot be made.
+        """
         if not self.resume or not self.checkpoint.is_file():
-            if self.partial.exists() and not (self.partial / "log.csv").is_file():
+            # Killed while it was put in place, a run is complete under this name and still has its checkpoint.
+            names = {file.name for file in self.partial.iterdir()} if self.partial.is_dir() else set()
+            if names and ("log.csv" not in names or "run.json" in names and "checkpoint.pt" not in names):
                 raise UserError(f"{self.partial}: is in the way and no unfinished run; rename it, or give another --out")
             shutil.rmtree(self.partial, ignore_errors=True)
         try:
             self.partial.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"--out {self.folder}: cannot be written: {error.strerror}") from None
-        return self.partial / "log.csv"
 
-    def save(self, accelerator, step: int, args, data, model, optimizer, schedule, log, skipped: int) -> None:
+    def save(self, accelerator, step: int, recipe: dict, model, optimizer, schedule, log, skipped: int) -> None:
         """Write a checkpoint: to another name first, so that the one before stays until this one is whole."""
-        of_each_process = gather_object([{"rng": _random_state(), "log": log.state(step)}])
+        of_each_process = gather_object([{"rng": _random_state(), "log": log.state()}])
         if accelerator.is_main_process:
             state = {
                 "step": step,
-                "recipe": _recipe(args, data, accelerator),
+                "recipe": recipe,
                 "adapter": _adapter(model),
                 "optimizer": optimizer.state_dict(),
                 "schedule": schedule.state_dict(),
@@ -84,7 +88,7 @@ class RunFolder:
             os.replace(temporary, self.checkpoint)
         accelerator.wait_for_everyone()
 
-    def load(self, accelerator, args, data, model, optimizer, schedule) -> dict:
+    def load(self, accelerator, recipe: dict, model, optimizer, schedule) -> dict:
         """Put a run back to its last checkpoint; returns {"step", "skipped", "log"}, step 0 where there is none.
 
         Raises:
@@ -96,14 +100,13 @@ class RunFolder:
             return {"step": 0, "skipped": 0, "log": None}
         try:
             state = torch.load(self.checkpoint, map_location="cpu", weights_only=True)
+            before = state["recipe"]
         except Exception as error:  # whatever the file holds, it is no checkpoint of ours
-            raise UserError(
-                f"{self.checkpoint}: cannot be read: {str(error).splitlines()[0]}; start anew with --overwrite"
-            ) from None
-        now = _recipe(args, data, accelerator)
-        changed = [name for name in now if state["recipe"].get(name) != now[name]]
+            reason = str(error).splitlines()[0]
+            raise UserError(f"{self.checkpoint}: cannot be read: {reason}; start anew with --overwrite") from None
+        changed = [name for name in recipe if before.get(name) != recipe[name]]
         if changed:
-            was = ", ".join(f"{name} was {state['recipe'].get(name)} and is {now[name]}" for name in changed)
+            was = ", ".join(f"{name} was {before.get(name)!r} and is {recipe[name]!r}" for name in changed)
             raise UserError(
                 f"--resume: {self.partial} was begun otherwise: {was}; give the same again, or start anew with --overwrite"
             )
@@ -129,13 +132,9 @@ class RunFolder:
         save_adapter(model, tokenizer, record["backbone"]["name"], self.partial)
         plot(self.partial / "log.csv", self.partial / "plot.png", record["stage"])
         (self.partial / "run.json").write_text(json.dumps(record, indent=2) + "\n")
-        replaced = self.folder.with_name(self.folder.name + ".replaced")
-        if self.folder.exists():
-            self.folder.rename(replaced)
-        self.partial.rename(self.folder)
+        put_in_place(self.partial, self.folder)
         for name in ("checkpoint.pt", "checkpoint.tmp"):
             (self.folder / name).unlink(missing_ok=True)
-        shutil.rmtree(replaced, ignore_errors=True)
 
 
 def _adapter(model) -> dict[str, torch.Tensor]:
@@ -147,17 +146,24 @@ def _random_state() -> dict[str, torch.Tensor]:
     return {"cpu": torch.get_rng_state(), **cuda}
 
 
-def _recipe(args, data, accelerator) -> dict:
-    """What must be the same for a run to go on: options, data, number of processes."""
-    given = {name: value for name, value in _options(args).items() if name not in options.WITHOUT_EFFECT}
-    return {**given, "data fingerprint": data.fingerprint, "number of processes": accelerator.num_processes}
+def recipe(args, data, model, accelerator, template: str = prompts.JUDGE) -> dict:
+    """What must be the same for a run to go on. How a step is split into forward passes is no part of it."""
+    without = (*options.WITHOUT_EFFECT, "batch_size", "grad_accum")
+    return {
+        **{name: value for name, value in _options(args).items() if name not in without},
+        "batch_size x grad_accum": args.batch_size * args.grad_accum,
+        "number of processes": accelerator.num_processes,
+        "data": data.fingerprint,
+        "backbone": fingerprint(args.model, model),
+        "judge prompt": template,
+    }
 
 
 def _options(args) -> dict:
     return {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
 
 
-def run_record(stage: str, args, data, model, labels: tuple[int, int], judge: str = prompts.JUDGE, **results) -> dict:
+def run_record(stage: str, args, data, model, labels: tuple[int, int], template: str = prompts.JUDGE, **results) -> dict:
     """The contents of run.json: everything needed to score with the run and to repeat it."""
     init = getattr(args, "init", None)
     name = args.model if args.model == EMBEDDED or not Path(args.model).is_dir() else str(Path(args.model).resolve())
@@ -169,7 +175,7 @@ def run_record(stage: str, args, data, model, labels: tuple[int, int], judge: st
         "backbone": {"name": name, "fingerprint": fingerprint(name, model)},
         "init": {"folder": str(init), "stage": read_run(init)["stage"]} if init else None,
         "data": data.record(),
-        "prompt": {"pair": prompts.QUESTION + " -> " + prompts.PAIR, "judge": judge},
+        "prompt": {"pair": prompts.QUESTION + " -> " + prompts.PAIR, "judge": template},
         "labels": dict(zip(prompts.LABELS, labels)),
         "results": results,
         "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},

@@ -56,8 +56,7 @@ def _read(source: str, split: str, subset: str | None, streaming: bool):
         files = sorted(file for file in path.iterdir() if _suffix(file) in SUFFIXES and file.name != "dataset_infos.json")
         if not files and any(_suffix(file) in SUFFIXES for depth in ("*/*", "*/*/*") for file in path.glob(depth)):
             return _read_dataset(source, split, subset, streaming, "cannot be read as a data set")
-        if len({_split_name(file) for file in files} - {None}) > 1:
-            raise UserError(f"{source}: holds the files of several splits; give one of them, {files[0]} say")
+        files = _of_split(files, split, source)
         if not files:
             raise UserError(f"{source}: no {', '.join(SUFFIXES)} file in this folder")
     elif path.exists():
@@ -80,10 +79,18 @@ def _suffix(path: Path) -> str:
     return Path(path.name.removesuffix(".gz")).suffix.lower()
 
 
-def _split_name(path: Path) -> str | None:
-    """The split that a file is named after, as train-00000-of-00002.parquet is."""
-    found = re.match(r"(train|test|valid(?:ation)?|val|dev|eval)(?![a-z])", path.name.lower())
-    return found and found[1]
+def _of_split(files: list[Path], split: str, source: str) -> list[Path]:
+    """Of files that are all named after splits, as train-00000-of-00002.parquet is, those of this one; else all."""
+    names = ("train", "test", "validation", "valid", "val", "dev")
+    found = {file: re.match(rf"({'|'.join(names)})(?![a-z])", file.name.lower()) for file in files}
+    if not files or None in found.values():
+        return files
+    alike = names[2:] if split in names[2:] else (split,)
+    chosen = [file for file, name in found.items() if name[1] in alike]
+    if not chosen:
+        there = ", ".join(sorted({name[1] for name in found.values()}))
+        raise UserError(f"{source}: holds no file of the split {split!r}; give --split with one of {there}")
+    return chosen
 
 
 def _read_file(path: Path):
@@ -131,6 +138,9 @@ def _read_json(path: Path):
             text = file.read().decode("utf-8-sig")
         if not text.strip():
             raise _empty(path)
+        if text.lstrip().startswith("{") and "\n" in text.strip():  # one row a line, whatever the name says
+            yield from _read_jsonl(path)
+            return
         rows = json.loads(text)
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 text (byte {error.start}); save it as UTF-8") from None
@@ -147,12 +157,14 @@ def _read_json(path: Path):
 
 def _read_csv(path: Path):
     with _opened(path) as file:
+        csv.field_size_limit(2**31 - 1)  # a response may be long
         reader = csv.DictReader(io.TextIOWrapper(file, encoding="utf-8-sig", newline=""), strict=True)
         while True:
             where = f"{path}, line {reader.line_num + 1}"
             try:
                 if not reader.fieldnames:
                     raise _empty(path)
+                where = f"{path}, line {reader.line_num + 1}"
                 row = next(reader)
             except StopIteration:
                 return

@@ -33,10 +33,12 @@ def start_processes(device: str, report_to: str | None = None, folder=None) -> t
         UserError: for a device or a tracker that is not to be had.
     """
     place = pick_device(device)
+    if place.type == "cuda":
+        torch.cuda.set_device(place)
     if report_to and importlib.util.find_spec(report_to) is None:
         raise UserError(f"--report-to {report_to}: is not installed; pip install {report_to}")
     accelerator = Accelerator(cpu=place.type == "cpu", log_with=report_to, project_dir=folder)
-    return accelerator, accelerator.device if accelerator.num_processes > 1 else place
+    return accelerator, place
 
 
 def in_shares(accelerator: Accelerator, items: list, work) -> list:

@@ -105,3 +105,13 @@ def test_usage_errors(arguments, capsys, tmp_path, monkeypatch):
     with pytest.raises(SystemExit) as error:
         convert.main(arguments)
     assert error.value.code == 2 and not list(tmp_path.iterdir())
+
+
+def test_another_judge_prompt_for_fine_tuning(tmp_path):
+    (tmp_path / "judge.txt").write_text(f"Judge well.\n\n{prompts.QUESTION}\n\n{prompts.PAIR}\n\n#Preferred: \n")
+    (tmp_path / "d.jsonl").write_text(json.dumps({"prompt": "x", "chosen": "y", "rejected": "z"}) + "\n")
+    out = tmp_path / "out.jsonl"
+    convert.main([str(tmp_path / "d.jsonl"), str(out), "--to", "fine-tuning", "--judge-template", str(tmp_path / "judge.txt")])
+    row = json.loads(out.read_text())
+    assert row["instruction"].startswith("Judge well.") and row["instruction"].endswith("#Preferred: ")
+    assert load_pairs(str(out), True).pairs[0].prompt == "x"

@@ -148,7 +148,7 @@ BAD = {
         json.dumps({**ROW, "prompt": [{"role": "robot", "content": "x"}]}) + "\n",
         "a message needs a role",
     ),
-    "label": ("d.jsonl", json.dumps({"prompt": "x", "response_a": "1", "response_b": "2", "label": "C"}), "must be A or B"),
+    "label": ("d.jsonl", json.dumps({"prompt": "x", "response_a": "1", "response_b": "2", "label": "C"}), "must be A, B or tie"),
     "unlabelled": ("d.jsonl", json.dumps({"prompt": "x", "response_a": "1", "response_b": "2"}), "no label"),
     "marker": (
         "d.jsonl",

@@ -98,6 +98,13 @@ def test_the_judge_prompt_and_length_of_the_run_come_along(tmp_path):
     )
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_an_exported_model_is_loaded_as_it_was_written(run, tmp_path, dtype):
+    export.export(run, tmp_path / "out", dtype)
+    model = RewardModel.load(str(tmp_path / "out")).model
+    assert model.dtype == getattr(torch, dtype) and not getattr(model, "is_loaded_in_4bit", False)
+
+
 def test_two_label_log_probabilities_of_a_server_are_enough(run, exported):
     """The README's way: token ids in, log-probabilities of the next token out, both orders."""
     tokenizer = load_tokenizer(str(exported))

@@ -258,17 +258,17 @@ def test_pairs_know_their_row_and_do_not_compare_it(tmp_path):
 # ---- bad values ---------------------------------------------------------------------------------------
 
 BAD = {
-    "a rating as text": ({**UNIFIED, "conv_A_rating": "4"}, "column 'conv_A_rating' must be a number, found str"),
+    "a rating as text": ({**UNIFIED, "conv_A_rating": "high"}, "column 'conv_A_rating' must be a number, found 'high'"),
     "no rating": ({k: v for k, v in UNIFIED.items() if k != "conv_B_rating"}, "column 'conv_B_rating' must be a number"),
     "NaN": ({**UNIFIED, "conv_B_rating": float("nan")}, "column 'conv_B_rating' must be a number, found nan"),
-    "a score as bool": ({**ULTRA_BINARIZED, "score_chosen": True}, "column 'score_chosen' must be a number, found bool"),
-    "a preference as text": ({**HELPSTEER3, "overall_preference": "-1"}, "column 'overall_preference' must be a number"),
-    "helpfulness": ({**HELPSTEER2, "helpfulness": "4"}, "column 'helpfulness' must be a number, found str"),
+    "a score as bool": ({**UNIFIED, "conv_A_rating": True}, "column 'conv_A_rating' must be a number, found bool"),
+    "a preference as text": ({**HELPSTEER3, "overall_preference": "A"}, "column 'overall_preference' must be a number"),
+    "helpfulness": ({**HELPSTEER2, "helpfulness": "very"}, "column 'helpfulness' must be a number, found 'very'"),
     "completions": ({**ULTRA, "completions": "2"}, "column 'completions' must be a list, found str"),
     "a completion": ({**ULTRA, "completions": ["2", "3"]}, "column 'completions': each needs a 'response'"),
     "infinite": ({**ULTRA, "completions": [completion("2", float("inf"), 1.0)]}, "column 'overall_score' must be a number"),
-    "verdict": ({**JUDGEBENCH, "label": "C>A"}, "column 'label' must be A or B"),
-    "verdict type": ({**JUDGEBENCH, "label": ["A>B"]}, "column 'label' must be A or B"),
+    "verdict": ({**JUDGEBENCH, "label": "C>A"}, "column 'label' must be A, B or tie"),
+    "verdict type": ({**JUDGEBENCH, "label": ["A>B"]}, "column 'label' must be A, B or tie"),
     "nothing shared": ({**SKYWORK, "rejected": dialogue("1 + 2?", "3")}, "'chosen' and 'rejected' must share their messages"),
     "nothing shared, A and B": ({**UNIFIED, "conv_A": dialogue("x", "y")}, "'conv_A' and 'conv_B' must share their messages"),
     "one text among messages": ({**SKYWORK, "chosen": [*dialogue("1 + 1?"), "2"]}, "a message needs a role"),
@@ -370,4 +370,21 @@ def test_score_passes_split_and_subset_on(tmp_path, monkeypatch):
     monkeypatch.setattr(score, "read_rows", lambda *a: asked.append(a) or [("here", SKYWORK)])
     options = ["--split", "val", "--subset", "all", "--limit", "3", "--out", str(tmp_path / "s.jsonl")]
     score.main(["--model", "embedded", "--bits", "32", "--data", "owner/name", *options])
-    assert asked == [("owner/name", "val", 3, "all")]
+    assert asked == [("owner/name", "val", 3, "all", False)]
+
+
+def test_scores_of_a_csv_are_numbers(tmp_path):
+    (tmp_path / "d.csv").write_text("prompt,response,helpfulness\nq,a,1\nq,b,3\n")
+    assert texts(load_pairs(str(tmp_path / "d.csv"), True).pairs) == [("a", "b", 1)]
+    (tmp_path / "e.csv").write_text(
+        "prompt,chosen,rejected,score_chosen,score_rejected\nq,a,b,8.0,4.0\nq,c,d,4.0,4\nq,e,f,high,\n"
+    )
+    data = load_pairs(str(tmp_path / "e.csv"), True)
+    assert texts(data.pairs) == [("a", "b", 0), ("e", "f", 0)] and data.dropped == {"tied": 1}
+
+
+def test_a_bad_row_does_not_take_the_good_ones_of_its_prompt_along(tmp_path):
+    rows = steer("a", ("bad", 1), ("good", 3), ("broken", "much"))
+    source = write(tmp_path / "d.jsonl", *rows)
+    data = load_pairs(source, True, on_bad_row="skip")
+    assert texts(data.pairs) == [("bad", "good", 1)] and data.dropped == {"that cannot be read": 1}

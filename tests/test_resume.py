@@ -4,6 +4,7 @@ import csv
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,8 +17,9 @@ from safetensors.torch import load_file
 
 import train_pretrain
 import train_reward
+from gram_mini.backbone import EMBEDDED_FOLDER
 from gram_mini.batches import EncodedPair
-from gram_mini.errors import UserError
+from gram_mini.errors import Interrupted, UserError
 from gram_mini.training import NonFinite, batches_forever, in_shares
 
 ROOT = Path(__file__).parent.parent
@@ -113,6 +115,54 @@ def test_ctrl_c_saves_and_says_how_to_go_on(whole, tmp_path):
     assert adapter(out) == adapter(whole / "train_reward")
 
 
+def test_random_state_and_skipped_steps_go_on(tmp_path, monkeypatch):
+    """A backbone with dropout draws from torch's generator; Ctrl-C comes in the fifth step, a bad loss in the second."""
+    model = shutil.copytree(EMBEDDED_FOLDER, tmp_path / "model")
+    config = json.loads((model / "config.json").read_text()) | {"attention_dropout": 0.2}
+    (model / "config.json").write_text(json.dumps(config))
+    options = [*OPTIONS, "--model", str(model), "--steps", "8", "--grad-accum", "1"]
+    real_loss, real_sum = train_reward.reward_loss, train_reward.add_up
+
+    def run(out, stop_in_step, *more):
+        losses, steps = [], []
+
+        def loss(*arguments):
+            losses.append(1)
+            return real_loss(*arguments) * (float("nan") if len(losses) == 2 and not more else 1.0)
+
+        def add_up(*arguments):
+            steps.append(1)
+            if len(steps) == stop_in_step:
+                os.kill(os.getpid(), signal.SIGINT)
+            return real_sum(*arguments)
+
+        monkeypatch.setattr(train_reward, "reward_loss", loss)
+        monkeypatch.setattr(train_reward, "add_up", add_up)
+        train_reward.main([*options, "--out", str(out), *more])
+
+    run(tmp_path / "whole", None)
+    with pytest.raises(Interrupted, match="stopped after step 5, saved in .*; go on with the same command and --resume"):
+        run(tmp_path / "run", 5)
+    run(tmp_path / "run", None, "--resume")
+    assert adapter(tmp_path / "run") == adapter(tmp_path / "whole")
+    results = [json.loads((tmp_path / name / "run.json").read_text())["results"] for name in ("run", "whole")]
+    assert results[0] == results[1] and results[0]["skipped"] == 1
+
+
+def test_how_a_step_is_split_may_change_and_what_is_learned_may_not(tmp_path):
+    template = tmp_path / "judge.txt"
+    template.write_text("{prompt} {response_a} {response_b} A or B?")
+    options = [*OPTIONS, "--out", str(tmp_path / "run"), "--judge-template", str(template)]
+    assert start(KILL_IN_STEP.format(script="train_reward"), *options).wait() == -signal.SIGKILL
+    template.write_text("{prompt} {response_a} {response_b} Which, A or B?")
+    with pytest.raises(UserError, match="judge prompt was .* A or B"):
+        train_reward.main([*options, "--resume"])
+    template.write_text("{prompt} {response_a} {response_b} A or B?")
+    options[options.index("--batch-size") + 1], options[options.index("--grad-accum") + 1] = "4", "4"
+    train_reward.main([*options, "--resume", "--gradient-checkpointing"])
+    assert (tmp_path / "run" / "run.json").is_file()
+
+
 def test_what_can_and_cannot_be_resumed(tmp_path):
     out = ["--out", str(tmp_path / "run")]
     with pytest.raises(UserError, match="--resume: there is no unfinished run"):
@@ -124,6 +174,9 @@ def test_what_can_and_cannot_be_resumed(tmp_path):
     with pytest.raises(UserError, match="was begun otherwise: lr was 0.001 and is 0.002; give the same again"):
         train_reward.main([*OPTIONS, *out, "--resume", "--lr", "2e-3"])
     assert (tmp_path / "run.partial" / "checkpoint.pt").read_bytes() == saved
+    torch.save({"step": 3}, tmp_path / "run.partial" / "checkpoint.pt")
+    with pytest.raises(UserError, match="checkpoint.pt: cannot be read"):
+        train_reward.main([*OPTIONS, *out, "--resume"])
     (tmp_path / "run.partial" / "checkpoint.pt").write_bytes(saved[:1000])
     with pytest.raises(UserError, match="checkpoint.pt: cannot be read"):
         train_reward.main([*OPTIONS, *out, "--resume"])
@@ -228,7 +281,9 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(name, tmp_path, monkey
     assert all(t.isfinite().all() for t in tensors.values()) and any(
         t.abs().max() > 0 for n, t in tensors.items() if "lora_B" in n
     )
-    assert [row["skipped"] for row in log_of(tmp_path / "a")] == ["0", "1", "1"]
+    log = log_of(tmp_path / "a")
+    assert [row["skipped"] for row in log] == ["0", "1", "1"]
+    assert [row["loss"] != "" for row in log] == [True, False, True]  # the line of a step not taken has no mean, not NaN
     assert json.loads((tmp_path / "a" / "run.json").read_text())["results"]["skipped"] == 1
 
 

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -469,6 +470,20 @@ def test_a_run_is_replaced_only_when_asked_and_only_by_a_finished_one(tmp_path, 
     assert json.loads((out / "run.json").read_text())["options"]["seed"] == 5
 
 
+def test_nothing_of_the_users_is_removed_when_a_run_is_put_in_place(tmp_path, data):
+    options = ["--data", data, "--out", str(tmp_path / "run"), "--steps", "1", *SMALL[:4]]
+    for name in ("run.replaced", ".run.x"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "thesis.txt").write_text("years of work")
+    train_reward.main(options)
+    train_reward.main([*options, "--overwrite"])
+    assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == [".run.x", "run", "run.replaced"]
+    assert all((tmp_path / name / "thesis.txt").is_file() for name in ("run.replaced", ".run.x"))
+    (tmp_path / "run").rename(tmp_path / "other.partial")  # a finished run under an unlucky name
+    fails(train_reward, [*options[:3], str(tmp_path / "other"), *options[4:]], "is in the way and no unfinished run")
+    assert (tmp_path / "other.partial" / "run.json").is_file()
+
+
 def test_a_folder_that_is_no_run_is_never_replaced(tmp_path, data):
     (tmp_path / "thesis.txt").write_text("years of work")
     fails(train_reward, ["--data", data, "--out", str(tmp_path), "--overwrite"], "not a run")
@@ -493,6 +508,35 @@ def test_labels_that_split(tmp_path):
         train_reward,
         ["--model", model, "--out", str(tmp_path / "x"), "--limit", "50"],
         r"label '=A' is not one token .* \['=', 'A'\]",
+    )
+
+
+def test_pairs_are_scored_whether_their_labels_can_be_read_or_not(tmp_path):
+    rows = [
+        {"context": [{"role": "user", "content": "p"}], "response1": "a", "response2": "b", "overall_preference": None},
+        {"prompt": "p", "response_a": "a", "response_b": "b", "label": 1},
+        {"prompt": 3, "response_a": "a", "response_b": "b"},
+    ]
+    (tmp_path / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = ["--model", "embedded", "--data", str(tmp_path / "d.jsonl"), "--out", str(tmp_path / "s.jsonl")]
+    fails(score, options, "line 3: column 'prompt' must be text")
+    score.main([*options, "--on-bad-row", "skip"])
+    lines = [json.loads(line) for line in (tmp_path / "s.jsonl").read_text().splitlines()]
+    assert ["probability" in line for line in lines] == [True, True, False] and lines[2]["skipped"] == "that cannot be read"
+
+
+def test_a_file_of_pairs_that_the_model_does_not_answer_is_marked(data, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("gram_mini.reward_model.label_mass", lambda logits, labels: torch.full((len(logits),), 0.001))
+    score.main(["--model", "embedded", "--data", data, "--out", str(tmp_path / "s.jsonl")])
+    assert "hardly ever answers A or B (mean mass on the labels 0.001)" in capsys.readouterr().out
+
+
+def test_an_unfinished_run_is_named_as_such(tmp_path):
+    (tmp_path / "run.partial").mkdir()
+    fails(
+        score,
+        ["--model", str(tmp_path / "run"), "--prompt", "x", "--response", "y", "--response", "z"],
+        "is not finished; train it to its end with the same command and --resume",
     )
 
 

@@ -167,10 +167,22 @@ def test_a_stream_that_breaks_is_one_clear_line(monkeypatch):
         load_pairs("owner/name", True, streaming=True, on_bad_row="skip")
 
 
-def test_a_folder_of_several_splits_is_not_read_as_one(tmp_path):
-    for name in ("train-00000-of-00002.jsonl", "train-00001-of-00002.jsonl"):
-        write(tmp_path / name)
-    assert len(list(read_rows(str(tmp_path)))) == 2 * len(ROWS)
-    write(tmp_path / "test.jsonl")
-    with pytest.raises(UserError, match="holds the files of several splits; give one of them"):
-        list(read_rows(str(tmp_path)))
+def test_a_folder_of_several_splits_gives_the_one_that_is_asked_for(tmp_path):
+    for name, rows in (("train-00000-of-00002", ROWS[:1]), ("train-00001-of-00002", ROWS[1:2]), ("validation", ROWS[2:3])):
+        write(tmp_path / f"{name}.jsonl", rows)
+    assert prompts(tmp_path) == ["0 + 1?", "1 + 1?"]
+    assert prompts(tmp_path, split="validation") == prompts(tmp_path, split="dev") == ["2 + 1?"]
+    with pytest.raises(UserError, match="holds no file of the split 'test'; give --split with one of train, validation"):
+        prompts(tmp_path, split="test")
+    write(tmp_path / "more.jsonl", ROWS[3:4])  # not all are named after splits: the whole folder is meant
+    assert len(prompts(tmp_path, split="test")) == 4
+
+
+def test_json_with_one_row_a_line(tmp_path):
+    assert prompts(write(tmp_path / "d.json")) == [row["prompt"] for row in ROWS]
+
+
+def test_long_fields_and_lines_of_a_csv(tmp_path):
+    (tmp_path / "d.csv").write_text(f"prompt,chosen,rejected\nx,{'y' * 200_000},z\n")
+    ((where, row),) = read_rows(str(tmp_path / "d.csv"))
+    assert where.endswith("line 2") and len(row["chosen"]) == 200_000
