@@ -91,6 +91,8 @@ def check(parser, args):
             raise UserError("--data world: the village is for training; python -m gram_mini.evaluation judges its test sets")
         if args.out is None:
             parser.error("--data needs --out FILE.jsonl")
+        if args.benchmark and args.out.suffix != ".json":
+            parser.error("--benchmark needs --out FILE.json")
         for path in benchmarks.files(args.benchmark, args.out) if args.benchmark else [args.out]:
             check_output(path, args.overwrite, "--out")
     else:

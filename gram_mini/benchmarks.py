@@ -30,7 +30,7 @@ ECE, Brier          see evaluation.calibration and evaluation.brier
 longer preferred    share in which the judge prefers the longer response, of pairs of different length (in characters)
 
 "Pick the longer" is a judge that always prefers the longer response: a yardstick for every figure that it has. Intervals
-are 95%, by bootstrap over the prompts, drawn anew within each subset.
+are 95%, by bootstrap over the prompts, drawn anew within each subset; that of a small ECE lies too high, as chance adds to it.
 """
 
 from __future__ import annotations
@@ -332,8 +332,11 @@ def run(
     own, yardstick = judge_figures(units), benchmark.aggregate(longer)[0] | {"accuracy": judge_figures(longer)["accuracy"]}
     intervals = bootstrap(list(strata.values()), lambda drawn: benchmark.aggregate(drawn)[0] | judge_figures(drawn), draws)
 
-    def figure(name: str, value: float | None) -> dict:
-        return {"value": value, "interval": intervals.get(name), "pick_the_longer": yardstick.get(name)}
+    def described(values: dict[str, float | None]) -> dict:
+        return {
+            key: {"value": value, "interval": intervals.get(key), "pick_the_longer": yardstick.get(key)}
+            for key, value in values.items()
+        }
 
     chosen_better = torch.cat([j.pairs for j in judged])[:, 0]  # (pairs,)
     bins = calibration(chosen_better, torch.ones_like(chosen_better))[1]
@@ -343,12 +346,12 @@ def run(
         "average": average,
         "max_length": judge.max_length,
         "rows": len(rows),
-        "sections": {section: Counter(row.section for row in rows)[section] for section in benchmark.sections},
+        "sections": {section: sum(row.section == section for row in rows) for section in benchmark.sections},
         "groups": dict(Counter(row.group for row in rows)),
         "comparisons": len(results),
         "truncated": sum(result.truncated for result in results),
-        "official": {name: figure(name, value) for name, value in official.items()},
-        "judge": {name: figure(name, value) for name, value in own.items()},
+        "official": described(official),
+        "judge": described(own),
         "details": details,
         "reliability": [{"probability": p, "share_right": share, "pairs": count} for p, share, count in bins],
     }
@@ -459,20 +462,23 @@ def table(result: dict) -> str:
     lines = [("", "value", "95% interval", "pick the longer", "rows")]
     show = lambda value: "-" if value is None else f"{value:.3f}"
     for name, figure in (result["official"] | result["judge"]).items():
-        interval = "" if figure["interval"] is None else "{:.3f} to {:.3f}".format(*figure["interval"])
+        if figure["value"] is None and name != "total":
+            continue  # the last line says why
+        if name == "accuracy":
+            lines.append(("the judge's own figures:", "", "", "", ""))
+        interval = "{:.3f} to {:.3f}".format(*figure["interval"]) if figure["interval"] else ""
         count = result["rows"] if name == "total" else result["sections"].get(name, "")
         lines.append((name, show(figure["value"]), interval, show(figure["pick_the_longer"]), str(count)))
     widths = [max(len(line[k]) for line in lines) for k in range(5)]
-    shown = [
-        "  ".join([line[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(line[1:], widths[1:]))]) for line in lines
-    ]
-    shown.insert(1 + len(result["official"]), "the judge's own figures:")
     missing = [section for section, count in result["sections"].items() if count == 0]
     return "\n".join(
         [
             f"{result['benchmark']}: {result['rows']} rows, {result['comparisons']} comparisons, each in both orders, "
             f"{result['truncated']} of them cut to {result['max_length']} tokens",
-            *shown,
+            *(
+                "  ".join([line[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(line[1:], widths[1:]))]).rstrip()
+                for line in lines
+            ),
             *([f"no rows of {', '.join(missing)}: these figures are not those of the whole benchmark"] if missing else []),
         ]
     )
@@ -514,5 +520,7 @@ def plot_reliability(result: dict, picture: Path) -> None:
     for axis in (above, below):
         axis.grid(alpha=0.3)
     figure.tight_layout()
-    figure.savefig(picture, dpi=100)
+    partial = picture.with_name(picture.name + ".partial")
+    figure.savefig(partial, dpi=100, format="png")
+    partial.replace(picture)
     plt.close(figure)

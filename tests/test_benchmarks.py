@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections import Counter
 
 import pytest
@@ -427,7 +428,7 @@ def test_score_writes_figures_plot_and_result_file(tmp_path, capsys):
     assert figures["model"] == "embedded" and figures["benchmark"] == "reward-bench" and figures["rows"] == 17
     low, high = figures["official"]["total"]["interval"]
     assert low <= figures["official"]["total"]["value"] <= high
-    assert f"total             {figures['official']['total']['value']:.3f}" in printed
+    assert re.search(rf"^total +{figures['official']['total']['value']:.3f} .* 17$", printed, re.MULTILINE)
     assert sum(one["pairs"] for one in figures["reliability"]) == 17 and len(figures["reliability"]) == 10
     assert (tmp_path / "figures.png").read_bytes().startswith(b"\x89PNG")
     official = json.loads((tmp_path / "figures-eval-set.json").read_text())
@@ -449,6 +450,7 @@ def test_score_writes_figures_plot_and_result_file(tmp_path, capsys):
     ["--data", "rows.jsonl", "--out", "figures.json", "--rank", "knock-out"],
     ["--data", "rows.jsonl", "--out", "figures.json", "--reference", "x"],
     ["--data", "rows.jsonl"],
+    ["--data", "rows.jsonl", "--out", "figures.png"],
 ])  # fmt: skip
 def test_benchmark_options_that_do_not_go_together(arguments, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
