@@ -207,6 +207,18 @@ def test_scores_are_those_of_rank(tmp_path, embedded_judge):
     assert judged[0].credit == pytest.approx((abs(a - b), min(a, b) - max(c, d)), abs=2e-5)
 
 
+def test_equal_responses_share_the_credit(embedded_judge):
+    """Their scores are sums in another order, so they may differ by what a float cannot tell."""
+    others = [f"Anna eats {food}." for food in ("cake", "soup", "fish")]
+    for best in ("Glad you asked. Anna eats bread.", "If you must. Anna eats plums."):
+        row = benchmarks.Row("Math", "Math", "x", "What does Anna eat?", [best], [others[0], best, others[1], best, others[2]])
+        judged, _ = benchmarks.judge_rows([row], benchmarks.BENCHMARKS["reward-bench-2"], embedded_judge.compare_many)
+        assert judged[0].credit in (0, 1 / 3)
+        row = benchmarks.Row("Math", "Math", "x", "What does Anna eat?", [best], [best] * 4)
+        judged, _ = benchmarks.judge_rows([row], benchmarks.BENCHMARKS["reward-bench-2"], embedded_judge.compare_many)
+        assert judged[0].credit == 1 / 5
+
+
 # ---- RM-Bench -----------------------------------------------------------------------------------------
 
 
@@ -335,24 +347,25 @@ def test_consistency_is_agreement_of_the_orders():
 
 
 def test_length_and_the_yardstick(tmp_path):
-    subsets = ("alpacaeval-easy", "alpacaeval-easy", "mt-bench-hard", "donotanswer", "hep-go")
-    told = (("0.9", "no"), ("0.9", "no, and at length"), ("0.1", "no, and at length"), ("0.10", "no"), ("0.9", "no!"))
+    subsets = ("alpacaeval-easy", "alpacaeval-easy", "mt-bench-hard", "donotanswer", "hep-go", "hep-go")
+    told = (
+        ("0.9", "no"), ("0.9", "no, and at length"), ("0.1", "no, and at length"), ("0.10", "no"), ("0.9", "no!"), ("0.5", "no"),
+    )  # fmt: skip
     rows = [reward_bench_row(s, p, i, rejected) for i, (s, (p, rejected)) in enumerate(zip(subsets, told))]
     result = run("reward-bench", tmp_path / "rows.jsonl", rows)
-    # The chosen response is longer in rows 0 and 3, shorter in 1 and 2, as long in 4.
-    # Preferred are the chosen (longer), chosen (shorter), rejected (longer), rejected (shorter): two of four longer ones.
-    assert values(result, "judge")["longer preferred"] == 2 / 4
+    # The chosen response is longer in rows 0, 3 and 5, shorter in 1 and 2, as long in 4, which does not count. Preferred are
+    # the chosen (longer), chosen (shorter), rejected (longer), rejected (shorter), and neither: two of five longer ones.
+    assert values(result, "judge")["longer preferred"] == 2 / 5
     longer = {name: figure["pick_the_longer"] for name, figure in result["official"].items()}
-    assert longer == {"Chat": 1 / 2, "Chat Hard": 0, "Safety": 1, "Reasoning": 0, "total": (1 / 2 + 0 + 1 + 0) / 4}
-    assert result["judge"]["accuracy"]["pick_the_longer"] == 2 / 5 and result["judge"]["accuracy"]["value"] == 3 / 5
-    assert values(result, "judge")["Brier"] == pytest.approx((3 * 0.1**2 + 2 * 0.9**2) / 5)
+    assert longer == {"Chat": 1 / 2, "Chat Hard": 0, "Safety": 1, "Reasoning": 1 / 2, "total": (1 / 2 + 0 + 1 + 1 / 2) / 4}
+    assert result["judge"]["accuracy"]["pick_the_longer"] == 3 / 6 and result["judge"]["accuracy"]["value"] == 3 / 6
+    assert values(result, "judge")["Brier"] == pytest.approx((3 * 0.1**2 + 2 * 0.9**2 + 0.5**2) / 6)
 
 
 def test_bootstrap_is_the_quantile_of_redrawn_units():
     mean = lambda units: {"mean": sum(units) / len(units)}
     low, high = bootstrap([[0, 1] * 50], mean)["mean"]
-    spread = 1.96 * math.sqrt(0.5 * 0.5 / 100)
-    assert low == pytest.approx(0.5 - spread, abs=0.02) and high == pytest.approx(0.5 + spread, abs=0.02)
+    assert (low, high) == (pytest.approx(0.4, abs=0.011), pytest.approx(0.6, abs=0.011))  # 0.5 ± 1.96 sqrt(0.5 * 0.5 / 100)
     assert bootstrap([[0, 1] * 50], mean)["mean"] == (low, high)  # a fixed seed
     assert bootstrap([[0] * 50, [1] * 50], mean)["mean"] == (0.5, 0.5)  # of each stratum as many as it holds
     assert bootstrap([[1, 2]], lambda units: {"none": None}) == {}
