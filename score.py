@@ -46,7 +46,11 @@ def main(argv=None):
     g.add_argument("--response", action="append", default=[], metavar="TEXT", help="a response; give it once for each")
     g.add_argument("--reference", metavar="TEXT", help="reference response: each response gets P(better than it) as reward")
     g.add_argument("--data", metavar="SOURCE", help="score the rows of a file, folder or hub data set instead")
-    g.add_argument("--benchmark", choices=benchmarks.BENCHMARKS, help="--data is this benchmark: give its figures")
+    g.add_argument(
+        "--benchmark",
+        choices=benchmarks.BENCHMARKS,
+        help="--data is this benchmark: give its official figures (default: score each row)",
+    )
     g.add_argument("--split", default="train", help="split of a hub data set")
     g.add_argument("--subset", metavar="NAME", help="configuration of a hub data set (default: its default)")
     g.add_argument("--limit", type=options.positive_int, metavar="N", help="first N rows only (default: all)")
