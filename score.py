@@ -13,6 +13,8 @@ gives several pairs one line each, numbered by "pair"; a row that gives none a l
   prompt, responses (a list) and perhaps reference                 -> a ranking
       order          numbers of the responses, from 0, best first
       scores         one for each response, as given; comparisons = how many pairs were compared, truncated = cut
+
+With --benchmark, --data holds a public benchmark, and --out gets its official figures (gram_mini/benchmarks.py).
 """
 
 import json
@@ -22,7 +24,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from gram_mini import options
+from gram_mini import benchmarks, options
 from gram_mini.errors import UserError, clear_errors
 from gram_mini.formats import group_rows, parse_pairs, read_prompt, unusable
 from gram_mini.output import check_output, write_whole
@@ -44,6 +46,11 @@ def main(argv=None):
     g.add_argument("--response", action="append", default=[], metavar="TEXT", help="a response; give it once for each")
     g.add_argument("--reference", metavar="TEXT", help="reference response: each response gets P(better than it) as reward")
     g.add_argument("--data", metavar="SOURCE", help="score the rows of a file, folder or hub data set instead")
+    g.add_argument(
+        "--benchmark",
+        choices=benchmarks.BENCHMARKS,
+        help="--data is this benchmark: give its official figures (default: score each row)",
+    )
     options.add_reading_options(g)
     g.add_argument("--out", type=Path, metavar="FILE.jsonl", help="file to write the scores of --data to, one line a row")
     g.add_argument("--overwrite", action="store_true", help="replace a file that is already there")
@@ -66,7 +73,9 @@ def main(argv=None):
         raise UserError(f"{args.model}: not trained yet; run train_reward.py, or give --model (runs/demo/reward after make demo)")
     template = read_template(args.judge_template) if args.judge_template else None
     judge = RewardModel.load(args.model, args.bits, args.device, args.max_length, args.batch_size, template)
-    if args.data:
+    if args.benchmark:
+        score_benchmark(judge, args)
+    elif args.data:
         score_file(judge, args)
     elif len(args.response) == 2 and args.reference is None and not args.rank:
         show_comparison(judge, args)
@@ -84,16 +93,23 @@ def check(parser, args):
             raise UserError("--data world: the village is for training; python -m gram_mini.evaluation judges its test sets")
         if args.out is None:
             parser.error("--data needs --out FILE.jsonl")
-        check_output(args.out, args.overwrite, "--out")
+        if args.benchmark and args.out.suffix != ".json":
+            parser.error("--benchmark needs --out FILE.json")
+        for path in benchmarks.files(args.benchmark, args.out) if args.benchmark else [args.out]:
+            check_output(path, args.overwrite, "--out")
     else:
         if args.out or args.overwrite or args.limit:
             parser.error("--out, --overwrite and --limit go with --data")
+        if args.benchmark:
+            parser.error("--benchmark goes with --data")
         if not args.prompt or not args.response:
             parser.error("give --prompt and at least one --response")
         if len(args.response) == 1 and args.reference is None:
             parser.error("one response alone cannot be compared; give another --response or a --reference")
         if args.rank == "reference" and args.reference is None:
             parser.error("--rank reference needs --reference")
+    if args.benchmark and (args.rank or args.reference is not None):
+        parser.error("--rank and --reference do not go with --benchmark")
     if args.reference is not None and args.rank not in (None, "reference"):
         parser.error(f"--reference does not go with --rank {args.rank}")
     for text in (args.prompt, args.reference, *args.response):
@@ -173,6 +189,14 @@ def score_file(judge, args):
         )
     if hits:
         print(f"{sum(hits)} of {len(hits)} labelled pairs judged as labelled: accuracy {sum(hits) / len(hits):.3f}")
+
+
+def score_benchmark(judge, args):
+    """A public benchmark: its figures as a table, as JSON and as a plot."""
+    result = benchmarks.run(judge, args.benchmark, args.data, args.split, args.limit, args.subset, args.average)
+    benchmarks.save(result, args.model, args.out)
+    print(benchmarks.table(result))
+    print(f"wrote {', '.join(map(str, benchmarks.files(args.benchmark, args.out)))}")
 
 
 def comparison(result):

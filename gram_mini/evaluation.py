@@ -11,10 +11,14 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import random
 import statistics
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+
+import torch
 
 from gram_mini import options
 from gram_mini.backbone import local_folder, read_run
@@ -80,6 +84,76 @@ def summarise(pairs: list[Pair], results: list[Comparison]) -> Evaluation:
 
 def _softplus(x: float) -> float:
     return max(x, 0.0) + math.log1p(math.exp(-abs(x)))
+
+
+# ---- calibration, agreement of the orders, bootstrap --------------------------------------------------
+
+
+def calibration(probabilities, outcomes, bins: int = 10) -> tuple[float, list[tuple[float | None, float | None, int]]]:
+    """Expected calibration error (Guo et al. 2017, arXiv 1706.04599), and how reliable each bin is.
+
+    A pair is seen from the side of the response that the judge prefers, so it does not matter which of the two is called a.
+    The P of that response, 1/2 to 1, falls into one of ``bins`` bins of equal width; ECE is the mean over the pairs of
+    |mean P - share of preferred responses that are better|, both taken over the pair's bin. At P = 1/2 neither response is
+    preferred and the pair counts as half right.
+
+    Args:
+        probabilities: (N,) P(a better).
+        outcomes: (N,) 1 where a is better, 0 where b is.
+
+    Returns the ECE and (mean P, share right, count) of each bin; without pairs (None, None, 0).
+    """
+    p, better = (torch.as_tensor(values, dtype=torch.float64) for values in (probabilities, outcomes))  # (N,)
+    preferred = torch.maximum(p, 1 - p)
+    right = torch.where(p > 0.5, better, 1 - better)
+    right[p == 0.5] = 0.5
+    place = ((2 * preferred - 1) * bins).long().clamp(max=bins - 1)  # number of the bin
+    counts = torch.bincount(place, minlength=bins)  # (bins,)
+    total_p, total_right = (torch.bincount(place, values, bins) for values in (preferred, right))  # (bins,)
+    ece = float((total_p - total_right).abs().sum() / len(p))
+    return ece, [(float(a / n), float(b / n), int(n)) if n else (None, None, 0) for a, b, n in zip(total_p, total_right, counts)]
+
+
+def brier(probabilities, outcomes) -> float:
+    """Brier score: the mean of (P(a better) - outcome)^2; 0 is perfect, always saying 1/2 gives 1/4.
+
+    Takes the same as :func:`calibration`; which response is called a does not matter here either.
+    """
+    p, better = (torch.as_tensor(values, dtype=torch.float64) for values in (probabilities, outcomes))  # (N,)
+    return float(((p - better) ** 2).mean())
+
+
+def orders_agree(result: Comparison) -> bool:
+    """Whether both orders prefer the same response; P = 1/2 prefers neither."""
+    return (result.a_first - 0.5) * (result.a_second - 0.5) > 0
+
+
+def consistency(results: list[Comparison]) -> float:
+    """Share of the pairs whose two orders prefer the same response."""
+    return sum(map(orders_agree, results)) / len(results)
+
+
+def bootstrap(strata: list[list], figures: Callable[[list], dict[str, float | None]], draws: int = 1000, seed: int = 0) -> dict:
+    """Percentile bootstrap: 95% intervals by drawing the units again, with replacement.
+
+    Args:
+        strata: lists of units; of each as many are drawn as it holds.
+        figures: units -> {name: value}; None where there is no such value.
+
+    Returns {name: (2.5% quantile, 97.5% quantile)} over the draws that gave a value.
+    """
+    rng, found = random.Random(seed), defaultdict(list)
+    for _ in range(draws):
+        drawn = [unit for stratum in strata for unit in rng.choices(stratum, k=len(stratum))]
+        for name, value in figures(drawn).items():
+            if value is not None:
+                found[name].append(value)
+    intervals = {}
+    for name, values in found.items():
+        values.sort()
+        cut = len(values) // 40  # 2.5% at either end
+        intervals[name] = (values[cut], values[-1 - cut])
+    return intervals
 
 
 # ---- the table of the demo ----------------------------------------------------------------------------

@@ -229,12 +229,13 @@ class RewardModel:
         if method == "reference":
             scores = compare([(response, reference) for response in responses])
         else:
-            scores = {"round-robin": _round_robin, "knock-out": _knock_out}[method](responses, compare)
+            scores = {"round-robin": round_robin, "knock-out": _knock_out}[method](responses, compare)
         order = sorted(range(len(responses)), key=lambda i: -scores[i])
         return Ranking(order, scores, len(compared), sum(result.truncated for result in compared), method)
 
 
-def _round_robin(responses: list[str], compare) -> list[float]:
+def round_robin(responses: list[str], compare) -> list[float]:
+    """Mean P(better than another one) of each response; ``compare`` gives the P of every pair, in itertools' order."""
     games = list(itertools.combinations(range(len(responses)), 2))
     totals = [0.0] * len(responses)
     for (i, j), p in zip(games, compare([(responses[i], responses[j]) for i, j in games])):
