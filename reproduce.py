@@ -42,16 +42,17 @@ EXAMPLES = """\
   python reproduce.py all --quick                               # every study with one seed, 30 minutes on 2 CPU cores"""
 
 PLAIN = ["--label-smoothing", "0"]
-SCALAR = ["--head", "scalar"]
+SCALAR = ["--head", "scalar", "--lr", "3e-4"]  # learning rates, and the weight of the text loss, were chosen on seed 0
 METHODS = {  # name: (starts from stage 1?, options of train_reward.py)
     "D-Baseline": (False, SCALAR + PLAIN),
-    "D-Freeze": (False, [*SCALAR, "--freeze", *PLAIN]),
+    "D-Freeze": (False, ["--head", "scalar", "--freeze", "--lr", "0.1", *PLAIN]),
     "D-Regularisation": (False, [*SCALAR, "--text-weight", "0.1", *PLAIN]),
     "D-Label-Smoothing": (False, SCALAR),
     "D from stage 1": (True, SCALAR + PLAIN),
-    "G-Freeze": (False, ["--freeze", *PLAIN]),
+    "G-Freeze": (False, ["--freeze", "--lr", "0.01", *PLAIN]),
     "G-Baseline": (False, PLAIN),
     "G-Label-Smoothing": (False, []),
+    "G from stage 1, eps = 0": (True, PLAIN),
     "GRAM": (True, []),
 }
 MAIN = ("D-Baseline", "D from stage 1", "G-Baseline", "GRAM")  # the methods of the studies that are not about methods
