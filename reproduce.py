@@ -39,7 +39,7 @@ from gram_mini.world.policy import responses, train_policy
 
 EXAMPLES = """\
   python reproduce.py table                                     # seeds 1 to 5
-  python reproduce.py all --quick                               # every study with one seed, 30 minutes on 2 CPU cores"""
+  python reproduce.py all --quick                               # every study with one seed"""
 
 PLAIN = ["--label-smoothing", "0"]
 SCALAR = ["--head", "scalar", "--lr", "3e-4"]  # learning rates, and the weight of the text loss, were chosen on seed 0
@@ -106,9 +106,12 @@ class Lab:
         data = self.file(f"labelled-{seed}", self.pairs("labelled", seed))
         return self.train(train_reward, name, seed, "--data", data, *given, *init)
 
+    def judge(self, model: str | Path) -> RewardModel:
+        return RewardModel.load(str(model))
+
     def evaluate(self, model: str | Path) -> dict[str, float]:
-        """Figures on the test sets, those of the second one, by what the responses differ in, under plain names."""
-        judge, row = RewardModel.load(str(model)), {}
+        """Accuracy on each test set; all other figures are those of the last one, out of distribution."""
+        judge, row = self.judge(model), {}
         for split, pairs in self.tests().items():
             results = judge.compare_many(pairs, progress=split)
             figures = summarise(pairs, results)
@@ -147,7 +150,7 @@ def bon(lab: Lab, seed: int):
     candidates = {topic: responses(topic) for topic in places}
     order = {topic: [draws.randrange(len(candidates[topic])) for _ in range(256)] for topic in places}
     for name in MAIN:
-        judge = RewardModel.load(str(lab.method(name, seed)))
+        judge = lab.judge(lab.method(name, seed))
         games = [Pair(question(*t), text, candidates[t][0][0]) for t in places for text, _ in candidates[t]]
         results = iter(judge.compare_many(games, "logits", progress=name))
         scores = {t: [math.log(p / (1 - p)) for p in (next(results).probability for _ in candidates[t])] for t in places}
@@ -183,9 +186,9 @@ def adapt(lab: Lab, seed: int):
 
 def smoothing(lab: Lab, seed: int):
     """What eps does to accuracy, margin and calibration, with stage 1 and without."""
+    data = lab.file(f"labelled-{seed}", lab.pairs("labelled", seed))
     for eps in (0.0, 0.05, 0.1, 0.2, 0.3, 0.4):
         for name, init in (("from stage 1", ["--init", str(lab.stage1(seed))]), ("labels alone", [])):
-            data = lab.file(f"labelled-{seed}", lab.pairs("labelled", seed))
             given = ["--data", data, "--label-smoothing", str(eps), *init]
             bound = math.log((1 - eps) / eps) if eps else None
             run = lab.train(train_reward, f"smoothing-{eps}-{name}", seed, *given)
@@ -198,10 +201,11 @@ def noise(lab: Lab, seed: int):
     sides = ("random", "adversary") if lab.data == "world" else ("random",)
     for side in sides:
         for share in (0.0, 0.1, 0.2, 0.3, 0.4):
-            data = lab.file(f"noise-{side}-{share}-{seed}", flipped(clean, share, side, seed))
+            name = f"noise-{side}-{share}" if share else "noise-0"
+            data = lab.file(f"{name}-{seed}", flipped(clean, share, side, seed))
             for eps in (0.0, 0.1):
                 given = ["--data", data, "--label-smoothing", str(eps), "--init", str(lab.stage1(seed))]
-                run = lab.train(train_reward, f"noise-{side}-{share}-{eps}", seed, *given)
+                run = lab.train(train_reward, f"{name}-{eps}", seed, *given)
                 yield {"method": f"{side}, eps {eps}", "flipped": share, **lab.evaluate(run)}
 
 
@@ -217,21 +221,18 @@ def flipped(pairs: list[Pair], share: float, side: str, seed: int) -> list[Pair]
 def unlabelled(lab: Lab, seed: int):
     """Stage 1 on more or fewer pairs, about the villagers of the test or, out of domain, about none of them."""
     everything = lab.pairs("unlabelled", seed)
+    data = lab.file(f"labelled-{seed}", lab.pairs("labelled", seed))
     tested = {pair.prompt for pair in lab.tests().get("out-of-distribution", [])}
     domains = {"in domain": everything, "out of domain": [pair for pair in everything if pair.prompt not in tested]}
+    if not tested:
+        del domains["out of domain"]
     for domain, pairs in domains.items():
-        if domain == "out of domain" and not tested:
-            continue
-        for part in (0, 1 / 16, 1 / 4, 1 / 2, 1):
-            count = round(part * len(everything))
+        for count in (round(part * len(everything)) for part in (0, 1 / 16, 1 / 4, 1 / 2, 1)):
             if count > len(pairs):
                 continue
-            init = []
-            if part == 1:
-                init = ["--init", str(lab.stage1(seed))]
-            elif part:
-                init = ["--init", str(lab.stage1(seed, f"stage1-{domain}-{count}", pairs[:count]))]
-            data = lab.file(f"labelled-{seed}", lab.pairs("labelled", seed))
+            whole = count == len(everything)
+            stage1 = lab.stage1(seed, "stage1" if whole else f"stage1-{domain}-{count}", pairs[:count]) if count else None
+            init = ["--init", str(stage1)] if stage1 else []
             run = lab.train(train_reward, f"unlabelled-{domain}-{count}", seed, "--data", data, *init)
             yield {"method": domain, "pairs": count, **lab.evaluate(run)}
 
@@ -239,7 +240,7 @@ def unlabelled(lab: Lab, seed: int):
 def rl(lab: Lab, seed: int):
     """A policy trained against the judge: what the judge thinks of it, and what it is worth."""
     for name in MAIN:
-        judge = RewardModel.load(str(lab.method(name, seed)))
+        judge = lab.judge(lab.method(name, seed))
         for step, kl, proxy, true in train_policy(judge, topics("out-of-distribution"), seed):
             yield {"method": name, "step": step, "KL": kl, "proxy reward": proxy, "true reward": true}
 

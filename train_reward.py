@@ -78,11 +78,13 @@ def main(argv=None):
     )  # fmt: skip
     options.add_judge_template(group, default="that of --init, else the one in gram_mini/prompts.py")
     args = parser.parse_args(argv)
+    if args.text_weight and args.head != "scalar":
+        parser.error("--text-weight goes with --head scalar")
     run = RunFolder(args.out, args.overwrite, args.resume)
     accelerator, device = start_processes(args.device, args.report_to, run.partial)
     if args.init and args.init.resolve() == args.out.resolve():
         raise UserError(f"--out {args.out}: is the run given as --init; give another folder")
-    start = check_init(args.init, args.model, args.lora_rank) if args.init else None
+    start = check_init(args.init, args.model, args.lora_rank, args.head) if args.init else None
     args.lora_rank = start["options"]["lora_rank"] if start else args.lora_rank or 32
     revision = start["backbone"]["fingerprint"] if start and local_folder(args.model) is None else None  # the hub's may be newer
     template = start["prompt"]["judge"] if start else JUDGE

@@ -33,7 +33,7 @@ class Evaluation:
     """Figures over N labelled pairs, each judged in both orders."""
 
     pairs: int
-    accuracy: float  # share of pairs whose preferred response gets P > 1/2, strictly
+    accuracy: float  # share of pairs whose preferred response gets P > 1/2; exactly 1/2 counts half
     interval: float  # half the 95% interval of the accuracy; pairs of one prompt count as one cluster
     loss: float  # two-label loss without smoothing, nats, mean over both orders
     margin: float  # mean Z_w - Z_l over both orders, in logits
@@ -59,7 +59,7 @@ def summarise(pairs: list[Pair], results: list[Comparison]) -> Evaluation:
     hits, margins, entropies = defaultdict(list), [], []
     for pair, result in zip(pairs, results):
         p = result.probability
-        hits[pair.prompt].append(p > 0.5 if pair.label == 0 else p < 0.5)
+        hits[pair.prompt].append(0.5 if p == 0.5 else float((p > 0.5) == (pair.label == 0)))
         margins += [m if pair.label == 0 else -m for m in (result.log_odds_first, result.log_odds_second)]
         if pair.probability is not None:
             p, q = min(max(p, 1e-12), 1 - 1e-12), pair.probability
@@ -178,6 +178,10 @@ def recipe(run: dict | None) -> tuple[str, str]:
     else:
         start = run["init"]["stage"] if run["init"] else None
         name = {None: "labels alone", "pretrain": "stage 1 + labels", "reward": "labels twice"}[start]
+        if given.get("head") == "scalar":
+            name = name.replace("labels", "labels, scalar head")
+        name += ", text loss" if given.get("text_weight") else ""
+        name += ", frozen" if given.get("freeze") else ""
         name += ", smoothed" if given["label_smoothing"] > 0 else ""
         name += " = GRAM" if name == "stage 1 + labels, smoothed" else ""
     return name, json.dumps(given, sort_keys=True)

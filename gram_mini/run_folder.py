@@ -14,7 +14,7 @@ import torch
 from accelerate.utils import gather_object
 
 from gram_mini import options, prompts
-from gram_mini.backbone import EMBEDDED, fingerprint, local_folder, read_run, save_adapter
+from gram_mini.backbone import EMBEDDED, HEAD, fingerprint, local_folder, read_run, save_adapter
 from gram_mini.errors import Interrupted, UserError
 from gram_mini.log import plot
 from gram_mini.output import check_place, put_in_place
@@ -182,11 +182,11 @@ def run_record(stage: str, args, data, model, labels: tuple[int, int], template:
     }
 
 
-def check_init(init: Path, backbone: str, rank: int | None) -> dict:
+def check_init(init: Path, backbone: str, rank: int | None, head: str) -> dict:
     """The record of a run, if it can be the start of stage 2 on this backbone.
 
     Raises:
-        UserError: no finished run, another backbone, or another rank than asked for.
+        UserError: no finished run, another backbone, or another rank or kind of head than asked for.
     """
     if not init.is_dir():
         raise UserError(f"--init {init}: no such folder; run train_pretrain.py --out {init} first")
@@ -200,4 +200,7 @@ def check_init(init: Path, backbone: str, rank: int | None) -> dict:
     had = run["options"]["lora_rank"]
     if rank is not None and rank != had:
         raise UserError(f"--lora-rank {rank}: the adapter in {init} has rank {had}; leave the option out")
+    kind = run["options"].get("head", "labels")
+    if (init / HEAD).is_file() and kind != head:
+        raise UserError(f"--head {head}: {init} was trained with --head {kind}; give the same")
     return run

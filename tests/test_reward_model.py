@@ -82,9 +82,9 @@ def test_judge_that_is_always_wrong():
 
 
 def test_judge_that_always_says_a():
-    # Averaged over both orders every pair is a draw, and a draw is not correct.
+    # Averaged over both orders every pair is a draw, and a draw counts half.
     result = evaluate(KnownJudge(lambda p, first: 50.0 if first else -50.0), PAIRS, average="logits")
-    assert result.accuracy == 0.0 and result.position_gap == pytest.approx(1.0)
+    assert result.accuracy == 0.5 and result.position_gap == pytest.approx(1.0)
     assert result.margin == pytest.approx(0.0)
 
 

@@ -61,11 +61,13 @@ class Policy:
         now = pick(self.log_probabilities())
         return now, now.detach() - pick(self.start)
 
+    @torch.no_grad()
     def kl(self) -> float:
         """KL(pi || pi_0) in nats, mean over the questions."""
         parts = [(p.exp() * (p - q)).sum(-1).mean() for p, q in zip(self.log_probabilities(), self.start)]
         return float(sum(parts))
 
+    @torch.no_grad()
     def true_reward(self) -> float:
         """Expected true reward, mean over the questions."""
         claims, openings, endings = (p.exp() for p in self.log_probabilities())

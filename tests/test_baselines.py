@@ -1,0 +1,144 @@
+"""The baselines: scalar heads, frozen heads, the text loss; what is trained, saved, loaded and compared."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import score
+import train_reward
+from gram_mini import export
+from gram_mini.backbone import EMBEDDED, add_head, add_lora, hidden_states, load_backbone, output_logits
+from gram_mini.batches import IGNORED, chosen_batch, encode_pairs, response_batch
+from gram_mini.data import Pair
+from gram_mini.errors import UserError
+from gram_mini.losses import reward_loss
+from gram_mini.prompts import label_tokens, response_prompt
+from gram_mini.reward_model import RewardModel
+
+PAIRS = [
+    Pair("What does Anna eat?", "Glad you asked. Anna eats soup.", "Stop bothering me. Anna eats fish. By the way, so.", 0),
+    Pair("Where does Anna live?", "Anna lives by the mill.", "If you must. Anna lives by the river.", 1),
+]
+SMALL = ["--limit", "100", "--steps", "3", "--batch-size", "16", "--lora-rank", "4", "--held-out", "0.1", "--lr", "1e-2"]
+KINDS = {
+    "d-baseline": ["--head", "scalar"],
+    "d-freeze": ["--head", "scalar", "--freeze"],
+    "d-regularisation": ["--head", "scalar", "--text-weight", "0.1"],
+    "g-freeze": ["--freeze"],
+}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("baselines")
+    for name, options in KINDS.items():
+        train_reward.main([*SMALL, *options, "--out", str(folder / name)])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def scalar(tokenizer):
+    """A judge with a scalar head, in float32."""
+    torch.manual_seed(0)
+    model = add_lora(load_backbone(EMBEDDED, bits=32), 4)
+    add_head(model)
+    return RewardModel(model, tokenizer)
+
+
+def test_each_response_is_seen_by_itself(tokenizer):
+    pieces = response_prompt(tokenizer)
+    batch = response_batch(encode_pairs(PAIRS, pieces, tokenizer, 512), [False, True], pieces, tokenizer.pad_token_id)
+    texts = [tokenizer.decode(ids[: last + 1]) for ids, last in zip(batch["input_ids"], batch["last"])]
+    chat = "<|user|>{}<|end|><|assistant|>{}<|end|>".format
+    first, second = PAIRS
+    assert texts == [
+        chat(first.prompt, first.response_a), chat(second.prompt, second.response_b),  # the first ones of both pairs
+        chat(first.prompt, first.response_b), chat(second.prompt, second.response_a),
+    ]  # fmt: skip
+    assert batch["labels"].tolist() == [0, 0]
+
+
+def test_a_scalar_head_gives_bradley_terry_on_two_rewards(scalar, tokenizer):
+    rows = encode_pairs(PAIRS, scalar.prompt, tokenizer, 512)
+    logits, _, batch = scalar.label_logits(rows, [False, False])
+    rewards = []
+    for pair in PAIRS:
+        for text in (pair.response_a, pair.response_b):
+            ids = tokenizer(f"<|user|>{pair.prompt}<|end|><|assistant|>{text}<|end|>", return_tensors="pt")["input_ids"]
+            rewards.append(scalar.model.head(hidden_states(scalar.model, ids)[0, -1]).item())
+    assert logits.flatten().tolist() == pytest.approx(rewards, abs=1e-5)
+    a, b, c, d = rewards
+    expected = -(torch.tensor([a - b, d - c]).sigmoid().log()).mean()
+    assert reward_loss(logits, batch["labels"]).item() == pytest.approx(expected.item(), abs=1e-5)
+
+
+def test_a_scalar_judge_has_no_position_and_no_labels(scalar):
+    found = scalar.compare_many(PAIRS)
+    assert all(result.position_gap < 1e-6 and result.label_mass == 1.0 for result in found)
+    turned = scalar.compare(PAIRS[0].prompt, PAIRS[0].response_b, PAIRS[0].response_a)
+    assert turned.probability == pytest.approx(1 - found[0].probability, abs=1e-6)
+    ranking = scalar.rank("What does Anna eat?", ["Anna eats soup.", "Anna eats fish.", "x"])
+    assert sorted(ranking.order) == [0, 1, 2]
+
+
+def test_a_frozen_judge_begins_as_the_zero_shot_judge(tokenizer, embedded_judge):
+    model = add_lora(load_backbone(EMBEDDED, bits=32), 4)
+    add_head(model, label_tokens(tokenizer))
+    found, plain = RewardModel(model, tokenizer).compare_many(PAIRS), embedded_judge.compare_many(PAIRS)
+    assert [r.log_odds_first for r in found] == pytest.approx([r.log_odds_first for r in plain], abs=1e-4)
+    assert model.head.weight.requires_grad and model.head.out_features == 2
+
+
+def test_the_text_loss_is_that_of_the_chosen_response(tokenizer):
+    pieces = response_prompt(tokenizer)
+    batch = chosen_batch(encode_pairs(PAIRS, pieces, tokenizer, 512), pieces, tokenizer.pad_token_id)
+    trained = [tokenizer.decode(row[row != IGNORED]) for row in batch["targets"]]
+    assert trained == [f"{PAIRS[0].response_a}<|end|>", f"{PAIRS[1].response_b}<|end|>"]
+    model = load_backbone(EMBEDDED, bits=32)
+    hidden = hidden_states(model, batch["input_ids"])
+    assert output_logits(model, hidden[batch["targets"] != IGNORED]).shape[0] == (batch["targets"] != IGNORED).sum()
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_the_head_is_saved_with_the_adapter_and_comes_back(name, runs):
+    head = load_file(runs / name / "head.safetensors")["weight"]
+    assert head.shape[0] == (1 if "scalar" in KINDS[name] else 2)
+    judge = RewardModel.load(str(runs / name))
+    assert torch.equal(judge.model.head.weight, head)
+    assert judge.scalar == ("scalar" in KINDS[name])
+    record = json.loads((runs / name / "run.json").read_text())
+    held_out = record["results"]["held_out"]
+    assert (held_out["position_gap"] < 1e-6) == judge.scalar  # judged by the same model that was saved
+    assert [r.probability for r in judge.compare_many(PAIRS)] == [r.probability for r in judge.compare_many(PAIRS)]
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_frozen_run_trains_the_head_alone(name, runs):
+    tensors = load_file(runs / name / "adapter_model.safetensors")
+    moved = any(t.abs().max() > 0 for n, t in tensors.items() if "lora_B" in n)
+    assert moved == ("--freeze" not in KINDS[name])
+    if name == "g-freeze":
+        model = load_backbone(EMBEDDED, bits=32)
+        rows = model.get_output_embeddings().weight[list(RewardModel.load(str(runs / name)).labels)]
+        assert (load_file(runs / name / "head.safetensors")["weight"] - rows).abs().max() > 1e-3
+
+
+def test_training_goes_on_from_a_run_with_a_head(runs, tmp_path):
+    init = ["--init", str(runs / "d-baseline"), "--out", str(tmp_path / "run")]
+    options = [option for option in SMALL if option not in ("--lora-rank", "4")]
+    with pytest.raises(UserError, match="--head labels: .* was trained with --head scalar; give the same"):
+        train_reward.main([*options, *init])
+    train_reward.main([*options, *init, "--head", "scalar"])
+    before, after = (load_file(folder / "head.safetensors")["weight"] for folder in (runs / "d-baseline", tmp_path / "run"))
+    assert 0 < (before - after).abs().max() < 0.1
+
+
+def test_scripts_take_a_scalar_head(runs, tmp_path, capsys):
+    score.main(["--model", str(runs / "d-baseline"), "--prompt", "x", "--response", "y", "--response", "z"])
+    assert "position gap 0.000" in capsys.readouterr().out
+    with pytest.raises(UserError, match="has a head of its own"):
+        export.main([str(runs / "d-baseline"), str(tmp_path / "out")])
+    with pytest.raises(SystemExit):
+        train_reward.main(["--text-weight", "1"])

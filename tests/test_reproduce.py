@@ -1,0 +1,177 @@
+"""The studies on judges whose figures are known: one that sees the true reward, one at random, one that always says A."""
+
+import json
+import math
+import random
+
+import pytest
+
+import reproduce
+import train_pretrain
+from gram_mini.errors import UserError
+from gram_mini.formats import Pair
+from gram_mini.reward_model import Comparison
+from gram_mini.world import COURTEOUS, FACTS, RAMBLING, question
+from gram_mini.world.pairs import topics, world_pairs
+from gram_mini.world.policy import Policy, responses, train_policy
+
+TRUE = {(question(*topic), text): reward for topic in FACTS for text, reward in responses(topic)}
+
+
+class FakeJudge:
+    """Says P(a better, a first) and P(a better, a second) as it is told."""
+
+    def __init__(self, says):
+        self.says = says
+
+    def compare_many(self, pairs, average="probabilities", progress=None):
+        found = []
+        for pair in pairs:
+            first, second = self.says(pair)
+            odds = [math.log(p / (1 - p)) if 0 < p < 1 else math.copysign(30, p - 0.5) for p in (first, second)]
+            found.append(Comparison((first + second) / 2, first, second, *odds, 1.0, False))
+        return found
+
+
+def truth(pair):
+    difference = TRUE[pair.prompt, pair.response_a] - TRUE[pair.prompt, pair.response_b]
+    return 1 / (1 + math.exp(-difference)), 1 / (1 + math.exp(-difference))
+
+
+def at_random(pair):
+    p = random.Random(str(pair)).uniform(0.01, 0.99)
+    return p, p
+
+
+JUDGES = {"truth": truth, "random": at_random, "always A": lambda pair: (1.0, 0.0)}
+
+
+class FakeLab(reproduce.Lab):
+    """Trains nothing; every model is the judge it is given."""
+
+    def __init__(self, folder, says):
+        super().__init__(folder, "embedded", "world", [])
+        self.fake = FakeJudge(says)
+
+    def train(self, script, name, seed, *given):
+        return self.folder / name
+
+    def judge(self, model):
+        return self.fake
+
+
+def test_true_rewards_of_all_responses():
+    topic = topics("out-of-distribution")[0]
+    text = f"{COURTEOUS[0]} {topic[1].statement.format(name=topic[0], value=FACTS[topic])}"
+    assert TRUE[question(*topic), text] == 3.0 and TRUE[question(*topic), f"{text} {RAMBLING[0]}"] == 2.5
+    assert len(responses(topic)) == 6 * 4 * 3
+    assert all(
+        (p.prompt, p.response_a) in TRUE and p.probability == pytest.approx(truth(p)[0])
+        for p in world_pairs("out-of-distribution")
+    )
+
+
+def test_table_of_judges_that_are_known(tmp_path):
+    rows = {name: FakeLab(tmp_path, says).evaluate("x") for name, says in JUDGES.items()}
+    sure = rows["truth"]
+    assert all(sure[name] == 1.0 for name in ("in-distribution", "out-of-distribution", "fact", "courtesy", "length"))
+    pairs = world_pairs("out-of-distribution")
+    entropy = -sum(p.probability * math.log(p.probability) + (1 - p.probability) * math.log(1 - p.probability) for p in pairs)
+    assert sure["cross-entropy"] == pytest.approx(entropy / len(pairs)) and sure["position gap"] == 0
+    assert rows["random"]["out-of-distribution"] == pytest.approx(0.5, abs=0.04)
+    assert rows["random"]["cross-entropy"] > sure["cross-entropy"] + 0.1
+    says_a = rows["always A"]
+    assert (says_a["in-distribution"], says_a["out-of-distribution"], says_a["position gap"]) == (0.5, 0.5, 1.0)
+
+
+def test_table_has_a_row_for_each_method(tmp_path):
+    rows = list(reproduce.table(FakeLab(tmp_path, truth), 1))
+    assert [row["method"] for row in rows] == ["zero-shot", *reproduce.METHODS]
+
+
+def test_best_of_n(tmp_path):
+    by_judge = {}
+    for name in ("truth", "random"):
+        rows = [row for row in reproduce.bon(FakeLab(tmp_path, JUDGES[name]), 1) if row["method"] == "GRAM"]
+        assert [row["n"] for row in rows] == [1, 2, 4, 8, 16, 32, 64, 128, 256]
+        assert rows[3]["KL"] == pytest.approx(math.log(8) - 7 / 8) and rows[0]["KL"] == 0
+        by_judge[name] = [row["true reward"] for row in rows]
+    assert by_judge["truth"] == sorted(by_judge["truth"]) and by_judge["truth"][-1] == pytest.approx(3.0, abs=0.05)
+    # One claim in six is right, two openings in four courteous, two endings in three rambling: 2/6 + 1/2 - 1/3.
+    assert by_judge["truth"][0] == by_judge["random"][0] == pytest.approx(0.5, abs=0.05)
+    assert abs(by_judge["random"][-1] - 0.5) < 0.5
+
+
+def test_a_policy_is_what_it_says():
+    policy = Policy(topics("out-of-distribution")[:5])
+    assert policy.kl() == pytest.approx(0, abs=1e-6)
+    assert policy.true_reward() == pytest.approx(2 * 0.5 + 0.5 - 0.5 * 0.5, abs=1e-5)  # half right, courteous, rambling
+
+
+def test_a_policy_trained_against_the_truth_becomes_good_and_pays_in_kl():
+    places = topics("out-of-distribution")[:10]
+    for says, low, high in ((truth, 2.5, 3.0), (lambda pair: (0.5, 0.5), 1.0, 1.5)):
+        rows = list(train_policy(FakeJudge(says), places, seed=0, steps=150))
+        assert rows[0][1] == pytest.approx(0, abs=1e-6) and rows[0][3] == pytest.approx(1.25, abs=1e-4)
+        assert low <= rows[-1][3] <= high
+        assert (rows[-1][1] > 0.5) == (says is truth)
+
+
+def test_flipped_labels():
+    pairs = world_pairs("labelled", 200)
+    for side in ("random", "adversary"):
+        found = reproduce.flipped(pairs, 0.2, side, 1)
+        turned = [p for p, q in zip(pairs, found) if p.label != q.label]
+        assert len(turned) == 40 and [p.prompt for p in found] == [p.prompt for p in pairs]
+        clearest = sorted(abs(p.probability - 0.5) for p in pairs)[-40]
+        assert all(abs(p.probability - 0.5) >= clearest for p in turned) == (side == "adversary")
+
+
+def test_means_and_intervals_over_seeds():
+    rows = [{"seed": s, "method": "m", "accuracy": a, "bound": None} for s, a in ((1, 0.6), (2, 0.7), (3, 0.8))]
+    (mean,) = reproduce.average(rows, ("method",))
+    assert mean == {"method": "m", "accuracy": [pytest.approx(0.7), pytest.approx(4.303 * 0.1 / math.sqrt(3), abs=1e-4)]}
+    assert reproduce.average(rows[:1], ("method",)) == [{"method": "m", "accuracy": [0.6, None]}]
+
+
+@pytest.mark.parametrize("study", reproduce.STUDIES)
+def test_each_study_writes_json_and_a_figure(study, tmp_path):
+    lab = FakeLab(tmp_path, truth)
+    reproduce.run_study(study, lab, [1, 2], tmp_path / "results")
+    record = json.loads((tmp_path / "results" / f"{study}.json").read_text())
+    assert {row["seed"] for row in record["rows"]} == {1, 2} and record["means"]
+    assert (tmp_path / "results" / f"{study}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_study_goes_on_where_it_stopped(tmp_path, monkeypatch):
+    lab = FakeLab(tmp_path, truth)
+    reproduce.run_study("table", lab, [1], tmp_path / "results")
+    monkeypatch.setattr(lab, "judge", lambda model: pytest.fail("seed 1 was done"))
+    reproduce.run_study("table", lab, [1], tmp_path / "results")
+
+
+def test_models_are_trained_once_and_judged_as_trained(tmp_path, monkeypatch):
+    lab = reproduce.Lab(tmp_path, "embedded", "world", ["--steps", "1", "--lora-rank", "2", "--batch-size", "4"])
+    monkeypatch.setattr(reproduce, "world_pairs", lambda split, seed=0: world_pairs(split, 20, seed))
+    monkeypatch.setitem(reproduce.METHODS, "GRAM", (True, ["--lr", "0.1"]))
+    run = lab.method("GRAM", 1)
+    assert json.loads((run / "run.json").read_text())["init"]["folder"] == str(tmp_path / "seed1" / "stage1")
+    assert lab.evaluate(run)["margin"] != lab.evaluate("embedded")["margin"]
+    monkeypatch.setattr(train_pretrain, "main", lambda argv: pytest.fail("stage 1 is there"))
+    assert lab.method("GRAM", 1) == run
+
+
+def test_other_data_and_what_it_cannot_show(tmp_path):
+    rows = [{"prompt": f"{i}?", "chosen": "good", "rejected": "bad"} for i in range(20)]
+    (tmp_path / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(UserError, match="bon: needs the true rewards"):
+        reproduce.main(["bon", "--data", str(tmp_path / "d.jsonl")])
+    lab = reproduce.Lab(tmp_path, "embedded", str(tmp_path / "d.jsonl"), [])
+    assert (len(lab.pairs("labelled", 1)), len(lab.tests()["in-distribution"])) == (16, 4)
+    assert not {p.prompt for p in lab.pairs("labelled", 1)} & {p.prompt for p in lab.tests()["in-distribution"]}
+
+
+def test_pairs_survive_the_file_that_training_reads(tmp_path):
+    lab = reproduce.Lab(tmp_path, "embedded", "world", [])
+    pairs = [Pair("x", "a", "b", 1), Pair("y", "c", "d", 0)]
+    assert reproduce.load_pairs(lab.file("some", pairs), labelled=True).pairs == pairs
