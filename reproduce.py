@@ -169,10 +169,10 @@ def adapt(lab: Lab, seed: int):
     """Figure 5: labels on the unlabelled villagers, 0 to 4,000 of them, from each starting point."""
     new = lab.pairs("adaptation", seed)
     everything = lab.file(f"everything-{seed}", lab.pairs("labelled", seed) + new)
-    oracle = lab.train(train_reward, "oracle", seed, "--data", everything, "--init", str(lab.stage1(seed)))
+    oracle = lab.evaluate(lab.train(train_reward, "oracle", seed, "--data", everything, "--init", str(lab.stage1(seed))))
     starts = {name: lab.method(name, seed) for name in MAIN} | {"nothing": None}
     for count in (0, 50, 100, 200, 500, 1000, len(new)):
-        yield {"method": "oracle", "labels": count, **lab.evaluate(oracle)}
+        yield {"method": "oracle", "labels": count, **oracle}
         for name, start in starts.items():
             run = start or lab.model
             if count:

@@ -334,7 +334,7 @@ def ends_with_one_line(code, *arguments, before=""):
 def test_out_of_gpu_memory_names_the_options_that_help(tmp_path):
     before = (
         "import torch\ndef hidden_states(*a):\n    raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2 GiB. GPU 0')\n"
-        "train_reward.hidden_states = hidden_states"
+        "from gram_mini import reward_model\nreward_model.hidden_states = hidden_states"
     )
     line = ends_with_one_line("", *OPTIONS, "--out", str(tmp_path / "run"), before=before)
     assert line.startswith("error: out of GPU memory") and "--gradient-checkpointing" in line and "--grad-accum" in line

@@ -16,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import score
 import train_pretrain
 import train_reward
-from gram_mini import evaluation
+from gram_mini import evaluation, reward_model
 from gram_mini.backbone import EMBEDDED_FOLDER, load_tokenizer
 from gram_mini.reward_model import RewardModel
 
@@ -232,8 +232,8 @@ def test_stage_1_builds_logits_for_trained_tokens_only(tmp_path, monkeypatch):
 
 
 def test_stage_2_multiplies_two_rows_of_the_output_matrix(tmp_path, data, monkeypatch):
-    rows, real = [], train_reward.output_logits
-    monkeypatch.setattr(train_reward, "output_logits", lambda m, h, tokens=None: rows.append(tokens) or real(m, h, tokens))
+    rows, real = [], reward_model.output_logits
+    monkeypatch.setattr(reward_model, "output_logits", lambda m, h, tokens=None: rows.append(tokens) or real(m, h, tokens))
     train_reward.main(
         ["--data", data, "--out", str(tmp_path / "run"), "--steps", "3", "--held-out", "0", "--log-every", "3", *SMALL[:4]]
     )
