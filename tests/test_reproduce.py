@@ -78,6 +78,7 @@ def test_table_of_judges_that_are_known(tmp_path):
     pairs = world_pairs("out-of-distribution")
     entropy = -sum(p.probability * math.log(p.probability) + (1 - p.probability) * math.log(1 - p.probability) for p in pairs)
     assert sure["cross-entropy"] == pytest.approx(entropy / len(pairs)) and sure["position gap"] == 0
+    assert sure["calibration error"] < 1e-6 < 0.1 < rows["random"]["calibration error"]
     assert rows["random"]["out-of-distribution"] == pytest.approx(0.5, abs=0.04)
     assert rows["random"]["cross-entropy"] > sure["cross-entropy"] + 0.1
     says_a = rows["always A"]
