@@ -117,10 +117,8 @@ class Lab:
             figures = summarise(pairs, results)
             # The village's test labels name the truly better response; how often a rater would agree is what P is about.
             truth = [float(p.label == 0) if p.probability is None else p.probability for p in pairs]
-            sure = [max(r.probability, 1 - r.probability) for r in results]
-            agreed = [q if r.probability > 0.5 else 1 - q for q, r in zip(truth, results)]
             row |= {split: figures.accuracy, "position gap": figures.position_gap, "margin": figures.margin, "loss": figures.loss}
-            row["calibration error"] = calibration(sure, agreed)[0]
+            row["calibration error"] = calibration([r.probability for r in results], truth)[0]
             if figures.cross_entropy is not None:
                 row["cross-entropy"] = figures.cross_entropy
             for aspect in ("fact", "courtesy", "length"):
