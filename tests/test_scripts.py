@@ -583,7 +583,7 @@ def test_help_opens_with_two_commands_and_shows_every_default(script):
         {"--prompt", "--response", "--reference", "--data", "--out"}
         if script == "score.py"
         else {"--steps", "--resume", "--gradient-checkpointing"}
-    without |= {"--freeze"} if script == "train_reward.py" else set()
     )
+    without |= {"--freeze"} if script == "train_reward.py" else set()
     entries = {entry.split()[0]: entry for entry in re.split(r"\n  (?:-h, )?(?=--)", said)[1:]}
     assert {name for name, entry in entries.items() if "default" not in entry} == without
