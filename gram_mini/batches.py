@@ -156,7 +156,7 @@ def pair_batch(rows: list[EncodedPair], swaps: list[bool], pieces: PromptPieces,
         ids = join(pieces, row, swap)
         given = len(pieces.start) + len(row.prompt) + pieces.untrained  # tokens that are not trained on
         sequences.append(ids)
-        targets.append([IGNORED] * (given - 1) + ids[given:] + [IGNORED])
+        targets.append(_next_tokens(ids, given))
     return {"input_ids": pad(sequences, pad_id), "targets": pad(targets, IGNORED)}
 
 
@@ -167,11 +167,10 @@ def judge_batch(rows: list[EncodedPair], swaps: list[bool], pieces: PromptPieces
     exchanged where the responses are (-1 where there is no label).
     """
     sequences = [join(pieces, row, swap) for row, swap in zip(rows, swaps)]
-    labels = [-1 if row.label is None else row.label ^ swap for row, swap in zip(rows, swaps)]
     return {
         "input_ids": pad(sequences, pad_id),
         "last": torch.tensor([len(ids) - 1 for ids in sequences]),
-        "labels": torch.tensor(labels),
+        "labels": _labels(rows, swaps),
     }
 
 
@@ -182,11 +181,10 @@ def response_batch(rows: list[EncodedPair], swaps: list[bool], pieces: PromptPie
     """
     both = [(r.response_b, r.response_a) if swap else (r.response_a, r.response_b) for r, swap in zip(rows, swaps)]
     sequences = [_after_prompt(pieces, row, both[i][k]) for k in (0, 1) for i, row in enumerate(rows)]
-    labels = [-1 if row.label is None else row.label ^ swap for row, swap in zip(rows, swaps)]
     return {
         "input_ids": pad(sequences, pad_id),
         "last": torch.tensor([len(ids) - 1 for ids in sequences]),
-        "labels": torch.tensor(labels),
+        "labels": _labels(rows, swaps),
     }
 
 
@@ -200,9 +198,18 @@ def chosen_batch(rows: list[EncodedPair], pieces: PromptPieces, pad_id: int) -> 
         ids = _after_prompt(pieces, row, row.response_b if row.label else row.response_a)
         given = len(pieces.start) + len(row.prompt) + pieces.untrained
         sequences.append(ids)
-        targets.append([IGNORED] * (given - 1) + ids[given:] + [IGNORED])
+        targets.append(_next_tokens(ids, given))
     return {"input_ids": pad(sequences, pad_id), "targets": pad(targets, IGNORED)}
 
 
 def _after_prompt(pieces: PromptPieces, row: EncodedPair, response: list[int]) -> list[int]:
     return [*pieces.start, *row.prompt, *pieces.after_prompt, *response, *pieces.end]
+
+
+def _next_tokens(ids: list[int], given: int) -> list[int]:
+    """The target of each position: the token after it, IGNORED where that is one of the ``given`` first or none."""
+    return [IGNORED] * (given - 1) + ids[given:] + [IGNORED]
+
+
+def _labels(rows: list[EncodedPair], swaps: list[bool]) -> torch.Tensor:
+    return torch.tensor([-1 if row.label is None else row.label ^ swap for row, swap in zip(rows, swaps)])  # (B,)
