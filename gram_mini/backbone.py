@@ -169,11 +169,11 @@ def save_adapter(model: PeftModel, tokenizer, backbone: str, folder: Path) -> No
     tokenizer.save_pretrained(str(folder))
 
 
-def logits_at_end(model, input_ids: torch.Tensor, last: torch.Tensor, tokens: tuple[int, ...] | None = None) -> torch.Tensor:
-    """Next-token logits after position ``last`` (B,) of each of the sequences (B, T): (B, V), or (B, len(tokens))."""
+def logits_at_end(model, input_ids: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
+    """Next-token logits (B, V) after position ``last`` (B,) of each of the sequences (B, T)."""
     hidden = hidden_states(model, input_ids)  # (B, T, H)
     at_end = hidden[torch.arange(len(hidden)), last]  # (B, H)
-    return output_logits(model, at_end, tokens)
+    return output_logits(model, at_end)
 
 
 def hidden_states(model, input_ids: torch.Tensor) -> torch.Tensor:

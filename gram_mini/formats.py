@@ -321,17 +321,15 @@ def read_prompt(value, where: str, column: str) -> str:
     return _text(value, where, column) if isinstance(value, str) else _transcript(_messages(value, where, column))
 
 
-def is_verdict(value) -> bool:
-    """Whether a column 'label' that holds this can be read."""
-    return value is None or isinstance(value, str) and (not value or value.replace(" ", "") in VERDICTS)
-
-
 def _verdict(value, where: str) -> tuple[int | None, int | None]:
-    if not is_verdict(value):
+    if value is None or value == "":
+        return None, None
+    said = value.replace(" ", "") if isinstance(value, str) else None
+    if said not in VERDICTS:
         raise UserError(
             f"{where}: column 'label' must be A, B or tie (or A>B, B>A, A=B), found {value!r}; write A where the first response is better"
         )
-    return VERDICTS[value.replace(" ", "")] if value else (None, None)
+    return VERDICTS[said]
 
 
 def _number(value, where: str, column: str) -> float:
