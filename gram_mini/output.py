@@ -44,9 +44,10 @@ def check_place(folder: Path, name: str) -> None:
     """See before the work begins that a folder can be made; ``name`` is what the user calls it.
 
     Raises:
-        UserError: what it would be made in cannot be written to.
+        UserError: it, or what it would be made in, is a file or cannot be written to.
     """
-    above = next(place for place in folder.absolute().parents if place.exists())
+    place = folder.absolute()
+    above = next(place for place in (place, *place.parents) if place.exists())
     if not (above.is_dir() and os.access(above, os.W_OK)):
         raise UserError(f"{name} {folder}: {above} cannot be written to; give another folder")
 

@@ -3,11 +3,15 @@
 import json
 import math
 import random
+import re
+from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import TimeoutError as FutureTimeout
 
 import pytest
 
 import reproduce
 import train_pretrain
+import train_reward
 from gram_mini.errors import UserError
 from gram_mini.formats import Pair
 from gram_mini.reward_model import Comparison
@@ -72,7 +76,7 @@ def test_true_rewards_of_all_responses():
 
 
 def test_table_of_judges_that_are_known(tmp_path):
-    rows = {name: FakeLab(tmp_path, says).evaluate("x") for name, says in JUDGES.items()}
+    rows = {name: next(reproduce.table(FakeLab(tmp_path / name, says), 1)) for name, says in JUDGES.items()}
     sure = rows["truth"]
     assert all(sure[name] == 1.0 for name in ("in-distribution", "out-of-distribution", "fact", "courtesy", "length"))
     pairs = world_pairs("out-of-distribution")
@@ -93,7 +97,7 @@ def test_table_has_a_row_for_each_method(tmp_path):
 def test_best_of_n(tmp_path):
     by_judge = {}
     for name in ("truth", "random"):
-        rows = [row for row in reproduce.bon(FakeLab(tmp_path, JUDGES[name]), 1) if row["method"] == "GRAM"]
+        rows = [row for row in reproduce.bon(FakeLab(tmp_path / name, JUDGES[name]), 1) if row["method"] == "GRAM"]
         assert [row["n"] for row in rows] == [1, 2, 4, 8, 16, 32, 64, 128, 256]
         assert rows[3]["KL"] == pytest.approx(math.log(8) - 7 / 8) and rows[0]["KL"] == 0
         by_judge[name] = [row["true reward"] for row in rows]
@@ -120,12 +124,14 @@ def test_a_policy_trained_against_the_truth_becomes_good_and_pays_in_kl():
 
 def test_flipped_labels():
     pairs = world_pairs("labelled", 200)
-    for side in ("random", "adversary"):
+    by_clearness = sorted(abs(p.probability - 0.5) for p in pairs)
+    for side in ("random", "clearest", "hardest"):
         found = reproduce.flipped(pairs, 0.2, side, 1)
-        turned = [p for p, q in zip(pairs, found) if p.label != q.label]
+        turned = [abs(p.probability - 0.5) for p, q in zip(pairs, found) if p.label != q.label]
         assert len(turned) == 40 and [p.prompt for p in found] == [p.prompt for p in pairs]
-        clearest = sorted(abs(p.probability - 0.5) for p in pairs)[-40]
-        assert all(abs(p.probability - 0.5) >= clearest for p in turned) == (side == "adversary")
+        assert (sorted(turned) == by_clearness[-40:]) == (side == "clearest")
+        no_ties = [clearness for clearness in by_clearness if clearness]
+        assert (sorted(turned) == no_ties[:40]) == (side == "hardest") and len(no_ties) < 200
 
 
 def test_means_and_intervals_over_seeds():
@@ -151,8 +157,102 @@ def test_a_study_goes_on_where_it_stopped(tmp_path, monkeypatch):
     reproduce.run_study("table", lab, [1], tmp_path / "results")
 
 
+def test_studies_share_models_and_their_figures(tmp_path, monkeypatch):
+    lab, trained = FakeLab(tmp_path, truth), set()
+    monkeypatch.setattr(lab, "train", lambda script, name, seed, *given: trained.add(name) or tmp_path / name)
+    rows = {name: list(reproduce.STUDIES[name][0](lab, 1)) for name in ("table", "smoothing", "noise", "unlabelled", "adapt")}
+    assert "smoothing-0.1" in trained and "smoothing-0.05" not in trained  # eps 0.05 is GRAM
+    assert {"eps": 0.4, "bound": pytest.approx(math.log(1.5))}.items() <= rows["smoothing"][-1].items()
+    monkeypatch.setattr(lab, "judge", lambda model: pytest.fail("all were judged"))
+    assert list(reproduce.unlabelled(lab, 1)) == rows["unlabelled"]
+
+
+def test_new_labels_hold_no_pair_of_the_test(tmp_path):
+    lab = FakeLab(tmp_path, truth)
+    list(reproduce.adapt(lab, 1))
+    texts = {
+        (p.prompt, frozenset((p.response_a, p.response_b)))
+        for p in reproduce.load_pairs(lab.file("adaptation-2000-1", []), True).pairs
+    }
+    assert len(texts) > 1500
+    assert not texts & {(p.prompt, frozenset((p.response_a, p.response_b))) for p in world_pairs("out-of-distribution")}
+
+
+def test_side_by_side_gives_the_same_rows(tmp_path):
+    one, two = FakeLab(tmp_path / "one", truth), FakeLab(tmp_path / "two", truth)
+    reproduce.run_side_by_side(["smoothing", "unlabelled"], two, [1, 2], 2)
+    for name in ("smoothing", "unlabelled"):
+        for seed in (1, 2):
+            made = json.loads((tmp_path / "two" / "rows" / f"{name}-{seed}.json").read_text())["rows"]
+            assert made == json.loads(reproduce.run_seed(name, one, seed).read_text())["rows"]
+
+
+def test_an_error_in_a_process_is_the_users_one_line(tmp_path, capfd):
+    arguments = ["table", "--seeds", "1", "2", "--runs", str(tmp_path / "runs"), "--results", str(tmp_path / "results")]
+    with pytest.raises(UserError, match="--training: train_reward.py does not take .*--nothing"):
+        reproduce.main([*arguments, "--training", "--nothing 3", "--jobs", "2"])
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_what_another_process_makes_is_waited_for(tmp_path, monkeypatch):
+    lab, trained = reproduce.Lab(tmp_path, "embedded", "world"), []
+    monkeypatch.setattr(train_reward, "main", lambda argv: trained.append(argv))
+    with ThreadPoolExecutor(1) as pool:
+        with lab.alone(tmp_path / "seed1" / "GRAM"):
+            waits = pool.submit(lab.train, train_reward, "GRAM", 1)
+            with pytest.raises(FutureTimeout):
+                waits.result(timeout=0.5)
+            assert not trained
+        assert waits.result(timeout=10) == tmp_path / "seed1" / "GRAM" and trained
+
+
+def test_a_folder_of_other_models_is_not_used(tmp_path):
+    lab = reproduce.Lab(tmp_path / "runs", "embedded", "world")
+    assert not (tmp_path / "runs").exists()  # as long as nothing is made
+    lab.file("some", [])
+    reproduce.Lab(tmp_path / "runs", "embedded", "world")
+    with pytest.raises(UserError, match="made with other training; give another folder"):
+        reproduce.Lab(tmp_path / "runs", "embedded", "world", ["--steps", "3"])
+    (tmp_path / "runs" / "about.json").write_text("{")
+    with pytest.raises(UserError, match="about.json, which cannot be read"):
+        reproduce.Lab(tmp_path / "runs", "embedded", "world")
+
+
+def test_data_that_changed_are_other_data(tmp_path):
+    data, rows = tmp_path / "d.jsonl", [{"prompt": f"{i}?", "chosen": "good", "rejected": "bad"} for i in range(20)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    reproduce.Lab(tmp_path / "runs", "embedded", str(data)).file("some", [])
+    reproduce.Lab(tmp_path / "runs", "embedded", str(data))
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows[:10]))
+    with pytest.raises(UserError, match="other data"):
+        reproduce.Lab(tmp_path / "runs", "embedded", str(data))
+    data.write_text(json.dumps(rows[0]) + "\n")
+    with pytest.raises(UserError, match="all pairs have the same prompt"):
+        reproduce.Lab(tmp_path / "one", "embedded", str(data))
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        (["--seeds", "1", "1"], "a seed stands there twice"),
+        (["--training", "--lr '1"], "No closing quotation"),
+        (["--jobs", "0"], "--jobs"),
+        (["--runs", "README.md"], "README.md: .*cannot be written to"),
+        (["--results", "README.md/results"], "README.md cannot be written to"),
+        (["--data", "nowhere.jsonl"], "nowhere.jsonl"),
+    ],
+)
+def test_mistakes_are_told_before_anything_is_made(given, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "README.md").write_text("x")
+    with pytest.raises((UserError, SystemExit)) as error:
+        reproduce.main(["table", *given])
+    assert re.search(message, str(error.value) + capsys.readouterr().err)
+    assert [file.name for file in tmp_path.iterdir()] == ["README.md"]
+
+
 def test_models_are_trained_once_and_judged_as_trained(tmp_path, monkeypatch):
-    lab = reproduce.Lab(tmp_path, "embedded", "world", ["--steps", "1", "--lora-rank", "2", "--batch-size", "4"])
+    lab = reproduce.Lab(tmp_path, "embedded", "world", ["--steps", "1", "--lora-rank", "2", "--batch-size", "4"], {"bits": 32})
     monkeypatch.setattr(reproduce, "world_pairs", lambda split, seed=0: world_pairs(split, 20, seed))
     monkeypatch.setitem(reproduce.METHODS, "GRAM", (True, ["--lr", "0.1"]))
     run = lab.method("GRAM", 1)
@@ -166,10 +266,12 @@ def test_other_data_and_what_it_cannot_show(tmp_path):
     rows = [{"prompt": f"{i}?", "chosen": "good", "rejected": "bad"} for i in range(20)]
     (tmp_path / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.raises(UserError, match="bon: needs the true rewards"):
-        reproduce.main(["bon", "--data", str(tmp_path / "d.jsonl")])
-    lab = reproduce.Lab(tmp_path, "embedded", str(tmp_path / "d.jsonl"), [])
-    assert (len(lab.pairs("labelled", 1)), len(lab.tests()["in-distribution"])) == (16, 4)
-    assert not {p.prompt for p in lab.pairs("labelled", 1)} & {p.prompt for p in lab.tests()["in-distribution"]}
+        reproduce.main(["bon", "--data", str(tmp_path / "d.jsonl"), "--runs", str(tmp_path / "runs")])
+    assert not (tmp_path / "runs").exists()
+    lab = reproduce.Lab(tmp_path, "embedded", str(tmp_path / "d.jsonl"))
+    test = lab.pairs(lab.target, 1)
+    assert (len(lab.pairs("labelled", 1)), len(test)) == (16, 4)
+    assert not {p.prompt for p in lab.pairs("labelled", 1)} & {p.prompt for p in test}
 
 
 def test_pairs_survive_the_file_that_training_reads(tmp_path):

@@ -90,8 +90,9 @@ def train_policy(judge, topics: list[tuple], seed: int, steps: int = 200, batch:
     The greedy response against itself is a draw, 1/2, so reward - 1/2 is ReMax's difference to the greedy response
     (NiuTrans/GRAM, README.md, "PPO"; ReMax, arXiv 2310.10505).
 
-    Yields (step, KL to the start, proxy reward, true reward) now and then; the proxy reward is the judge's mean
-    P(better than the first greedy response).
+    Yields (step, KL to the start, proxy reward, true reward) now and then. The proxy reward is the judge's mean
+    P(better than the first greedy response), by one draw for each question. That response is the best there is (right,
+    courteous, to the point: the first of the tied likeliest), so a judge that knows the truth never gives more than 1/2.
     """
     torch.manual_seed(seed)
     policy = Policy(topics)
