@@ -43,9 +43,8 @@ from gram_mini.formats import Pair
 from gram_mini.output import check_place, write_whole
 from gram_mini.prompts import LABELS
 from gram_mini.reward_model import RewardModel
-from gram_mini.world import question
 from gram_mini.world.pairs import topics, world_pairs
-from gram_mini.world.policy import responses, train_policy
+from gram_mini.world.policy import best_of_n, best_of_n_kl, responses, score_responses, train_policy
 
 EXAMPLES = """\
   python reproduce.py table                                     # seeds 1 to 5
@@ -210,36 +209,21 @@ def table(lab: Lab, seed: int):
 
 
 def bon(lab: Lab, seed: int):
-    """Figure 4: the best of n by the judge, by the judge's own score (its log-odds against one of the responses) and in truth.
-
-    KL = log n - (n-1)/n as in the paper; for texts that can be drawn twice, as here, it is an upper bound.
-    """
-    places = topics("out-of-distribution")[:40]
-    draws = random.Random(f"bon/{seed}")
-    candidates = {topic: responses(topic) for topic in places}
-    order = {topic: [draws.randrange(len(candidates[topic])) for _ in range(256)] for topic in places}
+    """Figure 4: the best of n by the judge, by the judge's own score (its log-odds against one of the responses) and in truth."""
+    places, draws = topics("out-of-distribution")[:40], random.Random(f"bon/{seed}")
+    rewards = {topic: [reward for _, reward in responses(topic)] for topic in places}
+    drawn = {topic: [draws.randrange(len(rewards[topic])) for _ in range(256)] for topic in places}
     for name in MAIN:
-        judge = lab.judge(lab.method(name, seed))
-        games = [Pair(question(*t), text, candidates[t][0][0]) for t in places for text, _ in candidates[t]]
-        results = iter(judge.compare_many(games, progress=name))
-        log_odds = ((r.log_odds_first + r.log_odds_second) / 2 for r in results)
-        scores = {t: [next(log_odds) for _ in candidates[t]] for t in places}
+        scores = score_responses(lab.judge(lab.method(name, seed)), places, progress=name)
         for n in (1, 2, 4, 8, 16, 32, 64, 128, 256):
-            proxy, true = [], []
-            for t in places:
-                for start in range(0, 256, n):  # 256 / n disjoint groups of n
-                    best = max(order[t][start : start + n], key=lambda i: scores[t][i])
-                    proxy.append(scores[t][best])
-                    true.append(candidates[t][best][1])
-            kl = math.log(n) - (n - 1) / n
-            yield {"method": name, "n": n, "KL": kl, "proxy score": statistics.mean(proxy), "true reward": statistics.mean(true)}
+            proxy, true = zip(*(best_of_n(scores[topic], rewards[topic], drawn[topic], n) for topic in places))
+            means = {"proxy score": statistics.mean(proxy), "true reward": statistics.mean(true)}
+            yield {"method": name, "n": n, "KL": best_of_n_kl(n), **means}
 
 
 def adapt(lab: Lab, seed: int):
-    """Figure 5: labels on the unlabelled villagers, 0 to 2,000 of them, from each starting point; no pair of the test."""
-    test = {(pair.prompt, *sorted((pair.response_a, pair.response_b))) for pair in lab.pairs(lab.target, 0)}
-    drawn = lab.pairs("adaptation", seed)
-    new = [pair for pair in drawn if (pair.prompt, *sorted((pair.response_a, pair.response_b))) not in test][:2000]
+    """Figure 5: labels on the unlabelled villagers, 0 to 2,000 of them, from each starting point."""
+    new = lab.pairs("adaptation", seed)
     everything = lab.file(f"everything-{seed}", lab.pairs("labelled", seed) + new)
     oracle = lab.evaluate(lab.train(train_reward, "oracle", seed, "--data", everything, "--init", str(lab.stage1(seed))))
     starts = {name: lab.method(name, seed) for name in MAIN} | {"nothing": None}

@@ -210,7 +210,7 @@ def world_table(models: list[str], device: str = "auto") -> str:
         name, runs = key[0], list(by_seed.values())
         entropy = statistics.mean(unlabelled.cross_entropy for _, unlabelled, _ in runs)
         gap = statistics.mean(unlabelled.position_gap for _, unlabelled, _ in runs)
-        accuracies = (_with_interval([run[k] for run in runs]) for k in range(3))
+        accuracies = (with_interval([run[k] for run in runs]) for k in range(3))
         lines.append(
             (name + (f" ({len(runs)} seeds)" if len(runs) > 1 else ""), *accuracies, f"{entropy:.3f}", f"{gap:.3f}", folders[key])
         )
@@ -222,7 +222,7 @@ def world_table(models: list[str], device: str = "auto") -> str:
     )
 
 
-def _with_interval(runs: list[Evaluation]) -> str:
+def with_interval(runs: list[Evaluation]) -> str:
     """Accuracy with its 95% interval: over the seeds where there are several, else over the prompts of the one."""
     mean = statistics.mean(run.accuracy for run in runs)
     if len(runs) == 1:

@@ -167,17 +167,6 @@ def test_studies_share_models_and_their_figures(tmp_path, monkeypatch):
     assert list(reproduce.unlabelled(lab, 1)) == rows["unlabelled"]
 
 
-def test_new_labels_hold_no_pair_of_the_test(tmp_path):
-    lab = FakeLab(tmp_path, truth)
-    list(reproduce.adapt(lab, 1))
-    texts = {
-        (p.prompt, frozenset((p.response_a, p.response_b)))
-        for p in reproduce.load_pairs(lab.file("adaptation-2000-1", []), True).pairs
-    }
-    assert len(texts) > 1500
-    assert not texts & {(p.prompt, frozenset((p.response_a, p.response_b))) for p in world_pairs("out-of-distribution")}
-
-
 def test_side_by_side_gives_the_same_rows(tmp_path):
     one, two = FakeLab(tmp_path / "one", truth), FakeLab(tmp_path / "two", truth)
     reproduce.run_side_by_side(["smoothing", "unlabelled"], two, [1, 2], 2)

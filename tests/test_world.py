@@ -150,3 +150,10 @@ def test_what_the_demo_says_of_its_example_is_true():
 def test_true_probability():
     assert true_probability(1.0, 1.0) == 0.5
     assert true_probability(3.0, 1.0) == pytest.approx(1 / (1 + math.exp(-2)))
+
+
+def test_labels_to_adapt_to_hold_no_pair_of_the_test():
+    texts = lambda split, seed: {(p.prompt, frozenset((p.response_a, p.response_b))) for p in world_pairs(split, seed=seed)}
+    new, test = texts("adaptation", 1), texts("out-of-distribution", 0)
+    assert len(world_pairs("adaptation", seed=1)) == 2000 and not new & test
+    assert {prompt for prompt, _ in new} == {prompt for prompt, _ in test}

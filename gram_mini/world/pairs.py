@@ -11,7 +11,7 @@ from gram_mini.world import ATTRIBUTES, GROUPS, SPURIOUS, Response, draw_respons
 SPLITS = {
     "unlabelled": (("unlabelled", "labelled"), 0.7, 0.0, 24_000),
     "labelled": (("labelled",), 0.5, SPURIOUS, 6_000),
-    "adaptation": (("unlabelled",), 0.5, 0.0, 4_000),
+    "adaptation": (("unlabelled",), 0.5, 0.0, 2_000),
     "in-distribution": (("labelled",), 0.5, SPURIOUS, 800),
     "out-of-distribution": (("unlabelled",), 0.5, 0.0, 1_600),
 }
@@ -34,7 +34,7 @@ def world_pairs(split: str, count: int | None = None, seed: int = 0) -> list[Pai
 
     "labelled" and "adaptation" carry labels sampled from Bradley-Terry on the true rewards. The two test splits hold
     only pairs of unequal true reward, and their label is the truly better response, so that a perfect
-    reward model has accuracy 1.
+    reward model has accuracy 1. "adaptation" asks the questions of the out-of-distribution test, but holds none of its pairs.
 
     Returns pairs whose ``probability`` is the true P(y_a preferred) and whose ``differs`` is a subset of
     {"fact", "courtesy", "length"}.
@@ -42,6 +42,7 @@ def world_pairs(split: str, count: int | None = None, seed: int = 0) -> list[Pai
     _, p_right, spurious, default = SPLITS[split]
     rng = random.Random(f"{split}/{seed}")
     found, places = [], topics(split)
+    taken = {_texts(pair) for pair in world_pairs("out-of-distribution")} if split == "adaptation" else ()
     while len(found) < (count or default):
         name, attribute = rng.choice(places)
         a, b = (draw_response(rng, name, attribute, p_right, spurious) for _ in range(2))
@@ -55,8 +56,14 @@ def world_pairs(split: str, count: int | None = None, seed: int = 0) -> list[Pai
             label = int(b.reward > a.reward)
         else:
             label = int(rng.random() >= probability)
-        found.append(Pair(question(name, attribute), a.text, b.text, label, probability, _differs(a, b), row=len(found) + 1))
+        pair = Pair(question(name, attribute), a.text, b.text, label, probability, _differs(a, b), row=len(found) + 1)
+        if not taken or _texts(pair) not in taken:
+            found.append(pair)
     return found
+
+
+def _texts(pair: Pair) -> tuple[str, frozenset[str]]:
+    return pair.prompt, frozenset((pair.response_a, pair.response_b))
 
 
 def _differs(a: Response, b: Response) -> frozenset[str]:

@@ -84,6 +84,25 @@ def responses(topic: tuple) -> list[tuple[str, float]]:
     return found
 
 
+def score_responses(judge, topics: list[tuple], progress: str | None = None) -> dict[tuple, list[float]]:
+    """The judge's score of each of :func:`responses`, for each question: its log-odds against the first of them."""
+    texts = {topic: [text for text, _ in responses(topic)] for topic in topics}
+    games = [Pair(question(*topic), text, texts[topic][0]) for topic in topics for text in texts[topic]]
+    log_odds = ((r.log_odds_first + r.log_odds_second) / 2 for r in judge.compare_many(games, progress=progress))
+    return {topic: [next(log_odds) for _ in texts[topic]] for topic in topics}
+
+
+def best_of_n(scores: list[float], rewards: list[float], drawn: list[int], n: int) -> tuple[float, float]:
+    """Mean score and mean true reward of the best by score of each n of the responses ``drawn`` (their numbers, in groups of n)."""
+    best = [max(drawn[start : start + n], key=lambda i: scores[i]) for start in range(0, len(drawn), n)]
+    return sum(scores[i] for i in best) / len(best), sum(rewards[i] for i in best) / len(best)
+
+
+def best_of_n_kl(n: int) -> float:
+    """KL of best-of-n to single draws, in nats: log n - (n-1)/n; for texts that can be drawn twice, an upper bound."""
+    return math.log(n) - (n - 1) / n
+
+
 def train_policy(judge, topics: list[tuple], seed: int, steps: int = 200, batch: int = 64, lr: float = 0.1, beta: float = 0.02):
     """Policy gradient with a KL penalty; reward = P(better than the greedy response), which is the baseline as well.
 
