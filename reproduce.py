@@ -351,6 +351,8 @@ def run_side_by_side(names: list[str], lab: Lab, seeds: list[int], jobs: int) ->
                 for task in done:
                     task.result()
                     progress.update()
+        except KeyboardInterrupt:
+            raise Interrupted("the same command goes on where it stopped") from None
         except BrokenProcessPool:
             raise UserError(f"--jobs {jobs}: a process was killed, perhaps for want of memory; try --jobs 1") from None
         except Exception:
@@ -446,13 +448,19 @@ def draw(means: list[dict], x: str | None, shown: tuple[str, ...], picture: Path
                 (line,) = axis.plot(places, values, marker=".", label=method)
                 low, high = ([v - s * h for v, h in zip(values, halves)] for s in (1, -1))
                 axis.fill_between(places, low, high, alpha=0.2, color=line.get_color())
+        bounds = {row[x]: row["bound"][0] for row in means if x and name == "margin" and "bound" in row}
+        if bounds:
+            axis.plot(bounds.keys(), bounds.values(), "--", color="gray", label="best for certain labels, log((1 - eps) / eps)")
+            axis.legend(fontsize=8)
         axis.set(title=name, xlabel=x or "")
         axis.grid(alpha=0.3)
         if x is None:
             axis.set_yticks(range(len(methods)), methods)
             axis.invert_yaxis()
         elif x == "labels":
+            counts = sorted({row[x] for row in means})
             axis.set_xscale("symlog", linthresh=50)
+            axis.set_xticks(counts, counts, fontsize=8)
     if x is not None:
         axes[0][-1].legend(fontsize=8)
     figure.suptitle(title)
