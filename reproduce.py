@@ -428,15 +428,13 @@ def _figure(value: list | None) -> str:
 
 def draw(means: list[dict], x: str | None, shown: tuple[str, ...], picture: Path, title: str) -> None:
     """Lines over x with their intervals, one panel for each figure; bars where there is no x."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure  # not pyplot, whose state belongs to the notebook that calls us
 
     shown = [name for name in shown if any(name in row for row in means)]
     methods = list(dict.fromkeys(row["method"] for row in means))
     width = 5 if x else 2.6
-    figure, axes = plt.subplots(1, len(shown), figsize=(width * len(shown), 3.8), squeeze=False, sharey=x is None)
+    figure = Figure(figsize=(width * len(shown), 3.8))
+    axes = figure.subplots(1, len(shown), squeeze=False, sharey=x is None)
     for axis, name in zip(axes[0], shown):
         for place, method in enumerate(methods):
             rows = [row for row in means if row["method"] == method and name in row]
@@ -467,7 +465,6 @@ def draw(means: list[dict], x: str | None, shown: tuple[str, ...], picture: Path
     figure.tight_layout()
     partial = picture.with_name(picture.name + ".partial")
     figure.savefig(partial, dpi=100, format="png")
-    plt.close(figure)
     partial.replace(picture)
 
 

@@ -502,13 +502,11 @@ def save(result: dict, model: str, out: Path) -> None:
 
 def plot_reliability(result: dict, picture: Path) -> None:
     """Share right over P of the preferred response, and how many pairs stand behind each point."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure  # not pyplot, whose state belongs to the notebook that calls us
 
     bins = result["reliability"]
-    figure, (above, below) = plt.subplots(2, 1, figsize=(5, 5), sharex=True, height_ratios=(3, 1))
+    figure = Figure(figsize=(5, 5))
+    above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
     above.plot((0.5, 1), (0.5, 1), "--", color="grey", label="calibrated")
     points = [(one["probability"], one["share_right"]) for one in bins if one["pairs"]]
     above.plot(*zip(*points), "o-", label=f"ECE {result['judge']['ECE']['value']:.3f}")
@@ -523,4 +521,3 @@ def plot_reliability(result: dict, picture: Path) -> None:
     partial = picture.with_name(picture.name + ".partial")
     figure.savefig(partial, dpi=100, format="png")
     partial.replace(picture)
-    plt.close(figure)

@@ -91,15 +91,13 @@ class Log:
 
 def plot(log: Path, picture: Path, title: str) -> None:
     """Loss, and accuracy where there is one, over the steps of a log.csv."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure  # not pyplot, whose state belongs to the notebook that calls us
 
     with open(log, newline="") as file:
         rows = list(csv.DictReader(file))
     columns = [name for name in ("loss", "accuracy") if any(row[name] for row in rows)]
-    figure, axes = plt.subplots(1, max(1, len(columns)), figsize=(5 * max(1, len(columns)), 3.5), squeeze=False)
+    figure = Figure(figsize=(5 * max(1, len(columns)), 3.5))
+    axes = figure.subplots(1, max(1, len(columns)), squeeze=False)
     for axis, column in zip(axes[0], columns):
         judged = title == "reward"
         legend = {
@@ -117,4 +115,3 @@ def plot(log: Path, picture: Path, title: str) -> None:
         axis.grid(alpha=0.3)
     figure.tight_layout()
     figure.savefig(picture, dpi=100)
-    plt.close(figure)
