@@ -435,32 +435,35 @@ def draw(means: list[dict], x: str | None, shown: tuple[str, ...], picture: Path
     width = 5 if x else 2.6
     figure = Figure(figsize=(width * len(shown), 3.8))
     axes = figure.subplots(1, len(shown), squeeze=False, sharey=x is None)
+    accuracies = ("in-distribution", "out-of-distribution", "fact", "courtesy", "length")
+    x_label = {"KL": "KL, nats", "flipped": "share of the labels flipped", "share": "share of the unlabelled pairs"}.get(x, x)
     for axis, name in zip(axes[0], shown):
         for place, method in enumerate(methods):
             rows = [row for row in means if row["method"] == method and name in row]
             values, halves = [row[name][0] for row in rows], [row[name][1] or 0.0 for row in rows]
             if x is None:
-                axis.barh(place, values, xerr=halves, height=0.7)
+                axis.barh(place, values, xerr=halves, height=0.7, color="tab:blue")
             else:
                 places = [row[x][0] if isinstance(row[x], list) else row[x] for row in rows]
-                (line,) = axis.plot(places, values, marker=".", label=method)
+                (line,) = axis.plot(places, values, marker=".", label=method, ls=("-", "--")[place % 2])
                 low, high = ([v - s * h for v, h in zip(values, halves)] for s in (1, -1))
                 axis.fill_between(places, low, high, alpha=0.2, color=line.get_color())
         bounds = {row[x]: row["bound"][0] for row in means if x and name == "margin" and "bound" in row}
         if bounds:
             axis.plot(bounds.keys(), bounds.values(), "--", color="gray", label="best for certain labels, log((1 - eps) / eps)")
             axis.legend(fontsize=8)
-        axis.set(title=name, xlabel=x or "")
+        axis.set(title=f"accuracy: {name}" if name in accuracies else name, xlabel=x_label or "")
         axis.grid(alpha=0.3)
         if x is None:
             axis.set_yticks(range(len(methods)), methods)
             axis.invert_yaxis()
+            axis.axvline(0.5, color="black", lw=0.8)  # chance
         elif x == "labels":
             counts = sorted({row[x] for row in means})
             axis.set_xscale("symlog", linthresh=50)
             axis.set_xticks(counts, counts, fontsize=8)
     if x is not None:
-        axes[0][-1].legend(fontsize=8)
+        axes[0][-1].legend(fontsize=7, framealpha=0.5)
     figure.suptitle(title)
     figure.tight_layout()
     partial = picture.with_name(picture.name + ".partial")
@@ -471,7 +474,7 @@ def draw(means: list[dict], x: str | None, shown: tuple[str, ...], picture: Path
 def main(argv=None):
     parser = options.parser(__doc__, EXAMPLES)
     parser.add_argument("study", choices=(*STUDIES, "all"), metavar="STUDY", help="one of the above")
-    parser.add_argument("--quick", action="store_true", help="one seed, 1, in the place of --seeds")
+    parser.add_argument("--quick", action="store_true", help="one seed, 1, in the place of --seeds; results go to results/quick")
     parser.add_argument("--seeds", type=options.seed, nargs="+", default=list(SEEDS), metavar="N", help="seeds to run")
     parser.add_argument(
         "--jobs", type=options.positive_int, metavar="N",
@@ -488,7 +491,7 @@ def main(argv=None):
     parser.add_argument(
         "--runs", type=Path, default=Path("runs/reproduce"), metavar="FOLDER", help="where trained models are kept"
     )
-    parser.add_argument("--results", type=Path, default=Path("results"), metavar="FOLDER", help="where tables and figures go")
+    parser.add_argument("--results", type=Path, metavar="FOLDER", help="where tables and figures go (default: results)")
     args = parser.parse_args(argv)
     seeds = [1] if args.quick else args.seeds
     if len(set(seeds)) < len(seeds):
@@ -497,20 +500,21 @@ def main(argv=None):
         training = shlex.split(args.training)
     except ValueError as error:
         parser.error(f"--training {args.training}: {error}")
+    results = args.results or Path("results/quick" if args.quick else "results")
     studies = list(STUDIES) if args.study == "all" else [args.study]
     if args.data != "world":
         if args.study in NEEDS_TRUTH:
             raise UserError(f"{args.study}: needs the true rewards, which only the village has; leave --data out")
         studies = [name for name in studies if name not in NEEDS_TRUTH]
     check_place(args.runs, "--runs")
-    check_place(args.results, "--results")
+    check_place(results, "--results")
     loading = {"bits": args.bits, "max_length": args.max_length, "device": args.device}
     lab = Lab(args.runs, args.model, args.data, training, loading)
     jobs = args.jobs or (1 if torch.cuda.is_available() else 2)
     if jobs > 1 and len(studies) * len(seeds) > 1:
         run_side_by_side(studies, lab, seeds, jobs)
     for name in studies:
-        run_study(name, lab, seeds, args.results)
+        run_study(name, lab, seeds, results)
 
 
 if __name__ == "__main__":

@@ -220,6 +220,15 @@ def test_data_that_changed_are_other_data(tmp_path):
         reproduce.Lab(tmp_path / "one", "embedded", str(data))
 
 
+def test_one_seed_does_not_replace_the_figures_of_five(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    asked = []
+    monkeypatch.setattr(reproduce, "run_study", lambda name, lab, seeds, results: asked.append((name, seeds, str(results))))
+    reproduce.main(["bon", "--quick"])
+    reproduce.main(["bon", "--seeds", "3", "--jobs", "1"])
+    assert asked == [("bon", [1], "results/quick"), ("bon", [3], "results")]
+
+
 @pytest.mark.parametrize(
     "given, message",
     [
