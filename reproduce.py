@@ -9,8 +9,9 @@
   rl          a policy trained against the judge: the judge's reward and the true one, over KL
   all         these seven
 
-Each study writes results/STUDY.json and results/STUDY.png. Trained models stay in runs/reproduce and are used again, by
-other studies too, so a study goes on where it stopped. Who changes a study deletes its files in runs/reproduce/rows.
+Each study writes results/STUDY.json and results/STUDY.png (--quick to results/quick). Trained models stay in
+runs/reproduce and are used again, by other studies too, so a study goes on where it stopped. Who changes a study deletes
+its files in runs/reproduce/rows.
 """
 
 import contextlib
@@ -40,7 +41,7 @@ from gram_mini.data import load_pairs, split_by_prompt
 from gram_mini.errors import Interrupted, UserError, clear_errors
 from gram_mini.evaluation import calibration, student_t, summarise
 from gram_mini.formats import Pair
-from gram_mini.output import check_place, write_whole
+from gram_mini.output import check_place, save_figure, write_whole
 from gram_mini.prompts import LABELS
 from gram_mini.reward_model import RewardModel
 from gram_mini.world.pairs import topics, world_pairs
@@ -189,7 +190,6 @@ class Lab:
 
 
 def _write(path: Path, record: dict) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, [json.dumps(record, indent=1) + "\n"], "results")
 
 
@@ -466,9 +466,7 @@ def draw(means: list[dict], x: str | None, shown: tuple[str, ...], picture: Path
         axes[0][-1].legend(fontsize=7, framealpha=0.5)
     figure.suptitle(title)
     figure.tight_layout()
-    partial = picture.with_name(picture.name + ".partial")
-    figure.savefig(partial, dpi=100, format="png")
-    partial.replace(picture)
+    save_figure(figure, picture)
 
 
 def main(argv=None):

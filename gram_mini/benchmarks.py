@@ -49,7 +49,7 @@ import torch
 from gram_mini.errors import UserError
 from gram_mini.evaluation import bootstrap, brier, calibration, orders_agree
 from gram_mini.formats import Pair, parse_pairs, read_prompt
-from gram_mini.output import write_whole
+from gram_mini.output import save_figure, write_whole
 from gram_mini.reward_model import Comparison, RewardModel, round_robin
 from gram_mini.sources import read_rows
 
@@ -518,6 +518,4 @@ def plot_reliability(result: dict, picture: Path) -> None:
     for axis in (above, below):
         axis.grid(alpha=0.3)
     figure.tight_layout()
-    partial = picture.with_name(picture.name + ".partial")
-    figure.savefig(partial, dpi=100, format="png")
-    partial.replace(picture)
+    save_figure(figure, picture)

@@ -40,6 +40,13 @@ def write_whole(path: Path, parts: Iterable[str], name: str) -> None:
         partial.unlink(missing_ok=True)
 
 
+def save_figure(figure, picture: Path) -> None:
+    """Write a matplotlib figure as PNG to another name and rename it when it is complete."""
+    partial = picture.with_name(picture.name + ".partial")
+    figure.savefig(partial, dpi=100, format="png")
+    partial.replace(picture)
+
+
 def check_place(folder: Path, name: str) -> None:
     """See before the work begins that a folder can be made; ``name`` is what the user calls it.
 

@@ -57,7 +57,7 @@ def world_pairs(split: str, count: int | None = None, seed: int = 0) -> list[Pai
         else:
             label = int(rng.random() >= probability)
         pair = Pair(question(name, attribute), a.text, b.text, label, probability, _differs(a, b), row=len(found) + 1)
-        if not taken or _texts(pair) not in taken:
+        if _texts(pair) not in taken:
             found.append(pair)
     return found
 
