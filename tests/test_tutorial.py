@@ -13,23 +13,44 @@ from notebook import ROOT, TUTORIAL, execute, key_numbers, read, smallest
 BEGIN, END = "### BEGIN SOLUTION", "### END SOLUTION"
 NEEDED = ("setup", "unlabelled", "batch")  # cells that the exercises build on
 
-# What students get wrong: (cell, right, wrong, the cells whose points that loses).
+# What students get wrong: (cell, right, wrong, the cells whose points that loses), one tuple for each student.
 TYPICAL = (
-    ("mask", "[IGNORED] * (given - 1) + ids[given:] + [IGNORED]", "[IGNORED] * given + ids[given:]", {"mask-test"}),
-    ("judge-prompt", "if swap else (response_a, response_b)", "if not swap else (response_a, response_b)", {"judge-prompt-test"}),
-    ("loss", "torch.where(labels == 0, difference, -difference)", "difference", {"loss-test-labels"}),
-    ("loss", "eps * m", "eps / 2 * m", {"loss-test-smoothing"}),
-    ("gradient", "return 2 * eps", "return eps", {"torch-smoothing-test"}),
-    ("gradient", "-torch.sigmoid(-m) + eps", "-torch.sigmoid(m) + eps", {"gradient-test"}),
-    ("both-orders", "second.softmax(0)[1]", "second.softmax(0)[0]", {"both-orders-test", "both-orders-test-position"}),
-    ("tournaments", "for i, j in itertools.combinations(range(n), 2)", "for i, j in itertools.product(range(n), range(n))", {"round-robin-test"}),
-    ("tournaments", "if better(i, j) >= 0.5", "if better(i, j) < 0.5", {"knock-out-test"}),
-    ("best-of-n", "math.log(n) - (n - 1) / n", "math.log(n)", {"best-of-n-test"}),
-)  # fmt: skip
-OVER_THE_ORDERS = """
-    probabilities = torch.stack([first, second]).softmax(0)
-    return probabilities[0, 0].item(), abs(probabilities[0, 0] - probabilities[0, 1]).item()
-"""
+    (
+        ("mask", "[IGNORED] * (given - 1) + ids[given:] + [IGNORED]", "[IGNORED] * given + ids[given:]", {"mask-test"}),
+        ("loss", "torch.where(labels == 0, difference, -difference)", "difference", {"loss-test-labels"}),
+        ("gradient", "return 2 * eps", "return eps", {"torch-smoothing-test"}),
+        ("both-orders", "second.softmax(0)[1]", "second.softmax(0)[0]", {"both-orders-test", "both-orders-test-position"}),
+        ("tournaments", "if better(i, j) >= 0.5", "if better(i, j) < 0.5", {"knock-out-test"}),
+        ("best-of-n", "math.log(n) - (n - 1) / n", "math.log(n)", {"best-of-n-kl-test"}),
+    ),
+    (
+        (
+            "judge-prompt",
+            "if swap else (response_a, response_b)",
+            "if not swap else (response_a, response_b)",
+            {"judge-prompt-test"},
+        ),
+        ("loss", "eps * m", "eps / 2 * m", {"loss-test-smoothing"}),
+        ("gradient", "-torch.sigmoid(-m) + eps", "-torch.sigmoid(m) + eps", {"gradient-test"}),
+        (  # the softmax over the orders, not over the labels
+            "both-orders",
+            "second.softmax(0)[1].item()",
+            "torch.stack([first, second]).softmax(0)[1, 1].item()",
+            {"both-orders-test", "both-orders-test-position"},
+        ),
+        ("tournaments", "totals[i] + p, totals[j] + 1 - p", "totals[i] + (p > 0.5), totals[j] + (p < 0.5)", {"round-robin-test"}),
+        ("best-of-n", "key=lambda i: scores[i]", "key=lambda i: true[i]", {"best-of-n-test"}),
+    ),
+    (
+        ("loss", "eps * m", "eps * difference", {"loss-test-labels"}),
+        (  # the champion meets the next one
+            "tournaments",
+            "alive = [i if better(i, j) >= 0.5 else j for i, j in games] + alive[2 * len(games) :]",
+            "alive = [games[0][0] if better(*games[0]) >= 0.5 else games[0][1]] + alive[2:]",
+            {"knock-out-test"},
+        ),
+    ),
+)
 
 
 def grader(cell) -> dict:
@@ -154,22 +175,16 @@ def test_an_empty_hand_in_earns_nothing(course):
     assert set(scores(course, "empty", empty).values()) == {0.0}
 
 
-@pytest.mark.parametrize("first", (0, 1))
-def test_typical_wrong_answers_lose_their_points_and_no_others(course, first):
+@pytest.mark.parametrize("student", range(len(TYPICAL)))
+def test_typical_wrong_answers_lose_their_points_and_no_others(course, student):
     source, lost = exercises(read()), set()
     cells = {cell["id"]: cell for cell in source.cells}
-    touched = set()
-    for name, right, wrong, loses in TYPICAL[first::2]:
+    for name, right, wrong, loses in TYPICAL[student]:
         assert cells[name].source.count(right) == 1, name
         cells[name].source = cells[name].source.replace(right, wrong)
-        lost, touched = lost | loses, touched | {name}
-    if "both-orders" not in touched:  # a softmax over the orders, not over the labels
-        head, rest = cells["both-orders"].source.split(f"    {BEGIN}")
-        cells["both-orders"].source = head + OVER_THE_ORDERS
-        lost |= {"both-orders-test", "both-orders-test-position"}
-    found = scores(course, f"wrong-{first}", hand_in(course, source))
-    assert {name for name, score in found.items() if score == 0} == lost
-    assert {name: score for name, score in found.items() if score} == {n: p for n, p in full_marks().items() if n not in lost}
+        lost |= loses
+    found = scores(course, f"wrong-{student}", hand_in(course, source))
+    assert found == {name: 0.0 if name in lost else points for name, points in full_marks().items()}
 
 
 def test_make_assignment(tmp_path):
