@@ -1,12 +1,16 @@
 # make demo   both stages on the embedded village, and the table
 # make test   the tests
+# make notebook     run tutorial.ipynb and write it back with its outputs
+# make assignment   its student version
 # Both set up .venv first.
 PYTHON ?= python3
 BIN := .venv/bin
 DEMO := runs/demo
 RUNS := pretrain labels labels_smoothed reward_unsmoothed reward
 
-.PHONY: demo seeds test clean
+COURSE := runs/course
+
+.PHONY: demo seeds test notebook assignment clean
 
 demo: .venv/.installed
 	$(BIN)/python train_pretrain.py --out $(DEMO)/pretrain --overwrite
@@ -39,6 +43,15 @@ seeds: .venv/.installed
 
 test: .venv/.installed-tests
 	$(BIN)/python -m pytest -q
+
+notebook: .venv/.installed-tests
+	$(BIN)/python tests/notebook.py
+
+assignment: .venv/.installed-tests
+	mkdir -p $(COURSE)/source/gram_mini
+	cp tutorial.ipynb $(COURSE)/source/gram_mini/
+	PATH="$(CURDIR)/$(BIN):$$PATH" nbgrader generate_assignment gram_mini --course-dir=$(COURSE) --force
+	@echo "The student version: $(COURSE)/release/gram_mini/tutorial.ipynb"
 
 .venv/.installed: requirements.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv

@@ -1,0 +1,99 @@
+"""Run tutorial.ipynb: as it stands, written back with its outputs (make notebook), or in a smallest setting (the tests).
+
+python tests/notebook.py        # about 6 minutes on 2 cores
+"""
+
+import re
+import sys
+import time
+from pathlib import Path
+
+import nbformat
+from nbclient import NotebookClient
+
+ROOT = Path(__file__).parent.parent
+TUTORIAL = ROOT / "tutorial.ipynb"
+
+# What makes it small: (cell, what stands there, what takes its place).
+SMALLEST = (
+    ("train", "STEPS = []", 'STEPS = ["--steps", "2", "--limit", "64"]'),
+    ("stage1-facts", 'world_pairs("out-of-distribution")', 'world_pairs("out-of-distribution", 60)'),
+    ("table", 'world_pairs("in-distribution")', 'world_pairs("in-distribution", 40)'),
+    ("bon-scores", "80 if FULL else 20", "2"),
+    ("rl", "steps=150", "steps=10"),
+)
+
+# Key numbers with seed 0: (cell, what is printed, least, most).
+RANGES = (
+    ("stage1-facts", r"embedded +right in (\S+)", 0.40, 0.58),
+    ("stage1-facts", r"pretrain +right in (\S+)", 0.62, 0.90),
+    ("table", r"labels alone +\S+ ± \S+ +(\S+) ±", 0.62, 0.72),
+    ("table", r"GRAM +\S+ ± \S+ +(\S+) ±", 0.80, 0.90),
+    ("table", r"labels alone(?: +\S+ ± \S+){2} +(\S+) ±", 0.40, 0.60),
+    ("table", r"GRAM(?: +\S+ ± \S+){2} +(\S+) ±", 0.70, 0.95),
+    ("few-labels", r"GRAM +\+ 200 labels: (\S+)", 0.78, 0.92),
+    ("open-test", r"(\S+) ±", 0.88, 0.95),
+    ("rl", r"GRAM .* (\S+) at the end", 2.0, 3.0),
+)
+
+
+def read(path: Path = TUTORIAL):
+    return nbformat.read(path, as_version=4)
+
+
+def smallest(book):
+    """The same notebook, quick to run: nothing is learned, so what only a trained model can pass is left out."""
+    cells = {cell["id"]: cell for cell in book.cells}
+    for name, there, instead in SMALLEST:
+        assert there in cells[name].source, f"cell {name} no longer holds {there}"
+        cells[name].source = cells[name].source.replace(there, instead)
+    book.cells = [cell for cell in book.cells if "trained" not in cell.metadata.get("tags", [])]
+    return book
+
+
+def execute(book, folder: Path, allow_errors: bool = False):
+    """Run all cells with the repository on the path; returns the notebook with outputs, progress bars left out."""
+    first = nbformat.v4.new_code_cell(f"import sys; sys.path.insert(0, {str(ROOT)!r})")
+    book.cells.insert(0, first)
+    place = {"metadata": {"path": str(folder)}}
+    client = NotebookClient(book, timeout=1800, allow_errors=allow_errors, coalesce_streams=True, resources=place)
+    try:
+        client.execute()
+    finally:
+        book.cells.pop(0)
+    for cell in book.cells:
+        if cell.cell_type == "code":
+            cell.execution_count = None
+            cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
+            cell.metadata.pop("execution", None)
+    return book
+
+
+def printed(book, name: str) -> str:
+    cell = next(cell for cell in book.cells if cell["id"] == name)
+    return "".join(output.text for output in cell.outputs if output.output_type == "stream")
+
+
+def key_numbers(book) -> list[tuple[str, float, float, float]]:
+    """(where, value, least, most) of each of RANGES."""
+    found = []
+    for name, pattern, least, most in RANGES:
+        value = re.search(pattern, printed(book, name))
+        assert value, f"cell {name} prints nothing like {pattern}"
+        found.append((f"{name}: {pattern}", float(value[1]), least, most))
+    return found
+
+
+def main() -> None:
+    began = time.perf_counter()
+    book = execute(read(), ROOT)
+    nbformat.write(book, TUTORIAL)
+    print(f"{len(book.cells)} cells in {(time.perf_counter() - began) / 60:.1f} minutes, written to {TUTORIAL.name}")
+    wrong = [line for line in key_numbers(book) if not line[2] <= line[1] <= line[3]]
+    for where, value, least, most in wrong:
+        print(f"{where}: {value} is not within {least} to {most}")
+    sys.exit(bool(wrong))
+
+
+if __name__ == "__main__":
+    main()
