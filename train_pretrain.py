@@ -9,12 +9,12 @@ import torch
 from tqdm import tqdm
 
 from gram_mini import options
-from gram_mini.backbone import add_lora, checkpoint_gradients, hidden_states, load_backbone, load_tokenizer, output_logits
+from gram_mini.backbone import add_lora, checkpoint_gradients, hidden_states, load_backbone, load_tokenizer, output_head
 from gram_mini.batches import IGNORED, describe, encode_pairs, lengths, pair_batch, trained_tokens
 from gram_mini.data import load_pairs, split_by_prompt
 from gram_mini.errors import clear_errors
 from gram_mini.log import Log
-from gram_mini.losses import pair_loss
+from gram_mini.losses import pair_loss_in_chunks
 from gram_mini.prompts import label_tokens, pair_prompt
 from gram_mini.run_folder import RunFolder, recipe, run_record
 from gram_mini.training import (
@@ -71,8 +71,8 @@ def main(argv=None):
         hidden = hidden_states(model, batch["input_ids"].to(device))  # (B, T, H)
         targets = batch["targets"].to(device)  # (B, T)
         trained = targets != IGNORED
-        # Only positions that predict a trained token ever become logits: (B, T, H) -> (N, H) -> (N, V)
-        return pair_loss(output_logits(model, hidden[trained]), targets[trained]), batch["input_ids"].numel()
+        # Only positions that predict a trained token ever become logits: (B, T, H) -> (N, H) -> (n, V), a chunk at a time
+        return pair_loss_in_chunks(hidden[trained], targets[trained], output_head(model)), batch["input_ids"].numel()
 
     @torch.no_grad()
     def held_out_loss():
@@ -104,7 +104,7 @@ def main(argv=None):
         for step in progress:
             rows, swaps = next(batches)  # what all forward passes, in all processes, see in this step
             in_step, step_loss = sum(trained_tokens(prompt, row) for row in rows), 0.0
-            for some, their_swaps in forward_passes(rows, swaps, args.batch_size, accelerator):
+            for some, their_swaps in forward_passes(rows, swaps, prompt, args.batch_size, args.batch_tokens, accelerator):
                 loss, tokens = loss_on(some, their_swaps)
                 share = sum(trained_tokens(prompt, row) for row in some) / in_step  # the step's loss is a mean over tokens
                 (loss * share).backward()

@@ -64,12 +64,13 @@ from gram_mini.backbone import (  # noqa: E402
     hidden_states,
     load_backbone,
     logits_at_end,
+    output_head,
     output_logits,
     pick_device,
 )
 from gram_mini.batches import IGNORED, EncodedPair, judge_batch, pair_batch  # noqa: E402
 from gram_mini.errors import clear_errors  # noqa: E402
-from gram_mini.losses import pair_loss, reward_loss  # noqa: E402
+from gram_mini.losses import pair_loss_in_chunks, reward_loss  # noqa: E402
 from gram_mini.prompts import PromptPieces  # noqa: E402
 from gram_mini.training import clip_gradients, optimizer_and_schedule  # noqa: E402
 
@@ -217,7 +218,7 @@ def training_step(model, stage: str, rows: list[EncodedPair], optimizer) -> None
         hidden = hidden_states(model, batch["input_ids"].to(model.device))  # (B, T, H)
         targets = batch["targets"].to(model.device)  # (B, T)
         trained = targets != IGNORED
-        loss = pair_loss(output_logits(model, hidden[trained]), targets[trained])
+        loss = pair_loss_in_chunks(hidden[trained], targets[trained], output_head(model))
     else:
         batch = judge_batch(rows, swaps, PIECES, 0)
         hidden = hidden_states(model, batch["input_ids"].to(model.device))  # (B, T, H)

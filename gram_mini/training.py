@@ -19,8 +19,9 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from gram_mini.backbone import pick_device
-from gram_mini.batches import EncodedPair, batch_order
+from gram_mini.batches import EncodedPair, batch_order, split_by_tokens
 from gram_mini.errors import UserError
+from gram_mini.prompts import PromptPieces
 
 warnings.filterwarnings("ignore", message=".*lr_scheduler.step.. before .optimizer.step")  # a first step may be skipped
 
@@ -71,12 +72,20 @@ def batches_forever(rows: list[EncodedPair], rows_per_step: int, seed: int, skip
                 yield [rows[i] for i in batch], swaps
 
 
-def forward_passes(rows: list[EncodedPair], swaps: list[bool], batch_size: int, accelerator: Accelerator):
-    """Yield (rows, swaps) of this process's share of a step, at most ``batch_size`` at a time."""
+def forward_passes(
+    rows: list[EncodedPair],
+    swaps: list[bool],
+    prompt: PromptPieces,
+    batch_size: int,
+    tokens: int | None,
+    accelerator: Accelerator,
+):
+    """Yield (rows, swaps) of this process's share of a step, at most ``batch_size`` pairs and ``tokens`` tokens at a time."""
     mine = slice(accelerator.process_index, None, accelerator.num_processes)  # rows are sorted: equal work for all
     rows, swaps = rows[mine], swaps[mine]
-    for start in range(0, len(rows), batch_size):
-        yield rows[start : start + batch_size], swaps[start : start + batch_size]
+    lengths = [row.length + prompt.fixed_tokens for row in rows]
+    for some in split_by_tokens(lengths, tokens or math.inf, most=batch_size):
+        yield rows[some], swaps[some]
 
 
 def optimizer_and_schedule(model, lr: float, steps: int):
