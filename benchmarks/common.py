@@ -88,7 +88,7 @@ MODELS = {
 }
 OTHERS = {
     "embedded": Shape("qwen2", 96, 4, 4, 4, 24, 288, 718, True),  # the village's
-    "mid": Shape("qwen2", 512, 4, 8, 2, 64, 2752, 151936, True),  # a real vocabulary on a body that a CPU can train
+    "mid": Shape("qwen2", 512, 4, 8, 2, 64, 2048, 151936, True),  # a real vocabulary on a body that a CPU can train
 }
 SHAPES = {**OTHERS, **MODELS}
 

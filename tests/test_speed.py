@@ -94,9 +94,11 @@ def test_score_prints_a_table_and_both_ways_agree(capsys):
     options = ["--rounds", "2", "--pairs", "3", "--responses", "4", "--max-length", "256", "--device", "cpu"]
     score.main(["--shape", "embedded", *options])
     lines = table_of(capsys.readouterr().out)
-    assert [line[:2] for line in lines if line[1] == "usual"] == [["pairs", "usual"], ["reference", "usual"]]
+    assert [line[:2] for line in lines] == [
+        [task, way] for task in ("pairs", "reference", "round-robin") for way in ("ours", "unshared", "usual")
+    ]
     apart = [float(line[6]) for line in lines if line[6]]
-    assert len(apart) == 5 and max(apart) < 1e-5
+    assert len(apart) == 6 and max(apart) < 1e-5
 
 
 def test_growth_writes_figures(tmp_path, capsys):
