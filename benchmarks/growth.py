@@ -11,6 +11,7 @@ import json
 import statistics
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -36,12 +37,13 @@ STAGES = {"pretrain": "stage 1", "reward": "stage 2", "score": "scoring, both or
 RANKINGS = {"reference": "against a reference", "round-robin": "round robin"}
 
 
-def points(values: list[int], of, rounds: int) -> list[dict]:
-    """of(value) -> (seconds per unit, GiB) at each value: [{"at", "seconds", "gib"}]."""
+def points(values: list[int], make, rounds: int, device: torch.device) -> list[dict]:
+    """[{"at", "seconds" of a pair, "gib"}] where make(value) -> (action, its pairs, model, optimiser or None)."""
     found = []
     for value in tqdm(values, delay=2, leave=False):
-        runs = [of(value) for _ in range(rounds)]
-        found.append({"at": value, "seconds": statistics.median(t for t, _ in runs), "gib": max(m for _, m in runs)})
+        action, pairs, model, optimizer = make(value)
+        taken = statistics.median(seconds(device, action) for _ in range(rounds))
+        found.append({"at": value, "seconds": taken / pairs, "gib": peak_bytes(model, optimizer, action) / GIB})
     return found
 
 
@@ -60,21 +62,20 @@ def measure(args, device: torch.device) -> dict:
     args.max_length = max(*args.lengths, args.length)  # judge_of reads it
     judge = judge_of(s, args, device)
 
-    def train(stage: str, count: int, length: int) -> tuple[float, float]:
-        rows = rows_at(count, length, stage, s.vocabulary)
-
+    def train(stage: str, rows: list[EncodedPair]):
         def step():
             take_step(model, optimizer, loss_of(model, stage, rows, PIECES[stage]))
 
-        return seconds(device, step) / count, peak_bytes(model, optimizer, step) / GIB
+        return step, len(rows), model, optimizer
 
-    def score(rows: list[EncodedPair]) -> tuple[float, float]:
-        return seconds(device, ours, judge, rows) / len(rows), peak_bytes(judge.model, None, ours, judge, rows) / GIB
+    def score(rows: list[EncodedPair]):
+        return lambda: ours(judge, rows), len(rows), judge.model, None
 
-    def at(stage: str, count: int, length: int) -> tuple[float, float]:
-        return score(rows_at(count, length, stage, s.vocabulary)) if stage == "score" else train(stage, count, length)
+    def at(stage: str, count: int, length: int):
+        rows = rows_at(count, length, stage, s.vocabulary)
+        return score(rows) if stage == "score" else train(stage, rows)
 
-    def ranking(method: str, count: int) -> tuple[float, float]:
+    def ranking(method: str, count: int):
         first, *others = rows_at(count + 1, args.length, "score", s.vocabulary)
         if method == "reference":
             return score([replace(row, prompt=first.prompt, response_b=first.response_b) for row in others])
@@ -82,11 +83,12 @@ def measure(args, device: torch.device) -> dict:
         return score([replace(a, prompt=first.prompt, response_b=b.response_a) for a, b in games])
 
     for stage in STAGES:
-        at(stage, 1, 256)  # warm-up
-        found["length"][stage] = points(args.lengths, lambda n, stage=stage: at(stage, args.batch_size, n), args.rounds)
-        found["batch"][stage] = points(args.batches, lambda n, stage=stage: at(stage, n, args.length), args.rounds)
+        at(stage, 1, 256)[0]()  # warm-up
+        longer = partial(at, stage, args.batch_size)
+        found["length"][stage] = points(args.lengths, longer, args.rounds, device)
+        found["batch"][stage] = points(args.batches, partial(at, stage, length=args.length), args.rounds, device)
     for method in RANKINGS:
-        found["responses"][method] = points(args.responses, lambda n, method=method: ranking(method, n), args.rounds)
+        found["responses"][method] = points(args.responses, partial(ranking, method), args.rounds, device)
     return found
 
 
@@ -95,8 +97,8 @@ def draw(found: dict, args, picture: Path) -> None:
     figure = Figure(figsize=(11, 7))
     panels = figure.subplots(2, 2).flat
     titles = (
-        ("length", "seconds", f"{args.batch_size} pairs at once", "tokens of a pair"),
-        ("length", "gib", f"{args.batch_size} pairs at once", "tokens of a pair"),
+        ("length", "seconds", f"{args.batch_size} at once", "tokens of a pair"),
+        ("length", "gib", f"{args.batch_size} at once", "tokens of a pair"),
         ("batch", "seconds", f"pairs of {args.length} tokens", "pairs at once"),
         ("responses", "seconds", f"rankings, pairs of {args.length} tokens", "responses to one prompt"),
     )
@@ -117,8 +119,8 @@ def main(argv=None) -> None:
     several = dict(nargs="+", type=options.positive_int, metavar="N")
     parser.add_argument("--shape", choices=SHAPES, default="mid", help="sizes of the model; mid is 4 layers of width 512")
     parser.add_argument("--lengths", default=[256, 512, 1024, 2048, 4096], **several, help="tokens of a pair")
-    parser.add_argument("--batches", default=[1, 2, 4, 8, 16, 32], **several, help="pairs at once")
-    parser.add_argument("--responses", default=[2, 4, 8, 16, 32], **several, help="responses to one prompt")
+    parser.add_argument("--batches", default=[1, 2, 4, 8, 16], **several, help="pairs at once")
+    parser.add_argument("--responses", default=[2, 4, 8, 16], **several, help="responses to one prompt")
     parser.add_argument(
         "--length", type=options.positive_int, default=512, metavar="N", help="tokens of a pair beside the lengths"
     )

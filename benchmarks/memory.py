@@ -28,7 +28,8 @@ queries and of all keys, I the MLP's width, V the vocabulary, r the rank of LoRA
                kept, 2 H, and one layer at a time has all of the above.
   logits       12 per logit (stage 1): the log-probabilities, their gradient and the logits' are there together in float32, but
                for 2^25 logits at once at most (losses.LOGITS_AT_ONCE); torch 2.13 takes half of it. Stage 2 and scoring
-               build logits for B sequences at most.
+               build logits for B sequences at most. Where scoring shares what sequences begin with (prefixes.py) it holds
+               keys and values of all layers besides, 4 K per token and layer at most; not in the tables.
   in flight    2 * 3 I per token: in the backward pass of the MLP the gradient of its product, once through the adapter,
                once through the frozen matrix, and their sum; 2 H, the gradient of the layer's output; and with NF4
                the largest matrix dequantised, 2 bytes per weight, and its scales, 4 per 64. In scoring, at the up

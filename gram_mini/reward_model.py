@@ -84,7 +84,7 @@ class RewardModel:
         template: the judge prompt, with placeholders as in prompts.JUDGE.
     """
 
-    def __init__(self, model, tokenizer, max_length: int = 512, batch_size: int = 64, template: str = JUDGE):
+    def __init__(self, model, tokenizer, max_length: int = 512, batch_size: int = 32, template: str = JUDGE):
         self.model, self.tokenizer, self.template = model, tokenizer, template
         self.max_length, self.batch_size = max_length, batch_size
         self.head = getattr(model, "head", None)
@@ -99,7 +99,7 @@ class RewardModel:
         bits: int | None = None,
         device: str = "auto",
         max_length: int | None = None,
-        batch_size: int = 64,
+        batch_size: int = 32,
         template: str | None = None,
         merge: bool | None = None,
     ) -> RewardModel:
