@@ -104,12 +104,15 @@ def main(argv=None):
         add_head(model, None if args.head == "scalar" else label_tokens(tokenizer, template))
     if args.freeze:
         freeze_all_but_head(model)
-    judge = RewardModel(model, tokenizer, args.max_length, args.batch_size, template)
+    judge = RewardModel(model, tokenizer, args.max_length, args.batch_size, template, args.batch_tokens)
     train_pairs, held_out = split_by_prompt(data.pairs, args.held_out, args.seed)
     train = judge.encode(train_pairs)
     held_out_rows = judge.encode(held_out)
     length = lengths(train + held_out_rows, judge.prompt)
     accelerator.print(f"{len(train)} pairs to train on, {len(held_out)} held out; {describe(length, args.max_length)}")
+
+    def size(row):
+        return judge.pass_tokens(row) * (1.5 if args.text_weight else 1)  # the text loss sees one response once more
 
     def text_loss(rows):
         """Negative log-likelihood of the preferred responses, per token, by the backbone's own output matrix."""
@@ -139,7 +142,7 @@ def main(argv=None):
         for step in progress:
             rows, swaps = next(batches)  # what all forward passes, in all processes, see in this step
             step_loss = 0.0
-            for some, their_swaps in forward_passes(rows, swaps, judge.prompt, args.batch_size, args.batch_tokens, accelerator):
+            for some, their_swaps in forward_passes(rows, swaps, size, args.batch_size, args.batch_tokens, accelerator):
                 logits, at_end, batch = judge.label_logits(some, their_swaps)  # (B, 2), (B, H)
                 labels = batch["labels"].to(device)  # (B,)
                 loss = reward_loss(logits, labels, args.label_smoothing)

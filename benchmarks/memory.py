@@ -27,9 +27,9 @@ queries and of all keys, I the MLP's width, V the vocabulary, r the rank of LoRA
                Then the last norm, 4 H, and its output, 2 H. With gradient checkpointing only the input of each layer is
                kept, 2 H, and one layer at a time has all of the above.
   logits       12 per logit (stage 1): the log-probabilities, their gradient and the logits' are there together in float32, but
-               for 2^25 logits at once at most (losses.LOGITS_AT_ONCE); torch 2.13 takes half of it. Stage 2 and scoring
-               build logits for B sequences at most. Where scoring shares what sequences begin with (prefixes.py) it holds
-               keys and values of all layers besides, 4 K per token and layer at most; not in the tables.
+               for 2^25 logits at once at most (losses.LOGITS_AT_ONCE). Stage 2 and scoring build logits for B sequences at
+               most. Where scoring shares what sequences begin with (prefixes.py), it holds keys and values of all layers
+               besides, 5 K per token and layer at most; not in the tables.
   in flight    2 * 3 I per token: in the backward pass of the MLP the gradient of its product, once through the adapter,
                once through the frozen matrix, and their sum; 2 H, the gradient of the layer's output; and with NF4
                the largest matrix dequantised, 2 bytes per weight, and its scales, 4 per 64. In scoring, at the up
@@ -146,9 +146,8 @@ def trained_tokens(batch: int, length: int) -> int:
 
 
 @torch.no_grad()
-@torch.no_grad()
 def scoring_step(model, rows: list[EncodedPair]) -> None:
-    """One forward pass as in RewardModel.log_odds."""
+    """One forward pass over whole sequences, and the logits at their ends."""
     batch = judge_batch(rows, [False] * len(rows), PIECES, 0)
     logits_at_end(model, batch["input_ids"].to(model.device), batch["last"]).float().cpu()
 

@@ -2,7 +2,7 @@
 
 The usual way is one sequence at a time with the logits of all its positions, in both orders, as the official evaluation does.
 Ours is RewardModel: batches by tokens, two rows of the output matrix, and what sequences begin with computed once. "unshared" is ours without the
-last of these. All score with the same model; where it is float32 the adapter is merged, as RewardModel.load does.
+last of these. All score with the same model; with --bits 32 the adapter is merged.
 
   pairs       pairs of different prompts, each in both orders
   reference   --responses responses to one prompt, ranked against a reference: as many pairs, which share the prompt
@@ -55,7 +55,7 @@ def judge_of(s: Shape, args, device: torch.device) -> RewardModel:
     """A reward model of this shape with random weights, for rows of token ids."""
     torch.manual_seed(args.seed)
     model = build(s, args.bits, args.lora_rank, device)
-    if compute_dtype(args.bits, device) == torch.float32 and args.bits != 4:
+    if args.bits == 32:
         model = model.merge_and_unload()
     judge = RewardModel(model.eval(), load_tokenizer(EMBEDDED), args.max_length, args.batch_size)
     judge.prompt, judge.labels = PIECES["reward"], LABELS

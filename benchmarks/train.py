@@ -172,7 +172,7 @@ def with_scalar_head(s: Shape, args, device):
 
 
 def operations(s: Shape, stage: str, rows: list[EncodedPair], rank: int, checkpointing: bool) -> float:
-    """Floating-point operations that a step needs, padding apart; benchmarks/README.md, "On paper", counts them."""
+    """Floating-point operations that a step needs, padding apart; the head of benchmarks/bounds.py says what counts."""
     total, passes = 0, 3 if checkpointing else 2  # forward, and the gradient of the inputs; frozen weights need none
     frozen, adapter = (sum(f(i, o) for i, o in s.linear()) for f in (lambda i, o: i * o, lambda i, o: rank * (i + o)))
     for row in rows:

@@ -170,8 +170,10 @@ def load_merged(model, folder: Path):
     if getattr(model, "is_loaded_in_4bit", False):  # into a 4-bit matrix an adapter can only be merged with a loss
         before = transformers_logging.get_verbosity()
         transformers_logging.set_verbosity_error()  # it warns of the type that it casts to
-        model = model.dequantize()
-        transformers_logging.set_verbosity(before)
+        try:
+            model = model.dequantize()
+        finally:
+            transformers_logging.set_verbosity(before)
     adapted = load_lora(model.float(), folder)
     head = getattr(adapted, "head", None)
     merged = adapted.merge_and_unload()

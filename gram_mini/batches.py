@@ -14,6 +14,7 @@ from gram_mini.data import Pair
 from gram_mini.errors import UserError
 from gram_mini.prompts import PromptPieces
 
+ENOUGH = 1024  # tokens of a forward pass below which smaller passes cost more than padding
 IGNORED = -100  # target of a position that carries no loss, torch's default ignore_index
 
 
@@ -129,17 +130,21 @@ def response_segments(pieces: PromptPieces, pair: EncodedPair, second: bool) -> 
     return question, (*(pair.response_b if second else pair.response_a), *pieces.end)
 
 
-def split_by_tokens(lengths: list[int], tokens: float, most: int | None = None):
+def split_by_tokens(lengths: list[int], tokens: float, most: int | None = None, padding: float = 1.0):
     """Yield slices of consecutive sequences that padded take ``tokens`` at most, and are ``most`` at most.
 
-    A sequence that is too long for that comes by itself.
+    A slice ends, too, where padding would become more than the share ``padding`` of it, if it is large enough to keep a
+    processor busy (ENOUGH). A sequence that is too long for ``tokens`` comes by itself.
     """
-    start, longest = 0, 0
+    start, longest, total = 0, 0, 0
     for i, length in enumerate(lengths):
-        longest = max(longest, length)
-        if i > start and ((i - start + 1) * longest > tokens or i - start == most):
+        whole = (i - start) * longest  # tokens of the slice as it is, padded
+        longest, total = max(longest, length), total + length
+        padded = (i - start + 1) * longest
+        too_much_padding = whole >= ENOUGH and padded - total > padding * padded
+        if i > start and (padded > tokens or i - start == most or too_much_padding):
             yield slice(start, i)
-            start, longest = i, length
+            start, longest, total = i, length, length
     if lengths:
         yield slice(start, len(lengths))
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import math
+from array import array
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,6 +44,7 @@ from gram_mini.prompts import JUDGE, judge_prompt, label_tokens, response_prompt
 AVERAGES = ("probabilities", "logits")
 METHODS = ("round-robin", "knock-out", "reference")
 AGAINST = ("first", "all")
+MERGE_UP_TO = 2**30  # bytes of float32 weights
 
 
 @dataclass(frozen=True)
@@ -82,11 +85,20 @@ class RewardModel:
         max_length: tokens per judge prompt; longer texts are cut (see batches.truncate).
         batch_size: judge prompts of max_length per forward pass; of shorter ones, as many as make up the same number of tokens.
         template: the judge prompt, with placeholders as in prompts.JUDGE.
+        batch_tokens: fewer tokens per forward pass than these.
     """
 
-    def __init__(self, model, tokenizer, max_length: int = 512, batch_size: int = 32, template: str = JUDGE):
+    def __init__(
+        self,
+        model,
+        tokenizer,
+        max_length: int = 512,
+        batch_size: int = 32,
+        template: str = JUDGE,
+        batch_tokens: int | None = None,
+    ):
         self.model, self.tokenizer, self.template = model, tokenizer, template
-        self.max_length, self.batch_size = max_length, batch_size
+        self.max_length, self.batch_size, self.batch_tokens = max_length, batch_size, batch_tokens
         self.head = getattr(model, "head", None)
         self.scalar = self.head is not None and self.head.out_features == 1
         self.prompt = response_prompt(tokenizer) if self.scalar else judge_prompt(tokenizer, template)
@@ -110,9 +122,9 @@ class RewardModel:
             bits: 4, 16 or 32; by default what the run was trained with, for an exported model what it was written in, else 4.
             max_length: tokens per judge prompt; by default what the run was trained with, else 512.
             template: the judge prompt; by default what the run was trained with, else prompts.JUDGE.
-            merge: put the run's adapter into the weights, which spares its matrix products, but takes the memory of weights
-                that are not quantised; by default only where all is computed in float32, so that scores stay what they are
-                (to 1e-5).
+            merge: put the run's adapter into the weights, in float32. That spares the adapter's products and the unpacking of
+                NF4, and changes no score by more than 1e-5; by default on a CPU, where the weights then take 1 GiB at most.
+                (On a GPU export the run and score with that: gram_mini/export.py.)
 
         Raises:
             UserError: if there is no such model, or the backbone is not the one the run was trained on.
@@ -129,7 +141,7 @@ class RewardModel:
             template = template or run["prompt"]["judge"]
             backbone = load_backbone(name, bits, place, revision=trained_on if on_hub else None)
             if merge is None:
-                merge = backbone.dtype == torch.float32
+                merge = place.type == "cpu" and backbone.dtype == torch.float32 and 4 * backbone.num_parameters() <= MERGE_UP_TO
             model, tokenizer = (load_merged if merge else load_lora)(backbone, folder), load_tokenizer(path)
         elif (folder / "adapter_model.safetensors").is_file():
             raise UserError(f"{path}: holds an adapter but no run.json, so its backbone is unknown; is the run finished?")
@@ -166,6 +178,15 @@ class RewardModel:
         """Tokenise pairs, cut to ``max_length``."""
         return encode_pairs(pairs, self.prompt, self.tokenizer, self.max_length)
 
+    def pass_tokens(self, row: EncodedPair) -> int:
+        """Tokens that a pair takes in a forward pass of training: one judge prompt, or two responses after their prompts."""
+        return 2 * max(self._length(row, 0), self._length(row, 1)) if self.scalar else self._length(row, 0)
+
+    def _length(self, row: EncodedPair, k: int) -> int:
+        if not self.scalar:
+            return row.length + self.prompt.fixed_tokens
+        return len(row.prompt) + len(row.response_b if k else row.response_a) + self.prompt.fixed_tokens
+
     @torch.no_grad()
     def log_odds(self, rows: list[EncodedPair], progress: str | None = None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Judge encoded pairs in both orders; what several have in common is computed once (gram_mini/prefixes.py).
@@ -176,24 +197,32 @@ class RewardModel:
         """
         segments = response_segments if self.scalar else pair_segments
         jobs = [(i, k) for i in range(len(rows)) for k in (0, 1)]  # the pair's two orders, or its two responses
-        sequences = [segments(self.prompt, rows[i], bool(k)) for i, k in jobs]
-        lengths = [sum(map(len, sequence)) for sequence in sequences]
-        longest: dict[tuple, int] = {}  # of the sequences on one question
-        for sequence, length in zip(sequences, lengths):
-            longest[sequence[0]] = max(length, longest.get(sequence[0], 0))
-        # Similar lengths together, so that little is padded; what begins alike together, so that it is shared.
-        order = sorted(range(len(jobs)), key=lambda j: (-longest[sequences[j][0]], sequences[j]))
+        lengths = [self._length(rows[i], k) for i, k in jobs]
+        questions = [bytes(array("i", row.prompt)) for row in rows]
+        longest: dict[bytes, int] = {}  # of the sequences on one question
+        for (i, _), length in zip(jobs, lengths):
+            longest[questions[i]] = max(length, longest.get(questions[i], 0))
+
+        def place(j: int):
+            """Similar lengths together, so that little is padded; what begins alike together, so that it is shared."""
+            i, k = jobs[j]
+            return -longest[questions[i]], questions[i], bytes(array("i", rows[i].response_b if k else rows[i].response_a))
+
+        order = sorted(range(len(jobs)), key=place)
+        limit = min(self.batch_size * self.max_length, self.batch_tokens or math.inf)
         value, mass = torch.zeros(len(rows), 2), torch.ones(len(rows), 2)
         training = self.model.training
         self.model.eval()
         with tqdm(total=len(jobs), desc=progress, delay=2, disable=progress is None, leave=False) as bar:
-            for some in split_by_tokens([lengths[j] for j in order], self.batch_size * self.max_length):
-                at_end = end_states(self.model, [sequences[j] for j in order[some]], self.tokenizer.pad_token_id)  # (B, H)
+            for some in split_by_tokens([lengths[j] for j in order], limit, padding=0.1):
+                chosen = [jobs[j] for j in order[some]]
+                sequences = [segments(self.prompt, rows[i], bool(k)) for i, k in chosen]
+                at_end = end_states(self.model, sequences, self.tokenizer.pad_token_id)  # (B, H)
                 logits = self._read(at_end).float()  # (B, 2), or (B, 1)
-                place = tuple(torch.tensor([jobs[j] for j in order[some]]).T)
-                value[place] = (logits[:, 0] if self.scalar else logits[:, 0] - logits[:, 1]).cpu()
+                at = tuple(torch.tensor(chosen).T)
+                value[at] = (logits[:, 0] if self.scalar else logits[:, 0] - logits[:, 1]).cpu()
                 if not self.scalar:
-                    mass[place] = self.label_mass(at_end).cpu()
+                    mass[at] = self.label_mass(at_end).cpu()
                 bar.update(len(at_end))
         self.model.train(training)
         if self.scalar:

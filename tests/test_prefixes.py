@@ -2,7 +2,18 @@
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+from transformers import (
+    GPTNeoConfig,
+    GPTNeoForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    MptConfig,
+    MptForCausalLM,
+)
 
 from gram_mini import prefixes, reward_model
 from gram_mini.backbone import EMBEDDED, add_head, add_lora, load_backbone
@@ -63,7 +74,38 @@ def test_little_to_share_is_not_shared(monkeypatch):
 def test_windows_and_states_are_not_gone_on_from():
     assert can_share(LlamaForCausalLM(LlamaConfig(**SMALL)))
     assert not can_share(MistralForCausalLM(MistralConfig(**SMALL, sliding_window=8)))
+    assert not can_share(MambaForCausalLM(MambaConfig(vocab_size=9, hidden_size=16, num_hidden_layers=1)))
+    assert not can_share(MptForCausalLM(MptConfig(vocab_size=9, d_model=16, n_heads=2, n_layers=1)))  # ALiBi counts the padding
+    assert not can_share(GPTNeoForCausalLM(GPTNeoConfig(vocab_size=9, hidden_size=16, num_layers=2, num_heads=2, attention_types=[[["global", "local"], 1]])))  # fmt: skip
+    longer = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    assert not can_share(LlamaForCausalLM(LlamaConfig(**SMALL, rope_parameters=longer)))
     assert can_share(add_lora(load_backbone(EMBEDDED, bits=32), 2))
+
+
+@torch.no_grad()
+def test_states_of_empty_ends_and_without_padding_token(monkeypatch):
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**SMALL)).eval()
+    question, long, short = ids(60)[0], ids(9, start=50)[0], ids(4, start=70)[0]
+    for sequences in (
+        [(question, long, ()), (question, (), ())],
+        [(question, long, short), (question, short, long), (question, long, long)],
+    ):
+        for sequence, state in zip(sequences, end_states(model, sequences, None)):
+            whole = torch.tensor([sum(sequence, ())])
+            assert torch.allclose(state, model.get_decoder()(whole).last_hidden_state[0, -1], atol=1e-5)
+
+
+def test_the_cache_stays_small():
+    """Long questions with short responses beside short ones with long responses would be padded twice."""
+    x, y = ids(900)[0], ids(20, start=40)[0]
+    sequences = [(x, ids(10)[0], ids(10)[0]), (x, ids(9)[0], ids(10)[0])]
+    sequences += [(y, ids(450)[0], ids(450)[0]), (y, ids(449)[0], ids(450)[0])]
+    levels, _ = tree(sequences)
+    whole = Level([sum(s, ()) for s in sequences], [0] * 4)
+    assert not prefixes.worth_it(levels, whole)
+    alone, _ = tree(sequences[:2])
+    assert prefixes.worth_it(alone, Level([sum(s, ()) for s in sequences[:2]], [0] * 2))
 
 
 PROMPT = "What does Anna eat, and where does she live, and what is her work, and which pet does she keep? " * 2
@@ -102,9 +144,24 @@ def test_a_scalar_head_sees_each_response_once(tokenizer, monkeypatch):
     assert len(seen) == 2 and odds[0, 0] == odds[0, 1] and (mass == 1).all()
 
 
+def test_nothing_to_judge(embedded_judge):
+    odds, mass, truncated = embedded_judge.log_odds([])
+    assert odds.shape == mass.shape == (0, 2) and truncated.shape == (0,)
+    assert embedded_judge.compare_many([]) == []
+
+
+def test_batch_tokens_bound_the_passes(tokenizer, monkeypatch):
+    judge, seen = RewardModel(load_backbone(EMBEDDED, bits=32), tokenizer, batch_tokens=400), []
+    monkeypatch.setattr(reward_model, "end_states", lambda m, s, p: seen.append(s) or end_states(m, s, p))
+    judge.rank(PROMPT, RESPONSES)
+    assert len(seen) > 3 and max(len(s) * max(sum(map(len, one)) for one in s) for s in seen) <= 400
+
+
 def test_split_by_tokens():
     lengths = [10, 10, 10, 8, 8, 3, 30, 1]
     parts = [lengths[some] for some in split_by_tokens(lengths, 24)]
     assert parts == [[10, 10], [10, 8], [8, 3], [30], [1]]
     assert [lengths[some] for some in split_by_tokens(lengths, 1000, most=3)] == [[10, 10, 10], [8, 8, 3], [30, 1]]
     assert list(split_by_tokens([], 5)) == []
+    falling = [600, 590, 580, 300, 290, 10]  # padding of 10% ends a pass, but none of less than 1,024 tokens
+    assert [falling[some] for some in split_by_tokens(falling, 10_000, padding=0.1)] == [[600, 590, 580], [300, 290, 10]]

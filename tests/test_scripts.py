@@ -16,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import score
 import train_pretrain
 import train_reward
-from gram_mini import evaluation
+from gram_mini import evaluation, reward_model
 from gram_mini.backbone import EMBEDDED_FOLDER, OutputHead, load_tokenizer
 from gram_mini.reward_model import RewardModel
 
@@ -231,6 +231,23 @@ def test_stage_1_builds_logits_for_trained_tokens_only(tmp_path, monkeypatch):
     )
     train_pretrain.main(["--out", str(tmp_path / "run"), "--limit", "50", "--steps", "2", *SMALL])
     assert len(seen) == 2 and all(states == targets == trained > 0 for states, targets, trained in seen)
+
+
+def test_stage_1_in_chunks_learns_the_same(tmp_path, monkeypatch):
+    weights = []
+    for name, at_once in (("whole", 2**25), ("chunks", 718 * 50)):
+        monkeypatch.setattr("gram_mini.losses.LOGITS_AT_ONCE", at_once)
+        train_pretrain.main(["--out", str(tmp_path / name), "--limit", "50", "--steps", "3", "--held-out", "0.1", *SMALL])
+        weights.append(load_file(tmp_path / name / "adapter_model.safetensors"))
+    assert all(torch.allclose(weights[0][key], weights[1][key], atol=1e-4) for key in weights[0])
+
+
+def test_batch_tokens_bounds_a_scalar_head_too(tmp_path, data, monkeypatch):
+    seen, real = [], reward_model.hidden_states
+    monkeypatch.setattr(reward_model, "hidden_states", lambda m, ids: seen.append(ids.numel()) or real(m, ids))
+    options = ["--head", "scalar", "--batch-tokens", "300", "--steps", "2", "--held-out", "0"]
+    train_reward.main(["--data", data, "--out", str(tmp_path / "run"), *options, *SMALL[:4]])
+    assert len(seen) > 2 and max(seen) <= 300
 
 
 def test_batch_tokens_changes_the_passes_and_not_the_steps(tmp_path, data, monkeypatch):
