@@ -119,7 +119,7 @@ def main(argv=None) -> None:
     several = dict(nargs="+", type=options.positive_int, metavar="N")
     parser.add_argument("--shape", choices=SHAPES, default="mid", help="sizes of the model; mid is 4 layers of width 512")
     parser.add_argument("--lengths", default=[256, 512, 1024, 2048, 4096], **several, help="tokens of a pair")
-    parser.add_argument("--batches", default=[1, 2, 4, 8, 16], **several, help="pairs at once")
+    parser.add_argument("--batches", default=[1, 2, 4, 8], **several, help="pairs at once")
     parser.add_argument("--responses", default=[2, 4, 8, 16], **several, help="responses to one prompt")
     parser.add_argument(
         "--length", type=options.positive_int, default=512, metavar="N", help="tokens of a pair beside the lengths"

@@ -130,18 +130,22 @@ def response_segments(pieces: PromptPieces, pair: EncodedPair, second: bool) -> 
     return question, (*(pair.response_b if second else pair.response_a), *pieces.end)
 
 
-def split_by_tokens(lengths: list[int], tokens: float, most: int | None = None, padding: float = 1.0):
+def split_by_tokens(
+    lengths: list[int], tokens: float, most: int | None = None, padding: float = 1.0, groups: Sequence | None = None
+):
     """Yield slices of consecutive sequences that padded take ``tokens`` at most, and are ``most`` at most.
 
     A slice ends, too, where padding would become more than the share ``padding`` of it, if it is large enough to keep a
-    processor busy (ENOUGH). A sequence that is too long for ``tokens`` comes by itself.
+    processor busy (ENOUGH), and not within one of the ``groups``: what belongs together may share its beginning. A sequence
+    that is too long for ``tokens`` comes by itself.
     """
     start, longest, total = 0, 0, 0
     for i, length in enumerate(lengths):
         whole = (i - start) * longest  # tokens of the slice as it is, padded
         longest, total = max(longest, length), total + length
         padded = (i - start + 1) * longest
-        too_much_padding = whole >= ENOUGH and padded - total > padding * padded
+        seam = groups is None or i == 0 or groups[i] != groups[i - 1]
+        too_much_padding = seam and whole >= ENOUGH and padded - total > padding * padded
         if i > start and (padded > tokens or i - start == most or too_much_padding):
             yield slice(start, i)
             start, longest, total = i, length, length

@@ -214,7 +214,10 @@ class RewardModel:
         training = self.model.training
         self.model.eval()
         with tqdm(total=len(jobs), desc=progress, delay=2, disable=progress is None, leave=False) as bar:
-            for some in split_by_tokens([lengths[j] for j in order], limit, padding=0.1):
+            passes = split_by_tokens(
+                [lengths[j] for j in order], limit, padding=0.1, groups=[questions[jobs[j][0]] for j in order]
+            )
+            for some in passes:
                 chosen = [jobs[j] for j in order[some]]
                 sequences = [segments(self.prompt, rows[i], bool(k)) for i, k in chosen]
                 at_end = end_states(self.model, sequences, self.tokenizer.pad_token_id)  # (B, H)

@@ -165,3 +165,5 @@ def test_split_by_tokens():
     assert list(split_by_tokens([], 5)) == []
     falling = [600, 590, 580, 300, 290, 10]  # padding of 10% ends a pass, but none of less than 1,024 tokens
     assert [falling[some] for some in split_by_tokens(falling, 10_000, padding=0.1)] == [[600, 590, 580], [300, 290, 10]]
+    together = split_by_tokens(falling, 10_000, padding=0.1, groups="xxxxyy")
+    assert [falling[some] for some in together] == [[600, 590, 580, 300], [290, 10]]
