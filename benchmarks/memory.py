@@ -26,8 +26,9 @@ queries and of all keys, I the MLP's width, V the vocabulary, r the rank of LoRA
       MLP       2 * 3 I                gate before and after its SiLU, and up
                Then the last norm, 4 H, and its output, 2 H. With gradient checkpointing only the input of each layer is
                kept, 2 H, and one layer at a time has all of the above.
-  logits       12 per logit (stage 1): the log-probabilities, their gradient and the logits' are there together in float32, but
-               for 2^25 logits at once at most (losses.LOGITS_AT_ONCE). Stage 2 and scoring build logits for B sequences at
+  logits       12 per logit (stage 1): the log-probabilities, their gradient and the logits' are there together in float32. More
+               than 2^25 logits (losses.LOGITS_AT_ONCE) are made that many at a time, 8 bytes each: in bfloat16, in float32
+               where they become their gradient, and that in bfloat16. Stage 2 and scoring build logits for B sequences at
                most. Where scoring shares what sequences begin with (prefixes.py), it holds keys and values of all layers
                besides, 5 K per token and layer at most; not in the tables.
   in flight    2 * 3 I per token: in the backward pass of the MLP the gradient of its product, once through the adapter,
@@ -130,7 +131,8 @@ def compute(s: Shape, stage: str, bits: int, checkpointing: bool, batch: int, le
     if stage == "score":
         activations = tokens * ((2 * 2 + 8) * s.intermediate + (2 * 2 + 4) * s.hidden) + workspace
     else:
-        logits = 12 * min(s.vocabulary * trained_tokens(batch, length), LOGITS_AT_ONCE) if stage == "pretrain" else 0
+        logits = s.vocabulary * trained_tokens(batch, length) if stage == "pretrain" else 0
+        logits = 12 * logits if logits <= LOGITS_AT_ONCE else 8 * LOGITS_AT_ONCE
         in_flight = tokens * (2 * 3 * s.intermediate + 2 * s.hidden) + workspace
         again = tokens * layer_bytes(s, rank) if checkpointing else 0
         activations = kept_bytes(s, rank, tokens, checkpointing) + max(logits, in_flight + again)
