@@ -30,7 +30,7 @@ from gram_mini.output import check_place, save_figure, write_whole  # noqa: E402
 from gram_mini.training import optimizer_and_schedule  # noqa: E402
 
 EXAMPLES = """\
-  python benchmarks/growth.py                                   # the mid shape: 6 minutes on 2 CPU cores
+  python benchmarks/growth.py                                   # the mid shape: 7 minutes on 2 CPU cores
   python benchmarks/growth.py --shape embedded --out runs/growth"""
 
 STAGES = {"pretrain": "stage 1", "reward": "stage 2", "score": "scoring, both orders"}

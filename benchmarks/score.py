@@ -46,7 +46,7 @@ from gram_mini.errors import clear_errors  # noqa: E402
 from gram_mini.reward_model import RewardModel  # noqa: E402
 
 EXAMPLES = """\
-  python benchmarks/score.py                                    # the mid shape, drawn lengths: 3 minutes on 2 CPU cores
+  python benchmarks/score.py                                    # the mid shape, drawn lengths: 6 minutes on 2 CPU cores
   python benchmarks/score.py --data pairs.jsonl                 # lengths of a file
   python benchmarks/score.py --shape Qwen2.5-0.5B --bits 4 --max-length 1024    # on a GPU"""
 

@@ -63,7 +63,7 @@ from gram_mini.errors import UserError, clear_errors  # noqa: E402
 from gram_mini.training import optimizer_and_schedule  # noqa: E402
 
 EXAMPLES = """\
-  python benchmarks/train.py                                    # the mid shape, drawn lengths: 3 minutes on 2 CPU cores
+  python benchmarks/train.py                                    # the mid shape, drawn lengths: 2 minutes on 2 CPU cores
   python benchmarks/train.py --data pairs.jsonl --peer trl      # lengths of a file, and against TRL (pip install trl)
   python benchmarks/train.py --shape Qwen2.5-0.5B --bits 4 --batch-size 8 --max-length 1024    # on a GPU"""
 
