@@ -63,7 +63,10 @@ def main(argv=None):
         default="probabilities",
         help="average of the two orders: of probabilities or log-odds",
     )
-    g.add_argument("--batch-size", type=options.positive_int, default=64, metavar="N", help="judge prompts per forward pass")
+    g.add_argument(
+        "--batch-size", type=options.positive_int, default=32, metavar="N",
+        help="judge prompts of --max-length per forward pass; of shorter ones as many more as have the same number of tokens",
+    )  # fmt: skip
     options.add_model_options(g, bits_default=None, max_length_default=None)
     options.add_judge_template(g, default="as in training, else the one in gram_mini/prompts.py")
     args = parser.parse_args(argv)

@@ -3,18 +3,19 @@
 Any preference data will do: labels are dropped, and which response comes first is drawn at random.
 """
 
+import math
 import time
 
 import torch
 from tqdm import tqdm
 
 from gram_mini import options
-from gram_mini.backbone import add_lora, checkpoint_gradients, hidden_states, load_backbone, load_tokenizer, output_logits
-from gram_mini.batches import IGNORED, describe, encode_pairs, lengths, pair_batch, trained_tokens
+from gram_mini.backbone import add_lora, checkpoint_gradients, hidden_states, load_backbone, load_tokenizer, output_head
+from gram_mini.batches import IGNORED, describe, encode_pairs, lengths, pair_batch, split_by_tokens, trained_tokens
 from gram_mini.data import load_pairs, split_by_prompt
 from gram_mini.errors import clear_errors
 from gram_mini.log import Log
-from gram_mini.losses import pair_loss
+from gram_mini.losses import pair_loss_in_chunks
 from gram_mini.prompts import label_tokens, pair_prompt
 from gram_mini.run_folder import RunFolder, recipe, run_record
 from gram_mini.training import (
@@ -66,13 +67,16 @@ def main(argv=None):
     steps = number_of_steps(len(train), per_step, args.epochs, args.steps)
     optimizer, schedule = optimizer_and_schedule(model, args.lr, steps)
 
+    def size(row):
+        return row.length + prompt.fixed_tokens
+
     def loss_on(rows, swaps):
         batch = pair_batch(rows, swaps, prompt, tokenizer.pad_token_id)
         hidden = hidden_states(model, batch["input_ids"].to(device))  # (B, T, H)
         targets = batch["targets"].to(device)  # (B, T)
         trained = targets != IGNORED
-        # Only positions that predict a trained token ever become logits: (B, T, H) -> (N, H) -> (N, V)
-        return pair_loss(output_logits(model, hidden[trained]), targets[trained]), batch["input_ids"].numel()
+        # Only positions that predict a trained token ever become logits: (B, T, H) -> (N, H) -> (n, V), a chunk at a time
+        return pair_loss_in_chunks(hidden[trained], targets[trained], output_head(model)), batch["input_ids"].numel()
 
     @torch.no_grad()
     def held_out_loss():
@@ -80,7 +84,8 @@ def main(argv=None):
             return [loss_on(chunk, [False] * len(chunk))[0].item() for chunk in tqdm(chunks, delay=2, leave=False)]
 
         model.eval()
-        chunks = [held_out[i : i + args.batch_size] for i in range(0, len(held_out), args.batch_size)]
+        parts = split_by_tokens([size(row) for row in held_out], args.batch_tokens or math.inf, most=args.batch_size)
+        chunks = [held_out[part] for part in parts]
         tokens = [sum(trained_tokens(prompt, row) for row in chunk) for chunk in chunks]
         total = sum(loss * n for loss, n in zip(in_shares(accelerator, chunks, losses), tokens))
         model.train()
@@ -104,7 +109,7 @@ def main(argv=None):
         for step in progress:
             rows, swaps = next(batches)  # what all forward passes, in all processes, see in this step
             in_step, step_loss = sum(trained_tokens(prompt, row) for row in rows), 0.0
-            for some, their_swaps in forward_passes(rows, swaps, args.batch_size, accelerator):
+            for some, their_swaps in forward_passes(rows, swaps, size, args.batch_size, args.batch_tokens, accelerator):
                 loss, tokens = loss_on(some, their_swaps)
                 share = sum(trained_tokens(prompt, row) for row in some) / in_step  # the step's loss is a mean over tokens
                 (loss * share).backward()

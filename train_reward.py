@@ -22,14 +22,14 @@ from gram_mini.backbone import (
     load_lora,
     load_tokenizer,
     local_folder,
-    output_logits,
+    output_head,
 )
-from gram_mini.batches import IGNORED, chosen_batch, describe, encode_pairs, lengths
+from gram_mini.batches import IGNORED, chosen_batch, describe, lengths
 from gram_mini.data import load_pairs, split_by_prompt
 from gram_mini.errors import UserError, clear_errors
 from gram_mini.evaluation import summarise
 from gram_mini.log import Log
-from gram_mini.losses import best_margin, margins, pair_loss, reward_loss
+from gram_mini.losses import best_margin, margins, pair_loss_in_chunks, reward_loss
 from gram_mini.prompts import JUDGE, label_tokens, read_template
 from gram_mini.reward_model import RewardModel
 from gram_mini.run_folder import RunFolder, check_init, recipe, run_record
@@ -104,18 +104,22 @@ def main(argv=None):
         add_head(model, None if args.head == "scalar" else label_tokens(tokenizer, template))
     if args.freeze:
         freeze_all_but_head(model)
-    judge = RewardModel(model, tokenizer, args.max_length, args.batch_size, template)
+    judge = RewardModel(model, tokenizer, args.max_length, args.batch_size, template, args.batch_tokens)
     train_pairs, held_out = split_by_prompt(data.pairs, args.held_out, args.seed)
-    train = encode_pairs(train_pairs, judge.prompt, tokenizer, args.max_length)
-    length = lengths(train + encode_pairs(held_out, judge.prompt, tokenizer, args.max_length), judge.prompt)
+    train = judge.encode(train_pairs)
+    held_out_rows = judge.encode(held_out)
+    length = lengths(train + held_out_rows, judge.prompt)
     accelerator.print(f"{len(train)} pairs to train on, {len(held_out)} held out; {describe(length, args.max_length)}")
+
+    def size(row):
+        return judge.pass_tokens(row) * (1.5 if args.text_weight else 1)  # the text loss sees one response once more
 
     def text_loss(rows):
         """Negative log-likelihood of the preferred responses, per token, by the backbone's own output matrix."""
         batch = chosen_batch(rows, judge.prompt, tokenizer.pad_token_id)
         hidden, targets = hidden_states(model, batch["input_ids"].to(device)), batch["targets"].to(device)  # (B, T, H), (B, T)
         trained = targets != IGNORED
-        return pair_loss(output_logits(model, hidden[trained]), targets[trained])
+        return pair_loss_in_chunks(hidden[trained], targets[trained], output_head(model))
 
     # The loop, from the beginning or from a checkpoint
     per_step = args.batch_size * args.grad_accum * accelerator.num_processes
@@ -138,7 +142,7 @@ def main(argv=None):
         for step in progress:
             rows, swaps = next(batches)  # what all forward passes, in all processes, see in this step
             step_loss = 0.0
-            for some, their_swaps in forward_passes(rows, swaps, args.batch_size, accelerator):
+            for some, their_swaps in forward_passes(rows, swaps, size, args.batch_size, args.batch_tokens, accelerator):
                 logits, at_end, batch = judge.label_logits(some, their_swaps)  # (B, 2), (B, H)
                 labels = batch["labels"].to(device)  # (B,)
                 loss = reward_loss(logits, labels, args.label_smoothing)
@@ -160,7 +164,7 @@ def main(argv=None):
             schedule.step()
             if held_out and (step == steps or step % max(1, steps // 5) == 0):
                 began = time.perf_counter()
-                compared = in_shares(accelerator, held_out, lambda mine: judge.compare_many(mine, progress="held out"))
+                compared = in_shares(accelerator, held_out_rows, lambda mine: judge.compare_encoded(mine, progress="held out"))
                 final = summarise(held_out, compared)
                 log.held_out(step, time.perf_counter() - began, **asdict(final))
             stop = accelerator.check_trigger()

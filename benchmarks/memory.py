@@ -17,16 +17,20 @@ queries and of all keys, I the MLP's width, V the vocabulary, r the rank of LoRA
   activations  kept for the backward pass, per token and layer. A frozen matrix keeps none: its gradient is not asked for.
       norms     4 H twice              each computes in float32 and keeps its input in it; 4 (Q + K) more where queries
                                        and keys have norms of their own (Qwen3)
-      LoRA      4 (5 H + Q + I)        the input of each of the seven layers, cast to float32 for the adapter, each cast
-                                       a copy of its own: q, k, v, gate, up take H, o takes Q, down takes I
-      LoRA      4 * 7 r                what lies between its two matrices
+      LoRA      2 (5 H + Q + I)        the input of each of the seven layers, each a copy of its own since peft casts it to
+                                       float32 and autocast casts it back: q, k, v, gate, up take H, o takes Q, down takes I
+                                       (with NF4 on a GPU peft casts nothing: at most this much)
+      LoRA      2 * 7 r                what lies between its two matrices
       attention 2 (2 Q + 2 K) + 4 heads  queries, keys, values, output, and the logarithms of the softmax's sums; SDPA
                                        keeps no T x T matrix
       MLP       2 * 3 I                gate before and after its SiLU, and up
                Then the last norm, 4 H, and its output, 2 H. With gradient checkpointing only the input of each layer is
                kept, 2 H, and one layer at a time has all of the above.
-  logits       12 V per trained token (stage 1): at the start of the backward pass the log-probabilities, their gradient and
-               the logits' are there together in float32. Stage 2 and scoring build logits for B sequences at most.
+  logits       12 per logit (stage 1): the log-probabilities, their gradient and the logits' are there together in float32. More
+               than 2^25 logits (losses.LOGITS_AT_ONCE) are made that many at a time, 8 bytes each: in bfloat16, in float32
+               where they become their gradient, and that in bfloat16. Stage 2 and scoring build logits for B sequences at
+               most. Where scoring shares what sequences begin with (prefixes.py), it holds keys and values of all layers
+               besides, 5 K per token and layer at most; not in the tables.
   in flight    2 * 3 I per token: in the backward pass of the MLP the gradient of its product, once through the adapter,
                once through the frozen matrix, and their sum; 2 H, the gradient of the layer's output; and with NF4
                the largest matrix dequantised, 2 bytes per weight, and its scales, 4 per 64. In scoring, at the up
@@ -42,101 +46,43 @@ from __future__ import annotations
 
 import argparse
 import gc
-import os
 import sys
-import tempfile
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
-os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler announces each start and stop
-
-import torch  # noqa: E402
-from torch.profiler import ProfilerActivity, profile  # noqa: E402
-from transformers import AutoConfig, AutoModelForCausalLM  # noqa: E402
+import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from gram_mini import options  # noqa: E402
-from gram_mini.backbone import (  # noqa: E402
-    add_lora,
-    checkpoint_gradients,
-    hidden_states,
-    load_backbone,
-    logits_at_end,
-    output_logits,
-    pick_device,
+from benchmarks.common import (  # noqa: E402
+    GIB,
+    MODELS,
+    Shape,
+    build,
+    growth,
+    held_bytes,
+    loss_of,
+    random_rows,
+    synchronize,
+    table,
+    take_step,
 )
-from gram_mini.batches import IGNORED, EncodedPair, judge_batch, pair_batch  # noqa: E402
+from gram_mini import options  # noqa: E402
+from gram_mini.backbone import checkpoint_gradients, logits_at_end, pick_device  # noqa: E402
+from gram_mini.batches import EncodedPair, judge_batch  # noqa: E402
 from gram_mini.errors import clear_errors  # noqa: E402
-from gram_mini.losses import pair_loss, reward_loss  # noqa: E402
+from gram_mini.losses import LOGITS_AT_ONCE  # noqa: E402
 from gram_mini.prompts import PromptPieces  # noqa: E402
-from gram_mini.training import clip_gradients, optimizer_and_schedule  # noqa: E402
+from gram_mini.training import optimizer_and_schedule  # noqa: E402
 
 EXAMPLES = """\
   python benchmarks/memory.py                                   # every model; without a GPU computed, in a second
   python benchmarks/memory.py --tiny --steps 3                  # a small shape, measured, also on a CPU"""
 
-GIB = 2**30
+TINY = {"tiny": Shape("qwen3", 256, 4, 4, 2, 64, 768, 4096, True)}
 STAGES = ("pretrain", "reward", "score")
 PIECES = PromptPieces(start=[1], after_prompt=[1], between=[1], end=[1])  # a prompt of four fixed tokens
-LABELS = (5, 6)
 EFFECTIVE_BATCH = 32  # pairs per optimiser step that a recipe comes to by gradient accumulation
-
-
-@dataclass(frozen=True)
-class Shape:
-    """The sizes of a model, as in its public config.json."""
-
-    kind: str  # transformers' model_type
-    hidden: int
-    layers: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    intermediate: int
-    vocabulary: int
-    tied: bool  # whether the output matrix is the embeddings' own
-
-    @property
-    def queries(self) -> int:
-        return self.heads * self.head_dim
-
-    @property
-    def keys(self) -> int:
-        return self.kv_heads * self.head_dim
-
-    def linear(self) -> list[tuple[int, int]]:
-        """(inputs, outputs) of the seven linear layers of a decoder layer: q, k, v, o, gate, up, down."""
-        h, q, k, i = self.hidden, self.queries, self.keys, self.intermediate
-        return [(h, q), (h, k), (h, k), (q, h), (h, i), (h, i), (i, h)]
-
-    def config(self):
-        """The config object that transformers builds the model from."""
-        return AutoConfig.for_model(
-            self.kind,
-            hidden_size=self.hidden,
-            num_hidden_layers=self.layers,
-            num_attention_heads=self.heads,
-            num_key_value_heads=self.kv_heads,
-            head_dim=self.head_dim,
-            intermediate_size=self.intermediate,
-            vocab_size=self.vocabulary,
-            tie_word_embeddings=self.tied,
-            max_position_embeddings=8192,
-        )
-
-
-MODELS = {
-    "Qwen2.5-0.5B": Shape("qwen2", 896, 24, 14, 2, 64, 4864, 151936, True),
-    "Qwen3-0.6B": Shape("qwen3", 1024, 28, 16, 8, 128, 3072, 151936, True),
-    "Llama-3.2-1B": Shape("llama", 2048, 16, 32, 8, 64, 8192, 128256, True),
-    "SmolLM2-1.7B": Shape("llama", 2048, 24, 32, 32, 64, 8192, 49152, True),
-    "Qwen3-1.7B": Shape("qwen3", 2048, 28, 16, 8, 128, 6144, 151936, True),
-    "Llama-3.2-3B": Shape("llama", 3072, 28, 24, 8, 128, 8192, 128256, True),
-    "Qwen3-8B": Shape("qwen3", 4096, 36, 32, 8, 128, 12288, 151936, False),
-}
-TINY = {"tiny": Shape("qwen3", 256, 4, 4, 2, 64, 768, 4096, True)}
 
 
 # ---- the formula --------------------------------------------------------------------------------------
@@ -166,7 +112,7 @@ def layer_bytes(s: Shape, rank: int) -> int:
     """What one decoder layer keeps for its backward pass, per token."""
     h, q, k, i = s.hidden, s.queries, s.keys, s.intermediate
     norms = 4 * 2 * h + (4 * (q + k) if s.kind == "qwen3" else 0)
-    lora = 4 * (5 * h + q + i) + 4 * 7 * rank
+    lora = 2 * (5 * h + q + i) + 2 * 7 * rank
     attention = 2 * (2 * q + 2 * k) + 4 * s.heads
     return norms + lora + attention + 2 * 3 * i
 
@@ -185,7 +131,8 @@ def compute(s: Shape, stage: str, bits: int, checkpointing: bool, batch: int, le
     if stage == "score":
         activations = tokens * ((2 * 2 + 8) * s.intermediate + (2 * 2 + 4) * s.hidden) + workspace
     else:
-        logits = 12 * s.vocabulary * trained_tokens(batch, length) if stage == "pretrain" else 0
+        logits = s.vocabulary * trained_tokens(batch, length) if stage == "pretrain" else 0
+        logits = 12 * logits if logits <= LOGITS_AT_ONCE else 8 * LOGITS_AT_ONCE
         in_flight = tokens * (2 * 3 * s.intermediate + 2 * s.hidden) + workspace
         again = tokens * layer_bytes(s, rank) if checkpointing else 0
         activations = kept_bytes(s, rank, tokens, checkpointing) + max(logits, in_flight + again)
@@ -195,43 +142,14 @@ def compute(s: Shape, stage: str, bits: int, checkpointing: bool, batch: int, le
 # ---- measuring ----------------------------------------------------------------------------------------
 
 
-def random_rows(batch: int, length: int, vocabulary: int) -> list[EncodedPair]:
-    """Pairs of random tokens that fill ``length``: a quarter prompt, the rest the two responses."""
-    prompt = length // 4
-    a = (length - prompt - 4) // 2
-    sizes = (prompt, a, length - prompt - 4 - a)
-    draw = lambda n: torch.randint(vocabulary, (n,)).tolist()
-    return [EncodedPair(*map(draw, sizes), label=i % 2, row=i, uncut=sizes) for i in range(batch)]
-
-
 def trained_tokens(batch: int, length: int) -> int:
     """Tokens that stage 1 predicts in such a batch."""
     return batch * (length - length // 4 - 1)
 
 
-def training_step(model, stage: str, rows: list[EncodedPair], optimizer) -> None:
-    """One step as in the loop of the stage's script."""
-    swaps = [False] * len(rows)
-    if stage == "pretrain":
-        batch = pair_batch(rows, swaps, PIECES, 0)
-        hidden = hidden_states(model, batch["input_ids"].to(model.device))  # (B, T, H)
-        targets = batch["targets"].to(model.device)  # (B, T)
-        trained = targets != IGNORED
-        loss = pair_loss(output_logits(model, hidden[trained]), targets[trained])
-    else:
-        batch = judge_batch(rows, swaps, PIECES, 0)
-        hidden = hidden_states(model, batch["input_ids"].to(model.device))  # (B, T, H)
-        logits = output_logits(model, hidden[torch.arange(len(hidden)), batch["last"]], LABELS)  # (B, 2)
-        loss = reward_loss(logits, batch["labels"].to(model.device), 0.05)
-    loss.backward()
-    clip_gradients(model)
-    optimizer.step()
-    optimizer.zero_grad()
-
-
 @torch.no_grad()
 def scoring_step(model, rows: list[EncodedPair]) -> None:
-    """One forward pass as in RewardModel.log_odds."""
+    """One forward pass over whole sequences, and the logits at their ends."""
     batch = judge_batch(rows, [False] * len(rows), PIECES, 0)
     logits_at_end(model, batch["input_ids"].to(model.device), batch["last"]).float().cpu()
 
@@ -246,59 +164,28 @@ def measure(model, stage: str, checkpointing: bool, batch: int, length: int, ste
     rows = random_rows(batch, length, model.config.vocab_size)
     model.train(stage != "score")
     optimizer, _ = optimizer_and_schedule(model, 1e-4, steps)
-    step = (lambda: scoring_step(model, rows)) if stage == "score" else (lambda: training_step(model, stage, rows, optimizer))
-    on_gpu = model.device.type == "cuda"
-    synchronize = (lambda: torch.cuda.synchronize(model.device)) if on_gpu else (lambda: None)
+
+    def step():
+        if stage == "score":
+            scoring_step(model, rows)
+        else:
+            take_step(model, optimizer, loss_of(model, stage, rows, PIECES))
+
     step()  # warm-up; Adam's moments are made here
-    synchronize()
+    synchronize(model.device)
+    on_gpu = model.device.type == "cuda"
     if on_gpu:
         torch.cuda.reset_peak_memory_stats(model.device)
     began = time.perf_counter()
     for _ in range(steps):
         step()
-    synchronize()
+    synchronize(model.device)
     speed = steps * batch * length / (time.perf_counter() - began)
     peak = torch.cuda.max_memory_allocated(model.device) if on_gpu else held_bytes(model, optimizer) + growth(step)
     return peak, speed
 
 
-def held_bytes(model, optimizer) -> int:
-    """Bytes of all weights, quantised or not, and of the optimiser's state."""
-    tensors = [*model.parameters(), *(t for state in optimizer.state.values() for t in state.values())]
-    for parameter in model.parameters():
-        if state := getattr(parameter, "quant_state", None):
-            tensors += [state.absmax, state.code, state.offset, state.state2.absmax, state.state2.code]
-    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
-
-
-def growth(step) -> int:
-    """Most bytes that torch's CPU allocator held during ``step`` beyond what it held before."""
-    gc.collect()  # what is freed during the step must have been allocated in it
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
-        step()
-    events = [e for e in seen.profiler.kineto_results.events() if e.name() == "[memory]"]
-    held = most = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        held += event.nbytes()
-        most = max(most, held)
-    return most
-
-
-def build(s: Shape, bits: int, rank: int, device: torch.device):
-    """An adapted model with random weights, loaded as the scripts load one; the weights lie on disk meanwhile."""
-    with tempfile.TemporaryDirectory() as folder:
-        AutoModelForCausalLM.from_config(s.config(), dtype=torch.bfloat16).save_pretrained(folder)
-        return add_lora(load_backbone(folder, bits, device), rank)
-
-
 # ---- tables -------------------------------------------------------------------------------------------
-
-
-def table(head: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table, its columns set under each other."""
-    widths = [max(map(len, column)) for column in zip(head, *rows)]
-    lines = [head, [w * "-" for w in widths], *rows]
-    return "\n".join("| " + " | ".join(cell.ljust(w) for cell, w in zip(line, widths)) + " |" for line in lines)
 
 
 def rows_of(name: str, s: Shape, args, device: torch.device, measured: bool):

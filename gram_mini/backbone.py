@@ -10,9 +10,11 @@ import json
 import logging
 import os
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it announces at import that an optional kernel is missing
 warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*", category=FutureWarning)  # peft, and 5.x names below
@@ -139,7 +141,7 @@ def freeze_all_but_head(model: PeftModel) -> None:
         parameter.requires_grad_(name.startswith("head."))
 
 
-def load_lora(model, folder: Path, trainable: bool) -> PeftModel:
+def load_lora(model, folder: Path, trainable: bool = False) -> PeftModel:
     """Put the adapter of a run on its backbone.
 
     Raises:
@@ -157,6 +159,27 @@ def load_lora(model, folder: Path, trainable: bool) -> PeftModel:
         return model
     except Exception as error:  # as in _from_pretrained
         raise UserError(f"{folder}: the adapter cannot be loaded: {str(error).splitlines()[0]}") from None
+
+
+def load_merged(model, folder: Path):
+    """The backbone in float32 with the adapter of a run in its weights; NF4 weights keep the values they have.
+
+    Raises:
+        UserError: as :func:`load_lora`.
+    """
+    if getattr(model, "is_loaded_in_4bit", False):  # into a 4-bit matrix an adapter can only be merged with a loss
+        before = transformers_logging.get_verbosity()
+        transformers_logging.set_verbosity_error()  # it warns of the type that it casts to
+        try:
+            model = model.dequantize()
+        finally:
+            transformers_logging.set_verbosity(before)
+    adapted = load_lora(model.float(), folder)
+    head = getattr(adapted, "head", None)
+    merged = adapted.merge_and_unload()
+    if head is not None:
+        merged.head = head
+    return merged
 
 
 def save_adapter(model: PeftModel, tokenizer, backbone: str, folder: Path) -> None:
@@ -178,25 +201,56 @@ def logits_at_end(model, input_ids: torch.Tensor, last: torch.Tensor) -> torch.T
 
 def hidden_states(model, input_ids: torch.Tensor) -> torch.Tensor:
     """Last hidden states (B, T, H) of right-padded sequences (B, T), before the output matrix."""
-    decoder = (model.get_base_model() if isinstance(model, PeftModel) else model).get_decoder()
-    return decoder(input_ids=input_ids, use_cache=False).last_hidden_state
+    with half_precision(model):
+        return decoder(model)(input_ids=input_ids, use_cache=False).last_hidden_state
+
+
+def half_precision(model):
+    """Context in which the adapter computes in bfloat16 like its backbone, and not, input by input, in float32; its
+    parameters and their gradients stay float32. Nothing changes on a float32 backbone."""
+    in_bfloat16 = model.get_input_embeddings().weight.dtype == torch.bfloat16
+    return torch.autocast(model.device.type, torch.bfloat16, enabled=in_bfloat16)
+
+
+def decoder(model):
+    """The layers of a causal language model, with or without an adapter, without its output matrix."""
+    return (model.get_base_model() if isinstance(model, PeftModel) else model).get_decoder()
 
 
 def output_logits(model, hidden: torch.Tensor, tokens: tuple[int, ...] | None = None) -> torch.Tensor:
-    """Next-token logits of hidden states (..., H): (..., V), or (..., len(tokens)) for these tokens only.
+    """Next-token logits of hidden states (..., H): (..., V), or (..., len(tokens)) for these tokens only."""
+    return output_head(model)(hidden, tokens)
 
-    Only the rows of the output matrix that are asked for are multiplied.
-    """
+
+@dataclass(frozen=True)
+class OutputHead:
+    """What makes logits of the last hidden states: the output matrix, and what some architectures do after it."""
+
+    weight: torch.Tensor  # (V, H)
+    bias: torch.Tensor | None  # (V,)
+    scale: float  # Cohere multiplies, Granite divides
+    cap: float | None  # Gemma 2 bends the logits so that they stay within +-cap
+
+    def __call__(self, hidden: torch.Tensor, tokens: tuple[int, ...] | None = None) -> torch.Tensor:
+        """Logits as in :func:`output_logits`; only the rows of the matrix that are asked for are multiplied.
+
+        A few tokens' logits are at least float32: bfloat16 would round a logit of 10 to the next sixteenth.
+        """
+        weight, bias = self.weight, self.bias
+        if tokens is not None:
+            exact = torch.promote_types(weight.dtype, torch.float32)
+            weight, bias = (None if x is None else x[list(tokens)].to(exact) for x in (weight, bias))
+        logits = F.linear(hidden.to(weight.dtype), weight, bias)
+        logits = logits if self.scale == 1 else logits * self.scale
+        return torch.tanh(logits / self.cap) * self.cap if self.cap else logits
+
+
+def output_head(model) -> OutputHead:
+    """The output head of a causal language model, with or without an adapter."""
     base = model.get_base_model() if isinstance(model, PeftModel) else model
-    head = base.get_output_embeddings()
-    rows = slice(None) if tokens is None else list(tokens)
-    bias = getattr(head, "bias", None)
-    logits = torch.nn.functional.linear(hidden.to(head.weight.dtype), head.weight[rows], None if bias is None else bias[rows])
-    config = base.config.get_text_config()
-    logits = logits * (getattr(config, "logit_scale", None) or 1.0)  # Cohere
-    logits = logits / (getattr(config, "logits_scaling", None) or 1.0)  # Granite
-    cap = getattr(config, "final_logit_softcapping", None)  # Gemma 2
-    return torch.tanh(logits / cap) * cap if cap else logits
+    head, config = base.get_output_embeddings(), base.config.get_text_config()
+    scale = (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
+    return OutputHead(head.weight, getattr(head, "bias", None), scale, getattr(config, "final_logit_softcapping", None))
 
 
 def local_folder(name: str) -> Path | None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+from array import array
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +14,7 @@ from gram_mini.data import Pair
 from gram_mini.errors import UserError
 from gram_mini.prompts import PromptPieces
 
+ENOUGH = 1024  # tokens of a forward pass below which smaller passes cost more than padding
 IGNORED = -100  # target of a position that carries no loss, torch's default ignore_index
 
 
@@ -19,9 +22,9 @@ IGNORED = -100  # target of a position that carries no loss, torch's default ign
 class EncodedPair:
     """The three texts of a pair as token ids, cut to length, with label and row number as in Pair."""
 
-    prompt: list[int]
-    response_a: list[int]
-    response_b: list[int]
+    prompt: Sequence[int]
+    response_a: Sequence[int]
+    response_b: Sequence[int]
     label: int | None
     row: int
     uncut: tuple[int, int, int]  # how long the three were before they were cut
@@ -57,7 +60,8 @@ def encode_pairs(pairs: list[Pair], pieces: PromptPieces, tokenizer, max_length:
         ids = tokenizer(texts, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
         for pair, prompt, a, b in zip(some, ids[0::3], ids[1::3], ids[2::3]):
             uncut = (len(prompt), len(a), len(b))
-            encoded.append(EncodedPair(*truncate(prompt, a, b, budget), pair.label, pair.row, uncut))
+            cut = (array("i", text) for text in truncate(prompt, a, b, budget))  # 4 bytes a token, where a list takes 36
+            encoded.append(EncodedPair(*cut, pair.label, pair.row, uncut))
     return encoded
 
 
@@ -110,8 +114,43 @@ def truncate(prompt: list[int], a: list[int], b: list[int], budget: int) -> tupl
 
 def join(pieces: PromptPieces, pair: EncodedPair, swap: bool = False) -> list[int]:
     """The whole sequence of one example; ``swap`` puts y_b in the place of assistant A."""
+    return [token for segment in pair_segments(pieces, pair, swap) for token in segment]
+
+
+def pair_segments(pieces: PromptPieces, pair: EncodedPair, swap: bool = False) -> tuple[tuple[int, ...], ...]:
+    """The sequence of :func:`join`, cut where those of other pairs may part from it: before either response."""
     first, second = (pair.response_b, pair.response_a) if swap else (pair.response_a, pair.response_b)
-    return [*pieces.start, *pair.prompt, *pieces.after_prompt, *first, *pieces.between, *second, *pieces.end]
+    question = (*pieces.start, *pair.prompt, *pieces.after_prompt)
+    return question, (*first, *pieces.between), (*second, *pieces.end)
+
+
+def response_segments(pieces: PromptPieces, pair: EncodedPair, second: bool) -> tuple[tuple[int, ...], ...]:
+    """For a scalar head: the prompt, and one of the responses by itself."""
+    question = (*pieces.start, *pair.prompt, *pieces.after_prompt)
+    return question, (*(pair.response_b if second else pair.response_a), *pieces.end)
+
+
+def split_by_tokens(
+    lengths: list[int], tokens: float, most: int | None = None, padding: float = 1.0, groups: Sequence | None = None
+):
+    """Yield slices of consecutive sequences that padded take ``tokens`` at most, and are ``most`` at most.
+
+    A slice ends, too, where padding would become more than the share ``padding`` of it, if it is large enough to keep a
+    processor busy (ENOUGH), and not within one of the ``groups``: what belongs together may share its beginning. A sequence
+    that is too long for ``tokens`` comes by itself.
+    """
+    start, longest, total = 0, 0, 0
+    for i, length in enumerate(lengths):
+        whole = (i - start) * longest  # tokens of the slice as it is, padded
+        longest, total = max(longest, length), total + length
+        padded = (i - start + 1) * longest
+        seam = groups is None or i == 0 or groups[i] != groups[i - 1]
+        too_much_padding = seam and whole >= ENOUGH and padded - total > padding * padded
+        if i > start and (padded > tokens or i - start == most or too_much_padding):
+            yield slice(start, i)
+            start, longest, total = i, length, length
+    if lengths:
+        yield slice(start, len(lengths))
 
 
 def batch_order(lengths: list[int], batch_size: int, rng: random.Random) -> list[list[int]]:
@@ -130,7 +169,7 @@ def batch_order(lengths: list[int], batch_size: int, rng: random.Random) -> list
     return batches
 
 
-def pad(rows: list[list[int]], value: int | None) -> torch.Tensor:
+def pad(rows: Sequence[Sequence[int]], value: int | None) -> torch.Tensor:
     """Right-pad token lists to a tensor (B, T).
 
     No attention mask is needed: attention is causal, so what stands right of a token cannot change it. So where a
@@ -138,7 +177,7 @@ def pad(rows: list[list[int]], value: int | None) -> torch.Tensor:
     """
     value = 0 if value is None else value
     length = max(map(len, rows))
-    return torch.tensor([row + [value] * (length - len(row)) for row in rows])  # (B, T)
+    return torch.tensor([[*row, *[value] * (length - len(row))] for row in rows])  # (B, T)
 
 
 def trained_tokens(pieces: PromptPieces, row: EncodedPair) -> int:
@@ -179,8 +218,7 @@ def response_batch(rows: list[EncodedPair], swaps: list[bool], pieces: PromptPie
 
     Returns input_ids (2B, T), last (2B,) and labels (B,), exchanged where the responses are, as in :func:`judge_batch`.
     """
-    both = [(r.response_b, r.response_a) if swap else (r.response_a, r.response_b) for r, swap in zip(rows, swaps)]
-    sequences = [_after_prompt(pieces, row, both[i][k]) for k in (0, 1) for i, row in enumerate(rows)]
+    sequences = [_after_prompt(pieces, row, k ^ swap) for k in (False, True) for row, swap in zip(rows, swaps)]
     return {
         "input_ids": pad(sequences, pad_id),
         "last": torch.tensor([len(ids) - 1 for ids in sequences]),
@@ -195,15 +233,15 @@ def chosen_batch(rows: list[EncodedPair], pieces: PromptPieces, pad_id: int) -> 
     """
     sequences, targets = [], []
     for row in rows:
-        ids = _after_prompt(pieces, row, row.response_b if row.label else row.response_a)
+        ids = _after_prompt(pieces, row, bool(row.label))
         given = len(pieces.start) + len(row.prompt) + pieces.untrained
         sequences.append(ids)
         targets.append(_next_tokens(ids, given))
     return {"input_ids": pad(sequences, pad_id), "targets": pad(targets, IGNORED)}
 
 
-def _after_prompt(pieces: PromptPieces, row: EncodedPair, response: list[int]) -> list[int]:
-    return [*pieces.start, *row.prompt, *pieces.after_prompt, *response, *pieces.end]
+def _after_prompt(pieces: PromptPieces, row: EncodedPair, second: bool) -> list[int]:
+    return [token for segment in response_segments(pieces, row, second) for token in segment]
 
 
 def _next_tokens(ids: list[int], given: int) -> list[int]:

@@ -51,7 +51,7 @@ def _explain(error: Exception) -> str | None:
     if type(error).__name__ == "OutOfMemoryError":
         return (
             f"out of GPU memory ({text.splitlines()[0].split('. ')[0]}); what helps: a smaller --batch-size (in training with as "
-            "much more --grad-accum, which gives the same result), a shorter --max-length, --bits 4, and in training "
+            "much more --grad-accum, or --batch-tokens, which give the same result), a shorter --max-length, --bits 4, and in training "
             "--gradient-checkpointing or a smaller --lora-rank"
         )
     if isinstance(error, MemoryError) or "can't allocate memory" in text:

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from gram_mini import options
-from gram_mini.backbone import EXPORTED, HEAD, load_lora, read_run
+from gram_mini.backbone import EXPORTED, HEAD, read_run
 from gram_mini.errors import UserError, clear_errors
 from gram_mini.output import check_place, put_in_place
 from gram_mini.reward_model import RewardModel
@@ -49,18 +49,15 @@ def export(run: Path, out: Path, dtype: str = "bfloat16", overwrite: bool = Fals
     """
     out = out.resolve()
     partial = out.with_name(out.name + ".partial")
-    bits = read_run(run)["options"]["bits"]
+    read_run(run)  # anything but a finished run ends here
     check_out(out, partial, overwrite)
     if (run / HEAD).is_file():
         raise UserError(
             f"{run}: has a head of its own, which an ordinary model cannot hold; export a run without --head or --freeze"
         )
 
-    judge = RewardModel.load(str(run), device=device)
-    backbone = judge.model.unload()
-    if bits == 4:
-        backbone.dequantize()
-    model = load_lora(backbone.float(), run, trainable=False).merge_and_unload().to(getattr(torch, dtype))
+    judge = RewardModel.load(str(run), device=device, merge=True)
+    model = judge.model.to(getattr(torch, dtype))
 
     try:
         shutil.rmtree(partial, ignore_errors=True)

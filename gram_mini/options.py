@@ -11,6 +11,7 @@ from gram_mini.backbone import EMBEDDED
 # Training options that change nothing in what is learned.
 WITHOUT_EFFECT = (
     "out", "overwrite", "resume", "save_every", "log_every", "report_to", "device", "skip_limit", "gradient_checkpointing",
+    "batch_tokens",
 )  # fmt: skip
 
 
@@ -57,6 +58,11 @@ def add_training_options(
         "--lr", type=positive_float, default=lr, help="peak learning rate (warmed up over 5%% of the steps, then cosine)"
     )
     g.add_argument("--batch-size", type=positive_int, default=64, metavar="N", help="pairs per forward pass and process")
+    g.add_argument(
+        "--batch-tokens", type=positive_int, metavar="N",
+        help="at most so many tokens in a forward pass, padding included: long pairs go through in smaller batches, and an "
+        "optimiser step is what it was (default: no limit but --batch-size)",
+    )  # fmt: skip
     g.add_argument("--grad-accum", type=positive_int, default=1, metavar="N", help="forward passes per optimiser step")
     duration = g.add_mutually_exclusive_group()
     duration.add_argument("--epochs", type=positive_float, default=epochs, help="passes over the data")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import math
+from array import array
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,21 +18,33 @@ from gram_mini.backbone import (
     hidden_states,
     load_backbone,
     load_lora,
+    load_merged,
     load_tokenizer,
     local_folder,
+    output_head,
     output_logits,
     pick_device,
     read_run,
 )
-from gram_mini.batches import EncodedPair, encode_pairs, judge_batch, response_batch
+from gram_mini.batches import (
+    EncodedPair,
+    encode_pairs,
+    judge_batch,
+    pair_segments,
+    response_batch,
+    response_segments,
+    split_by_tokens,
+)
 from gram_mini.errors import UserError
 from gram_mini.formats import Pair, parse_pairs, read_prompt
-from gram_mini.losses import label_mass
+from gram_mini.losses import LOGITS_AT_ONCE, label_mass
+from gram_mini.prefixes import end_states
 from gram_mini.prompts import JUDGE, judge_prompt, label_tokens, response_prompt
 
 AVERAGES = ("probabilities", "logits")
 METHODS = ("round-robin", "knock-out", "reference")
 AGAINST = ("first", "all")
+MERGE_UP_TO = 2**30  # bytes of float32 weights
 
 
 @dataclass(frozen=True)
@@ -69,13 +83,22 @@ class RewardModel:
         model: causal language model, with or without an adapter.
         tokenizer: its tokenizer; the label tokens are looked up in it.
         max_length: tokens per judge prompt; longer texts are cut (see batches.truncate).
-        batch_size: judge prompts per forward pass.
+        batch_size: judge prompts of max_length per forward pass; of shorter ones, as many as make up the same number of tokens.
         template: the judge prompt, with placeholders as in prompts.JUDGE.
+        batch_tokens: fewer tokens per forward pass than these.
     """
 
-    def __init__(self, model, tokenizer, max_length: int = 512, batch_size: int = 64, template: str = JUDGE):
+    def __init__(
+        self,
+        model,
+        tokenizer,
+        max_length: int = 512,
+        batch_size: int = 32,
+        template: str = JUDGE,
+        batch_tokens: int | None = None,
+    ):
         self.model, self.tokenizer, self.template = model, tokenizer, template
-        self.max_length, self.batch_size = max_length, batch_size
+        self.max_length, self.batch_size, self.batch_tokens = max_length, batch_size, batch_tokens
         self.head = getattr(model, "head", None)
         self.scalar = self.head is not None and self.head.out_features == 1
         self.prompt = response_prompt(tokenizer) if self.scalar else judge_prompt(tokenizer, template)
@@ -88,8 +111,9 @@ class RewardModel:
         bits: int | None = None,
         device: str = "auto",
         max_length: int | None = None,
-        batch_size: int = 64,
+        batch_size: int = 32,
         template: str | None = None,
+        merge: bool | None = None,
     ) -> RewardModel:
         """Load a run folder of train_reward.py (or train_pretrain.py), an exported one, or any checkpoint as a zero-shot judge.
 
@@ -98,6 +122,9 @@ class RewardModel:
             bits: 4, 16 or 32; by default what the run was trained with, for an exported model what it was written in, else 4.
             max_length: tokens per judge prompt; by default what the run was trained with, else 512.
             template: the judge prompt; by default what the run was trained with, else prompts.JUDGE.
+            merge: put the run's adapter into the weights, in float32. That spares the adapter's products and the unpacking of
+                NF4, and changes no score by more than 1e-5; by default on a CPU, where the weights then take 1 GiB at most.
+                (On a GPU export the run and score with that: gram_mini/export.py.)
 
         Raises:
             UserError: if there is no such model, or the backbone is not the one the run was trained on.
@@ -113,7 +140,9 @@ class RewardModel:
             bits, max_length = bits or run["options"]["bits"], max_length or run["options"]["max_length"]
             template = template or run["prompt"]["judge"]
             backbone = load_backbone(name, bits, place, revision=trained_on if on_hub else None)
-            model, tokenizer = load_lora(backbone, folder, trainable=False), load_tokenizer(path)
+            if merge is None:
+                merge = place.type == "cpu" and backbone.dtype == torch.float32 and 4 * backbone.num_parameters() <= MERGE_UP_TO
+            model, tokenizer = (load_merged if merge else load_lora)(backbone, folder), load_tokenizer(path)
         elif (folder / "adapter_model.safetensors").is_file():
             raise UserError(f"{path}: holds an adapter but no run.json, so its backbone is unknown; is the run finished?")
         elif folder.with_name(f"{folder.name}.partial").is_dir() and not folder.is_dir():
@@ -136,38 +165,80 @@ class RewardModel:
         batch = make(rows, swaps, self.prompt, self.tokenizer.pad_token_id)
         hidden = hidden_states(self.model, batch["input_ids"].to(self.model.device))  # (B, T, H)
         at_end = hidden[torch.arange(len(hidden)), batch["last"]]  # (B, H)
-        if self.head is None:
-            return output_logits(self.model, at_end, self.labels), at_end, batch  # two rows of the output matrix
-        logits = self.head(at_end.to(self.head.weight.dtype))  # (B, 2), or (2B, 1): first responses, then second ones
+        logits = self._read(at_end)  # (B, 2), or (2B, 1): first responses, then second ones
         return logits.view(2, -1).T if self.scalar else logits, at_end, batch
 
-    @torch.no_grad()
-    def log_odds(self, pairs: list[Pair], progress: str | None = None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Judge pairs in both orders.
+    def _read(self, at_end: torch.Tensor) -> torch.Tensor:
+        """Logits (B, 2) of the labels from hidden states (B, H), or rewards (B, 1) from a scalar head."""
+        if self.head is None:
+            return output_logits(self.model, at_end, self.labels)  # two rows of the output matrix
+        return self.head(at_end.to(self.head.weight.dtype))
 
-        Returns log-odds (N, 2) that response a is better, with a shown first and with a shown second;
-        the mass (N, 2) on the two labels; and which pairs (N,) were cut to ``max_length``.
+    def encode(self, pairs: list[Pair]) -> list[EncodedPair]:
+        """Tokenise pairs, cut to ``max_length``."""
+        return encode_pairs(pairs, self.prompt, self.tokenizer, self.max_length)
+
+    def pass_tokens(self, row: EncodedPair) -> int:
+        """Tokens that a pair takes in a forward pass of training: one judge prompt, or two responses after their prompts."""
+        return 2 * max(self._length(row, 0), self._length(row, 1)) if self.scalar else self._length(row, 0)
+
+    def _length(self, row: EncodedPair, k: int) -> int:
+        if not self.scalar:
+            return row.length + self.prompt.fixed_tokens
+        return len(row.prompt) + len(row.response_b if k else row.response_a) + self.prompt.fixed_tokens
+
+    @torch.no_grad()
+    def log_odds(self, rows: list[EncodedPair], progress: str | None = None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Judge encoded pairs in both orders; what several have in common is computed once (gram_mini/prefixes.py).
+
+        Returns log-odds (N, 2) that response a is better, with a shown first and with a shown second; the mass (N, 2) on
+        the two labels; and which pairs (N,) were cut. A scalar head sees each response by itself: both orders are one, and
+        the mass is 1.
         """
-        rows = encode_pairs(pairs, self.prompt, self.tokenizer, self.max_length)
-        # Both orders of a pair are two jobs of equal length; sorting by length keeps padding small.
-        jobs = sorted(((i, swap) for i in range(len(rows)) for swap in (False, True)), key=lambda job: -rows[job[0]].length)
-        odds, mass = torch.zeros(len(rows), 2), torch.zeros(len(rows), 2)  # (N, 2)
+        segments = response_segments if self.scalar else pair_segments
+        jobs = [(i, k) for i in range(len(rows)) for k in (0, 1)]  # the pair's two orders, or its two responses
+        lengths = [self._length(rows[i], k) for i, k in jobs]
+        questions = [bytes(array("i", row.prompt)) for row in rows]
+        longest: dict[bytes, int] = {}  # of the sequences on one question
+        for (i, _), length in zip(jobs, lengths):
+            longest[questions[i]] = max(length, longest.get(questions[i], 0))
+
+        def place(j: int):
+            """Similar lengths together, so that little is padded; what begins alike together, so that it is shared."""
+            i, k = jobs[j]
+            return -longest[questions[i]], questions[i], bytes(array("i", rows[i].response_b if k else rows[i].response_a))
+
+        order = sorted(range(len(jobs)), key=place)
+        limit = min(self.batch_size * self.max_length, self.batch_tokens or math.inf)
+        value, mass = torch.zeros(len(rows), 2), torch.ones(len(rows), 2)
         training = self.model.training
         self.model.eval()
-        starts = range(0, len(jobs), self.batch_size)
-        for start in tqdm(starts, desc=progress, delay=2, disable=progress is None, leave=False):
-            chosen = jobs[start : start + self.batch_size]
-            logits, at_end, _ = self.label_logits([rows[i] for i, _ in chosen], [swap for _, swap in chosen])  # (B, 2)
-            found = torch.ones(len(chosen)) if self.scalar else self.label_mass(at_end).cpu()  # (B,)
-            for (i, swap), (a, b), m in zip(chosen, logits.float().cpu(), found):
-                odds[i, int(swap)] = b - a if swap else a - b
-                mass[i, int(swap)] = m
+        with tqdm(total=len(jobs), desc=progress, delay=2, disable=progress is None, leave=False) as bar:
+            passes = split_by_tokens(
+                [lengths[j] for j in order], limit, padding=0.1, groups=[questions[jobs[j][0]] for j in order]
+            )
+            for some in passes:
+                chosen = [jobs[j] for j in order[some]]
+                sequences = [segments(self.prompt, rows[i], bool(k)) for i, k in chosen]
+                at_end = end_states(self.model, sequences, self.tokenizer.pad_token_id)  # (B, H)
+                logits = self._read(at_end).float()  # (B, 2), or (B, 1)
+                at = tuple(torch.tensor(chosen).T)
+                value[at] = (logits[:, 0] if self.scalar else logits[:, 0] - logits[:, 1]).cpu()
+                if not self.scalar:
+                    mass[at] = self.label_mass(at_end).cpu()
+                bar.update(len(at_end))
         self.model.train(training)
+        if self.scalar:
+            odds = (value[:, :1] - value[:, 1:]).expand(-1, 2)
+        else:
+            odds = value * torch.tensor([1, -1])  # shown second, a is called B
         return odds, mass, torch.tensor([row.truncated for row in rows])
 
     def label_mass(self, at_end: torch.Tensor) -> torch.Tensor:
         """Probability (B,) of answering A or B at all, from the hidden states (B, H) where the verdict stands."""
-        return label_mass(output_logits(self.model, at_end), self.labels)
+        head = output_head(self.model)
+        some = at_end.split(max(1, LOGITS_AT_ONCE // len(head.weight)))
+        return torch.cat([label_mass(head(states), self.labels) for states in some])
 
     def compare_many(self, pairs: list[Pair], average: str = "probabilities", progress: str | None = None) -> list[Comparison]:
         """Compare the two responses of each pair in both orders.
@@ -180,9 +251,15 @@ class RewardModel:
         Raises:
             ValueError: for another ``average``.
         """
+        return self.compare_encoded(self.encode(pairs), average, progress)
+
+    def compare_encoded(
+        self, rows: list[EncodedPair], average: str = "probabilities", progress: str | None = None
+    ) -> list[Comparison]:
+        """:meth:`compare_many` for pairs that :meth:`encode` has made."""
         if average not in AVERAGES:
             raise ValueError(f"average must be one of {AVERAGES}, got {average!r}")
-        odds, mass, truncated = self.log_odds(pairs, progress)
+        odds, mass, truncated = self.log_odds(rows, progress)
         each = odds.sigmoid()  # (N, 2)
         mean = each.mean(dim=1) if average == "probabilities" else odds.mean(dim=1).sigmoid()  # (N,)
         columns = (mean, *each.T, *odds.T, mass.mean(dim=1), truncated)  # eight of (N,)

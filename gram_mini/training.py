@@ -12,6 +12,7 @@ import math
 import random
 import signal
 import warnings
+from collections.abc import Callable
 from contextlib import contextmanager
 
 import torch
@@ -19,7 +20,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from gram_mini.backbone import pick_device
-from gram_mini.batches import EncodedPair, batch_order
+from gram_mini.batches import EncodedPair, batch_order, split_by_tokens
 from gram_mini.errors import UserError
 
 warnings.filterwarnings("ignore", message=".*lr_scheduler.step.. before .optimizer.step")  # a first step may be skipped
@@ -71,12 +72,17 @@ def batches_forever(rows: list[EncodedPair], rows_per_step: int, seed: int, skip
                 yield [rows[i] for i in batch], swaps
 
 
-def forward_passes(rows: list[EncodedPair], swaps: list[bool], batch_size: int, accelerator: Accelerator):
-    """Yield (rows, swaps) of this process's share of a step, at most ``batch_size`` at a time."""
+def forward_passes(
+    rows: list[EncodedPair], swaps: list[bool], size: Callable, batch_size: int, tokens: int | None, accelerator: Accelerator
+):
+    """Yield (rows, swaps) of this process's share of a step, at most ``batch_size`` pairs and ``tokens`` tokens at a time.
+
+    ``size`` of a row is how many tokens it takes.
+    """
     mine = slice(accelerator.process_index, None, accelerator.num_processes)  # rows are sorted: equal work for all
     rows, swaps = rows[mine], swaps[mine]
-    for start in range(0, len(rows), batch_size):
-        yield rows[start : start + batch_size], swaps[start : start + batch_size]
+    for some in split_by_tokens([size(row) for row in rows], tokens or math.inf, most=batch_size):
+        yield rows[some], swaps[some]
 
 
 def optimizer_and_schedule(model, lr: float, steps: int):

@@ -257,7 +257,7 @@ def test_gradient_after_an_evaluation_equals_that_of_the_dequantised_twin(case, 
 
 
 def test_both_stages_run_and_the_run_scores_as_its_model(case, runs):
-    judge = RewardModel.load(str(runs / "reward"))
+    judge = RewardModel.load(str(runs / "reward"), merge=False)
     assert [judge.tokenizer(text)["input_ids"] for text in TEXTS] == [case.own(text)["input_ids"] for text in TEXTS]
     assert judge.labels == label_tokens(case.tokenizer)
     record = json.loads((runs / "reward" / "run.json").read_text())
@@ -271,16 +271,20 @@ def test_both_stages_run_and_the_run_scores_as_its_model(case, runs):
     with torch.no_grad():
         logits = judge.model.eval()(input_ids=torch.tensor([ids])).logits[0, -1]
     assert logits[list(judge.labels)].softmax(dim=0)[0].item() == pytest.approx(trained[0].a_first, abs=1e-5)
+    merged = RewardModel.load(str(runs / "reward"))  # the default on a CPU
+    assert not hasattr(merged.model, "peft_config")
+    for mine, theirs in zip(merged.compare_many(PAIRS), trained):
+        assert mine.log_odds_first == pytest.approx(theirs.log_odds_first, abs=2e-5)
 
 
 def test_scores_depend_neither_on_the_padding_side_nor_on_the_batch(runs):
     judge = RewardModel.load(str(runs / "reward"))
-    together, mass, _ = judge.log_odds(PAIRS)
+    together, mass, _ = judge.log_odds(judge.encode(PAIRS))
     assert together.std() > 1e-3 and len({len(row) for row in judge_rows(judge)}) > 1  # so there is padding
     judge.tokenizer.padding_side = "left" if judge.tokenizer.padding_side == "right" else "right"
-    assert torch.equal(judge.log_odds(PAIRS)[0], together)
+    assert torch.equal(judge.log_odds(judge.encode(PAIRS))[0], together)
     judge.batch_size = 1
-    alone, alone_mass, _ = judge.log_odds(PAIRS)
+    alone, alone_mass, _ = judge.log_odds(judge.encode(PAIRS))
     assert torch.allclose(alone, together, atol=1e-5) and torch.allclose(alone_mass, mass, atol=1e-5)
 
 

@@ -28,6 +28,9 @@ class Judge(RewardModel):
     def __init__(self):
         self.asked = []
 
+    def encode(self, pairs):
+        return pairs
+
     def log_odds(self, pairs, progress=None):
         self.asked += pairs
         p = torch.tensor([self.say(pair) for pair in pairs], dtype=torch.float64)

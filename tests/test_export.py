@@ -49,7 +49,7 @@ def logits(model):
 
 
 def test_logits_are_those_of_the_4_bit_model_with_its_adapter(run, exported):
-    judged = RewardModel.load(str(run)).model
+    judged = RewardModel.load(str(run), merge=False).model
     with judged.disable_adapter():
         plain = logits(judged)
     assert (logits(judged) - plain).abs().max() > 0.3  # the adapter does something
@@ -62,12 +62,14 @@ def test_logits_are_those_of_the_4_bit_model_with_its_adapter(run, exported):
 def test_a_run_without_quantisation(tmp_path, bits):
     out = tmp_path / "exported"
     export.export(short_run(tmp_path / "run", bits), out, "float32")
-    difference = logits(AutoModelForCausalLM.from_pretrained(out)) - logits(RewardModel.load(str(tmp_path / "run")).model)
+    difference = logits(AutoModelForCausalLM.from_pretrained(out)) - logits(
+        RewardModel.load(str(tmp_path / "run"), merge=False).model
+    )
     assert difference.abs().max() < {16: 0.5, 32: 1e-3}[bits]  # bf16 activations of the run are coarse themselves
 
 
 def test_scores_are_those_of_the_run(run, exported):
-    there, here = RewardModel.load(str(run)).compare(*PAIR), RewardModel.load(str(exported), bits=32).compare(*PAIR)
+    there, here = RewardModel.load(str(run), merge=False).compare(*PAIR), RewardModel.load(str(exported), bits=32).compare(*PAIR)
     assert here.log_odds_first == pytest.approx(there.log_odds_first, abs=1e-3)
     assert here.log_odds_second == pytest.approx(there.log_odds_second, abs=1e-3)
     assert abs(here.log_odds_first) > 1e-2
@@ -162,7 +164,7 @@ def test_only_an_exported_model_is_replaced_and_only_when_asked(run, exported, t
 
 def test_a_failure_leaves_the_old_model_and_nothing_else(run, exported, tmp_path, monkeypatch):
     out = shutil.copytree(exported, tmp_path / "out")
-    monkeypatch.setattr(export, "load_lora", lambda *a, **k: 1 / 0)
+    monkeypatch.setattr(export.RewardModel, "load", lambda *a, **k: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         export.export(run, out, overwrite=True)
     assert (out / "model.safetensors").read_bytes() == (exported / "model.safetensors").read_bytes()

@@ -6,7 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from gram_mini.losses import best_margin, label_mass, margins, pair_loss, reward_loss
+from gram_mini import losses
+from gram_mini.backbone import OutputHead
+from gram_mini.losses import best_margin, label_mass, margins, pair_loss, pair_loss_in_chunks, reward_loss
 
 EPS = [0.0, 0.05, 0.2, 0.4999]
 
@@ -121,3 +123,32 @@ def test_pair_loss_is_the_mean_over_tokens():
     logits = torch.tensor([[2.0, 0.0, 0.0], [0.0, 0.0, 0.0]])
     by_hand = (math.log(math.exp(2) + 2) - 2 + math.log(3)) / 2
     assert pair_loss(logits, torch.tensor([0, 1])).item() == pytest.approx(by_hand, abs=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bias, scale, cap", [(False, 1.0, None), (True, 0.25, None), (True, 1.0, 2.0)])
+def test_chunks_of_logits_give_the_same_loss_and_gradient(bias, scale, cap, dtype, monkeypatch):
+    monkeypatch.setattr(losses, "LOGITS_AT_ONCE", 7 * 500)  # seven tokens at a time, 115 times
+    torch.manual_seed(0)
+    head = OutputHead(torch.randn(500, 16).to(dtype), torch.randn(500).to(dtype) if bias else None, scale, cap)
+    hidden, targets = torch.randn(800, 16).to(dtype), torch.randint(500, (800,))
+    found = []
+    for loss in (lambda h: pair_loss(head(h), targets), lambda h: pair_loss_in_chunks(h, targets, head)):
+        states = hidden.clone().requires_grad_()
+        value = loss(states)
+        (0.3 * value).backward()
+        with torch.no_grad():
+            assert torch.equal(loss(hidden), value)
+        found.append((value.detach(), states.grad.float()))
+    (plain, plain_grad), (chunked, chunked_grad) = found
+    assert chunked.dtype == torch.float32 and chunked.item() == pytest.approx(plain.item(), rel=1e-5)
+    assert (chunked_grad - plain_grad).abs().max() < (1e-5 if dtype == torch.float32 else 2e-2) * plain_grad.abs().max()
+
+
+def test_no_more_logits_than_a_chunk_are_made(monkeypatch):
+    monkeypatch.setattr(losses, "LOGITS_AT_ONCE", 7 * 500)
+    made, real = [], OutputHead.__call__
+    monkeypatch.setattr(OutputHead, "__call__", lambda head, h: made.append(len(h)) or real(head, h))
+    head, hidden, targets = OutputHead(torch.randn(500, 16), None, 1.0, None), torch.randn(20, 16), torch.randint(500, (20,))
+    pair_loss_in_chunks(hidden.requires_grad_(), targets, head).backward()
+    assert made == [7, 7, 6]

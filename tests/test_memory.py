@@ -3,8 +3,10 @@
 import pytest
 import torch
 
-from benchmarks import memory
-from benchmarks.memory import MODELS, Shape, adapter_parameters, compute, kept_bytes, layer_bytes, measure, weight_bytes
+from benchmarks import common, memory
+from benchmarks.common import MODELS, Shape, build, held_bytes, random_rows
+from benchmarks.memory import adapter_parameters, compute, kept_bytes, layer_bytes, measure, weight_bytes
+from gram_mini import losses
 from gram_mini.backbone import checkpoint_gradients, hidden_states
 from gram_mini.training import optimizer_and_schedule
 
@@ -19,7 +21,7 @@ def built(request):
     torch.manual_seed(0)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("gram_mini.backbone.compute_dtype", lambda bits, device: torch.bfloat16)
-        yield SHAPES[kind], bits, memory.build(SHAPES[kind], bits, RANK, torch.device("cpu"))
+        yield SHAPES[kind], bits, build(SHAPES[kind], bits, RANK, torch.device("cpu"))
 
 
 def test_sizes_are_those_of_the_public_models():
@@ -34,7 +36,7 @@ def test_sizes_are_those_of_the_public_models():
 def test_weights_and_adapter_to_the_byte(built):
     s, bits, model = built
     optimizer, _ = optimizer_and_schedule(model, 1e-4, 1)
-    assert memory.held_bytes(model, optimizer) == weight_bytes(s, bits) + 4 * adapter_parameters(s, RANK)
+    assert held_bytes(model, optimizer) == weight_bytes(s, bits) + 4 * adapter_parameters(s, RANK)
 
 
 def test_training_holds_sixteen_bytes_per_parameter_of_the_adapter(built):
@@ -44,7 +46,7 @@ def test_training_holds_sixteen_bytes_per_parameter_of_the_adapter(built):
     optimizer.step()
     gradients = sum(p.grad.untyped_storage().nbytes() for p in model.parameters() if p.grad is not None)
     counters = 4 * len(optimizer.state)  # Adam's count of steps, one number per tensor
-    assert memory.held_bytes(model, optimizer) + gradients - counters == weight_bytes(s, bits) + 16 * adapter_parameters(s, RANK)
+    assert held_bytes(model, optimizer) + gradients - counters == weight_bytes(s, bits) + 16 * adapter_parameters(s, RANK)
     model.zero_grad()
 
 
@@ -93,17 +95,28 @@ def test_peak_is_between_85_and_105_percent_of_the_computed_one(built, stage, ch
 
 def test_peak_where_the_logits_are_most_of_it():
     s = Shape("llama", 64, 2, 4, 2, 16, 128, 30_000, True)
-    model = memory.build(s, 16, RANK, torch.device("cpu"))
+    model = build(s, 16, RANK, torch.device("cpu"))
     terms = compute(s, "pretrain", 16, True, BATCH, LENGTH, RANK)
     assert 12 * s.vocabulary * memory.trained_tokens(BATCH, LENGTH) > 0.9 * terms["peak"]
     assert measure(model, "pretrain", True, BATCH, LENGTH, steps=1)[0] == pytest.approx(terms["peak"], rel=0.05)
+
+
+def test_chunks_bound_the_logits(monkeypatch):
+    s = Shape("llama", 64, 2, 4, 2, 16, 128, 30_000, True)
+    model = build(s, 16, RANK, torch.device("cpu"))
+    whole = measure(model, "pretrain", True, BATCH, LENGTH, steps=1)[0]
+    for module in (losses, memory):
+        monkeypatch.setattr(module, "LOGITS_AT_ONCE", 2**20)
+    chunked = measure(model, "pretrain", True, BATCH, LENGTH, steps=1)[0]
+    assert chunked < 1.05 * compute(s, "pretrain", 16, True, BATCH, LENGTH, RANK)["peak"]
+    assert chunked < 0.3 * whole
 
 
 def test_random_rows_fill_the_length_and_train_what_the_formula_counts():
     from gram_mini.batches import IGNORED, pair_batch
 
     for length in (16, 17, 255):
-        batch = pair_batch(memory.random_rows(3, length, 99), [False] * 3, memory.PIECES, 0)
+        batch = pair_batch(random_rows(3, length, 99), [False] * 3, memory.PIECES, 0)
         assert batch["input_ids"].shape == (3, length)
         assert (batch["targets"] != IGNORED).sum() == memory.trained_tokens(3, length)
 
@@ -122,7 +135,7 @@ def test_recipes_leave_a_tenth_of_the_card():
         for card in (8, 12, 24):
             if found := memory.recipe(s, card, 1024, 32):
                 batch, peak = found
-                assert peak <= 0.9 * card * memory.GIB and batch <= memory.EFFECTIVE_BATCH
+                assert peak <= 0.9 * card * common.GIB and batch <= memory.EFFECTIVE_BATCH
                 assert compute(s, "pretrain", 4, True, batch, 1024, 32)["peak"] <= peak
     assert memory.recipe(MODELS["Qwen3-8B"], 4, 1024, 32) is None
 

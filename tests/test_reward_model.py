@@ -19,6 +19,9 @@ class KnownJudge(RewardModel):
     def __init__(self, log_odds):
         self.function, self.judged = log_odds, 0
 
+    def encode(self, pairs):
+        return pairs
+
     def log_odds(self, pairs, progress=None):
         self.judged += len(pairs)
         odds = torch.tensor([[self.function(pair, True), self.function(pair, False)] for pair in pairs], dtype=torch.float64)

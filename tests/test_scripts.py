@@ -17,7 +17,7 @@ import score
 import train_pretrain
 import train_reward
 from gram_mini import evaluation, reward_model
-from gram_mini.backbone import EMBEDDED_FOLDER, load_tokenizer
+from gram_mini.backbone import EMBEDDED_FOLDER, OutputHead, load_tokenizer
 from gram_mini.reward_model import RewardModel
 
 ROOT = Path(__file__).parent.parent
@@ -223,17 +223,49 @@ def test_a_tracker_that_is_not_installed(tmp_path, data, monkeypatch):
 
 
 def test_stage_1_builds_logits_for_trained_tokens_only(tmp_path, monkeypatch):
-    built, trained = [], []
-    real_logits, real_loss = train_pretrain.output_logits, train_pretrain.pair_loss
-    monkeypatch.setattr(train_pretrain, "output_logits", lambda m, h: built.append(h.shape[:-1].numel()) or real_logits(m, h))
-    monkeypatch.setattr(train_pretrain, "pair_loss", lambda z, t: trained.append(int((t >= 0).sum())) or real_loss(z, t))
+    seen, real = [], train_pretrain.pair_loss_in_chunks
+    monkeypatch.setattr(
+        train_pretrain,
+        "pair_loss_in_chunks",
+        lambda h, t, head: seen.append((len(h), len(t), int((t >= 0).sum()))) or real(h, t, head),
+    )
     train_pretrain.main(["--out", str(tmp_path / "run"), "--limit", "50", "--steps", "2", *SMALL])
-    assert built == trained and len(built) == 2 and built[0] > 0
+    assert len(seen) == 2 and all(states == targets == trained > 0 for states, targets, trained in seen)
+
+
+def test_stage_1_in_chunks_learns_the_same(tmp_path, monkeypatch):
+    weights = []
+    for name, at_once in (("whole", 2**25), ("chunks", 718 * 50)):
+        monkeypatch.setattr("gram_mini.losses.LOGITS_AT_ONCE", at_once)
+        train_pretrain.main(["--out", str(tmp_path / name), "--limit", "50", "--steps", "3", "--held-out", "0.1", *SMALL])
+        weights.append(load_file(tmp_path / name / "adapter_model.safetensors"))
+    assert all(torch.allclose(weights[0][key], weights[1][key], atol=1e-4) for key in weights[0])
+
+
+def test_batch_tokens_bounds_a_scalar_head_too(tmp_path, data, monkeypatch):
+    seen, real = [], reward_model.hidden_states
+    monkeypatch.setattr(reward_model, "hidden_states", lambda m, ids: seen.append(ids.numel()) or real(m, ids))
+    options = ["--head", "scalar", "--batch-tokens", "300", "--steps", "2", "--held-out", "0"]
+    train_reward.main(["--data", data, "--out", str(tmp_path / "run"), *options, *SMALL[:4]])
+    assert len(seen) > 2 and max(seen) <= 300
+
+
+def test_batch_tokens_changes_the_passes_and_not_the_steps(tmp_path, data, monkeypatch):
+    passes, real = [], train_reward.reward_loss
+    monkeypatch.setattr(train_reward, "reward_loss", lambda z, *more: passes.append(len(z)) or real(z, *more))
+    weights = []
+    for name, options in (("whole", []), ("parts", ["--batch-tokens", "150"])):
+        train_reward.main(
+            ["--data", data, "--out", str(tmp_path / name), "--steps", "3", "--held-out", "0", *options, *SMALL[:4]]
+        )
+        weights.append(load_file(tmp_path / name / "adapter_model.safetensors"))
+    assert len(passes) > 6 and sum(passes) == 2 * sum(passes[:3])
+    assert all(torch.allclose(weights[0][key], weights[1][key], atol=1e-4) for key in weights[0])
 
 
 def test_stage_2_multiplies_two_rows_of_the_output_matrix(tmp_path, data, monkeypatch):
-    rows, real = [], reward_model.output_logits
-    monkeypatch.setattr(reward_model, "output_logits", lambda m, h, tokens=None: rows.append(tokens) or real(m, h, tokens))
+    rows, real = [], OutputHead.__call__
+    monkeypatch.setattr(OutputHead, "__call__", lambda head, h, tokens=None: rows.append(tokens) or real(head, h, tokens))
     train_reward.main(
         ["--data", data, "--out", str(tmp_path / "run"), "--steps", "3", "--held-out", "0", "--log-every", "3", *SMALL[:4]]
     )

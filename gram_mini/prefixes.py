@@ -1,0 +1,106 @@
+"""Sequences that begin alike: what they share is computed once, and its keys and values are used again.
+
+Both orders of a pair share the instruction and the question; the comparisons of a ranking share them all, and each first
+response besides with all that follow it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from peft import PeftModel
+from transformers import DynamicCache
+
+from gram_mini.backbone import decoder, half_precision, hidden_states
+from gram_mini.batches import pad
+
+Segments = tuple[tuple[int, ...], ...]  # a sequence of tokens, cut where sequences may part
+
+WORTH_IT = 0.8  # more and smaller matrix products cost time of their own, so a fifth of the tokens must be spared
+
+
+@dataclass(frozen=True)
+class Level:
+    """What sequences go on with: token lists, and for each the number of its beginning on the level before."""
+
+    ids: list[tuple[int, ...]]
+    parents: list[int]
+
+    @property
+    def tokens(self) -> int:
+        """Tokens when padded."""
+        return len(self.ids) * max(map(len, self.ids))
+
+
+def tree(sequences: list[Segments]) -> tuple[list[Level], list[int]]:
+    """The sequences with each distinct beginning once, and for each sequence its place on the last level.
+
+    Levels end after those segments at which sequences part.
+    """
+    segments = len(sequences[0])
+    distinct = [len({s[:k] for s in sequences}) for k in range(segments + 1)]  # beginnings of k segments
+    ends = [k for k in range(1, segments) if distinct[k] < distinct[k + 1]] + [segments]
+    levels, before, start = [], {(): 0}, 0
+    for end in ends:
+        places: dict[Segments, int] = {}
+        for s in sequences:
+            places.setdefault(s[:end], len(places))
+        levels.append(Level([sum(s[start:end], ()) for s in places], [before[s[:start]] for s in places]))
+        before, start = places, end
+    return levels, [before[s] for s in sequences]
+
+
+def can_share(model) -> bool:
+    """Whether the keys and values of a right-padded beginning can be gone on from.
+
+    They can where all layers attend to everything before them, in a way that torch's attention kernel knows (others, like
+    MPT's, may count the padding), and where positions do not depend on the length of the text.
+    """
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    config = base.config.get_text_config()
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type")
+    return (
+        kinds == {"full_attention"}
+        and not getattr(config, "sliding_window", None)
+        and not getattr(base, "_is_stateful", False)
+        and getattr(base, "_supports_sdpa", False)
+        and rope not in ("dynamic", "longrope")
+    )
+
+
+def worth_it(levels: list[Level], whole: Level) -> bool:
+    """Whether levels spare enough of what whole sequences take, and hold keys and values for few tokens more."""
+    computed = sum(level.tokens for level in levels)
+    held = len(levels[-1].ids) * sum(max(map(len, level.ids)) for level in levels)
+    return computed <= WORTH_IT * whole.tokens and held <= 1.25 * whole.tokens
+
+
+def end_states(model, sequences: list[Segments], pad_id: int | None) -> torch.Tensor:
+    """The last hidden state (B, H) of each of B sequences, shared beginnings computed once where that pays."""
+    whole = Level([sum(s, ()) for s in sequences], [0] * len(sequences))
+    levels, places = tree(sequences)
+    nothing_left = any(not s[-1] for s in sequences)  # no token of its own to read a state from
+    if nothing_left or not worth_it(levels, whole) or not can_share(model):
+        hidden = hidden_states(model, pad(whole.ids, pad_id).to(model.device))  # (B, T, H)
+        return hidden[torch.arange(len(hidden)), [len(ids) - 1 for ids in whole.ids]]
+    cache, seen = DynamicCache(config=model.config.get_text_config()), torch.ones(1, 0, dtype=torch.bool)  # (R, T so far)
+    for level in levels:
+        first = level is levels[0]
+        ids = pad(level.ids, pad_id)  # (R, T)
+        lengths = torch.tensor([len(row) for row in level.ids])
+        if not first:
+            cache.batch_select_indices(torch.tensor(level.parents, device=model.device))
+        begun = seen[level.parents]  # (R, T so far)
+        positions = begun.sum(dim=1, keepdim=True) + torch.arange(ids.shape[1])  # (R, T)
+        seen = torch.cat([begun, torch.arange(ids.shape[1]) < lengths[:, None]], dim=1)  # True where no padding stands
+        with half_precision(model):
+            hidden = decoder(model)(
+                input_ids=ids.to(model.device),
+                attention_mask=None if first else seen.to(model.device),  # at first attention is causal, as in batches.pad
+                position_ids=positions.to(model.device),
+                past_key_values=cache,
+                use_cache=True,
+            ).last_hidden_state  # (R, T, H)
+    return hidden[torch.arange(len(ids)), lengths - 1][places]
