@@ -61,6 +61,12 @@ def execute(book, folder: Path, allow_errors: bool = False):
         client.execute()
     finally:
         book.cells.pop(0)
+    loud = [
+        cell["id"]
+        for cell in book.cells
+        if cell.metadata.get("nbgrader", {}).get("grade") and any(output.get("name") == "stderr" for output in cell.outputs)
+    ]
+    assert not loud, f"nbgrader gives no points for cells that write to stderr, as progress bars do: {loud}"
     for cell in book.cells:
         if cell.cell_type == "code":
             cell.execution_count = None
