@@ -3,7 +3,6 @@
 Any preference data will do: labels are dropped, and which response comes first is drawn at random.
 """
 
-import math
 import time
 
 import torch
@@ -84,7 +83,7 @@ def main(argv=None):
             return [loss_on(chunk, [False] * len(chunk))[0].item() for chunk in tqdm(chunks, delay=2, leave=False)]
 
         model.eval()
-        parts = split_by_tokens([size(row) for row in held_out], args.batch_tokens or math.inf, most=args.batch_size)
+        parts = split_by_tokens([size(row) for row in held_out], args.batch_tokens, most=args.batch_size)
         chunks = [held_out[part] for part in parts]
         tokens = [sum(trained_tokens(prompt, row) for row in chunk) for chunk in chunks]
         total = sum(loss * n for loss, n in zip(in_shares(accelerator, chunks, losses), tokens))

@@ -17,6 +17,7 @@ import torch  # noqa: E402
 from torch.profiler import ProfilerActivity, profile  # noqa: E402
 from transformers import AutoConfig, AutoModelForCausalLM  # noqa: E402
 
+from gram_mini import options  # noqa: E402
 from gram_mini.backbone import add_lora, hidden_states, load_backbone, output_head, output_logits  # noqa: E402
 from gram_mini.batches import IGNORED, EncodedPair, judge_batch, pair_batch, truncate  # noqa: E402
 from gram_mini.data import load_pairs  # noqa: E402
@@ -91,6 +92,19 @@ OTHERS = {
     "mid": Shape("qwen2", 512, 4, 8, 2, 64, 2048, 151936, True),  # a real vocabulary on a body that a CPU can train
 }
 SHAPES = {**OTHERS, **MODELS}
+
+
+def add_model_options(parser) -> None:
+    """Options of every benchmark that builds one model."""
+    parser.add_argument("--shape", choices=SHAPES, default="mid", help="sizes of the model; mid is 4 layers of width 512")
+    parser.add_argument("--bits", type=int, choices=(4, 16, 32), default=32, help="4: NF4 weights; 16: bf16; 32: float32")
+    parser.add_argument("--lora-rank", type=options.positive_int, default=32, metavar="R", help="rank of the LoRA adapter")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ...; auto takes the GPU where there is one")
+
+
+def machine(device: torch.device) -> str:
+    """What a figure was measured on."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
 
 
 def build(s: Shape, bits: int, rank: int, device: torch.device):

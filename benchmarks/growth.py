@@ -20,7 +20,19 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from benchmarks.common import GIB, PIECES, SHAPES, build, loss_of, peak_bytes, rows_of, seconds, take_step  # noqa: E402
+from benchmarks.common import (  # noqa: E402
+    GIB,
+    PIECES,
+    SHAPES,
+    add_model_options,
+    build,
+    loss_of,
+    machine,
+    peak_bytes,
+    rows_of,
+    seconds,
+    take_step,
+)
 from benchmarks.score import judge_of, ours  # noqa: E402
 from gram_mini import options  # noqa: E402
 from gram_mini.backbone import pick_device  # noqa: E402
@@ -117,7 +129,7 @@ def draw(found: dict, args, picture: Path) -> None:
 def main(argv=None) -> None:
     parser = options.parser(__doc__, EXAMPLES)
     several = dict(nargs="+", type=options.positive_int, metavar="N")
-    parser.add_argument("--shape", choices=SHAPES, default="mid", help="sizes of the model; mid is 4 layers of width 512")
+    add_model_options(parser)
     parser.add_argument("--lengths", default=[256, 512, 1024, 2048, 4096], **several, help="tokens of a pair")
     parser.add_argument("--batches", default=[1, 2, 4, 8], **several, help="pairs at once")
     parser.add_argument("--responses", default=[2, 4, 8, 16], **several, help="responses to one prompt")
@@ -127,18 +139,15 @@ def main(argv=None) -> None:
     parser.add_argument(
         "--batch-size", type=options.positive_int, default=2, metavar="N", help="pairs at once beside the batches"
     )
-    parser.add_argument("--bits", type=int, choices=(4, 16, 32), default=32, help="4: NF4 weights; 16: bf16; 32: float32")
-    parser.add_argument("--lora-rank", type=options.positive_int, default=32, metavar="R", help="rank of the LoRA adapter")
     parser.add_argument("--rounds", type=options.positive_int, default=3, metavar="N", help="runs of each point")
     parser.add_argument("--seed", type=options.seed, default=0, help="draws the adapters")
     parser.add_argument("--out", type=Path, default=Path("results"), metavar="FOLDER", help="where growth.json and .png go")
-    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ...; auto takes the GPU where there is one")
     args = parser.parse_args(argv)
     if (shortest := min(*args.lengths, args.length)) < 192:
         parser.error(f"{shortest} tokens: the judge prompt alone takes {PIECES['reward'].fixed_tokens}; give at least 192")
     check_place(args.out, "--out")
     device = pick_device(args.device)
-    place = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
+    place = machine(device)
     found = measure(args, device)
     args.out.mkdir(parents=True, exist_ok=True)
     given = {name: value for name, value in vars(args).items() if name not in ("out", "device", "max_length")}

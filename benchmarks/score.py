@@ -1,8 +1,8 @@
 """Scoring of ours against the usual way, in turns on the same pairs of one process.
 
 The usual way is one sequence at a time with the logits of all its positions, in both orders, as the official evaluation does.
-Ours is RewardModel: batches by tokens, two rows of the output matrix, and what sequences begin with computed once. "unshared" is ours without the
-last of these. All score with the same model; with --bits 32 the adapter is merged.
+Ours is RewardModel: batches by tokens, two rows of the output matrix, and what sequences begin with computed once.
+"unshared" is ours without the last of these. All score with the same model; with --bits 32 the adapter is merged.
 
   pairs       pairs of different prompts, each in both orders
   reference   --responses responses to one prompt, ranked against a reference: as many pairs, which share the prompt
@@ -30,8 +30,10 @@ from benchmarks.common import (  # noqa: E402
     PIECES,
     SHAPES,
     Shape,
+    add_model_options,
     build,
     lengths_of,
+    machine,
     matrix_peak,
     peak_bytes,
     rows_of,
@@ -119,17 +121,14 @@ def tasks(s: Shape, args) -> dict[str, list[list[EncodedPair]]]:
 
 def main(argv=None) -> None:
     parser = options.parser(__doc__, EXAMPLES)
-    parser.add_argument("--shape", choices=SHAPES, default="mid", help="sizes of the model; mid is 4 layers of width 512")
+    add_model_options(parser)
     parser.add_argument("--data", metavar="FILE", help="pairs whose lengths are taken (default: drawn)")
     parser.add_argument("--pairs", type=options.positive_int, default=8, metavar="N", help="pairs of a turn")
     parser.add_argument("--responses", type=options.positive_int, default=16, metavar="N", help="responses of a ranking")
     parser.add_argument("--batch-size", type=options.positive_int, default=16, metavar="N", help="RewardModel's")
     parser.add_argument("--max-length", type=options.positive_int, default=512, metavar="N", help="tokens per sequence")
-    parser.add_argument("--bits", type=int, choices=(4, 16, 32), default=32, help="4: NF4 weights; 16: bf16; 32: float32")
-    parser.add_argument("--lora-rank", type=options.positive_int, default=32, metavar="R", help="rank of the LoRA adapter")
     parser.add_argument("--rounds", type=options.positive_int, default=5, metavar="N", help="turns, each on pairs of its own")
     parser.add_argument("--seed", type=options.seed, default=0, help="draws lengths, tokens and adapters")
-    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ...; auto takes the GPU where there is one")
     args = parser.parse_args(argv)
     device, s = pick_device(args.device), SHAPES[args.shape]
     best = matrix_peak(device, compute_dtype(args.bits, device))
@@ -154,7 +153,7 @@ def main(argv=None) -> None:
         reached[name] = statistics.median(operations(s, rows) / t for rows, t in zip(turns, times["ours"]))
     best = max(best, matrix_peak(device, compute_dtype(args.bits, device)))  # something else may have run during the first
     print(table(["task", "way", "pairs/s", "tokens/s", "ours is faster by", "peak GiB", "log-odds apart"], lines))
-    place = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
+    place = machine(device)
     print(
         f"\n{args.shape}, {args.bits} bits, at most {args.max_length} tokens ({'of ' + args.data if args.data else 'drawn'}), "
         f"{args.pairs} pairs, {args.responses} responses, {args.rounds} turns, {place}, torch {torch.__version__}"

@@ -24,7 +24,7 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForSequenceClassification, BitsAndBytesConfig, PrinterCallback, TrainerCallback
+from transformers import AutoModelForSequenceClassification, PrinterCallback, TrainerCallback
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -34,9 +34,11 @@ from benchmarks.common import (  # noqa: E402
     PIECES,
     SHAPES,
     Shape,
+    add_model_options,
     build,
     lengths_of,
     loss_of,
+    machine,
     matrix_peak,
     peak_bytes,
     rows_of,
@@ -47,7 +49,15 @@ from benchmarks.common import (  # noqa: E402
     take_step,
 )
 from gram_mini import options  # noqa: E402
-from gram_mini.backbone import EMBEDDED, checkpoint_gradients, compute_dtype, load_tokenizer, pick_device  # noqa: E402
+from gram_mini.backbone import (  # noqa: E402
+    EMBEDDED,
+    checkpoint_gradients,
+    compute_dtype,
+    half_precision,
+    load_tokenizer,
+    pick_device,
+    quantization,
+)
 from gram_mini.batches import (  # noqa: E402
     IGNORED,
     EncodedPair,
@@ -92,8 +102,7 @@ def usual_batch(stage: str, rows: list[EncodedPair]) -> dict[str, torch.Tensor]:
 def usual_loss(model, stage: str, rows: list[EncodedPair]) -> torch.Tensor:
     """The loss of transformers' own forward pass, in half precision as trainers run it (--bits 16, and 4 on a GPU)."""
     batch = {name: tensor.to(model.device) for name, tensor in usual_batch(stage, rows).items()}
-    half = model.get_input_embeddings().weight.dtype == torch.bfloat16
-    with torch.autocast(model.device.type, torch.bfloat16, enabled=half):
+    with half_precision(model):
         return model(**batch).loss
 
 
@@ -157,11 +166,8 @@ def with_scalar_head(s: Shape, args, device):
         config.num_labels, config.pad_token_id = 1, 0
         AutoModelForSequenceClassification.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
         dtype = compute_dtype(args.bits, device)
-        quantization = BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
-        )
         model = AutoModelForSequenceClassification.from_pretrained(
-            folder, dtype=dtype, device_map={"": device}, **({"quantization_config": quantization} if args.bits == 4 else {})
+            folder, dtype=dtype, device_map={"": device}, **quantization(args.bits, dtype)
         )
     model.requires_grad_(False)
     lora = LoraConfig(r=args.lora_rank, lora_alpha=2 * args.lora_rank, target_modules="all-linear", task_type="SEQ_CLS")
@@ -232,18 +238,15 @@ def compare(s: Shape, stage: str, args, device: torch.device) -> tuple[list[list
 
 def main(argv=None) -> None:
     parser = options.parser(__doc__, EXAMPLES)
-    parser.add_argument("--shape", choices=SHAPES, default="mid", help="sizes of the model; mid is 4 layers of width 512")
+    add_model_options(parser)
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES), help="what to train")
     parser.add_argument("--data", metavar="FILE", help="pairs whose lengths are taken (default: drawn)")
     parser.add_argument("--batch-size", type=options.positive_int, default=4, metavar="N", help="pairs per step")
     parser.add_argument("--max-length", type=options.positive_int, default=512, metavar="N", help="tokens per sequence")
-    parser.add_argument("--bits", type=int, choices=(4, 16, 32), default=32, help="4: NF4 weights; 16: bf16; 32: float32")
-    parser.add_argument("--lora-rank", type=options.positive_int, default=32, metavar="R", help="rank of the LoRA adapter")
     parser.add_argument("--gradient-checkpointing", action="store_true", help="for all alike")
     parser.add_argument("--rounds", type=options.positive_int, default=7, metavar="N", help="turns, each on a batch of its own")
     parser.add_argument("--peer", choices=("trl",), help="another library to compare with")
     parser.add_argument("--seed", type=options.seed, default=0, help="draws lengths, tokens and adapters")
-    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ...; auto takes the GPU where there is one")
     args = parser.parse_args(argv)
     device, s = pick_device(args.device), SHAPES[args.shape]
     dtype = compute_dtype(args.bits, device)
@@ -253,7 +256,7 @@ def main(argv=None) -> None:
         found += rows
     best = max(best, matrix_peak(device, dtype))  # something else may have run during the first
     print(table(["stage", "way", "pairs/s", "tokens/s", "ours is faster by", "peak GiB", "our peak / this"], found))
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
+    name = machine(device)
     print(
         f"\n{args.shape}, {args.bits} bits, {args.batch_size} pairs of at most {args.max_length} tokens "
         f"({'of ' + args.data if args.data else 'drawn'}), {args.rounds} turns, {name}, torch {torch.__version__}"

@@ -81,6 +81,14 @@ def load_tokenizer(name: str, revision: str | None = None):
     return tokenizer
 
 
+def quantization(bits: int, dtype: torch.dtype) -> dict:
+    """What from_pretrained is told for ``bits=4``, NF4 with double quantisation that computes in ``dtype``; else nothing."""
+    if bits != 4:
+        return {}
+    nf4 = dict(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+    return {"quantization_config": BitsAndBytesConfig(**nf4, bnb_4bit_compute_dtype=dtype)}
+
+
 def load_backbone(name: str, bits: int = 4, device: torch.device = torch.device("cpu"), revision: str | None = None):
     """Load a causal language model with frozen weights; ``bits=4`` is NF4 with double quantisation (QLoRA).
 
@@ -90,9 +98,6 @@ def load_backbone(name: str, bits: int = 4, device: torch.device = torch.device(
         UserError: if there is no such model.
     """
     dtype = compute_dtype(bits, device)
-    quantization = BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
-    )
     model = _from_pretrained(
         AutoModelForCausalLM,
         name,
@@ -101,7 +106,7 @@ def load_backbone(name: str, bits: int = 4, device: torch.device = torch.device(
         device_map={"": device},
         revision=revision or "main",
         use_safetensors=True,  # a pickled checkpoint could run code
-        **({"quantization_config": quantization} if bits == 4 else {}),
+        **quantization(bits, dtype),
     )
     for module in model.modules():
         # On CPUs with AVX512-BF16 bitsandbytes repacks the weights at the first forward pass in eval mode;
@@ -214,7 +219,12 @@ def half_precision(model):
 
 def decoder(model):
     """The layers of a causal language model, with or without an adapter, without its output matrix."""
-    return (model.get_base_model() if isinstance(model, PeftModel) else model).get_decoder()
+    return without_adapter(model).get_decoder()
+
+
+def without_adapter(model):
+    """The transformers model that an adapter is put on; the model itself where it has none."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
 def output_logits(model, hidden: torch.Tensor, tokens: tuple[int, ...] | None = None) -> torch.Tensor:
@@ -247,7 +257,7 @@ class OutputHead:
 
 def output_head(model) -> OutputHead:
     """The output head of a causal language model, with or without an adapter."""
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    base = without_adapter(model)
     head, config = base.get_output_embeddings(), base.config.get_text_config()
     scale = (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
     return OutputHead(head.weight, getattr(head, "bias", None), scale, getattr(config, "final_logit_softcapping", None))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from array import array
 from collections.abc import Sequence
@@ -131,15 +132,15 @@ def response_segments(pieces: PromptPieces, pair: EncodedPair, second: bool) -> 
 
 
 def split_by_tokens(
-    lengths: list[int], tokens: float, most: int | None = None, padding: float = 1.0, groups: Sequence | None = None
+    lengths: list[int], tokens: float | None, most: int | None = None, padding: float = 1.0, groups: Sequence | None = None
 ):
-    """Yield slices of consecutive sequences that padded take ``tokens`` at most, and are ``most`` at most.
+    """Yield slices of consecutive sequences that padded take ``tokens`` at most, and are ``most`` at most (None: no limit).
 
     A slice ends, too, where padding would become more than the share ``padding`` of it, if it is large enough to keep a
     processor busy (ENOUGH), and not within one of the ``groups``: what belongs together may share its beginning. A sequence
     that is too long for ``tokens`` comes by itself.
     """
-    start, longest, total = 0, 0, 0
+    start, longest, total, tokens = 0, 0, 0, tokens or math.inf
     for i, length in enumerate(lengths):
         whole = (i - start) * longest  # tokens of the slice as it is, padded
         longest, total = max(longest, length), total + length

@@ -9,10 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from peft import PeftModel
 from transformers import DynamicCache
 
-from gram_mini.backbone import decoder, half_precision, hidden_states
+from gram_mini.backbone import decoder, half_precision, hidden_states, without_adapter
 from gram_mini.batches import pad
 
 Segments = tuple[tuple[int, ...], ...]  # a sequence of tokens, cut where sequences may part
@@ -57,7 +56,7 @@ def can_share(model) -> bool:
     They can where all layers attend to everything before them, in a way that torch's attention kernel knows (others, like
     MPT's, may count the padding), and where positions do not depend on the length of the text.
     """
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    base = without_adapter(model)
     config = base.config.get_text_config()
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
     rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type")

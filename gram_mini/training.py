@@ -81,7 +81,7 @@ def forward_passes(
     """
     mine = slice(accelerator.process_index, None, accelerator.num_processes)  # rows are sorted: equal work for all
     rows, swaps = rows[mine], swaps[mine]
-    for some in split_by_tokens([size(row) for row in rows], tokens or math.inf, most=batch_size):
+    for some in split_by_tokens([size(row) for row in rows], tokens, most=batch_size):
         yield rows[some], swaps[some]
 
 
