@@ -4,187 +4,74 @@ The loss on the two label logits is Bradley-Terry plus a regulariser, -log sigmo
 m = Z_w - Z_l; gram_mini/losses.py derives it step by step.
 """
 
-import time
 from dataclasses import asdict
-from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
-from gram_mini import options
-from gram_mini.backbone import (
-    add_head,
-    add_lora,
-    checkpoint_gradients,
-    freeze_all_but_head,
-    hidden_states,
-    load_backbone,
-    load_lora,
-    load_tokenizer,
-    local_folder,
-    output_head,
-)
-from gram_mini.batches import IGNORED, chosen_batch, describe, lengths
-from gram_mini.data import load_pairs, split_by_prompt
-from gram_mini.errors import UserError, clear_errors
+from gram_mini.batches import judge_batch
+from gram_mini.errors import clear_errors
 from gram_mini.evaluation import summarise
-from gram_mini.log import Log
-from gram_mini.losses import best_margin, margins, pair_loss_in_chunks, reward_loss
-from gram_mini.prompts import JUDGE, label_tokens, read_template
-from gram_mini.reward_model import RewardModel
-from gram_mini.run_folder import RunFolder, check_init, recipe, run_record
-from gram_mini.training import (
-    NonFinite,
-    add_up,
-    batches_forever,
-    clip_gradients,
-    forward_passes,
-    in_shares,
-    number_of_steps,
-    optimizer_and_schedule,
-    start_processes,
-    stopping_after_the_step,
-)
-
-EXAMPLES = """\
-  python train_reward.py --init runs/pretrain                   # the embedded village, 40 seconds on 2 CPU cores
-  python train_reward.py --model Qwen/Qwen2.5-0.5B-Instruct --data pairs.jsonl --lr 1e-4 --batch-size 8"""
+from gram_mini.judge import Judge
+from gram_mini.losses import best_margin, margins, reward_loss
+from gram_mini.model import add_lora, hidden_states, load_lora, load_model, load_tokenizer, output_logits
+from gram_mini.pairs import split_by_prompt
+from gram_mini.reading.load import load_pairs
+from gram_mini.runs.options import reading, reward_options
+from gram_mini.runs.run import Run
+from gram_mini.training import clip_gradients, draw_batches, number_of_steps, optimizer_and_schedule
 
 
 def main(argv=None):
-    parser = options.parser(__doc__, EXAMPLES)
-    options.add_training_options(
-        parser, out="runs/reward", lr=1e-3, epochs=2, held_out=0.05, lora_rank=None,
-        data_help="labelled pairs: file, folder, hub name, or 'world' for the embedded village",
-    )  # fmt: skip
-    group = parser.add_argument_group("stage 2")
-    group.add_argument(
-        "--init", type=Path, metavar="RUN", help="run to start from, of stage 1 as a rule (default: the plain backbone)"
-    )
-    group.add_argument(
-        "--label-smoothing", type=options.smoothing, default=0.05, metavar="EPS",
-        help="eps of the loss above, 0 <= eps < 0.5; half of torch's label_smoothing: 0.05 is the official 0.1 there",
-    )  # fmt: skip
-    group.add_argument(
-        "--head", choices=("labels", "scalar"), default="labels",
-        help="what is compared: the logits of A and B after the judge prompt, or rewards that a scalar head gives each response",
-    )  # fmt: skip
-    group.add_argument(
-        "--freeze", action="store_true", help="train the head alone: the scalar one, or a copy of the two label rows"
-    )
-    group.add_argument(
-        "--text-weight", type=options.weight, default=0.0, metavar="W",
-        help="scalar head: add W times the negative log-likelihood of the preferred response, which keeps the hidden states",
-    )  # fmt: skip
-    options.add_judge_template(group, default="that of --init, else the one in gram_mini/prompts.py")
-    args = parser.parse_args(argv)
-    if args.text_weight and args.head != "scalar":
-        parser.error("--text-weight goes with --head scalar")
-    run = RunFolder(args.out, args.overwrite, args.resume)
-    accelerator, device = start_processes(args.device, args.report_to, run.partial)
-    if args.init and args.init.resolve() == args.out.resolve():
-        raise UserError(f"--out {args.out}: is the run given as --init; give another folder")
-    start = check_init(args.init, args.model, args.lora_rank, args.head) if args.init else None
-    args.lora_rank = start["options"]["lora_rank"] if start else args.lora_rank or 32
-    revision = start["backbone"]["fingerprint"] if start and local_folder(args.model) is None else None  # the hub's may be newer
-    template = start["prompt"]["judge"] if start else JUDGE
-    if args.judge_template:
-        template = read_template(args.judge_template)
+    args = reward_options(__doc__, argv)
+    run = Run("reward", args)
 
-    # Data -> prompts -> token ids
-    tokenizer = load_tokenizer(args.model, revision)
-    data = load_pairs(args.data, labelled=True, seed=args.seed, **options.reading(args))
-    accelerator.print(data.summary())
+    # Pairs
+    data = load_pairs(args.data, labelled=True, seed=args.seed, **reading(args))
+    run.say(data.summary())
+    train_pairs, held_out_pairs = split_by_prompt(data.pairs, args.held_out, args.seed)
+
+    # Judge: the model, with the adapter of stage 1 or a fresh one, and the judge's question
+    tokenizer = load_tokenizer(run.backbone)
     torch.manual_seed(args.seed)
-    backbone = load_backbone(args.model, args.bits, device, revision)
-    if args.gradient_checkpointing:
-        checkpoint_gradients(backbone)
-    model = load_lora(backbone, args.init, trainable=True) if args.init else add_lora(backbone, args.lora_rank)
-    if (args.head == "scalar" or args.freeze) and not hasattr(model, "head"):
-        add_head(model, None if args.head == "scalar" else label_tokens(tokenizer, template))
-    if args.freeze:
-        freeze_all_but_head(model)
-    judge = RewardModel(model, tokenizer, args.max_length, args.batch_size, template, args.batch_tokens)
-    train_pairs, held_out = split_by_prompt(data.pairs, args.held_out, args.seed)
-    train = judge.encode(train_pairs)
-    held_out_rows = judge.encode(held_out)
-    length = lengths(train + held_out_rows, judge.prompt)
-    accelerator.print(f"{len(train)} pairs to train on, {len(held_out)} held out; {describe(length, args.max_length)}")
+    model = load_model(run.backbone, args.bits, run.device, args.gradient_checkpointing)
+    model = load_lora(model, args.init) if args.init else add_lora(model, args.lora_rank)
+    judge = Judge(model, tokenizer, args.max_length, args.batch_size, run.template, args.batch_tokens)
+    prompt, labels = judge.prompt, judge.labels  # the question around x, y_a and y_b; the tokens of A and B
 
-    def size(row):
-        return judge.pass_tokens(row) * (1.5 if args.text_weight else 1)  # the text loss sees one response once more
+    # Token ids
+    train, held_out = judge.encode(train_pairs), judge.encode(held_out_pairs)
+    run.describe(data, train, held_out, prompt)
 
-    def text_loss(rows):
-        """Negative log-likelihood of the preferred responses, per token, by the backbone's own output matrix."""
-        batch = chosen_batch(rows, judge.prompt, tokenizer.pad_token_id)
-        hidden, targets = hidden_states(model, batch["input_ids"].to(device)), batch["targets"].to(device)  # (B, T, H), (B, T)
-        trained = targets != IGNORED
-        return pair_loss_in_chunks(hidden[trained], targets[trained], output_head(model))
-
-    # The loop, from the beginning or from a checkpoint
-    per_step = args.batch_size * args.grad_accum * accelerator.num_processes
-    steps = number_of_steps(len(train), per_step, args.epochs, args.steps)
+    # Loop
+    steps = number_of_steps(len(train), run.rows_per_step, args.epochs, args.steps)
     optimizer, schedule = optimizer_and_schedule(model, args.lr, steps)
-    if accelerator.is_main_process:
-        run.start()
-    of_run = recipe(args, data, model, accelerator, template)
-    done = run.load(accelerator, of_run, model, optimizer, schedule)
-    log = Log(run.partial / "log.csv", args, steps, accelerator, done["step"], done["log"])
-    non_finite = NonFinite(args.skip_limit, data.source, done["skipped"])
-    batches = batches_forever(train, per_step, args.seed, skip=done["step"])
-    final = None
-    model.train()
-    progress = tqdm(
-        range(done["step"] + 1, steps + 1), desc="stage 2", mininterval=1, initial=done["step"], total=steps,
-        disable=not accelerator.is_main_process,
-    )  # fmt: skip
-    with stopping_after_the_step(accelerator):
-        for step in progress:
-            rows, swaps = next(batches)  # what all forward passes, in all processes, see in this step
-            step_loss = 0.0
-            for some, their_swaps in forward_passes(rows, swaps, size, args.batch_size, args.batch_tokens, accelerator):
-                logits, at_end, batch = judge.label_logits(some, their_swaps)  # (B, 2), (B, H)
-                labels = batch["labels"].to(device)  # (B,)
-                loss = reward_loss(logits, labels, args.label_smoothing)
-                if args.text_weight:
-                    loss = loss + args.text_weight * text_loss(some)
-                share = len(some) / len(rows)  # the step's loss is a mean over its pairs
-                (loss * share).backward()
-                step_loss += loss.detach() * share
-                m = margins(logits, labels)  # (B,)
-                log.note(batch["input_ids"].numel(), share, loss=loss, accuracy=(m > 0).float().mean(), margin=m.mean())
-                if log.due(step) and not judge.scalar:  # this needs the whole output matrix, so only now and then
-                    log.note(0, share, label_mass=judge.label_mass(at_end.detach()).mean())
-            step_loss = add_up(accelerator, model, step_loss)
-            if taken := non_finite.allows(step_loss, clip_gradients(model), rows):
-                optimizer.step()
-            optimizer.zero_grad()
-            if means := log.train(step, lr=schedule.get_last_lr()[0], taken=taken, skipped=non_finite.skipped):
-                progress.set_postfix(loss=f"{means['loss']:.3f}", accuracy=f"{means['accuracy']:.2f}")
-            schedule.step()
-            if held_out and (step == steps or step % max(1, steps // 5) == 0):
-                began = time.perf_counter()
-                compared = in_shares(accelerator, held_out_rows, lambda mine: judge.compare_encoded(mine, progress="held out"))
-                final = summarise(held_out, compared)
-                log.held_out(step, time.perf_counter() - began, **asdict(final))
-            stop = accelerator.check_trigger()
-            if step < steps and (stop or step % args.save_every == 0):
-                run.save(accelerator, step, of_run, model, optimizer, schedule, log, non_finite.skipped)
-                if stop:
-                    accelerator.end_training()
-                    raise run.interrupted(step)
+    batches = draw_batches(train, run.rows_per_step, args.seed)  # the order of the responses is drawn too
+    for batch in run.steps(batches, steps, model, optimizer, schedule):
+        for part in run.passes(batch):  # all at once, or as many rows as fit
+            ids, last, right = judge_batch(part, prompt, run.device)  # (B, T), (B,), (B,): 0 where A is better, 1 where B
+            hidden = hidden_states(model, ids)  # (B, T, H)
+            verdict = hidden[torch.arange(len(part)), last]  # (B, H), where A or B would come next
+            z = output_logits(model, verdict, labels)  # (B, 2): Z_A, Z_B, two rows of the output matrix
+            loss = reward_loss(z, right, args.label_smoothing)  # -log sigmoid(m) + eps m
+            share = len(part) / len(batch)  # the step's loss is a mean over pairs
+            (loss * share).backward()
+            m = margins(z, right)  # (B,): Z_w - Z_l
+            run.note(share, ids.numel(), loss=loss, accuracy=(m > 0).float().mean(), margin=m.mean())
+            if run.logs():  # this needs the whole output matrix, so only now and then
+                run.note(share, label_mass=judge.label_mass(verdict.detach()).mean())
+        if run.finite(clip_gradients(model)):
+            optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+        if held_out and run.evaluation_due():
+            compared = run.in_shares(judge.compare_encoded, held_out)  # in both orders
+            evaluation = summarise(held_out_pairs, compared)
+            run.log_held_out(asdict(evaluation))
 
-    accelerator.end_training()
-    if accelerator.is_main_process:
-        results = {"steps": steps, "skipped": non_finite.skipped, **({"held_out": asdict(final)} if final else {})}
-        run.finish(model, tokenizer, run_record("reward", args, data, model, judge.labels, template, lengths=length, **results))
-        if final:
-            print(
-                f"held out: {final.pairs} pairs, accuracy {final.accuracy:.3f} ± {final.interval:.3f}, loss {final.loss:.3f}, position gap "
-                f"{final.position_gap:.3f}, mean margin {final.margin:.2f} (best for certain labels: "
-                f"{best_margin(args.label_smoothing):.2f})"
-            )
-        print(f"wrote {args.out}: adapter, tokenizer, run.json, log.csv, plot.png")
+    if run.evaluation:
+        best = best_margin(args.label_smoothing)
+        run.say(f"held out: {evaluation} (best for certain labels: {best:.2f})")
+    run.finish(model, tokenizer, labels)
 
 
 if __name__ == "__main__":

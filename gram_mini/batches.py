@@ -1,4 +1,8 @@
-"""Pairs of text in, padded tensors out: encode, truncate, bucket by length, collate."""
+"""From pairs of text to padded tensors: encode, cut to length, put in order, collate.
+
+One row is one pair in one order: y_a stands in the place of assistant A, y_b in the place of assistant B.
+``row.swapped()`` is the other order, with the label turned round.
+"""
 
 from __future__ import annotations
 
@@ -6,17 +10,19 @@ import math
 import random
 from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from tqdm import tqdm
 
-from gram_mini.data import Pair
 from gram_mini.errors import UserError
+from gram_mini.pairs import Pair
 from gram_mini.prompts import PromptPieces
 
-ENOUGH = 1024  # tokens of a forward pass below which smaller passes cost more than padding
+ENOUGH = 1024  # tokens of a forward pass; below this, smaller passes cost more than padding
 IGNORED = -100  # target of a position that carries no loss, torch's default ignore_index
+
+Segments = tuple[tuple[int, ...], ...]  # a sequence of tokens, cut where it may part from others
 
 
 @dataclass(frozen=True)
@@ -40,6 +46,15 @@ class EncodedPair:
         """Whether the pair was too long."""
         return self.length < sum(self.uncut)
 
+    def swapped(self) -> EncodedPair:
+        """The same pair in the other order: the responses change places, and the label with them."""
+        prompt, a, b = self.uncut
+        label = None if self.label is None else 1 - self.label
+        return replace(self, response_a=self.response_b, response_b=self.response_a, label=label, uncut=(prompt, b, a))
+
+
+# ---- encode and cut -----------------------------------------------------------------------------------
+
 
 def encode_pairs(pairs: list[Pair], pieces: PromptPieces, tokenizer, max_length: int) -> list[EncodedPair]:
     """Tokenise pairs and cut each so that it fits ``max_length`` tokens together with its prompt pieces.
@@ -55,49 +70,22 @@ def encode_pairs(pairs: list[Pair], pieces: PromptPieces, tokenizer, max_length:
         )
     encoded = []
     for start in tqdm(range(0, len(pairs), 1000), desc="tokenising", unit="k", delay=2, leave=False):
-        some = pairs[start : start + 1000]
-        texts = [text.strip() for pair in some for text in (pair.prompt, pair.response_a, pair.response_b)]
+        chunk = pairs[start : start + 1000]
+        texts = [text.strip() for pair in chunk for text in (pair.prompt, pair.response_a, pair.response_b)]
         # A response that spells out "<|im_end|>" must not end the user's turn: inside a text it is only text.
         ids = tokenizer(texts, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
-        for pair, prompt, a, b in zip(some, ids[0::3], ids[1::3], ids[2::3]):
+        for pair, prompt, a, b in zip(chunk, ids[0::3], ids[1::3], ids[2::3]):
             uncut = (len(prompt), len(a), len(b))
-            cut = (array("i", text) for text in truncate(prompt, a, b, budget))  # 4 bytes a token, where a list takes 36
+            cut = (array("i", text) for text in truncate(prompt, a, b, budget))  # 4 bytes a token; a list takes 36
             encoded.append(EncodedPair(*cut, pair.label, pair.row, uncut))
     return encoded
-
-
-def lengths(rows: list[EncodedPair], pieces: PromptPieces) -> dict:
-    """How long the sequences are before they are cut, in tokens, prompt pieces included, and how many are cut.
-
-    ``longer_preferred`` is the share of labelled pairs, of those with responses of different length, in which the longer
-    one is preferred: far from 1/2, length alone is a cue (None where no pair says).
-    """
-    tokens = sorted(sum(row.uncut) + pieces.fixed_tokens for row in rows)
-    won = [(a > b) == (row.label == 0) for row in rows for _, a, b in [row.uncut] if row.label is not None and a != b]
-    return {
-        "half": tokens[len(tokens) // 2],
-        "nine_in_ten": tokens[len(tokens) * 9 // 10],
-        "longest": tokens[-1],
-        "truncated": sum(row.truncated for row in rows),
-        "longer_preferred": sum(won) / len(won) if won else None,
-    }
-
-
-def describe(lengths: dict, max_length: int) -> str:
-    """One line for what :func:`lengths` found."""
-    preferred = lengths["longer_preferred"]
-    return (
-        f"tokens a pair: {lengths['half']} for half of them, {lengths['nine_in_ten']} for nine in ten, at most "
-        f"{lengths['longest']}; {lengths['truncated']} cut to {max_length}"
-        + ("" if preferred is None else f"; the longer response preferred in {preferred:.0%} of the pairs")
-    )
 
 
 def truncate(prompt: list[int], a: list[int], b: list[int], budget: int) -> tuple[list[int], list[int], list[int]]:
     """Cut three token lists to ``budget`` tokens in all, without favour to either response.
 
     The prompt gives way first, from its beginning (its end holds the question), down to a third of the
-    budget; then both responses lose the same share of their tokens, from their ends. Exchanging a and b
+    budget. Then both responses lose the same share of their tokens, from their ends. Exchanging a and b
     exchanges the results.
     """
     if len(prompt) + len(a) + len(b) <= budget:
@@ -113,32 +101,34 @@ def truncate(prompt: list[int], a: list[int], b: list[int], budget: int) -> tupl
     return prompt[len(prompt) - keep :], a, b
 
 
-def join(pieces: PromptPieces, pair: EncodedPair, swap: bool = False) -> list[int]:
-    """The whole sequence of one example; ``swap`` puts y_b in the place of assistant A."""
-    return [token for segment in pair_segments(pieces, pair, swap) for token in segment]
+# ---- order --------------------------------------------------------------------------------------------
 
 
-def pair_segments(pieces: PromptPieces, pair: EncodedPair, swap: bool = False) -> tuple[tuple[int, ...], ...]:
-    """The sequence of :func:`join`, cut where those of other pairs may part from it: before either response."""
-    first, second = (pair.response_b, pair.response_a) if swap else (pair.response_a, pair.response_b)
-    question = (*pieces.start, *pair.prompt, *pieces.after_prompt)
-    return question, (*first, *pieces.between), (*second, *pieces.end)
+def batch_order(lengths: list[int], batch_size: int, rng: random.Random) -> list[list[int]]:
+    """One epoch as lists of row numbers: random order, but rows of similar length together.
 
-
-def response_segments(pieces: PromptPieces, pair: EncodedPair, second: bool) -> tuple[tuple[int, ...], ...]:
-    """For a scalar head: the prompt, and one of the responses by itself."""
-    question = (*pieces.start, *pair.prompt, *pieces.after_prompt)
-    return question, (*(pair.response_b if second else pair.response_a), *pieces.end)
+    Rows are shuffled, sorted by length within blocks of 16 batches, and the batches shuffled again. So
+    little is padded and no epoch resembles another.
+    """
+    order = rng.sample(range(len(lengths)), len(lengths))
+    block = 16 * batch_size
+    batches = []
+    for start in range(0, len(order), block):
+        rows = sorted(order[start : start + block], key=lambda i: lengths[i])
+        batches += [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
+    rng.shuffle(batches)
+    return batches
 
 
 def split_by_tokens(
     lengths: list[int], tokens: float | None, most: int | None = None, padding: float = 1.0, groups: Sequence | None = None
 ):
-    """Yield slices of consecutive sequences that padded take ``tokens`` at most, and are ``most`` at most (None: no limit).
+    """Yield slices of consecutive sequences, each for one forward pass.
 
-    A slice ends, too, where padding would become more than the share ``padding`` of it, if it is large enough to keep a
-    processor busy (ENOUGH), and not within one of the ``groups``: what belongs together may share its beginning. A sequence
-    that is too long for ``tokens`` comes by itself.
+    Padded, the sequences of a slice take ``tokens`` at most, and they are ``most`` at most (None: no limit). A
+    sequence that is too long for ``tokens`` comes by itself. A slice ends, too, where more than the share
+    ``padding`` of it would be padding, if it is large enough to keep a processor busy (ENOUGH). That never
+    happens within one of the ``groups``, whose sequences may share their beginning.
     """
     start, longest, total, tokens = 0, 0, 0, tokens or math.inf
     for i, length in enumerate(lengths):
@@ -154,101 +144,65 @@ def split_by_tokens(
         yield slice(start, len(lengths))
 
 
-def batch_order(lengths: list[int], batch_size: int, rng: random.Random) -> list[list[int]]:
-    """One epoch as lists of row numbers: random order, but rows of similar length together.
-
-    Rows are shuffled, sorted by length within blocks of 16 batches, and the batches shuffled again, so
-    that little is padded and no epoch resembles another.
-    """
-    order = rng.sample(range(len(lengths)), len(lengths))
-    block = 16 * batch_size
-    batches = []
-    for start in range(0, len(order), block):
-        rows = sorted(order[start : start + block], key=lambda i: lengths[i])
-        batches += [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
-    rng.shuffle(batches)
-    return batches
+# ---- collate ------------------------------------------------------------------------------------------
 
 
-def pad(rows: Sequence[Sequence[int]], value: int | None) -> torch.Tensor:
+def join(pieces: PromptPieces, row: EncodedPair) -> list[int]:
+    """The whole sequence of a row: x, y_a and y_b with the prompt's own words around them."""
+    return [token for segment in pair_segments(pieces, row) for token in segment]
+
+
+def pair_segments(pieces: PromptPieces, row: EncodedPair) -> Segments:
+    """The sequence of :func:`join`, cut where those of other rows may part from it: before either response."""
+    question = (*pieces.start, *row.prompt, *pieces.after_prompt)
+    return question, (*row.response_a, *pieces.between), (*row.response_b, *pieces.end)
+
+
+def pad(rows: Sequence[Sequence[int]], value: int = 0) -> torch.Tensor:
     """Right-pad token lists to a tensor (B, T).
 
-    No attention mask is needed: attention is causal, so what stands right of a token cannot change it. So where a
-    tokenizer has no padding token (None) token 0 will do; to name it so would change how the tokenizer splits texts.
+    Which token pads does not matter, and no attention mask is needed: attention is causal, so what stands to
+    the right of a token cannot change it.
     """
-    value = 0 if value is None else value
     length = max(map(len, rows))
     return torch.tensor([[*row, *[value] * (length - len(row))] for row in rows])  # (B, T)
 
 
-def trained_tokens(pieces: PromptPieces, row: EncodedPair) -> int:
-    """Number of tokens that stage 1 trains on in one pair: both responses and the markers around them."""
-    return row.length - len(row.prompt) + pieces.fixed_tokens - len(pieces.start) - pieces.untrained
+def trained_tokens(pieces: PromptPieces, rows: Sequence[EncodedPair]) -> int:
+    """Number of tokens that stage 1 trains on: both responses and the markers around them."""
+    markers = pieces.fixed_tokens - len(pieces.start) - pieces.untrained
+    return sum(len(row.response_a) + len(row.response_b) + markers for row in rows)
 
 
-def pair_batch(rows: list[EncodedPair], swaps: list[bool], pieces: PromptPieces, pad_id: int) -> dict[str, torch.Tensor]:
-    """Stage 1: sequences, and as targets the next token wherever it belongs to the assistant's turn.
-
-    Returns input_ids (B, T) and targets (B, T), IGNORED on the prompt and on padding.
-    """
-    sequences, targets = [], []
-    for row, swap in zip(rows, swaps):
-        ids = join(pieces, row, swap)
-        given = len(pieces.start) + len(row.prompt) + pieces.untrained  # tokens that are not trained on
-        sequences.append(ids)
-        targets.append(_next_tokens(ids, given))
-    return {"input_ids": pad(sequences, pad_id), "targets": pad(targets, IGNORED)}
-
-
-def judge_batch(rows: list[EncodedPair], swaps: list[bool], pieces: PromptPieces, pad_id: int) -> dict[str, torch.Tensor]:
-    """Stage 2 and scoring: judge prompts, where each ends, and which label is right.
-
-    Returns input_ids (B, T), last (B,) the position of the last token, labels (B,): 0 for A, 1 for B,
-    exchanged where the responses are (-1 where there is no label).
-    """
-    sequences = [join(pieces, row, swap) for row, swap in zip(rows, swaps)]
-    return {
-        "input_ids": pad(sequences, pad_id),
-        "last": torch.tensor([len(ids) - 1 for ids in sequences]),
-        "labels": _labels(rows, swaps),
-    }
-
-
-def response_batch(rows: list[EncodedPair], swaps: list[bool], pieces: PromptPieces, pad_id: int) -> dict[str, torch.Tensor]:
-    """For a scalar head: each response by itself after its prompt, all of the first ones, then all of the second ones.
-
-    Returns input_ids (2B, T), last (2B,) and labels (B,), exchanged where the responses are, as in :func:`judge_batch`.
-    """
-    sequences = [_after_prompt(pieces, row, k ^ swap) for k in (False, True) for row, swap in zip(rows, swaps)]
-    return {
-        "input_ids": pad(sequences, pad_id),
-        "last": torch.tensor([len(ids) - 1 for ids in sequences]),
-        "labels": _labels(rows, swaps),
-    }
-
-
-def chosen_batch(rows: list[EncodedPair], pieces: PromptPieces, pad_id: int) -> dict[str, torch.Tensor]:
-    """The preferred response of each labelled pair after its prompt, to be generated.
-
-    Returns input_ids (B, T) and targets (B, T), IGNORED on the prompt and on padding.
-    """
-    sequences, targets = [], []
-    for row in rows:
-        ids = _after_prompt(pieces, row, bool(row.label))
-        given = len(pieces.start) + len(row.prompt) + pieces.untrained
-        sequences.append(ids)
-        targets.append(_next_tokens(ids, given))
-    return {"input_ids": pad(sequences, pad_id), "targets": pad(targets, IGNORED)}
-
-
-def _after_prompt(pieces: PromptPieces, row: EncodedPair, second: bool) -> list[int]:
-    return [token for segment in response_segments(pieces, row, second) for token in segment]
-
-
-def _next_tokens(ids: list[int], given: int) -> list[int]:
+def next_tokens(ids: list[int], given: int) -> list[int]:
     """The target of each position: the token after it, IGNORED where that is one of the ``given`` first or none."""
     return [IGNORED] * (given - 1) + ids[given:] + [IGNORED]
 
 
-def _labels(rows: list[EncodedPair], swaps: list[bool]) -> torch.Tensor:
-    return torch.tensor([-1 if row.label is None else row.label ^ swap for row, swap in zip(rows, swaps)])  # (B,)
+def pair_batch(rows: list[EncodedPair], pieces: PromptPieces, device="cpu") -> tuple[torch.Tensor, torch.Tensor]:
+    """Stage 1: sequences, and as targets the next token wherever it belongs to the assistant's turn.
+
+    Returns ids (B, T) and targets (B, T), IGNORED on the prompt and on padding.
+    """
+    sequences = [join(pieces, row) for row in rows]
+    given = [len(pieces.start) + len(row.prompt) + pieces.untrained for row in rows]  # tokens that are not trained on
+    targets = pad([next_tokens(*pair) for pair in zip(sequences, given)], IGNORED)
+    return pad(sequences).to(device), targets.to(device)
+
+
+def judge_batch(
+    rows: list[EncodedPair], pieces: PromptPieces, device="cpu"
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Stage 2 and scoring: judge prompts, where each ends, and which label is right.
+
+    Returns ids (B, T); last (B,), the position of the last token, after which the verdict stands; and right (B,),
+    0 where A is the better response, 1 where B is, -1 where there is no label.
+    """
+    sequences = [join(pieces, row) for row in rows]
+    last = torch.tensor([len(ids) - 1 for ids in sequences])
+    return pad(sequences).to(device), last.to(device), right_labels(rows).to(device)
+
+
+def right_labels(rows: list[EncodedPair]) -> torch.Tensor:
+    """Which label is right, (B,): 0 for A, 1 for B, -1 where there is no label."""
+    return torch.tensor([-1 if row.label is None else row.label for row in rows])  # (B,)

@@ -1,31 +1,43 @@
-"""How good is a reward model? Accuracy, cross-entropy to the truth, sensitivity to the order.
-
-    python -m gram_mini.evaluation embedded runs/reward [RUN ...]
-
-prints one row per model on the two test sets of the embedded village. Runs of the same recipe under
-different seeds share a row: mean and 95% interval over the seeds.
-"""
+"""How good is a judge? Accuracy, loss, calibration, sensitivity to the order, each with its interval."""
 
 from __future__ import annotations
 
-import argparse
-import json
 import math
 import random
 import statistics
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
-from gram_mini import options
-from gram_mini.backbone import local_folder, read_run
-from gram_mini.data import Pair
-from gram_mini.errors import clear_errors
-from gram_mini.reward_model import Comparison, RewardModel
-from gram_mini.world.pairs import world_pairs
+from gram_mini.batches import IGNORED, EncodedPair, pair_batch, split_by_tokens
+from gram_mini.chunked import token_losses
+from gram_mini.judge import TIE, Comparison, Judge, preferred
+from gram_mini.model import evaluating, hidden_states, output_head
+from gram_mini.pairs import Pair
+from gram_mini.prompts import PromptPieces
+
+# ---- stage 1 ------------------------------------------------------------------------------------------
+
+
+def pair_losses(
+    model, rows: list[EncodedPair], prompt: PromptPieces, batch_size: int, batch_tokens: int | None = None
+) -> list[tuple[float, int]]:
+    """The negative log-likelihood of each pair, -log pi(y_a, y_b | x) in nats, and its number of trained tokens."""
+    results: list[tuple[float, int]] = []
+    lengths = [row.length + prompt.fixed_tokens for row in rows]
+    with evaluating(model):
+        for part in split_by_tokens(lengths, batch_tokens, most=batch_size):
+            ids, targets = pair_batch(rows[part], prompt, model.device)  # (B, T), (B, T)
+            trained = targets != IGNORED
+            losses = token_losses(hidden_states(model, ids)[trained], targets[trained], output_head(model))  # (N,)
+            counts = trained.sum(dim=1).tolist()  # (B,)
+            results += [(float(of_pair.sum()), len(of_pair)) for of_pair in losses.split(counts)]
+    return results
+
+
+# ---- stage 2 and scoring ------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -33,17 +45,23 @@ class Evaluation:
     """Figures over N labelled pairs, each judged in both orders."""
 
     pairs: int
-    accuracy: float  # share of pairs whose preferred response gets P > 1/2; exactly 1/2 counts half
+    accuracy: float  # share of pairs whose preferred response gets P > 1/2; a draw counts half
     interval: float  # half the 95% interval of the accuracy; pairs of one prompt count as one cluster
     loss: float  # two-label loss without smoothing, nats, mean over both orders
     margin: float  # mean Z_w - Z_l over both orders, in logits
     label_mass: float  # mean probability of answering with A or B at all
     position_gap: float  # mean |P(a better, a first) - P(a better, a second)|
     truncated: int  # pairs cut to the maximal length
-    cross_entropy: float | None = None  # to the true probabilities, nats; the embedded world only
+    cross_entropy: float | None = None  # to the true probabilities, nats; the village only
+
+    def __str__(self) -> str:
+        return (
+            f"{self.pairs} pairs, accuracy {self.accuracy:.3f} ± {self.interval:.3f}, loss {self.loss:.3f}, "
+            f"position gap {self.position_gap:.3f}, mean margin {self.margin:.2f}"
+        )
 
 
-def evaluate(judge: RewardModel, pairs: list[Pair], average: str = "probabilities", progress: str | None = None) -> Evaluation:
+def evaluate(judge: Judge, pairs: list[Pair], average: str = "probabilities", progress: str | None = None) -> Evaluation:
     """Judge labelled pairs in both orders.
 
     Raises:
@@ -59,7 +77,8 @@ def summarise(pairs: list[Pair], results: list[Comparison]) -> Evaluation:
     hits, margins, entropies = defaultdict(list), [], []
     for pair, result in zip(pairs, results):
         p = result.probability
-        hits[pair.prompt].append(0.5 if p == 0.5 else float((p > 0.5) == (pair.label == 0)))
+        preference = preferred(p) if pair.label == 0 else -preferred(p)  # 1 where it is the label's
+        hits[pair.prompt].append((1 + preference) / 2)
         margins += [m if pair.label == 0 else -m for m in (result.log_odds_first, result.log_odds_second)]
         if pair.probability is not None:
             p, q = min(max(p, 1e-12), 1 - 1e-12), pair.probability
@@ -104,12 +123,12 @@ def calibration(probabilities, outcomes, bins: int = 10) -> tuple[float, list[tu
     Returns the ECE and (mean P, share right, count) of each bin; without pairs (None, None, 0).
     """
     p, better = (torch.as_tensor(values, dtype=torch.float64) for values in (probabilities, outcomes))  # (N,)
-    preferred = torch.maximum(p, 1 - p)
+    confidence = torch.maximum(p, 1 - p)  # P of the response that the judge prefers
     right = torch.where(p > 0.5, better, 1 - better)
-    right[p == 0.5] = 0.5
-    place = ((2 * preferred - 1) * bins).long().clamp(max=bins - 1)  # number of the bin
+    right[(p - 0.5).abs() <= TIE] = 0.5
+    place = ((2 * confidence - 1) * bins).long().clamp(max=bins - 1)  # number of the bin
     counts = torch.bincount(place, minlength=bins)  # (bins,)
-    total_p, total_right = (torch.bincount(place, values, bins) for values in (preferred, right))  # (bins,)
+    total_p, total_right = (torch.bincount(place, values, bins) for values in (confidence, right))  # (bins,)
     ece = float((total_p - total_right).abs().sum() / len(p))
     return ece, [(float(a / n), float(b / n), int(n)) if n else (None, None, 0) for a, b, n in zip(total_p, total_right, counts)]
 
@@ -125,7 +144,7 @@ def brier(probabilities, outcomes) -> float:
 
 def orders_agree(result: Comparison) -> bool:
     """Whether both orders prefer the same response; P = 1/2 prefers neither."""
-    return (result.a_first - 0.5) * (result.a_second - 0.5) > 0
+    return preferred(result.a_first) * preferred(result.a_second) > 0
 
 
 def consistency(results: list[Comparison]) -> float:
@@ -142,84 +161,21 @@ def bootstrap(strata: list[list], figures: Callable[[list], dict[str, float | No
 
     Returns {name: (2.5% quantile, 97.5% quantile)} over the draws that gave a value.
     """
-    rng, found = random.Random(seed), defaultdict(list)
+    rng, values_of = random.Random(seed), defaultdict(list)
     for _ in range(draws):
         drawn = [unit for stratum in strata for unit in rng.choices(stratum, k=len(stratum))]
         for name, value in figures(drawn).items():
             if value is not None:
-                found[name].append(value)
+                values_of[name].append(value)
     intervals = {}
-    for name, values in found.items():
+    for name, values in values_of.items():
         values.sort()
         cut = len(values) // 40  # 2.5% at either end
         intervals[name] = (values[cut], values[-1 - cut])
     return intervals
 
 
-# ---- the table of the demo ----------------------------------------------------------------------------
-
-CAPTION = """\
-Accuracy against the truly better response, ± 95% interval (over the prompts, 20 labelled and 80 unlabelled ones; over
-the seeds where there are several). Fact pairs: one response right, the other wrong. Cross-entropy: to the true
-probabilities, in nats. Position gap: mean |P(a better, a shown first) - P(a better, a shown second)|. The last three
-are on unlabelled topics."""
-
-# Options that may differ between runs of one recipe.
-PASSING = ("seed", "init", *options.WITHOUT_EFFECT)
-
-
-def recipe(run: dict | None) -> tuple[str, str]:
-    """What a run did, in a word or two, and everything that must agree for two runs to share a row."""
-    if run is None:
-        return "zero-shot judge", ""
-    given = {name: value for name, value in run["options"].items() if name not in PASSING}
-    if run["stage"] == "pretrain":
-        name = "stage 1 alone"
-    else:
-        start = run["init"]["stage"] if run["init"] else None
-        name = {None: "labels alone", "pretrain": "stage 1 + labels", "reward": "labels twice"}[start]
-        if given.get("head") == "scalar":
-            name = name.replace("labels", "labels, scalar head")
-        name += ", text loss" if given.get("text_weight") else ""
-        name += ", frozen" if given.get("freeze") else ""
-        name += ", smoothed" if given["label_smoothing"] > 0 else ""
-        name += " = GRAM" if name == "stage 1 + labels, smoothed" else ""
-    return name, json.dumps(given, sort_keys=True)
-
-
-def world_table(models: list[str], device: str = "auto") -> str:
-    """Judge both test sets of the village with each model and set the figures in a table."""
-    for model in models:
-        if not (Path(model) / "run.json").is_file():
-            local_folder(model)  # what is missing is said before the first is judged
-    known, unknown = world_pairs("in-distribution"), world_pairs("out-of-distribution")
-    folders: dict[tuple[str, str], str] = {}
-    rows: dict[tuple[str, str], dict[int, list[Evaluation]]] = defaultdict(dict)
-    for model in models:
-        run = read_run(Path(model)) if (Path(model) / "run.json").is_file() else None
-        judge = RewardModel.load(model, device=device)
-        results = judge.compare_many(unknown, progress=model)
-        facts = [(pair, result) for pair, result in zip(unknown, results) if "fact" in pair.differs]
-        seed = run["options"]["seed"] if run else 0
-        folders[recipe(run)] = Path(model).name
-        rows[recipe(run)][seed] = [evaluate(judge, known, progress=model), summarise(unknown, results), summarise(*zip(*facts))]
-
-    head = ("", "labelled topics", "unlabelled topics", "fact pairs", "cross-entropy", "position gap", "run")
-    lines = [head]
-    for key, by_seed in rows.items():
-        name, runs = key[0], list(by_seed.values())
-        entropy = statistics.mean(unlabelled.cross_entropy for _, unlabelled, _ in runs)
-        gap = statistics.mean(unlabelled.position_gap for _, unlabelled, _ in runs)
-        accuracies = (with_interval([run[k] for run in runs]) for k in range(3))
-        lines.append(
-            (name + (f" ({len(runs)} seeds)" if len(runs) > 1 else ""), *accuracies, f"{entropy:.3f}", f"{gap:.3f}", folders[key])
-        )
-    ideal = statistics.mean(_entropy(pair.probability) for pair in unknown)
-    lines.append(("the true rewards", "1.000", "1.000", "1.000", f"{ideal:.3f}", "0.000", ""))
-    widths = [max(len(line[k]) for line in lines) for k in range(len(head))]
-    return "\n".join(
-        "  ".join([line[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(line[1:], widths[1:]))]) for line in lines
-    )
+# ---- intervals over seeds ------------------------------------------------------------------------------
 
 
 def with_interval(runs: list[Evaluation]) -> str:
@@ -237,24 +193,3 @@ def student_t(freedom: int) -> float:
     return table[freedom - 1] if freedom <= len(table) else 1.960 + 2.372 / freedom + 2.823 / freedom**2
 
 
-def _entropy(p: float) -> float:
-    return -p * math.log(p) - (1 - p) * math.log(1 - p)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m gram_mini.evaluation",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument("models", nargs="+", metavar="MODEL", help="run folders, or 'embedded' for the plain backbone")
-    parser.add_argument("--device", default="auto", help="cpu, cuda, ... (default: auto)")
-    args = parser.parse_args()
-    with clear_errors():
-        print(world_table(args.models, args.device))
-        print(CAPTION)
-
-
-if __name__ == "__main__":
-    main()

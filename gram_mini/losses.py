@@ -65,69 +65,15 @@ import math
 import torch
 import torch.nn.functional as F
 
-LOGITS_AT_ONCE = 2**25  # as many logits take 128 MiB in float32
-
 
 def pair_loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Stage 1: mean negative log-likelihood per trained token, in nats.
+    """Stage 1: mean negative log-likelihood per trained token, in nats. gram_mini/chunked.py is its fast twin.
 
     Args:
         logits: (N, V), one row for each token that is trained on, and for no other.
         targets: (N,), the token that follows.
     """
-    return F.cross_entropy(_at_least_float32(logits), targets)
-
-
-def pair_loss_in_chunks(hidden: torch.Tensor, targets: torch.Tensor, head) -> torch.Tensor:
-    """``pair_loss(head(hidden), targets)`` without holding the logits of more than a few hundred tokens at once.
-
-    Logits are what fills the memory in stage 1: with 151,936 tokens in the vocabulary, 0.6 MB for each trained token.
-
-    Args:
-        hidden: (N, H), the last hidden states where a trained token follows.
-        targets: (N,), the token that follows.
-        head: backbone.OutputHead; its weights are taken as frozen.
-    """
-    rows = max(1, LOGITS_AT_ONCE // len(head.weight))
-    if len(hidden) <= rows:
-        return pair_loss(head(hidden), targets)
-    return _InChunks.apply(hidden, targets, head, rows)
-
-
-class _InChunks(torch.autograd.Function):
-    """Makes the gradient of each chunk right after its loss, so that the logits of one chunk are all that is ever there.
-
-    torch 2.13 has F.linear_cross_entropy, which does the same, but in bfloat16 it adds up the loss in bfloat16 (with 100 chunks
-    it was off by 2%), and it knows no cap.
-    """
-
-    @staticmethod
-    def forward(ctx, hidden, targets, head, rows):
-        chunks = zip(hidden.split(rows), targets.split(rows))  # (n, H), (n,)
-        losses, gradients = zip(*(_chunk(h, t, head, ctx.needs_input_grad[0]) for h, t in chunks))
-        if ctx.needs_input_grad[0]:
-            ctx.save_for_backward(torch.cat(gradients) / len(targets))  # (N, H)
-        return torch.stack(losses).sum() / len(targets)
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return ctx.saved_tensors[0] * gradient, None, None, None
-
-
-def _chunk(hidden: torch.Tensor, targets: torch.Tensor, head, with_gradient: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Summed negative log-likelihood of a few tokens, and its gradient (n, H), in the memory of one (n, V) of logits."""
-    hidden, targets = hidden.detach().requires_grad_(with_gradient), targets[:, None]  # (n, H), (n, 1)
-    with torch.enable_grad():
-        logits = head(hidden)  # (n, V)
-    z = logits.detach().to(torch.promote_types(logits.dtype, torch.float32), copy=bool(head.cap))
-    largest, right = z.amax(dim=1, keepdim=True), z.gather(1, targets)  # (n, 1), (n, 1)
-    z.sub_(largest).exp_()
-    sums = z.sum(dim=1, keepdim=True)  # (n, 1)
-    loss = (sums.log() + largest - right).sum()
-    if not with_gradient:
-        return loss, None
-    z.div_(sums).scatter_add_(1, targets, -torch.ones_like(sums))  # d loss / d logits: probabilities, less 1 at the target
-    return loss, torch.autograd.grad(logits, hidden, z.to(logits.dtype))[0]
+    return F.cross_entropy(at_least_float32(logits), targets)
 
 
 def margins(label_logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -137,7 +83,7 @@ def margins(label_logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         label_logits: (B, 2), the logits of A and B.
         labels: (B,), 0 where A is preferred, 1 where B is.
     """
-    z_a, z_b = _at_least_float32(label_logits).unbind(dim=1)  # (B,), (B,)
+    z_a, z_b = at_least_float32(label_logits).unbind(dim=1)  # (B,), (B,)
     return torch.where(labels == 0, z_a - z_b, z_b - z_a)  # (B,)
 
 
@@ -173,10 +119,10 @@ def label_mass(logits: torch.Tensor, label_ids: tuple[int, int]) -> torch.Tensor
         logits: (B, V), over the whole vocabulary after the judge prompt.
         label_ids: the token ids of A and B.
     """
-    logits = _at_least_float32(logits)
+    logits = at_least_float32(logits)
     return (logits[:, list(label_ids)].logsumexp(dim=1) - logits.logsumexp(dim=1)).exp()  # (B,)
 
 
-def _at_least_float32(x: torch.Tensor) -> torch.Tensor:
+def at_least_float32(x: torch.Tensor) -> torch.Tensor:
     """Half-precision logits are too coarse for a logarithm."""
     return x.to(torch.promote_types(x.dtype, torch.float32))

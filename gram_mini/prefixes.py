@@ -1,20 +1,21 @@
-"""Sequences that begin alike: what they share is computed once, and its keys and values are used again.
+"""The fast twin of judge.plain_log_odds: what sequences begin with is computed once, and its keys and values used again.
 
-Both orders of a pair share the instruction and the question; the comparisons of a ranking share them all, and each first
-response besides with all that follow it.
+The two orders of a pair share the instruction and the question. The comparisons of a ranking share these too, and
+those with the same first response share that as well. tests/lesson/test_prefixes.py holds both twins together.
 """
 
 from __future__ import annotations
 
+from array import array
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
+from tqdm import tqdm
 from transformers import DynamicCache
 
-from gram_mini.backbone import decoder, half_precision, hidden_states, without_adapter
-from gram_mini.batches import pad
-
-Segments = tuple[tuple[int, ...], ...]  # a sequence of tokens, cut where sequences may part
+from gram_mini.batches import EncodedPair, Segments, pad, split_by_tokens
+from gram_mini.model import decoder, half_precision, hidden_states, without_adapter
 
 WORTH_IT = 0.8  # more and smaller matrix products cost time of their own, so a fifth of the tokens must be spared
 
@@ -70,24 +71,49 @@ def can_share(model) -> bool:
 
 
 def worth_it(levels: list[Level], whole: Level) -> bool:
-    """Whether levels spare enough of what whole sequences take, and hold keys and values for few tokens more."""
+    """Whether levels spare enough of the work of whole sequences without many more keys and values to hold."""
     computed = sum(level.tokens for level in levels)
     held = len(levels[-1].ids) * sum(max(map(len, level.ids)) for level in levels)
     return computed <= WORTH_IT * whole.tokens and held <= 1.25 * whole.tokens
 
 
-def end_states(model, sequences: list[Segments], pad_id: int | None) -> torch.Tensor:
+def end_states_in_passes(
+    model, rows: list[EncodedPair], segments: Callable[[EncodedPair], Segments], tokens: float, progress: str | None = None
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Yield (places (B,) in ``rows``, last hidden states (B, H) of their sequences), ``tokens`` in a pass at most.
+
+    Sequences of similar length go together, so that little is padded, and those that begin alike, so that it is shared.
+    """
+    lengths = [sum(map(len, segments(row))) for row in rows]
+    questions = [bytes(array("i", row.prompt)) for row in rows]
+    longest: dict[bytes, int] = {}  # of the sequences on one question
+    for question, length in zip(questions, lengths):
+        longest[question] = max(length, longest.get(question, 0))
+
+    def place(i: int):
+        return -longest[questions[i]], questions[i], bytes(array("i", rows[i].response_a))
+
+    order = sorted(range(len(rows)), key=place)
+    passes = split_by_tokens([lengths[i] for i in order], tokens, padding=0.1, groups=[questions[i] for i in order])
+    with tqdm(total=len(rows), desc=progress, delay=2, disable=progress is None, leave=False) as bar:
+        for part in passes:
+            places = order[part]
+            yield torch.tensor(places), end_states(model, [segments(rows[i]) for i in places])
+            bar.update(len(places))
+
+
+def end_states(model, sequences: list[Segments]) -> torch.Tensor:
     """The last hidden state (B, H) of each of B sequences, shared beginnings computed once where that pays."""
     whole = Level([sum(s, ()) for s in sequences], [0] * len(sequences))
     levels, places = tree(sequences)
     nothing_left = any(not s[-1] for s in sequences)  # no token of its own to read a state from
     if nothing_left or not worth_it(levels, whole) or not can_share(model):
-        hidden = hidden_states(model, pad(whole.ids, pad_id).to(model.device))  # (B, T, H)
+        hidden = hidden_states(model, pad(whole.ids))  # (B, T, H)
         return hidden[torch.arange(len(hidden)), [len(ids) - 1 for ids in whole.ids]]
     cache, seen = DynamicCache(config=model.config.get_text_config()), torch.ones(1, 0, dtype=torch.bool)  # (R, T so far)
     for level in levels:
         first = level is levels[0]
-        ids = pad(level.ids, pad_id)  # (R, T)
+        ids = pad(level.ids)  # (R, T)
         lengths = torch.tensor([len(row) for row in level.ids])
         if not first:
             cache.batch_select_indices(torch.tensor(level.parents, device=model.device))

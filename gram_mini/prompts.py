@@ -5,9 +5,9 @@ Two texts wrap a prompt x and its two responses y_a, y_b:
     stage 1   user: QUESTION     assistant: PAIR              (the pair is generated)
     stage 2   user: JUDGE        assistant: "A" or "B"        (the verdict is generated)
 
-The markers are those of the official data (NiuTrans/GRAM, README.md, "Datasets"), so that files
-in the official format can be read; the judge's instruction is our own wording. Another judge prompt,
-that of a released checkpoint say, takes the place of JUDGE as a template with the same three placeholders.
+The markers are those of the official data (NiuTrans/GRAM, README.md, "Datasets"), so files in the official
+format can be read. The judge's instruction is our own wording. Another judge prompt, for example that of a
+released checkpoint, can take the place of JUDGE: a template with the same three placeholders.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ JUDGE = f"{INSTRUCTION}\n\n{QUESTION}\n\n{PAIR}\n\n{PREFERRED}"
 
 LABELS = ("A", "B")
 
-# The fixed parts, as the embedded tokenizer knows them: one token each, so that its sequences stay short.
+# The fixed parts. The village's tokenizer knows each as one token, so that its sequences stay short.
 MARKERS = (INSTRUCTION, USER_QUESTION, START_A, END_A, START_B, END_B, PREFERRED)
 
 # Private-use characters stand for the three texts while a chat template is rendered around them.
-_SLOTS = {"prompt": "\ue000", "response_a": "\ue001", "response_b": "\ue002"}
+SLOTS = {"prompt": "\ue000", "response_a": "\ue001", "response_b": "\ue002"}
 _PLACEHOLDER = re.compile(r"\{(prompt|response_a|response_b)\}")
 
 
@@ -62,7 +62,7 @@ class PromptPieces:
     trains on everything after them (the markers and the two responses).
 
     Pieces and texts are tokenised one by one. A tokenizer that would merge across their seams (a full
-    stop with the line break after it, say) splits there instead, alike in training and scoring.
+    stop with the line break after it, for example) splits there instead, alike in training and scoring.
     """
 
     start: list[int]
@@ -85,9 +85,9 @@ def encode(tokenizer, text: str) -> list[int]:
 def read_template(path: Path) -> str:
     """A judge prompt from a UTF-8 file that holds {prompt}, {response_a} and {response_b}, once each, in this order.
 
-    The text is taken as it stands, other braces and white space included, but for one line break at the very
-    end: editors put one there. A prompt that shall end with a line break ends with two in the file. (Windows'
-    line breaks are read as \\n, and a chat template may trim the whole.)
+    The text is taken as it stands, with its other braces and its white space. Only one line break at the very
+    end is dropped, because editors put one there: a prompt that must end with a line break ends with two in the
+    file. (Windows' line breaks are read as \\n, and a chat template may trim the whole.)
 
     Raises:
         UserError: no such file, not UTF-8, or a placeholder is missing, doubled or out of order.
@@ -98,11 +98,11 @@ def read_template(path: Path) -> str:
         raise UserError(f"{path}: not UTF-8 text (byte {error.start}); save it as UTF-8") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}; give the file of a judge prompt") from None
-    if any(slot in text for slot in _SLOTS.values()):
+    if any(slot in text for slot in SLOTS.values()):
         raise UserError(f"{path}: holds a private-use character (U+E000 to U+E002), which we need ourselves; take it out")
-    found = _PLACEHOLDER.findall(text)
-    wrong = [f"{{{name}}} stands there {found.count(name)} times" for name in _SLOTS if found.count(name) != 1]
-    if found != list(_SLOTS):
+    names = _PLACEHOLDER.findall(text)
+    wrong = [f"{{{name}}} stands there {names.count(name)} times" for name in SLOTS if names.count(name) != 1]
+    if names != list(SLOTS):
         raise UserError(
             f"{path}: {' and '.join(wrong) or 'the placeholders are out of order'}; a judge prompt must hold {{prompt}}, "
             "{response_a} and {response_b}, each exactly once and in this order"
@@ -112,16 +112,16 @@ def read_template(path: Path) -> str:
 
 def fill(template: str, **texts: str) -> str:
     """The template with a text for each of its placeholders; every other brace stays as it is, unlike in str.format."""
-    return _PLACEHOLDER.sub(lambda found: texts[found[1]], template)
+    return _PLACEHOLDER.sub(lambda match: texts[match[1]], template)
 
 
 def pair_prompt(tokenizer) -> PromptPieces:
     """Stage 1: the question as the user's turn, the pair of responses as the assistant's turn."""
-    before, after = _split(_user_turn(tokenizer, fill(QUESTION, **_SLOTS), plain_end="\n\n"), ["prompt"])
-    marker, middle, end = _split(fill(PAIR, **_SLOTS), ["response_a", "response_b"])
+    before, after = split_at_slots(_user_turn(tokenizer, fill(QUESTION, **SLOTS), plain_end="\n\n"), ["prompt"])
+    marker, middle, end = split_at_slots(fill(PAIR, **SLOTS), ["response_a", "response_b"])
     user_tail = encode(tokenizer, after)
     return PromptPieces(
-        start=_with_bos(tokenizer, encode(tokenizer, before)),
+        start=with_bos(tokenizer, encode(tokenizer, before)),
         after_prompt=user_tail + encode(tokenizer, marker),
         between=encode(tokenizer, middle),
         end=encode(tokenizer, end),
@@ -132,17 +132,7 @@ def pair_prompt(tokenizer) -> PromptPieces:
 def judge_prompt(tokenizer, template: str = JUDGE) -> PromptPieces:
     """Stage 2 and scoring: the judge's question with both responses, up to where the verdict stands."""
     start, *others = (encode(tokenizer, text) for text in _judge_texts(tokenizer, template))
-    return PromptPieces(_with_bos(tokenizer, start), *others)
-
-
-def response_prompt(tokenizer) -> PromptPieces:
-    """For a scalar head: the question as the user's turn, one response as the assistant's; ``between`` stays empty."""
-    turn = [{"role": "user", "content": _SLOTS["prompt"]}, {"role": "assistant", "content": _SLOTS["response_a"]}]
-    text = _render(tokenizer, turn) if tokenizer.chat_template else fill("{prompt}\n\n{response_a}", **_SLOTS)
-    start, after_prompt, end = (encode(tokenizer, part) for part in _split(text, ["prompt", "response_a"]))
-    if not end and tokenizer.eos_token_id is not None:
-        end = [tokenizer.eos_token_id]  # the score is read where the response is over
-    return PromptPieces(_with_bos(tokenizer, start), after_prompt, [], end, untrained=len(after_prompt))
+    return PromptPieces(with_bos(tokenizer, start), *others)
 
 
 def label_tokens(tokenizer, template: str = JUDGE) -> tuple[int, int]:
@@ -174,7 +164,7 @@ def label_tokens(tokenizer, template: str = JUDGE) -> tuple[int, int]:
 
 def _judge_texts(tokenizer, template: str) -> list[str]:
     """The four texts around prompt and responses, the last one up to where the verdict stands."""
-    return _split(_user_turn(tokenizer, fill(template, **_SLOTS)), list(_SLOTS))
+    return split_at_slots(_user_turn(tokenizer, fill(template, **SLOTS)), list(SLOTS))
 
 
 def _user_turn(tokenizer, content: str, plain_end: str = "") -> str:
@@ -185,10 +175,15 @@ def _user_turn(tokenizer, content: str, plain_end: str = "") -> str:
     """
     if not tokenizer.chat_template:
         return (content + plain_end).removesuffix(" ")
-    return _render(tokenizer, [{"role": "user", "content": content}], add_generation_prompt=True)
+    return render(tokenizer, [{"role": "user", "content": content}], add_generation_prompt=True)
 
 
-def _render(tokenizer, messages: list[dict], **options) -> str:
+def render(tokenizer, messages: list[dict], **options) -> str:
+    """Messages as text by the tokenizer's own chat template.
+
+    Raises:
+        UserError: if the template fails.
+    """
     try:
         return tokenizer.apply_chat_template(messages, tokenize=False, enable_thinking=False, **options)
     except Exception as error:  # a template is a program of its author's; whatever it raises, it cannot be used
@@ -200,13 +195,13 @@ def _label_text(tokenizer, label: str, template: str) -> str:
     if not tokenizer.chat_template:
         return label if template.endswith(("\n", "\t")) else f" {label}"
     turn = _user_turn(tokenizer, "x")
-    slot = _SLOTS["response_a"]
-    answered = _render(tokenizer, [{"role": "user", "content": "x"}, {"role": "assistant", "content": slot}])
+    slot = SLOTS["response_a"]
+    answered = render(tokenizer, [{"role": "user", "content": "x"}, {"role": "assistant", "content": slot}])
     before = answered.split(slot)[0]
     return before[len(turn) :] + label if before.startswith(turn) else label
 
 
-def _with_bos(tokenizer, ids: list[int]) -> list[int]:
+def with_bos(tokenizer, ids: list[int]) -> list[int]:
     """Begin with BOS where the tokenizer itself would, unless the chat template has written it already."""
     bos = tokenizer.bos_token_id
     if bos is None or ids[:1] == [bos] or tokenizer("x")["input_ids"][:1] != [bos]:
@@ -214,11 +209,16 @@ def _with_bos(tokenizer, ids: list[int]) -> list[int]:
     return [bos, *ids]
 
 
-def _split(text: str, slots: list[str]) -> list[str]:
+def split_at_slots(text: str, slots: list[str]) -> list[str]:
+    """The texts around the SLOTS of these names, which must stand in ``text`` once each and in this order.
+
+    Raises:
+        UserError: if one does not.
+    """
     parts = []
     for name in slots:
-        if text.count(_SLOTS[name]) != 1:
+        if text.count(SLOTS[name]) != 1:
             raise UserError("the chat template of this tokenizer does not show the user's text exactly once")
-        part, text = text.split(_SLOTS[name])
+        part, text = text.split(SLOTS[name])
         parts.append(part)
     return [*parts, text]

@@ -8,23 +8,23 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models are tiny; also for t
 import pytest
 import torch
 
-from gram_mini.backbone import EMBEDDED, load_backbone, load_tokenizer
-from gram_mini.reward_model import RewardModel
+from gram_mini.judge import Judge
+from gram_mini.model import VILLAGE, load_model, load_tokenizer
 
 
 @pytest.fixture(scope="session")
 def tokenizer():
-    return load_tokenizer(EMBEDDED)
+    return load_tokenizer(VILLAGE)
 
 
 @pytest.fixture(scope="session")
-def embedded_judge(tokenizer):
+def village_judge(tokenizer):
     """The plain backbone in float32 as a zero-shot judge; tests must not change it."""
-    return RewardModel(load_backbone(EMBEDDED, bits=32), tokenizer)
+    return Judge(load_model(VILLAGE, bits=32), tokenizer)
 
 
 @pytest.fixture
 def nf4_model():
     """A fresh NF4 backbone for each test."""
     torch.manual_seed(0)
-    return load_backbone(EMBEDDED, bits=4)
+    return load_model(VILLAGE, bits=4)

@@ -17,8 +17,8 @@ TUTORIAL = ROOT / "tutorial.ipynb"
 # What makes it small: (cell, what stands there, what takes its place).
 SMALLEST = (
     ("train", "STEPS = []", 'STEPS = ["--steps", "2", "--limit", "64"]'),
-    ("stage1-facts", 'world_pairs("out-of-distribution")', 'world_pairs("out-of-distribution", 60)'),
-    ("table", 'world_pairs("in-distribution")', 'world_pairs("in-distribution", 40)'),
+    ("stage1-facts", 'village_pairs("out-of-distribution")', 'village_pairs("out-of-distribution", 60)'),
+    ("table", 'village_pairs("in-distribution")', 'village_pairs("in-distribution", 40)'),
     ("bon-scores", "80 if FULL else 20", "2"),
     ("rl", "steps=150", "steps=10"),
 )

@@ -1,0 +1,141 @@
+"""The reward models that the paper compares with, each a variation of stage 2, on the same data and budget.
+
+  --head scalar                     D-Baseline: a linear layer gives each response a reward; plain Bradley-Terry
+  --head scalar --freeze            D-Freeze: the scalar head alone is trained
+  --head scalar --text-weight 0.1   D-Regularisation: and a text loss on the preferred response, which keeps the hidden
+                                    states as they were (Generalizable Reward Model, Yang et al., NeurIPS 2024)
+  --head labels --freeze            G-Freeze: a copy of the two label rows alone is trained
+
+The loss is -log sigmoid(m) + eps m, as in train_reward.py. From a scalar head m = r_w - r_l, the difference of two
+rewards, and with --label-smoothing 0 that is the Bradley-Terry loss itself.
+"""
+
+from dataclasses import asdict
+
+import torch
+
+from gram_mini.baselines.batches import chosen_batch, response_batch
+from gram_mini.baselines.judges import add_head, freeze_all_but_head, judge_with_head, load_head
+from gram_mini.batches import IGNORED, judge_batch
+from gram_mini.chunked import chunked_pair_loss
+from gram_mini.errors import clear_errors
+from gram_mini.evaluation import summarise
+from gram_mini.losses import margins, reward_loss
+from gram_mini.model import add_lora, hidden_states, load_lora, load_model, load_tokenizer, output_head
+from gram_mini.pairs import split_by_prompt
+from gram_mini.prompts import label_tokens
+from gram_mini.reading.load import load_pairs
+from gram_mini.runs.options import add_reward_options, parser, reading, weight
+from gram_mini.runs.record import HEAD
+from gram_mini.runs.run import Run
+from gram_mini.training import clip_gradients, draw_batches, number_of_steps, optimizer_and_schedule
+
+EXAMPLES = """\
+  python -m gram_mini.baselines --head scalar --lr 3e-4 --label-smoothing 0 --out runs/d-baseline
+  python -m gram_mini.baselines --head labels --freeze --lr 0.01 --label-smoothing 0 --out runs/g-freeze"""
+
+
+def baseline_options(argv=None):
+    p = parser(__doc__, EXAMPLES)
+    add_reward_options(p, out="runs/baseline")
+    g = p.add_argument_group("baseline")
+    g.add_argument(
+        "--head", choices=("scalar", "labels"), default="scalar",
+        help="what is compared: rewards that a scalar head gives each response, or the logits of A and B",
+    )  # fmt: skip
+    g.add_argument("--freeze", action="store_true", help="train the head alone; the model stays as it is")
+    g.add_argument(
+        "--text-weight", type=weight, default=0.0, metavar="W",
+        help="scalar head: add W times the negative log-likelihood of the preferred response, per token",
+    )  # fmt: skip
+    args = p.parse_args(argv)
+    if args.text_weight and args.head != "scalar":
+        p.error("--text-weight goes with --head scalar")
+    if args.head == "labels" and not args.freeze:
+        p.error("--head labels without --freeze is no baseline but stage 2: python train_reward.py")
+    return args
+
+
+def main(argv=None):
+    args = baseline_options(argv)
+    run = Run("reward", args)
+
+    # Pairs
+    data = load_pairs(args.data, labelled=True, seed=args.seed, **reading(args))
+    run.say(data.summary())
+    train_pairs, held_out_pairs = split_by_prompt(data.pairs, args.held_out, args.seed)
+
+    # Judge
+    tokenizer = load_tokenizer(run.backbone)
+    torch.manual_seed(args.seed)
+    model = load_model(run.backbone, args.bits, run.device, args.gradient_checkpointing)
+    model = load_lora(model, args.init) if args.init else add_lora(model, args.lora_rank)
+    if args.init and (args.init / HEAD).is_file():
+        load_head(model, args.init / HEAD, trainable=True)
+    else:
+        add_head(model, label_tokens(tokenizer, run.template) if args.head == "labels" else None)
+    if args.freeze:
+        freeze_all_but_head(model)
+    judge = judge_with_head(model, tokenizer, args.max_length, args.batch_size, run.template, args.batch_tokens)
+    prompt = judge.prompt
+
+    # Token ids
+    train, held_out = judge.encode(train_pairs), judge.encode(held_out_pairs)
+    run.describe(data, train, held_out, prompt)
+
+    def tokens(row):
+        """Tokens of a row in a pass: its judge prompt, or both responses after their prompts, and the text loss's one."""
+        if args.head == "labels":
+            return row.length + prompt.fixed_tokens
+        longer = max(len(row.response_a), len(row.response_b)) + len(row.prompt) + prompt.fixed_tokens
+        return longer * (3 if args.text_weight else 2)
+
+    # Loop
+    steps = number_of_steps(len(train), run.rows_per_step, args.epochs, args.steps)
+    optimizer, schedule = optimizer_and_schedule(model, args.lr, steps)
+    batches = draw_batches(train, run.rows_per_step, args.seed)
+    for batch in run.steps(batches, steps, model, optimizer, schedule):
+        for part in run.passes(batch, size=tokens):
+            if args.head == "labels":
+                ids, last, right = judge_batch(part, prompt, run.device)  # (B, T), (B,), (B,)
+            else:
+                ids, last, right = response_batch(part, prompt, run.device)  # (2B, T), (2B,), (B,)
+            hidden = hidden_states(model, ids)  # (B, T, H), or (2B, T, H)
+            states = hidden[torch.arange(len(ids)), last]  # (B, H), or (2B, H), where a response is over
+            if args.head == "labels":
+                z = judge.label_logits(states)  # (B, 2): Z_A, Z_B
+            else:
+                z = judge.rewards(states).view(2, -1).T  # (B, 2): r_A, r_B
+            loss = reward_loss(z, right, args.label_smoothing)  # -log sigmoid(m) + eps m
+            if args.text_weight:
+                loss = loss + args.text_weight * text_loss(model, part, prompt, run.device)
+            share = len(part) / len(batch)
+            (loss * share).backward()
+            m = margins(z, right)  # (B,)
+            run.note(share, ids.numel(), loss=loss, accuracy=(m > 0).float().mean(), margin=m.mean())
+            if run.logs() and args.head == "labels":
+                run.note(share, label_mass=judge.label_mass(states.detach()).mean())
+        if run.finite(clip_gradients(model)):
+            optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+        if held_out and run.evaluation_due():
+            evaluation = summarise(held_out_pairs, run.in_shares(judge.compare_encoded, held_out))
+            run.log_held_out(asdict(evaluation))
+
+    if run.evaluation:
+        run.say(f"held out: {evaluation}")
+    run.finish(model, tokenizer, judge.labels)
+
+
+def text_loss(model, rows, prompt, device):
+    """Negative log-likelihood of the preferred responses, per token, by the model's own output matrix."""
+    ids, targets = chosen_batch(rows, prompt, device)  # (B, T), (B, T)
+    hidden = hidden_states(model, ids)  # (B, T, H)
+    response = targets != IGNORED  # (B, T)
+    return chunked_pair_loss(hidden[response], targets[response], output_head(model))
+
+
+if __name__ == "__main__":
+    with clear_errors():
+        main()

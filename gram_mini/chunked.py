@@ -1,0 +1,78 @@
+"""The fast twin of losses.pair_loss: the same number and the same gradient, with little memory.
+
+Logits are what fills the memory in stage 1. With 151,936 tokens in the vocabulary they take 0.6 MB for each trained
+token, more than all layers keep for it. Here the logits of a few hundred tokens are made, turned into their gradient
+in place, and dropped, before the next ones are made. That works because the output matrix is frozen: only the
+gradient of the hidden states, (N, H), has to be kept. tests/lesson/test_losses.py holds both twins together.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from gram_mini.losses import at_least_float32, pair_loss
+
+LOGITS_AT_ONCE = 2**25  # as many logits take 128 MiB in float32
+
+
+def rows_at_once(head) -> int:
+    """How many tokens' logits are made at a time."""
+    return max(1, LOGITS_AT_ONCE // len(head.weight))
+
+
+def chunked_pair_loss(hidden: torch.Tensor, targets: torch.Tensor, head) -> torch.Tensor:
+    """``pair_loss(head(hidden), targets)`` without holding the logits of more than a few hundred tokens at once.
+
+    Args:
+        hidden: (N, H), the last hidden states where a trained token follows.
+        targets: (N,), the token that follows.
+        head: model.OutputHead; its weights are taken as frozen.
+    """
+    rows = rows_at_once(head)
+    if len(hidden) <= rows:
+        return pair_loss(head(hidden), targets)
+    return _InChunks.apply(hidden, targets, head, rows)
+
+
+class _InChunks(torch.autograd.Function):
+    """Makes the gradient of each chunk right after its loss, so that the logits of one chunk are all that is ever there.
+
+    torch 2.13 has F.linear_cross_entropy, which does the same, but in bfloat16 it adds up the loss in bfloat16 (with 100 chunks
+    it was off by 2%), and it knows no cap.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, targets, head, rows):
+        chunks = zip(hidden.split(rows), targets.split(rows))  # (n, H), (n,)
+        losses, gradients = zip(*(_chunk(h, t, head, ctx.needs_input_grad[0]) for h, t in chunks))
+        if ctx.needs_input_grad[0]:
+            ctx.save_for_backward(torch.cat(gradients) / len(targets))  # (N, H)
+        return torch.stack(losses).sum() / len(targets)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return ctx.saved_tensors[0] * gradient, None, None, None
+
+
+def _chunk(hidden: torch.Tensor, targets: torch.Tensor, head, with_gradient: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Summed negative log-likelihood of a few tokens, and its gradient (n, H), in the memory of one (n, V) of logits."""
+    hidden, targets = hidden.detach().requires_grad_(with_gradient), targets[:, None]  # (n, H), (n, 1)
+    with torch.enable_grad():
+        logits = head(hidden)  # (n, V)
+    z = logits.detach().to(torch.promote_types(logits.dtype, torch.float32), copy=bool(head.cap))
+    largest, right = z.amax(dim=1, keepdim=True), z.gather(1, targets)  # (n, 1), (n, 1)
+    z.sub_(largest).exp_()
+    sums = z.sum(dim=1, keepdim=True)  # (n, 1)
+    loss = (sums.log() + largest - right).sum()
+    if not with_gradient:
+        return loss, None
+    z.div_(sums).scatter_add_(1, targets, -torch.ones_like(sums))  # d loss / d logits: probabilities, less 1 at the target
+    return loss, torch.autograd.grad(logits, hidden, z.to(logits.dtype))[0]
+
+
+@torch.no_grad()
+def token_losses(hidden: torch.Tensor, targets: torch.Tensor, head) -> torch.Tensor:
+    """Negative log-likelihood (N,) of each token, in nats, for evaluation; arguments as above."""
+    chunks = zip(hidden.split(rows_at_once(head)), targets.split(rows_at_once(head)))  # (n, H), (n,)
+    return torch.cat([F.cross_entropy(at_least_float32(head(h)), t, reduction="none") for h, t in chunks])

@@ -1,0 +1,243 @@
+"""The language model under the judge: weights in 4 bits (NF4), a LoRA adapter on them, hidden states, logits.
+
+NF4. A weight matrix W is stored as 4-bit numbers. Each block of 64 weights is divided by its largest absolute
+value; each quotient is rounded to the nearest of 16 fixed levels, which are the quantiles of a normal distribution,
+because weights are nearly normal. The blocks' scales are quantised too (double quantisation), so a weight takes
+4.13 bits. Before a product the matrix is turned back into floating point. The rounding is never undone and the
+stored weights are never trained. Source: Dettmers et al., QLoRA, arXiv 2305.14314, sections 2 and 3.
+
+LoRA. Beside each frozen matrix W (out, in) stand two thin ones, A (r, in) and B (out, r), and the layer computes
+
+    y = W x + (alpha / r) B A x,        here alpha = 2 r.
+
+Only A and B are trained: r (in + out) numbers in the place of in * out. B begins as zero, so training begins at
+the model as it was. Source: Hu et al., arXiv 2106.09685, section 4.
+
+The village's model and one from the hub take the same way through this file.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it announces at import that an optional kernel is missing
+warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*", category=FutureWarning)  # peft, and 5.x names below
+
+from peft import LoraConfig, PeftModel, get_peft_model  # noqa: E402
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig  # noqa: E402
+from transformers.utils import logging as transformers_logging  # noqa: E402
+
+from gram_mini.errors import UserError  # noqa: E402
+from gram_mini.reading.sources import looks_like_path  # noqa: E402
+
+VILLAGE = "village"  # what --model calls the backbone that the repository embeds
+VILLAGE_FOLDER = Path(__file__).parent / "village" / "backbone"
+
+transformers_logging.disable_progress_bar()
+
+
+# ---- names --------------------------------------------------------------------------------------------
+
+
+def local_folder(name: str) -> Path | None:
+    """The folder of a model: the village's, or one on this machine; None for a name on the hub.
+
+    Raises:
+        UserError: for what looks like a path, but is no folder with a model in it.
+    """
+    folder = VILLAGE_FOLDER if name == VILLAGE else Path(name)
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise UserError(f"{name}: holds no config.json, so it is no model folder")
+        return folder
+    if looks_like_path(name):
+        raise UserError(f"{name}: no such folder; give a model folder, a run folder or a name on the hub")
+    return None
+
+
+def _from_pretrained(kind, name: str, folder: Path | None, **options):
+    """What the hub or a folder holds; a hub name may end in @COMMIT, which pins the version."""
+    source, _, commit = (str(folder), "", "") if folder else name.partition("@")
+    try:
+        return kind.from_pretrained(source, revision=commit or "main", **options)
+    except Exception as error:  # files of any origin: whatever the loader raises, this name gives no model
+        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise UserError(f"{name!r} cannot be loaded: {reason}") from None
+
+
+# ---- loading ------------------------------------------------------------------------------------------
+
+
+def load_tokenizer(name: str):
+    """The tokenizer of a model or a run folder, with a padding token (or None where no token ends texts either).
+
+    Raises:
+        UserError: if there is none under this name.
+    """
+    folder = Path(name) if (Path(name) / "tokenizer.json").is_file() else local_folder(name)
+    tokenizer = _from_pretrained(AutoTokenizer, name, folder)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token  # padding is never attended to, any token will do
+    return tokenizer
+
+
+def compute_dtype(bits: int, device: torch.device) -> torch.dtype:
+    """Type of activations and unquantised weights: bf16 on a GPU that has it, float32 elsewhere.
+
+    ``bits=16`` is half precision everywhere: float16 on a GPU without bf16. NF4 computes in float32 there, which is
+    slower, but never overflows.
+    """
+    if bits == 32 or (device.type == "cpu" and bits == 4):
+        return torch.float32
+    if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        return torch.float32 if bits == 4 else torch.float16
+    return torch.bfloat16
+
+
+def quantization(bits: int, dtype: torch.dtype) -> dict:
+    """Options of from_pretrained: for ``bits=4`` NF4 with double quantisation that computes in ``dtype``; else none."""
+    if bits != 4:
+        return {}
+    nf4 = dict(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+    return {"quantization_config": BitsAndBytesConfig(**nf4, bnb_4bit_compute_dtype=dtype)}
+
+
+def load_model(name: str, bits: int = 4, device: torch.device | str = "cpu", checkpointing: bool = False):
+    """Load a causal language model with frozen weights; ``bits=4`` is NF4 with double quantisation (QLoRA).
+
+    ``name`` is a folder, "village", or a name on the hub, which may end in @COMMIT. ``checkpointing`` keeps only each
+    layer's input for the backward pass and computes the rest again: less memory, up to half more time.
+
+    Raises:
+        UserError: if there is no such model.
+    """
+    device = torch.device(device)
+    dtype = compute_dtype(bits, device)
+    model = _from_pretrained(
+        AutoModelForCausalLM,
+        name,
+        local_folder(name),
+        dtype=dtype,
+        device_map={"": device},
+        use_safetensors=True,  # a pickled checkpoint could run code
+        **quantization(bits, dtype),
+    )
+    for module in model.modules():
+        # On CPUs with AVX512-BF16 bitsandbytes repacks the weights at the first forward pass in eval mode.
+        # Gradients computed after that are wrong, silently. This keeps it from repacking.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    if checkpointing:
+        checkpoint_gradients(model)
+    return model.requires_grad_(False)
+
+
+def checkpoint_gradients(model) -> None:
+    """Keep only each layer's input for the backward pass and compute the rest again."""
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+
+def add_lora(model, rank: int) -> PeftModel:
+    """A fresh LoRA adapter on every linear layer but the output matrix; alpha is twice the rank."""
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
+    return get_peft_model(model, config)
+
+
+def load_lora(model, folder: Path, trainable: bool = True) -> PeftModel:
+    """Put the adapter of a run on its model.
+
+    Raises:
+        UserError: if the folder holds no adapter in safetensors.
+    """
+    if not (folder / "adapter_model.safetensors").is_file():
+        raise UserError(f"{folder}: holds no adapter_model.safetensors; is this a finished run?")
+    try:
+        return PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
+    except Exception as error:  # as in _from_pretrained
+        raise UserError(f"{folder}: the adapter cannot be loaded: {str(error).splitlines()[0]}") from None
+
+
+# ---- hidden states ------------------------------------------------------------------------------------
+
+
+def hidden_states(model, ids: torch.Tensor) -> torch.Tensor:
+    """Last hidden states (B, T, H) of right-padded sequences (B, T), before the output matrix."""
+    with half_precision(model):
+        return decoder(model)(input_ids=ids.to(model.device), use_cache=False).last_hidden_state
+
+
+@contextmanager
+def evaluating(model):
+    """Context without gradients and without dropout; afterwards the model is in the mode that it was in."""
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(training)
+
+
+def half_precision(model):
+    """Context in which the adapter computes in bfloat16 like its model, and not, input by input, in float32.
+
+    Its parameters and their gradients stay float32. Nothing changes on a float32 model.
+    """
+    in_bfloat16 = model.get_input_embeddings().weight.dtype == torch.bfloat16
+    return torch.autocast(model.device.type, torch.bfloat16, enabled=in_bfloat16)
+
+
+def decoder(model):
+    """The layers of a causal language model, with or without an adapter, without its output matrix."""
+    return without_adapter(model).get_decoder()
+
+
+def without_adapter(model):
+    """The transformers model that an adapter is put on; the model itself where it has none."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+# ---- logits -------------------------------------------------------------------------------------------
+
+
+def output_logits(model, hidden: torch.Tensor, tokens: tuple[int, ...] | None = None) -> torch.Tensor:
+    """Next-token logits of hidden states (..., H): (..., V), or (..., len(tokens)) for these tokens only."""
+    return output_head(model)(hidden, tokens)
+
+
+@dataclass(frozen=True)
+class OutputHead:
+    """What makes logits of the last hidden states: the output matrix, and what some architectures do after it."""
+
+    weight: torch.Tensor  # (V, H)
+    bias: torch.Tensor | None  # (V,)
+    scale: float  # Cohere multiplies, Granite divides
+    cap: float | None  # Gemma 2 bends the logits so that they stay within +-cap
+
+    def __call__(self, hidden: torch.Tensor, tokens: tuple[int, ...] | None = None) -> torch.Tensor:
+        """Logits as in :func:`output_logits`; only the rows of the matrix that are asked for are multiplied.
+
+        A few tokens' logits are at least float32: bfloat16 would round a logit of 10 to the next sixteenth.
+        """
+        weight, bias = self.weight, self.bias
+        if tokens is not None:
+            exact = torch.promote_types(weight.dtype, torch.float32)
+            weight, bias = (None if x is None else x[list(tokens)].to(exact) for x in (weight, bias))
+        logits = F.linear(hidden.to(weight.dtype), weight, bias)
+        logits = logits if self.scale == 1 else logits * self.scale
+        return torch.tanh(logits / self.cap) * self.cap if self.cap else logits
+
+
+def output_head(model) -> OutputHead:
+    """The output head of a causal language model, with or without an adapter."""
+    base = without_adapter(model)
+    head, config = base.get_output_embeddings(), base.config.get_text_config()
+    scale = (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
+    return OutputHead(head.weight, getattr(head, "bias", None), scale, getattr(config, "final_logit_softcapping", None))

@@ -1,0 +1,1 @@
+"""Files, folders and hub data sets in, pairs out. See README.md here."""

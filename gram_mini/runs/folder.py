@@ -1,0 +1,86 @@
+"""The folder of a run: written under another name, with a checkpoint to resume from, and renamed when complete."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+from safetensors.torch import save_file
+
+from gram_mini.errors import UserError
+from gram_mini.runs.log import plot
+from gram_mini.runs.output import check_place, put_in_place
+from gram_mini.runs.record import HEAD
+
+
+class RunFolder:
+    """The folder of a run.
+
+    Until it is complete the run is in NAME.partial, with a checkpoint to resume from. So a run folder is always a
+    finished run, and a run that fails leaves what was there before untouched.
+
+    Raises:
+        UserError: if the folder holds a run and ``overwrite`` is off, holds something else, or cannot be written;
+            if there is an unfinished run and neither ``resume`` nor ``overwrite`` is on; if there is none to resume.
+    """
+
+    def __init__(self, folder: Path, overwrite: bool, resume: bool = False):
+        self.folder, self.resume = folder.resolve(), resume
+        if not self.folder.name:
+            raise UserError(f"--out {folder}: is the root of the file system; give the name of a folder")
+        self.partial = self.folder.with_name(self.folder.name + ".partial")
+        self.checkpoint = self.partial / "checkpoint.pt"
+        if folder.exists() and not folder.is_dir():
+            raise UserError(f"--out {folder}: is a file; give the name of a folder")
+        if folder.is_dir() and any(folder.iterdir()):
+            if not (folder / "run.json").is_file():
+                raise UserError(f"--out {folder}: holds files that are not a run; give another folder")
+            if not overwrite:
+                raise UserError(f"--out {folder}: already holds a run; give another folder, or --overwrite to replace it")
+        check_place(folder, "--out")
+        if resume and not (self.partial / "log.csv").is_file():
+            raise UserError(f"--resume: there is no unfinished run {folder}.partial; leave the option out to start one")
+        if self.checkpoint.is_file() and not (resume or overwrite):
+            raise UserError(f"--out {folder}: an unfinished run is there; go on with --resume, or start anew with --overwrite")
+
+    @property
+    def resumes(self) -> bool:
+        """Whether there is a checkpoint to go on from, and that is asked for."""
+        return self.resume and self.checkpoint.is_file()
+
+    def start(self) -> None:
+        """Make the folder that the run is written to until it is complete.
+
+        Raises:
+            UserError: if something else has its name, or it cannot be made.
+        """
+        if not self.resumes:
+            # Killed while it was put in place, a run is complete under this name and still has its checkpoint.
+            names = {file.name for file in self.partial.iterdir()} if self.partial.is_dir() else set()
+            if names and ("log.csv" not in names or "run.json" in names and "checkpoint.pt" not in names):
+                raise UserError(f"{self.partial}: is in the way and no unfinished run; rename it, or give another --out")
+            shutil.rmtree(self.partial, ignore_errors=True)
+        try:
+            self.partial.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"--out {self.folder}: cannot be written: {error.strerror}") from None
+
+    def finish(self, model, tokenizer, record: dict) -> None:
+        """Write adapter, tokenizer, plot and run.json, then give the folder its name."""
+        save_adapter(model, tokenizer, record["backbone"]["name"], self.partial)
+        plot(self.partial / "log.csv", self.partial / "plot.png", record["stage"])
+        (self.partial / "run.json").write_text(json.dumps(record, indent=2) + "\n")
+        put_in_place(self.partial, self.folder)
+        for name in ("checkpoint.pt", "checkpoint.tmp"):
+            (self.folder / name).unlink(missing_ok=True)
+
+
+def save_adapter(model, tokenizer, backbone: str, folder: Path) -> None:
+    """Write adapter, head (where a baseline trained one) and tokenizer, as safetensors and JSON."""
+    model.peft_config["default"].base_model_name_or_path = backbone
+    model.save_pretrained(str(folder), save_embedding_layers=False)
+    if hasattr(model, "head"):
+        save_file({"weight": model.head.weight.detach().contiguous()}, folder / HEAD)
+    (folder / "README.md").unlink(missing_ok=True)  # an empty model card
+    tokenizer.save_pretrained(str(folder))

@@ -1,0 +1,324 @@
+"""The command-line options of the scripts, in one place, so that a word means the same everywhere."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from pathlib import Path
+
+from gram_mini.errors import UserError
+from gram_mini.judge import AVERAGES, METHODS
+from gram_mini.model import VILLAGE
+from gram_mini.runs.output import check_output
+from gram_mini.studies import benchmarks
+
+PRETRAIN_EXAMPLES = """\
+  python train_pretrain.py                                      # the village, 2 minutes on 2 CPU cores
+  python train_pretrain.py --model Qwen/Qwen2.5-0.5B-Instruct --data pairs.jsonl --lr 1e-4 --batch-size 8"""
+
+REWARD_EXAMPLES = """\
+  python train_reward.py --init runs/pretrain                   # the village, 40 seconds on 2 CPU cores
+  python train_reward.py --model Qwen/Qwen2.5-0.5B-Instruct --data pairs.jsonl --lr 1e-4 --batch-size 8"""
+
+SCORE_EXAMPLES = """\
+  python score.py --prompt "What does Bella eat?" --response "Bella eats apples." --response "Bella eats cake."
+  python score.py --data pairs.jsonl --out scores.jsonl"""
+
+DEFAULT_JUDGE = "runs/reward"  # what score.py scores with
+
+# Training options that change nothing in what is learned.
+WITHOUT_EFFECT = (
+    "out", "overwrite", "resume", "save_every", "log_every", "report_to", "device", "skip_limit", "gradient_checkpointing",
+    "batch_tokens",
+)  # fmt: skip
+
+
+# ---- the three scripts --------------------------------------------------------------------------------
+
+
+def pretrain_options(description: str, argv=None) -> argparse.Namespace:
+    """The options of train_pretrain.py."""
+    p = parser(description, PRETRAIN_EXAMPLES)
+    add_training_options(
+        p, out="runs/pretrain", lr=3e-3, epochs=2, held_out=0.0, lora_rank=32,
+        data_help="pairs of responses: file, folder, hub name, or 'village'",
+    )  # fmt: skip
+    return p.parse_args(argv)
+
+
+def reward_options(description: str, argv=None) -> argparse.Namespace:
+    """The options of train_reward.py."""
+    p = parser(description, REWARD_EXAMPLES)
+    add_reward_options(p, out="runs/reward")
+    return p.parse_args(argv)
+
+
+def score_options(description: str, argv=None) -> argparse.Namespace:
+    """The options of score.py.
+
+    Raises:
+        UserError: for an output that cannot be written, or a judge that has not been trained.
+    """
+    p = parser(description, SCORE_EXAMPLES)
+    g = p.add_argument_group("what to score")
+    g.add_argument("--prompt", metavar="TEXT", help="the prompt that the responses answer")
+    g.add_argument("--response", action="append", default=[], metavar="TEXT", help="a response; give it once for each")
+    g.add_argument("--reference", metavar="TEXT", help="reference response: each response gets P(better than it) as reward")
+    g.add_argument("--data", type=data_name, metavar="SOURCE", help="score the rows of a file, folder or hub data set instead")
+    g.add_argument(
+        "--benchmark", choices=benchmarks.BENCHMARKS, help="--data is this benchmark: give its official figures (default: score each row)"
+    )
+    add_reading_options(g)
+    g.add_argument("--out", type=Path, metavar="FILE.jsonl", help="file to write the scores of --data to, one line a row")
+    g.add_argument("--overwrite", action="store_true", help="replace a file that is already there")
+    g = p.add_argument_group("how")
+    g.add_argument(
+        "--model", type=model_name, default=DEFAULT_JUDGE, metavar="NAME", help="run folder, model folder, hub name, or 'village'"
+    )
+    g.add_argument("--rank", choices=METHODS, help="how to rank (default: reference where there is one, else round-robin)")
+    g.add_argument(
+        "--average", choices=AVERAGES, default="probabilities", help="average of the two orders: of probabilities or log-odds"
+    )
+    g.add_argument(
+        "--batch-size", type=positive_int, default=32, metavar="N",
+        help="judge prompts of --max-length per forward pass; of shorter ones as many more as have the same number of tokens",
+    )  # fmt: skip
+    add_model_options(g, bits_default=None, max_length_default=None)
+    add_judge_template(g, default="as in training, else the one in gram_mini/prompts.py")
+    args = p.parse_args(argv)
+    _check_scoring(p, args)
+    return args
+
+
+def _check_scoring(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Options that do not go together are an error of usage; what the system garbled is an error of the user's."""
+    single = args.prompt is not None or bool(args.response)
+    if (args.data is not None) == single:
+        p.error("give either --prompt with --response, or --data with --out")
+    if args.data is not None:
+        if args.data == VILLAGE:
+            raise UserError("--data village: is for training; python -m gram_mini.village.table judges its test sets")
+        if args.out is None:
+            p.error("--data needs --out FILE.jsonl")
+        if args.benchmark and args.out.suffix != ".json":
+            p.error("--benchmark needs --out FILE.json")
+        for path in benchmarks.files(args.benchmark, args.out) if args.benchmark else [args.out]:
+            check_output(path, args.overwrite, "--out")
+    else:
+        if args.out or args.overwrite or args.limit:
+            p.error("--out, --overwrite and --limit go with --data")
+        if args.benchmark:
+            p.error("--benchmark goes with --data")
+        if not args.prompt or not args.response:
+            p.error("give --prompt and at least one --response")
+        if len(args.response) == 1 and args.reference is None:
+            p.error("one response alone cannot be compared; give another --response or a --reference")
+        if args.rank == "reference" and args.reference is None:
+            p.error("--rank reference needs --reference")
+    if args.benchmark and (args.rank or args.reference is not None):
+        p.error("--rank and --reference do not go with --benchmark")
+    if args.reference is not None and args.rank not in (None, "reference"):
+        p.error(f"--reference does not go with --rank {args.rank}")
+    for text in (args.prompt, args.reference, *args.response):
+        if text is not None and not text.isprintable() and any("\ud800" <= c <= "\udfff" for c in text):
+            raise UserError("a text on the command line is not UTF-8; give it in a file with --data")
+    if args.model == DEFAULT_JUDGE and not Path(args.model).is_dir():
+        raise UserError(f"{args.model}: not trained yet; run train_reward.py, or give --model (runs/demo/reward after make demo)")
+
+
+# ---- groups of options --------------------------------------------------------------------------------
+
+
+def parser(description: str, examples: str) -> argparse.ArgumentParser:
+    """A parser whose help opens with commands to copy and shows every default."""
+    return argparse.ArgumentParser(
+        usage=f"\n{examples}",
+        description=description,
+        formatter_class=_Formatter,
+        allow_abbrev=False,
+    )
+
+
+class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    def __init__(self, prog):
+        super().__init__(prog, max_help_position=30, width=110)
+
+    def _get_help_string(self, action):
+        # Every default, but not "(default: None)" or that a switch is off; a computed default stands in the help text.
+        silent = action.default is None or action.default is False or action.default == []
+        return action.help if silent else super()._get_help_string(action)
+
+
+def add_training_options(
+    p: argparse.ArgumentParser, out: str, lr: float, epochs: float, held_out: float, lora_rank: int | None, data_help: str
+) -> None:
+    """Options of both stages; ``out`` to ``lora_rank`` are the stage's defaults."""
+    g = p.add_argument_group("what to train on what")
+    g.add_argument("--model", type=model_name, default=VILLAGE, metavar="NAME", help="backbone: hub name or folder, or 'village'")
+    g.add_argument("--data", type=data_name, default=VILLAGE, metavar="SOURCE", help=data_help)
+    add_reading_options(g)
+    g.add_argument("--held-out", type=share, default=held_out, metavar="SHARE", help="share of the prompts kept for evaluation")
+    g = p.add_argument_group("where to put it")
+    g.add_argument("--out", type=Path, default=Path(out), metavar="FOLDER", help="run folder to write")
+    g.add_argument("--overwrite", action="store_true", help="replace a run that is already there, once the new one is done")
+    g.add_argument("--save-every", type=positive_int, default=100, metavar="N", help="steps between checkpoints to resume from")
+    g.add_argument("--resume", action="store_true", help="go on with the unfinished run of --out; give the same options again")
+    g.add_argument("--log-every", type=positive_int, default=20, metavar="N", help="steps per line of log.csv")
+    g.add_argument(
+        "--report-to", choices=("tensorboard", "wandb"), help="a tracker that gets what log.csv gets (default: log.csv alone)"
+    )
+    g = p.add_argument_group("optimisation")
+    g.add_argument(
+        "--lr", type=positive_float, default=lr, help="peak learning rate (warmed up over 5%% of the steps, then cosine)"
+    )
+    g.add_argument("--batch-size", type=positive_int, default=64, metavar="N", help="pairs per forward pass and process")
+    g.add_argument(
+        "--batch-tokens", type=positive_int, metavar="N",
+        help="at most so many tokens in a forward pass, padding included: long pairs go through in smaller batches, and an "
+        "optimiser step is what it was (default: no limit but --batch-size)",
+    )  # fmt: skip
+    g.add_argument("--grad-accum", type=positive_int, default=1, metavar="N", help="forward passes per optimiser step")
+    duration = g.add_mutually_exclusive_group()
+    duration.add_argument("--epochs", type=positive_float, default=epochs, help="passes over the data")
+    duration.add_argument("--steps", type=positive_int, metavar="N", help="optimiser steps, in the place of --epochs")
+    g.add_argument("--seed", type=seed, default=0, help="draws the adapter, the order of rows and responses, the village's pairs")
+    g.add_argument(
+        "--skip-limit", type=positive_int, default=5, metavar="N",
+        help="stop after N steps in a row whose loss or gradient is not finite; such steps are skipped and counted",
+    )  # fmt: skip
+    g = p.add_argument_group("model")
+    g.add_argument(
+        "--lora-rank", type=positive_int, metavar="R", default=lora_rank,
+        help="rank of the LoRA adapter" + ("" if lora_rank else " (default: that of --init, else 32)"),
+    )  # fmt: skip
+    g.add_argument(
+        "--gradient-checkpointing", action="store_true",
+        help="compute activations twice to keep fewer of them: less memory, up to half more time",
+    )  # fmt: skip
+    add_model_options(g, bits_default=4, max_length_default=512)
+
+
+def add_reward_options(p: argparse.ArgumentParser, out: str) -> None:
+    """Options of stage 2, and of the baselines that take its place."""
+    add_training_options(
+        p, out=out, lr=1e-3, epochs=2, held_out=0.05, lora_rank=None,
+        data_help="labelled pairs: file, folder, hub name, or 'village'",
+    )  # fmt: skip
+    g = p.add_argument_group("stage 2")
+    g.add_argument("--init", type=Path, metavar="RUN", help="run to start from, of stage 1 as a rule (default: the plain backbone)")
+    g.add_argument(
+        "--label-smoothing", type=smoothing, default=0.05, metavar="EPS",
+        help="eps of the loss above, 0 <= eps < 0.5; half of torch's label_smoothing: 0.05 is the official 0.1 there",
+    )  # fmt: skip
+    add_judge_template(g, default="that of --init, else the one in gram_mini/prompts.py")
+
+
+def add_reading_options(group) -> None:
+    """Options of everything that reads pairs by load_pairs."""
+    group.add_argument("--split", default="train", help="split of a hub data set")
+    group.add_argument("--subset", metavar="NAME", help="configuration of a hub data set (default: its default)")
+    group.add_argument("--limit", type=positive_int, metavar="N", help="use the first N rows only (default: all)")
+    group.add_argument(
+        "--streaming", action="store_true",
+        help="download no more rows of a hub data set than --limit needs (default: all of them, once)",
+    )  # fmt: skip
+    group.add_argument(
+        "--on-bad-row", choices=("error", "skip"), default="error", help="what to do with a row that cannot be read"
+    )
+    group.add_argument(
+        "--pairs", choices=("all", "best-worst"), default="all", help="which pairs of a row with several scored responses"
+    )
+
+
+def reading(args) -> dict:
+    """What add_reading_options added, as arguments of load_pairs."""
+    return {name: getattr(args, name) for name in ("split", "subset", "limit", "streaming", "on_bad_row", "pairs")}
+
+
+def add_model_options(group, bits_default: int | None, max_length_default: int | None) -> None:
+    """Options of everything that loads a model; None stands for 'as in training'."""
+    group.add_argument(
+        "--bits", type=int, choices=(4, 16, 32), default=bits_default,
+        help="4: NF4 weights (QLoRA); 16: bf16; 32: float32" + ("" if bits_default else " (default: as in training, else 4)"),
+    )  # fmt: skip
+    group.add_argument(
+        "--max-length", type=positive_int, default=max_length_default, metavar="N",
+        help="tokens per sequence; longer texts are cut, prompt first, then both responses by the same share"
+        + ("" if max_length_default else " (default: as in training, else 512)"),
+    )  # fmt: skip
+    group.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ...; auto takes the GPU where there is one")
+
+
+def add_judge_template(group, default: str) -> None:
+    """The option for another judge prompt; ``default`` says which one is meant without it."""
+    group.add_argument(
+        "--judge-template", type=Path, metavar="FILE",
+        help="text file of a judge prompt that holds {prompt}, {response_a} and {response_b}, once each and in this order "
+        f"(default: {default})",
+    )  # fmt: skip
+
+
+def as_record(args: argparse.Namespace) -> dict:
+    """The options as run.json keeps them."""
+    return {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+
+
+# ---- types --------------------------------------------------------------------------------------------
+
+
+def model_name(text: str) -> str:
+    """argparse type: the name of a model; the former name of the village's still works."""
+    return _renamed(text, "--model", "embedded")
+
+
+def data_name(text: str) -> str:
+    """argparse type: the name of a source of data; the former name of the village's pairs still works."""
+    return _renamed(text, "--data", "world")
+
+
+def _renamed(text: str, option: str, former: str) -> str:
+    if text != former or Path(text).exists():
+        return text
+    print(f"{option} {former}: is called {VILLAGE} now", file=sys.stderr)
+    return VILLAGE
+
+
+def positive_int(text: str) -> int:
+    """argparse type: a whole number above 0."""
+    return _number(text, int, lambda v: v > 0, "a whole number above 0")
+
+
+def positive_float(text: str) -> float:
+    """argparse type: a finite number above 0."""
+    return _number(text, float, lambda v: 0 < v < math.inf, "a number above 0")
+
+
+def seed(text: str) -> int:
+    """argparse type: a seed, 0 to 2**32 - 1."""
+    return _number(text, int, lambda v: 0 <= v < 2**32, "a whole number from 0 to 2**32 - 1")
+
+
+def share(text: str) -> float:
+    """argparse type: a share, 0 <= share < 1."""
+    return _number(text, float, lambda v: 0 <= v < 1, "a number of at least 0 and below 1")
+
+
+def weight(text: str) -> float:
+    """argparse type: a finite number of at least 0."""
+    return _number(text, float, lambda v: 0 <= v < math.inf, "a number of at least 0")
+
+
+def smoothing(text: str) -> float:
+    """argparse type: our eps, 0 <= eps < 1/2."""
+    return _number(text, float, lambda v: 0 <= v < 0.5, "a number of at least 0 and below 0.5")
+
+
+def _number(text, kind, allowed, wanted):
+    try:
+        value = kind(text)
+    except ValueError:
+        value = None
+    if value is None or not allowed(value):
+        raise argparse.ArgumentTypeError(f"expected {wanted}, got {text!r}")
+    return value

@@ -1,0 +1,88 @@
+"""The claims of the paper, each as an experiment with a figure. On the village the truth is known.
+
+  table       every method on labelled topics, unlabelled topics, and by what the responses differ in
+  bon         best of n: the judge's own score and the true reward, over KL
+  adapt       a new topic with few labels, from each starting point
+  smoothing   eps from 0 to 0.4: accuracy, margin, calibration
+  noise       flipped labels, at random or by an adversary, with and without smoothing
+  unlabelled  more or less stage 1, on the topics of the test or on others
+  rl          a policy trained against the judge: the judge's reward and the true one, over KL
+  all         these seven
+
+Each study writes STUDY.json and STUDY.png to gram_mini/studies/results (--quick to runs/quick). Trained models stay in
+runs/studies and are used again, by other studies too, so a study goes on where it stopped. If you change a study, delete
+its files in runs/studies/rows.
+"""
+
+import shlex
+from pathlib import Path
+
+import torch
+
+from gram_mini.errors import UserError, clear_errors
+from gram_mini.reading.load import VILLAGE
+from gram_mini.runs import options
+from gram_mini.runs.output import check_place
+from gram_mini.studies.lab import Lab
+from gram_mini.studies.paper import STUDIES
+from gram_mini.studies.seeds import run_side_by_side, run_study
+
+EXAMPLES = """\
+  python -m gram_mini.studies table                             # seeds 1 to 5
+  python -m gram_mini.studies all --quick                       # every study with one seed
+  python -m gram_mini.studies table --data pairs.jsonl --model Qwen/Qwen2.5-0.5B-Instruct --runs runs/mine --results runs/mine/results"""
+
+SEEDS = (1, 2, 3, 4, 5)
+NEEDS_TRUTH = ("bon", "adapt", "rl")
+RESULTS = Path(__file__).parent / "results"
+
+
+def main(argv=None):
+    parser = options.parser(__doc__, EXAMPLES)
+    parser.add_argument("study", choices=(*STUDIES, "all"), metavar="STUDY", help="one of the above")
+    parser.add_argument("--quick", action="store_true", help="one seed, 1, instead of --seeds; results go to runs/quick")
+    parser.add_argument("--seeds", type=options.seed, nargs="+", default=list(SEEDS), metavar="N", help="seeds to run")
+    parser.add_argument(
+        "--jobs", type=options.positive_int, metavar="N",
+        help="studies and seeds at a time, which share the cores (default: 2 on a CPU, 1 on a GPU); the number of cores each has "
+        "changes the last digits",
+    )  # fmt: skip
+    parser.add_argument("--model", type=options.model_name, default=VILLAGE, metavar="NAME", help="backbone, as in the training scripts")
+    parser.add_argument("--data", type=options.data_name, default=VILLAGE, metavar="SOURCE", help="labelled pairs; a fifth of the prompts is the test")
+    options.add_model_options(parser, bits_default=4, max_length_default=512)
+    parser.add_argument(
+        "--training", default="", metavar="OPTIONS",
+        help='further options that both training scripts know, as one text: --training "--epochs 1 --lora-rank 16"',
+    )  # fmt: skip
+    parser.add_argument(
+        "--runs", type=Path, default=Path("runs/studies"), metavar="FOLDER", help="where trained models are kept"
+    )
+    parser.add_argument("--results", type=Path, metavar="FOLDER", help="where tables and figures go (default: gram_mini/studies/results)")
+    args = parser.parse_args(argv)
+    seeds = [1] if args.quick else args.seeds
+    if len(set(seeds)) < len(seeds):
+        parser.error("--seeds: a seed is given twice")
+    try:
+        training = shlex.split(args.training)
+    except ValueError as error:
+        parser.error(f"--training {args.training}: {error}")
+    results = args.results or (Path("runs/quick") if args.quick else RESULTS)
+    studies = list(STUDIES) if args.study == "all" else [args.study]
+    if args.data != VILLAGE:
+        if args.study in NEEDS_TRUTH:
+            raise UserError(f"{args.study}: needs the true rewards, which only the village has; leave --data out")
+        studies = [name for name in studies if name not in NEEDS_TRUTH]
+    check_place(args.runs, "--runs")
+    check_place(results, "--results")
+    loading = {"bits": args.bits, "max_length": args.max_length, "device": args.device}
+    lab = Lab(args.runs, args.model, args.data, training, loading)
+    jobs = args.jobs or (1 if torch.cuda.is_available() else 2)
+    if jobs > 1 and len(studies) * len(seeds) > 1:
+        run_side_by_side(studies, lab, seeds, jobs)
+    for name in studies:
+        run_study(name, lab, seeds, results)
+
+
+if __name__ == "__main__":
+    with clear_errors():
+        main()

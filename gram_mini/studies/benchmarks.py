@@ -1,0 +1,542 @@
+"""Public benchmarks: their rows in, their official figures out.
+
+A row is a prompt with better (chosen) and worse (rejected) responses. Every chosen response is compared with every
+rejected one, in both orders; P is the average of both. What the official figures are, and where they are defined:
+
+reward-bench    allenai/reward-bench, scripts/run_rm.py, rewardbench/constants.py and calculate_scores_per_section in
+                rewardbench/utils.py. A row is right where P > 1/2, strictly, as a reward model must give the chosen
+                response the higher score. (scripts/run_generative.py gives half a point where a judge's words name no
+                winner; ours always says a number.) A subset's score is its share of right rows, a section's the mean over
+                its subsets, weighted by EXAMPLE_COUNTS, the total the plain mean of the four sections.
+reward-bench-2  allenai/reward-bench, scripts/run_v2.py; reroll_and_score_dataset and process_single_model in
+                rewardbench/utils.py. Best of four: a response needs a score of its own, and as our judge compares pairs,
+                that is its mean P(better than another response of the row), as Judge.rank gives it (round robin). The
+                chosen response must have the highest score; where k share the highest, it gets 1/k. The subset Ties has
+                a formula of its own, see ties(). The total is the plain mean of the six subsets.
+rm-bench        THU-KEG/RM-Bench, README.md, "how to compute the accuracy". Three chosen and three rejected responses, from
+                concise to detailed to formatted, make a 3 x 3 matrix of accuracies, P > 1/2 strictly: [chosen style,
+                rejected style]. Hard is the mean above its diagonal, normal on it, easy below. A domain's score is the
+                mean of all nine, the total the plain mean of the four domains, as in the paper's table (arXiv 2410.16184);
+                the two files of safety are pooled.
+judge-bench     ScalerLab/JudgeBench, utils/metrics.py. Both orders are a verdict each, and a pair is right where more of
+                them are right than wrong: both, or one beside a P of 1/2. A split verdict is not right. The total is over
+                all pairs (micro). The mean of groups is the plain mean of the four categories: it is the figure that the
+                GRAM paper's evaluation publishes (71.4 for its 71.43, where the total over pairs is 68.3). "accuracy"
+                in the judge's own figures is by the average of both orders instead.
+
+The judge's own figures are over all pairs of a chosen and a rejected response, each counted once:
+
+accuracy            share with P(chosen better) > 1/2
+orders agree        share in which both orders prefer the same response
+ECE, Brier          see evaluation.calibration and evaluation.brier
+longer preferred    share in which the judge prefers the longer response, of pairs of different length (in characters)
+
+"Pick the longer" is a judge that always prefers the longer response: a yardstick for every figure that it has. Intervals
+are 95%, by bootstrap over the prompts, drawn anew within each subset; that of a small ECE lies too high, as chance adds to it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections import Counter, defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import combinations, product
+from pathlib import Path
+
+import torch
+
+from gram_mini.errors import UserError
+from gram_mini.evaluation import bootstrap, brier, calibration, orders_agree
+from gram_mini.judge import TIE, Comparison, Judge, preferred, round_robin
+from gram_mini.pairs import Pair
+from gram_mini.reading.formats import parse_pairs, read_prompt
+from gram_mini.reading.sources import read_rows
+from gram_mini.runs.output import save_figure, write_whole
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of a benchmark."""
+
+    group: str  # subset, domain or source, as the benchmark names it
+    section: str  # what it counts towards
+    unit: str  # rows of one unit are drawn together by the bootstrap: those of one prompt
+    prompt: str
+    chosen: list[str]
+    rejected: list[str]
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A row after it was judged."""
+
+    row: Row
+    credit: object  # what the official figures are made of
+    pairs: torch.Tensor  # (chosen x rejected, 3): P(chosen better), orders agree, sign of how much longer the chosen one is
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """How to read a row, what to make of its comparisons, and of all rows.
+
+    ``credit`` gets the row and {(i, j): comparison of responses i and j}, chosen responses numbered before rejected ones.
+    ``aggregate`` gets the units, lists of rows, and returns the official figures and details for the JSON file.
+    """
+
+    read: Callable[[str, dict], Row]
+    credit: Callable[[Row, dict[tuple[int, int], Comparison]], object]
+    aggregate: Callable[[list[list[Judged]]], tuple[dict[str, float | None], dict]]
+    sections: tuple[str, ...]
+    all_pairs: bool = False  # compare all responses of a row with each other, not only chosen with rejected ones
+
+
+# ---- RewardBench --------------------------------------------------------------------------------------
+
+# How much each subset weighs in its section: its number of rows, but for math-prm, which has 447 and shall weigh as much
+# as the six subsets of code together (rewardbench/constants.py).
+EXAMPLE_COUNTS = {
+    "Chat": {"alpacaeval-easy": 100, "alpacaeval-length": 95, "alpacaeval-hard": 95, "mt-bench-easy": 28, "mt-bench-med": 40},
+    "Chat Hard": {
+        "mt-bench-hard": 37, "llmbar-natural": 100, "llmbar-adver-neighbor": 134, "llmbar-adver-GPTInst": 92,
+        "llmbar-adver-GPTOut": 47, "llmbar-adver-manual": 46,
+    },
+    "Safety": {
+        "refusals-dangerous": 100, "refusals-offensive": 100, "xstest-should-refuse": 250, "xstest-should-respond": 154,
+        "donotanswer": 136,
+    },
+    "Reasoning": {
+        "math-prm": 984, "hep-cpp": 164, "hep-go": 164, "hep-java": 164, "hep-js": 164, "hep-python": 164, "hep-rust": 164,
+    },
+}  # fmt: skip
+
+
+def read_reward_bench(where: str, row: dict) -> Row:
+    section_of = {subset: section for section, weights in EXAMPLE_COUNTS.items() for subset in weights}
+    subset = _known(row, "subset", section_of, where)
+    pair = _one_pair(row, where)
+    return Row(subset, section_of[subset], pair.prompt, pair.prompt, [pair.response_a], [pair.response_b])
+
+
+def hit(row: Row, results: dict) -> float:
+    """1 where the chosen response is preferred, strictly, else 0."""
+    return float(preferred(results[0, 1].probability) > 0)
+
+
+def aggregate_reward_bench(units: list[list[Judged]]) -> tuple[dict, dict]:
+    subsets = _means(units, lambda row: row.group)
+    figures = {}
+    for section, weights in EXAMPLE_COUNTS.items():
+        present = {subset: weight for subset, weight in weights.items() if subset in subsets}
+        total = sum(present.values())
+        figures[section] = sum(subsets[s] * weight for s, weight in present.items()) / total if present else None
+    return figures | {"total": _mean(list(figures.values()))}, {"subsets": subsets}
+
+
+# ---- RewardBench 2 ------------------------------------------------------------------------------------
+
+SUBSETS_2 = ("Factuality", "Precise IF", "Math", "Safety", "Focus", "Ties")
+
+
+def read_reward_bench_2(where: str, row: dict) -> Row:
+    subset = _known(row, "subset", SUBSETS_2, where)
+    prompt = read_prompt(row.get("prompt"), where, "prompt")
+    chosen, rejected = _texts(row, "chosen", where), _texts(row, "rejected", where)
+    if subset != "Ties":
+        if len(chosen) != 1:
+            raise UserError(f"{where}: column 'chosen' must hold one response outside of the subset Ties, found {len(chosen)}")
+        return Row(subset, subset, prompt, prompt, chosen, rejected)
+    kind = re.fullmatch(r"(ref|tied):(\d+)", str(row.get("id")))
+    if not kind:
+        raise UserError(f"{where}: column 'id' must be ref:NUMBER or tied:NUMBER in the subset Ties, found {row.get('id')!r}")
+    return Row(f"Ties {kind[1]}", "Ties", f"Ties {kind[2]}", prompt, chosen, rejected)
+
+
+def best_of(row: Row, results: dict) -> float | tuple[float, float]:
+    """1/k where the chosen response is one of k with the highest score, else 0; of Ties spread and gap.
+
+    spread: how far apart the scores of the correct responses are; gap: how far the worst correct one is above the best
+    wrong one. Equal responses have equal scores; so have others whose scores differ by less than judge.TIE.
+    """
+    responses = [text.strip() for text in row.chosen + row.rejected]
+    places = {text: i for i, text in reversed(list(enumerate(responses)))}  # where each text stands first
+
+    def compare(games: list[tuple[str, str]]) -> list[float]:
+        return [results[places[a], places[b]].probability for a, b in games]
+
+    scores = round_robin(responses, compare)
+    right, wrong = scores[: len(row.chosen)], scores[len(row.chosen) :]
+    if row.section == "Ties":
+        return apart(max(right), min(right)), apart(min(right), max(wrong))
+    shared = sum(abs(score - right[0]) < TIE for score in scores)
+    return 1 / shared if apart(right[0], max(scores)) == 0 else 0.0
+
+
+def apart(score: float, other: float) -> float:
+    """How far one score is above another; 0 where they are a tie."""
+    difference = score - other
+    return difference if abs(difference) >= TIE else 0.0
+
+
+def aggregate_reward_bench_2(units: list[list[Judged]]) -> tuple[dict, dict]:
+    plain = [unit for unit in units if unit[0].row.section != "Ties"]
+    score, parts = ties([{j.row.group: j.credit for j in unit} for unit in units if unit[0].row.section == "Ties"])
+    means = _means(plain, lambda row: row.section) | {"Ties": score}
+    figures = {subset: means.get(subset) for subset in SUBSETS_2}
+    subsets = {subset: value for subset, value in figures.items() if value is not None}
+    return figures | {"total": _mean(list(figures.values()))}, {"subsets": subsets, "ties": parts}
+
+
+def ties(prompts: list[dict[str, tuple[float, float]]]) -> tuple[float | None, dict[str, float]]:
+    """The score of the subset Ties, and its parts (rewardbench/utils.py, process_single_model).
+
+    Each prompt has (spread, gap) of its row "Ties tied" with several correct responses and "Ties ref" with one.
+
+        0.3 * share of tied rows, and 0.3 * share of ref rows, whose gap is above 0
+        0.2 * share of prompts whose tied gap is above the tied spread
+        0.2 * share of prompts whose lower gap, of tied and ref, is above the tied spread
+        0.01 * mean over the prompts of tanh(lower gap / tied spread - 1); of no spread, the sign of the gap
+
+    Returns None and nothing where no prompt has both rows.
+    """
+    ref, tied = ([p[kind] for p in prompts if kind in p] for kind in ("Ties ref", "Ties tied"))
+    both = [(*p["Ties tied"], p["Ties ref"][1]) for p in prompts if len(p) == 2]  # spread, tied gap, ref gap
+    if not both:
+        return None, {}
+    parts = {
+        "tied accuracy": _mean([gap > 0 for _, gap in tied]),
+        "ref accuracy": _mean([gap > 0 for _, gap in ref]),
+        "tied gap above spread": _mean([gap > spread for spread, gap, _ in both]),
+        "lower gap above spread": _mean([min(gap, other) > spread for spread, gap, other in both]),
+        "margin": _mean([_margin(min(gap, other), spread) for spread, gap, other in both]),
+    }
+    return sum(weight * part for weight, part in zip((0.3, 0.3, 0.2, 0.2, 0.01), parts.values())), parts
+
+
+def _margin(gap: float, spread: float) -> float:
+    return math.tanh(gap / spread - 1) if spread else float((gap > 0) - (gap < 0))
+
+
+# ---- RM-Bench -----------------------------------------------------------------------------------------
+
+DOMAINS = {"chat": "chat", "math": "math", "code": "code", "safety-refuse": "safety", "safety-response": "safety"}
+# The file of one domain has no column 'domain'. Some say by 'subset' where their rows are from, all by their name.
+DOMAIN_OF_SUBSET = {"alpacaeval": "chat", "bigcode/humanevalpack": "code"}
+STYLES = tuple(product(range(3), repeat=2))  # (style of the chosen response, style of the rejected one)
+LEVELS = {"hard": lambda i, j: i < j, "normal": lambda i, j: i == j, "easy": lambda i, j: i > j}
+
+
+def read_rm_bench(where: str, row: dict) -> Row:
+    if "domain" in row:
+        domain = _known(row, "domain", DOMAINS, where)
+    elif row.get("subset") in DOMAIN_OF_SUBSET:
+        domain = DOMAIN_OF_SUBSET[row["subset"]]
+    else:
+        named = set(re.findall("|".join(DOMAINS), Path(where.rsplit(", ", 1)[0]).name))
+        if len(named) != 1:
+            raise UserError(
+                f"{where}: no column 'domain', and subset {row.get('subset')!r} is unknown; add 'domain', or name the file after "
+                f"one of {', '.join(DOMAINS)}"
+            )
+        domain = named.pop()
+    prompt = read_prompt(row.get("prompt"), where, "prompt")
+    chosen, rejected = (_texts(row, name, where, count=3) for name in ("chosen", "rejected"))
+    return Row(domain, DOMAINS[domain], prompt, prompt, chosen, rejected)
+
+
+def style_hits(row: Row, results: dict) -> list[bool]:
+    """For each of STYLES, whether the chosen response is preferred, strictly."""
+    return [preferred(results[i, 3 + j].probability) > 0 for i, j in STYLES]
+
+
+def aggregate_rm_bench(units: list[list[Judged]]) -> tuple[dict, dict]:
+    hits = defaultdict(list)
+    for judged in _flat(units):
+        hits[judged.row.section].append(judged.credit)
+    figures, details = {}, {}
+    for domain in dict.fromkeys(DOMAINS.values()):
+        matrix = [sum(column) / len(column) for column in zip(*hits[domain])]  # nine, in the order of STYLES
+        figures[domain] = _mean(matrix)
+        for level, belongs in LEVELS.items():
+            figures[f"{domain} {level}"] = _mean([cell for cell, (i, j) in zip(matrix, STYLES) if belongs(i, j)])
+        if matrix:
+            details[domain] = [matrix[0:3], matrix[3:6], matrix[6:9]]
+    domains = list(dict.fromkeys(DOMAINS.values()))
+    for level in LEVELS:
+        figures[level] = _mean([figures[f"{domain} {level}"] for domain in domains])
+    return figures | {"total": _mean([figures[domain] for domain in domains])}, {"matrix": details}
+
+
+# ---- JudgeBench ---------------------------------------------------------------------------------------
+
+CATEGORIES = {"mmlu-pro-": "knowledge", "livebench-reasoning": "reasoning", "livebench-math": "math", "livecodebench": "coding"}
+
+
+def read_judge_bench(where: str, row: dict) -> Row:
+    """ScalerLab/JudgeBench's own rows, or those of NiuTrans/GRAM (evaluation/scalerlab_judgebench): prompt, chosen, rejected."""
+    source = row.get("source")
+    found = [category for begin, category in CATEGORIES.items() if isinstance(source, str) and source.startswith(begin)]
+    if not found:
+        raise UserError(f"{where}: unknown source {source!r} in column 'source'; known are {', '.join(CATEGORIES)}...")
+    pair = _one_pair(row, where)
+    chosen, rejected = (pair.response_a, pair.response_b) if pair.label == 0 else (pair.response_b, pair.response_a)
+    return Row(source, found[0], pair.prompt, pair.prompt, [chosen], [rejected])
+
+
+def both_orders(row: Row, results: dict) -> float:
+    """1 where more of the two verdicts are right than wrong, else 0."""
+    return float(preferred(results[0, 1].a_first) + preferred(results[0, 1].a_second) > 0)
+
+
+def aggregate_judge_bench(units: list[list[Judged]]) -> tuple[dict, dict]:
+    means = _means(units, lambda row: row.section)
+    figures = {category: means.get(category) for category in CATEGORIES.values()}
+    figures["mean of groups"] = _mean(list(figures.values()))
+    figures["total"] = _mean([judged.credit for judged in _flat(units)])
+    return figures, {"sources": _means(units, lambda row: row.group)}
+
+
+# ---- all of them --------------------------------------------------------------------------------------
+
+BENCHMARKS = {
+    "reward-bench": Benchmark(read_reward_bench, hit, aggregate_reward_bench, tuple(EXAMPLE_COUNTS)),
+    "reward-bench-2": Benchmark(read_reward_bench_2, best_of, aggregate_reward_bench_2, SUBSETS_2, all_pairs=True),
+    "rm-bench": Benchmark(read_rm_bench, style_hits, aggregate_rm_bench, ("chat", "math", "code", "safety")),
+    "judge-bench": Benchmark(read_judge_bench, both_orders, aggregate_judge_bench, tuple(CATEGORIES.values())),
+}
+
+
+def run(
+    judge: Judge,
+    name: str,
+    source: str,
+    split: str = "train",
+    limit: int | None = None,
+    subset: str | None = None,
+    average: str = "probabilities",
+    draws: int = 1000,
+) -> dict:
+    """Judge a benchmark and return all figures, as they stand in the JSON file.
+
+    Args:
+        name: one of BENCHMARKS.
+        source, split, limit, subset: see sources.read_rows.
+        average: see Judge.compare_many.
+        draws: of the bootstrap.
+
+    Raises:
+        UserError: a row that is not one of this benchmark's; names the place and the column.
+    """
+    benchmark, rows = BENCHMARKS[name], []
+    for where, row in read_rows(source, split, limit, subset):
+        if isinstance(row, UserError):
+            raise row
+        rows.append(benchmark.read(where, row))
+    judged, results = judge_rows(rows, benchmark, lambda pairs: judge.compare_many(pairs, average, progress=name))
+    longer = by_unit(judge_rows(rows, benchmark, pick_the_longer)[0])
+    units = by_unit(judged)
+    strata = defaultdict(list)
+    for unit in units:
+        strata[unit[0].row.group].append(unit)
+
+    official, details = benchmark.aggregate(units)
+    own, yardstick = judge_figures(units), benchmark.aggregate(longer)[0] | {"accuracy": judge_figures(longer)["accuracy"]}
+    intervals = bootstrap(list(strata.values()), lambda drawn: benchmark.aggregate(drawn)[0] | judge_figures(drawn), draws)
+
+    def described(values: dict[str, float | None]) -> dict:
+        return {
+            key: {"value": value, "interval": intervals.get(key), "pick_the_longer": yardstick.get(key)}
+            for key, value in values.items()
+        }
+
+    chosen_better = torch.cat([j.pairs for j in judged])[:, 0]  # (pairs,)
+    bins = calibration(chosen_better, torch.ones_like(chosen_better))[1]
+    return {
+        "benchmark": name,
+        "data": source,
+        "average": average,
+        "max_length": judge.max_length,
+        "rows": len(rows),
+        "sections": {section: sum(row.section == section for row in rows) for section in benchmark.sections},
+        "groups": dict(Counter(row.group for row in rows)),
+        "comparisons": len(results),
+        "truncated": sum(result.truncated for result in results),
+        "official": described(official),
+        "judge": described(own),
+        "details": details,
+        "reliability": [{"probability": p, "share_right": share, "pairs": count} for p, share, count in bins],
+    }
+
+
+def judge_rows(rows: list[Row], benchmark: Benchmark, compare) -> tuple[list[Judged], list[Comparison]]:
+    """Compare the responses of all rows in one go; ``compare`` is given pairs and returns comparisons."""
+    games, pairs = [], []
+    for row in rows:
+        count, responses = len(row.chosen), row.chosen + row.rejected
+        everyone = range(len(responses))
+        games.append(list(combinations(everyone, 2) if benchmark.all_pairs else product(everyone[:count], everyone[count:])))
+        pairs += [Pair(row.prompt, responses[i], responses[j]) for i, j in games[-1]]
+    results = compare(pairs)
+    compared, judged = iter(zip(pairs, results)), []
+    for row, some in zip(rows, games):
+        found = dict(zip(some, compared))
+        between = [found[game] for game in some if game[0] < len(row.chosen) <= game[1]]
+        pair_figures = [[result.probability, orders_agree(result), longer(pair)] for pair, result in between]
+        credit = benchmark.credit(row, {game: result for game, (_, result) in found.items()})
+        judged.append(Judged(row, credit, torch.tensor(pair_figures, dtype=torch.float64)))
+    return judged, results
+
+
+def longer(pair: Pair) -> int:
+    """1 where the first response has more characters, -1 where the second has, else 0."""
+    a, b = len(pair.response_a), len(pair.response_b)
+    return (a > b) - (a < b)
+
+
+def pick_the_longer(pairs: list[Pair]) -> list[Comparison]:
+    """What a judge says that always prefers the longer response."""
+    results = []
+    for pair in pairs:
+        p, odds = {1: (1.0, math.inf), 0: (0.5, 0.0), -1: (0.0, -math.inf)}[longer(pair)]
+        results.append(Comparison(p, p, p, odds, odds, label_mass=1.0, truncated=False))
+    return results
+
+
+def by_unit(judged: list[Judged]) -> list[list[Judged]]:
+    """Rows of one prompt together."""
+    units = defaultdict(list)
+    for one in judged:
+        units[one.row.section, one.row.unit].append(one)
+    return list(units.values())
+
+
+def judge_figures(units: list[list[Judged]]) -> dict[str, float | None]:
+    """The judge's own figures, over all pairs of a chosen and a rejected response."""
+    p, agree, sign = torch.cat([judged.pairs for judged in _flat(units)]).T  # (pairs,) each
+    better, differ = torch.ones_like(p), sign != 0
+    return {
+        "accuracy": float((p > 0.5 + TIE).double().mean()),
+        "orders agree": float(agree.mean()),
+        "ECE": calibration(p, better)[0],
+        "Brier": brier(p, better),
+        "longer preferred": float(((p - 0.5) * sign > TIE)[differ].double().mean()) if differ.any() else None,
+    }
+
+
+def _flat(units: list[list[Judged]]) -> list[Judged]:
+    return [judged for unit in units for judged in unit]
+
+
+def _mean(values: list[float | None]) -> float | None:
+    """The plain mean; None where there is no value, or one is missing."""
+    return None if not values or None in values else sum(values) / len(values)
+
+
+def _means(units: list[list[Judged]], key: Callable[[Row], str]) -> dict[str, float]:
+    """Mean credit of the rows that share a key."""
+    credits = defaultdict(list)
+    for judged in _flat(units):
+        credits[key(judged.row)].append(judged.credit)
+    return {name: sum(some) / len(some) for name, some in credits.items()}
+
+
+# ---- columns ------------------------------------------------------------------------------------------
+
+
+def _known(row: dict, column: str, known, where: str) -> str:
+    value = row.get(column)
+    if not isinstance(value, str) or value not in known:
+        raise UserError(f"{where}: unknown {column} {value!r} in column {column!r}; known are {', '.join(known)}")
+    return value
+
+
+def _one_pair(row: dict, where: str) -> Pair:
+    pairs, _ = parse_pairs([(where, row)])
+    if len(pairs) != 1 or pairs[0].label is None:
+        raise UserError(f"{where}: needs one pair with a label: 'chosen' and 'rejected' texts, or 'label' with A>B or B>A")
+    return pairs[0]
+
+
+def _texts(row: dict, column: str, where: str, count: int | None = None) -> list[str]:
+    value = row.get(column)
+    if not isinstance(value, list) or not value or len(value) != (count or len(value)):
+        found = f"a list of {len(value)}" if isinstance(value, list) else type(value).__name__
+        raise UserError(f"{where}: column {column!r} must be a list of {count or 'one or more'} texts, found {found}")
+    return [read_prompt(text, where, column) for text in value]
+
+
+# ---- what is shown and written ------------------------------------------------------------------------
+
+
+def score_benchmark(judge: Judge, args) -> None:
+    """A public benchmark: its figures as a table, as JSON and as a plot; ``args`` are those of score.py."""
+    result = run(judge, args.benchmark, args.data, args.split, args.limit, args.subset, args.average)
+    save(result, args.model, args.out)
+    print(table(result))
+    print(f"wrote {', '.join(map(str, files(args.benchmark, args.out)))}")
+
+
+def table(result: dict) -> str:
+    """The figures for the terminal."""
+    lines = [("", "value", "95% interval", "pick the longer", "rows")]
+    show = lambda value: "-" if value is None else f"{value:.3f}"
+    for name, figure in (result["official"] | result["judge"]).items():
+        if figure["value"] is None and name != "total":
+            continue  # the last line says why
+        if name == "accuracy":
+            lines.append(("the judge's own figures:", "", "", "", ""))
+        interval = "{:.3f} to {:.3f}".format(*figure["interval"]) if figure["interval"] else ""
+        count = result["rows"] if name == "total" else result["sections"].get(name, "")
+        lines.append((name, show(figure["value"]), interval, show(figure["pick_the_longer"]), str(count)))
+    widths = [max(len(line[k]) for line in lines) for k in range(5)]
+    missing = [section for section, count in result["sections"].items() if count == 0]
+    return "\n".join(
+        [
+            f"{result['benchmark']}: {result['rows']} rows, {result['comparisons']} comparisons, each in both orders, "
+            f"{result['truncated']} of them cut to {result['max_length']} tokens",
+            *(
+                "  ".join([line[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(line[1:], widths[1:]))]).rstrip()
+                for line in lines
+            ),
+            *([f"no rows of {', '.join(missing)}: these figures are not those of the whole benchmark"] if missing else []),
+        ]
+    )
+
+
+def files(name: str, out: Path) -> list[Path]:
+    """What save() writes: the JSON, the plot beside it, and the benchmark's own result file where it has one."""
+    own = [out.with_name(f"{out.stem}-eval-set.json")] if name.startswith("reward-bench") else []
+    return [out, out.with_suffix(".png"), *own]
+
+
+def save(result: dict, model: str, out: Path) -> None:
+    """Write the figures as JSON, the reliability plot, and for RewardBench the file that its own scripts write."""
+    _, picture, *own = files(result["benchmark"], out)
+    plot_reliability(result, picture)
+    for path in own:  # the record of save_to_hub in rewardbench/utils.py: a score for each subset
+        record = {"model": model, "model_type": "Generative RM", "chat_template": "tokenizer", **result["details"]["subsets"]}
+        write_whole(path, [json.dumps(record, indent=4, sort_keys=True)], "--out")
+    write_whole(out, [json.dumps({"model": model, **result}, indent=2) + "\n"], "--out")
+
+
+def plot_reliability(result: dict, picture: Path) -> None:
+    """Share right over P of the preferred response, and how many pairs stand behind each point."""
+    from matplotlib.figure import Figure  # not pyplot, whose state belongs to the notebook that calls us
+
+    bins = result["reliability"]
+    figure = Figure(figsize=(5, 5))
+    above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+    above.plot((0.5, 1), (0.5, 1), "--", color="grey", label="calibrated")
+    points = [(one["probability"], one["share_right"]) for one in bins if one["pairs"]]
+    above.plot(*zip(*points), "o-", label=f"ECE {result['judge']['ECE']['value']:.3f}")
+    above.set(ylabel="share right", ylim=(0, 1.02), title=result["benchmark"])
+    above.legend()
+    width = 0.5 / len(bins)
+    below.bar([0.5 + width * (k + 0.5) for k in range(len(bins))], [one["pairs"] for one in bins], width, edgecolor="white")
+    below.set(xlabel="P of the preferred response", ylabel="pairs")
+    for axis in (above, below):
+        axis.grid(alpha=0.3)
+    figure.tight_layout()
+    save_figure(figure, picture)

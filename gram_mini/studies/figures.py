@@ -1,0 +1,88 @@
+"""Tables and figures of the studies: means over the seeds, with their intervals."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from pathlib import Path
+
+from gram_mini.evaluation import student_t
+from gram_mini.runs.output import save_figure
+
+
+def average(rows: list[dict], keys: tuple[str, ...]) -> list[dict]:
+    """Rows of several seeds as [mean, half the 95% interval over the seeds (None for one seed)] of each figure."""
+    groups: dict[tuple, list[dict]] = {}
+    for row in rows:
+        groups.setdefault(tuple(row[key] for key in keys), []).append(row)
+    means = []
+    for group, members in groups.items():
+        mean = dict(zip(keys, group))
+        for name in members[0]:
+            values = [row[name] for row in members]
+            if name not in (*keys, "seed") and None not in values:
+                spread = statistics.stdev(values) if len(values) > 1 else None
+                half = spread and student_t(len(values) - 1) * spread / math.sqrt(len(values))
+                mean[name] = [statistics.mean(values), half]
+        means.append(mean)
+    return means
+
+
+def print_table(means: list[dict], keys: tuple[str, ...]) -> None:
+    head = list(dict.fromkeys(name for row in means for name in row))
+    lines = [head]
+    for row in means:
+        lines.append([str(row[name]) if name in keys else _figure(row.get(name)) for name in head])
+    widths = [max(len(line[k]) for line in lines) for k in range(len(head))]
+    for line in lines:
+        print("  ".join(cell.ljust(w) if k == 0 else cell.rjust(w) for k, (cell, w) in enumerate(zip(line, widths))))
+
+
+def _figure(value: list | None) -> str:
+    if value is None:
+        return ""
+    mean, half = value
+    return f"{mean:.3f}" if half is None else f"{mean:.3f} ± {half:.3f}"
+
+
+def draw(means: list[dict], x: str | None, shown: tuple[str, ...], picture: Path, title: str) -> None:
+    """Lines over x with their intervals, one panel for each figure; bars where there is no x."""
+    from matplotlib.figure import Figure  # not pyplot, whose state belongs to the notebook that calls us
+
+    shown = [name for name in shown if any(name in row for row in means)]
+    methods = list(dict.fromkeys(row["method"] for row in means))
+    width = 5 if x else 2.6
+    figure = Figure(figsize=(width * len(shown), 3.8))
+    axes = figure.subplots(1, len(shown), squeeze=False, sharey=x is None)
+    accuracies = ("in-distribution", "out-of-distribution", "fact", "courtesy", "length")
+    x_label = {"KL": "KL, nats", "flipped": "share of the labels flipped", "share": "share of the unlabelled pairs"}.get(x, x)
+    for axis, name in zip(axes[0], shown):
+        for place, method in enumerate(methods):
+            rows = [row for row in means if row["method"] == method and name in row]
+            values, halves = [row[name][0] for row in rows], [row[name][1] or 0.0 for row in rows]
+            if x is None:
+                axis.barh(place, values, xerr=halves, height=0.7, color="tab:blue")
+            else:
+                places = [row[x][0] if isinstance(row[x], list) else row[x] for row in rows]
+                (line,) = axis.plot(places, values, marker=".", label=method, ls=("-", "--")[place % 2])
+                low, high = ([v - s * h for v, h in zip(values, halves)] for s in (1, -1))
+                axis.fill_between(places, low, high, alpha=0.2, color=line.get_color())
+        bounds = {row[x]: row["bound"][0] for row in means if x and name == "margin" and "bound" in row}
+        if bounds:
+            axis.plot(bounds.keys(), bounds.values(), "--", color="gray", label="best for certain labels, log((1 - eps) / eps)")
+            axis.legend(fontsize=8)
+        axis.set(title=f"accuracy: {name}" if name in accuracies else name, xlabel=x_label or "")
+        axis.grid(alpha=0.3)
+        if x is None:
+            axis.set_yticks(range(len(methods)), methods)
+            axis.invert_yaxis()
+            axis.axvline(0.5, color="black", lw=0.8)  # chance
+        elif x == "labels":
+            counts = sorted({row[x] for row in means})
+            axis.set_xscale("symlog", linthresh=50)
+            axis.set_xticks(counts, counts, fontsize=8)
+    if x is not None:
+        axes[0][-1].legend(fontsize=7, framealpha=0.5)
+    figure.suptitle(title)
+    figure.tight_layout()
+    save_figure(figure, picture)

@@ -1,0 +1,170 @@
+"""A lab: data, trained models and their figures, of one backbone on one source of data, kept in a folder."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import shlex
+from pathlib import Path
+
+from filelock import FileLock
+
+import train_pretrain
+import train_reward
+from gram_mini.baselines import __main__ as baselines
+from gram_mini.errors import Interrupted, UserError
+from gram_mini.evaluation import calibration, summarise
+from gram_mini.judge import Judge
+from gram_mini.pairs import Pair, split_by_prompt
+from gram_mini.prompts import LABELS
+from gram_mini.reading.load import VILLAGE, load_pairs
+from gram_mini.runs.load import load_judge
+from gram_mini.runs.output import write_whole
+from gram_mini.village.pairs import village_pairs
+
+PLAIN = ["--label-smoothing", "0"]
+SCALAR = ["--head", "scalar", "--lr", "3e-4"]  # learning rates, and the weight of the text loss, were chosen on seed 0
+METHODS = {  # name: (starts from stage 1?, script, its options)
+    "D-Baseline": (False, baselines, SCALAR + PLAIN),
+    "D-Freeze": (False, baselines, ["--head", "scalar", "--freeze", "--lr", "0.1", *PLAIN]),
+    "D-Regularisation": (False, baselines, [*SCALAR, "--text-weight", "0.1", *PLAIN]),
+    "D-Label-Smoothing": (False, baselines, SCALAR),
+    "D from stage 1": (True, baselines, SCALAR + PLAIN),
+    "G-Freeze": (False, baselines, ["--head", "labels", "--freeze", "--lr", "0.01", *PLAIN]),
+    "G-Baseline": (False, train_reward, PLAIN),
+    "G-Label-Smoothing": (False, train_reward, []),
+    "G from stage 1, eps = 0": (True, train_reward, PLAIN),
+    "GRAM": (True, train_reward, []),
+}
+MAIN = ("D-Baseline", "D from stage 1", "G-Baseline", "GRAM")  # the methods of the studies that are not about methods
+
+
+class Lab:
+    """Data, trained models and their figures, of one backbone on one source of data, kept in a folder.
+
+    ``loading`` are the options of training and judging alike: bits, max_length, device.
+
+    Raises:
+        UserError: if the folder is that of another backbone, other data or other options; if the data cannot be read, or
+            all its pairs have one prompt.
+    """
+
+    def __init__(self, folder: Path, model: str, data: str, training: list[str] = (), loading: dict | None = None):
+        self.folder, self.model, self.village = folder, model, data == VILLAGE
+        self.loading = {name: value for name, value in (loading or {}).items() if value is not None}
+        self.training = [*training, *(f"--{name.replace('_', '-')}={value}" for name, value in self.loading.items())]
+        methods = {name: [stage1, script.__name__, given] for name, (stage1, script, given) in METHODS.items()}
+        self.about = {"model": model, "data": data, "training": self.training, "methods": methods}
+        if not self.village:
+            loaded = load_pairs(data, labelled=True)
+            self.used, self.test = split_by_prompt(loaded.pairs, 0.2, seed=0)
+            if not self.test:
+                raise UserError(f"--data {data}: all pairs have the same prompt; a fifth of the prompts is to be the test")
+            self.about["data"] = [data, loaded.fingerprint]
+        self.about = json.loads(json.dumps(self.about))  # lists, as they come back
+        try:
+            before = json.loads((folder / "about.json").read_text())
+            other = [name for name in self.about if before[name] != self.about[name]]
+        except FileNotFoundError:
+            other = []
+        except (ValueError, KeyError, TypeError):
+            other = ["about.json, which cannot be read"]
+        if other:
+            raise UserError(f"--runs {folder}: what is there was made with other {', '.join(other)}; give another folder")
+
+    def pairs(self, split: str, seed: int) -> list[Pair]:
+        """The village's pairs; of other data a fifth of the prompts is the test, the rest is used in both stages."""
+        if self.village:
+            return village_pairs(split, seed=0 if split.endswith("distribution") else seed)
+        return {"unlabelled": self.used, "labelled": self.used, "in-distribution": self.test}[split]
+
+    @property
+    def target(self) -> str:
+        """The test set that the studies are about: out of distribution, where there is such a one."""
+        return "out-of-distribution" if self.village else "in-distribution"
+
+    def file(self, name: str, pairs: list[Pair]) -> str:
+        """The pairs as a file that the training scripts read."""
+        path = self.folder / "data" / f"{name}.jsonl"
+        with self.alone(path):
+            if not path.is_file():
+                write_whole(path, (json.dumps(_row(pair)) + "\n" for pair in pairs), "data")
+        return str(path)
+
+    def alone(self, path: Path) -> FileLock:
+        """While it is held no other process makes the same thing; a process that dies lets go of it."""
+        lock = self.folder / "locks" / f"{path.parent.name}-{path.name}.lock"
+        for folder in (lock.parent, path.parent):
+            folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(lock.parent / "about.lock"):
+            if not (about := self.folder / "about.json").is_file():
+                write_json(about, self.about)
+        return FileLock(lock)
+
+    def train(self, script, name: str, seed: int, *given: str) -> Path:
+        """The run of this name, trained unless it is there already."""
+        out = self.folder / f"seed{seed}" / name.replace(" ", "-")
+        with self.alone(out):
+            if not (out / "run.json").is_file():
+                resume = ["--resume"] if (out.with_name(out.name + ".partial") / "log.csv").is_file() else []
+                always = ["--model", self.model, "--seed", str(seed), "--held-out", "0", "--out", str(out)]
+                arguments = [*self.training, *always, *given, *resume]
+                try:
+                    with contextlib.redirect_stdout(io.StringIO()):  # progress bars stay
+                        script.main(arguments)
+                except SystemExit:
+                    raise UserError(f"--training: {script.__name__} does not take {shlex.join(arguments)}") from None
+                except Interrupted:
+                    raise Interrupted(f"{out}: stopped; the same command goes on with it") from None
+        return out
+
+    def stage1(self, seed: int, name: str = "stage1", pairs: list[Pair] | None = None) -> Path:
+        pairs = self.pairs("unlabelled", seed) if pairs is None else pairs
+        return self.train(train_pretrain, name, seed, "--data", self.file(f"{name}-{seed}", pairs))
+
+    def method(self, name: str, seed: int) -> Path:
+        """One of METHODS on the labelled pairs."""
+        starts_from_stage_1, script, given = METHODS[name]
+        init = ["--init", str(self.stage1(seed))] if starts_from_stage_1 else []
+        data = self.file(f"labelled-{seed}", self.pairs("labelled", seed))
+        return self.train(script, name, seed, "--data", data, *given, *init)
+
+    def judge(self, model: str | Path) -> Judge:
+        return load_judge(model, **self.loading)
+
+    def evaluate(self, model: str | Path, split: str = "") -> dict[str, float]:
+        """Accuracy on a test set, the target by default, overall and by what differs, and what tells how sure the judge is."""
+        split = split or self.target
+        place = self.folder / "zero-shot" if model == self.model else Path(model)
+        known = place.with_name(f"{place.name}.{split}.json")
+        with self.alone(known):
+            if not known.is_file():
+                write_json(known, self._evaluate(model, split))
+        return json.loads(known.read_text())
+
+    def _evaluate(self, model: str | Path, split: str) -> dict[str, float]:
+        pairs = self.pairs(split, 0)
+        results = self.judge(model).compare_many(pairs, progress=split)
+        figures = summarise(pairs, results)
+        # The village's test labels name the truly better response; how often a rater would agree is what P is about.
+        truth = [float(p.label == 0) if p.probability is None else p.probability for p in pairs]
+        error = calibration([r.probability for r in results], truth)[0]
+        row = {split: figures.accuracy, "position gap": figures.position_gap, "margin": figures.margin, "loss": figures.loss}
+        row |= {"calibration error": error} | ({"cross-entropy": figures.cross_entropy} if figures.cross_entropy is not None else {})
+        for aspect in ("fact", "courtesy", "length"):
+            alone = [(p, r) for p, r in zip(pairs, results) if p.differs == {aspect}]
+            if alone:
+                row[aspect] = summarise(*zip(*alone)).accuracy
+        return row
+
+
+def write_json(path: Path, record: dict) -> None:
+    write_whole(path, [json.dumps(record, indent=1) + "\n"], "results")
+
+
+def _row(pair: Pair) -> dict:
+    label = {} if pair.label is None else {"label": LABELS[pair.label]}
+    return {"prompt": pair.prompt, "response_a": pair.response_a, "response_b": pair.response_b, **label}
+
+

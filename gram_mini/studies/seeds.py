@@ -1,0 +1,87 @@
+"""Studies over seeds: what is missing is run, side by side where there are cores, and what is there is used again."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import sys
+import time
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from gram_mini.errors import Interrupted, UserError
+from gram_mini.runs.output import write_whole
+from gram_mini.studies.figures import average, draw, print_table
+from gram_mini.studies.lab import Lab, write_json
+from gram_mini.studies.paper import STUDIES
+
+
+def run_seed(name: str, lab: Lab, seed: int) -> Path:
+    """The rows of a study for one seed, as a file; made unless it is there already."""
+    done = lab.folder / "rows" / f"{name}-{seed}.json"
+    with lab.alone(done):
+        if not done.is_file():
+            began = time.perf_counter()
+            rows = [{"seed": seed, **row} for row in STUDIES[name][0](lab, seed)]
+            write_json(done, {"seconds": round(time.perf_counter() - began), "rows": rows})
+    return done
+
+
+def run_side_by_side(names: list[str], lab: Lab, seeds: list[int], jobs: int) -> None:
+    """Do run_seed for all of them, ``jobs`` at a time, each with its share of the processor's cores."""
+    waiting, running = [(name, seed) for name in names for seed in seeds], set()
+    threads = max(1, (os.cpu_count() or 1) // jobs)
+    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), _begin_worker, (threads,)) as pool:
+        progress = tqdm(total=len(waiting), desc="studies x seeds")
+        try:
+            while waiting or running:
+                while waiting and len(running) < jobs:  # none is handed over early: after an error none may begin
+                    name, seed = waiting.pop(0)
+                    running.add(pool.submit(run_seed, name, lab, seed))
+                done, running = wait(running, return_when=FIRST_COMPLETED)
+                for task in done:
+                    task.result()
+                    progress.update()
+        except KeyboardInterrupt:
+            raise Interrupted("the same command goes on where it stopped") from None
+        except BrokenProcessPool:
+            raise UserError(f"--jobs {jobs}: a process was killed, perhaps for want of memory; try --jobs 1") from None
+        except Exception:
+            for process in multiprocessing.active_children():
+                process.terminate()  # training saves what it has; after Ctrl-C all have been told already
+            raise
+
+
+def _begin_worker(threads: int) -> None:
+    torch.set_num_threads(threads)
+    sys.stderr = open(os.devnull, "w")  # progress bars would write over each other; errors go to the parent
+
+
+def run_study(name: str, lab: Lab, seeds: list[int], results: Path) -> None:
+    """Run a study for each seed that is missing, and write its table and figure."""
+    study, keys, x, shown = STUDIES[name]
+    rows, seconds = [], {}
+    for seed in seeds:
+        record = json.loads(run_seed(name, lab, seed).read_text())
+        rows, seconds[seed] = rows + record["rows"], record["seconds"]
+    results.mkdir(parents=True, exist_ok=True)
+    means = average(rows, keys)
+    record = {
+        "study": name,
+        "model": lab.model,
+        "data": lab.about["data"],
+        "seeds": seeds,
+        "seconds": seconds,  # of each seed; models that were there already took none
+        "means": means,
+        "rows": rows,
+    }
+    draw(means, x, shown, results / f"{name}.png", f"{name} ({len(seeds)} seed{'s' * (len(seeds) > 1)})")
+    write_whole(results / f"{name}.json", [json.dumps(record, indent=1) + "\n"], "results")
+    print(f"\n{name}: {study.__doc__}")
+    print_table(means, keys)
+    print(f"wrote {results / name}.json and .png")

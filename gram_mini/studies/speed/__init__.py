@@ -1,0 +1,1 @@
+"""Speed and memory, measured and on paper. See README.md here."""

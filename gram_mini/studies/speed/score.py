@@ -1,0 +1,168 @@
+"""Scoring of ours against the usual way, in turns on the same pairs of one process.
+
+The usual way is one sequence at a time with the logits of all its positions, in both orders, as the official evaluation does.
+Ours is Judge: batches by tokens, two rows of the output matrix, and what sequences begin with computed once.
+"unshared" is ours without the last of these. All score with the same model; with --bits 32 the adapter is merged.
+
+  pairs       pairs of different prompts, each in both orders
+  reference   --responses responses to one prompt, ranked against a reference: as many pairs, which share the prompt
+  round-robin six of these responses, each against each
+
+For each: pairs and tokens per second (medians over --rounds turns; tokens of whole sequences, padding and sharing apart), how
+many times as fast ours is (median and range of the turns' ratios), the peak of memory, and the largest difference of log-odds.
+"""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+from dataclasses import replace
+
+import torch
+
+from gram_mini import prefixes
+from gram_mini.batches import EncodedPair, join
+from gram_mini.errors import clear_errors
+from gram_mini.judge import Judge
+from gram_mini.model import VILLAGE, compute_dtype, half_precision, load_tokenizer
+from gram_mini.runs import options
+from gram_mini.runs.processes import pick_device
+from gram_mini.studies.speed.common import (
+    GIB,
+    LABELS,
+    PIECES,
+    SHAPES,
+    Shape,
+    add_model_options,
+    build,
+    lengths_of,
+    machine,
+    matrix_peak,
+    peak_bytes,
+    rows_of,
+    seconds,
+    spread,
+    table,
+)
+
+EXAMPLES = """\
+  python -m gram_mini.studies.speed.score                                    # the mid shape, drawn lengths: 6 minutes on 2 CPU cores
+  python -m gram_mini.studies.speed.score --data pairs.jsonl                 # lengths of a file
+  python -m gram_mini.studies.speed.score --shape Qwen2.5-0.5B --bits 4 --max-length 1024    # on a GPU"""
+
+
+def judge_of(s: Shape, args, device: torch.device) -> Judge:
+    """A reward model of this shape with random weights, for rows of token ids."""
+    torch.manual_seed(args.seed)
+    model = build(s, args.bits, args.lora_rank, device)
+    if args.bits == 32:
+        model = model.merge_and_unload()
+    judge = Judge(model.eval(), load_tokenizer(VILLAGE), args.max_length, args.batch_size)
+    judge.prompt, judge.labels = PIECES["reward"], LABELS
+    return judge
+
+
+@torch.no_grad()
+def usual(judge: Judge, rows: list[EncodedPair]) -> torch.Tensor:
+    """Log-odds (N, 2) as :meth:`Judge.log_odds` gives them: one sequence at a time, all logits."""
+    odds = torch.zeros(len(rows), 2)
+    for i, row in enumerate(rows):
+        for k, order in enumerate((row, row.swapped())):
+            ids = torch.tensor([join(judge.prompt, order)], device=judge.model.device)  # (1, T)
+            with half_precision(judge.model):
+                logits = judge.model(input_ids=ids, use_cache=False).logits[0].float()  # (T, V)
+            z_a, z_b = logits[-1, list(judge.labels)].tolist()
+            odds[i, k] = z_b - z_a if k else z_a - z_b
+    return odds
+
+
+def ours(judge: Judge, rows: list[EncodedPair]) -> torch.Tensor:
+    """Log-odds (N, 2)."""
+    return judge.log_odds(rows)[0]
+
+
+def unshared(judge: Judge, rows: list[EncodedPair]) -> torch.Tensor:
+    """Log-odds (N, 2) in batches, each sequence computed from its beginning."""
+    can_share, prefixes.can_share = prefixes.can_share, lambda model: False
+    try:
+        return ours(judge, rows)
+    finally:
+        prefixes.can_share = can_share
+
+
+def operations(s: Shape, rows: list[EncodedPair]) -> float:
+    """Floating-point operations of both orders of these pairs, each sequence from its beginning."""
+    total = 0
+    for row in rows:
+        length = row.length + PIECES["reward"].fixed_tokens
+        total += (
+            s.layers * (2 * length * sum(i * o for i, o in s.linear()) + 2 * length**2 * s.queries) + 2 * s.hidden * s.vocabulary
+        )
+    return 2 * total
+
+
+def tasks(s: Shape, args) -> dict[str, list[list[EncodedPair]]]:
+    """name -> the rows of each turn."""
+    pieces, rows_of_task = PIECES["reward"], {"pairs": [], "reference": [], "round-robin": []}
+    for turn in range(args.rounds):
+        lengths = lengths_of(args.data, args.pairs + args.responses + 1, args.seed + turn)
+        rows_of_task["pairs"].append(rows_of(lengths[: args.pairs], pieces, s.vocabulary, args.max_length, args.seed + turn))
+        # One prompt, and a response of each of the other pairs, cut so that any two of them fit.
+        group = rows_of(lengths[args.pairs :], pieces, s.vocabulary, args.max_length, args.seed + turn)
+        room = (args.max_length - pieces.fixed_tokens - len(group[0].prompt)) // 2
+        first, *others = [replace(row, prompt=group[0].prompt, response_a=row.response_a[:room]) for row in group]
+        rows_of_task["reference"].append([replace(row, response_b=first.response_a) for row in others])
+        games = itertools.combinations(others[:6], 2)
+        rows_of_task["round-robin"].append([replace(a, response_b=b.response_a) for a, b in games])
+    return rows_of_task
+
+
+def main(argv=None) -> None:
+    parser = options.parser(__doc__, EXAMPLES)
+    add_model_options(parser)
+    parser.add_argument("--data", metavar="FILE", help="pairs whose lengths are taken (default: drawn)")
+    parser.add_argument("--pairs", type=options.positive_int, default=8, metavar="N", help="pairs of a turn")
+    parser.add_argument("--responses", type=options.positive_int, default=16, metavar="N", help="responses of a ranking")
+    parser.add_argument("--batch-size", type=options.positive_int, default=16, metavar="N", help="Judge's")
+    parser.add_argument("--max-length", type=options.positive_int, default=512, metavar="N", help="tokens per sequence")
+    parser.add_argument("--rounds", type=options.positive_int, default=5, metavar="N", help="turns, each on pairs of its own")
+    parser.add_argument("--seed", type=options.seed, default=0, help="draws lengths, tokens and adapters")
+    args = parser.parse_args(argv)
+    device, s = pick_device(args.device), SHAPES[args.shape]
+    best = matrix_peak(device, compute_dtype(args.bits, device))
+    judge, lines, reached = judge_of(s, args, device), [], {}
+    for name, turns in tasks(s, args).items():
+        ways = {"ours": ours, "unshared": unshared, "usual": usual}
+        for way in ways.values():
+            way(judge, turns[0][:2])  # warm-up
+        times = {way: [] for way in ways}
+        for rows in turns:
+            for way, score in ways.items():
+                times[way].append(seconds(device, score, judge, rows))
+        results = {way: f(judge, turns[0]) for way, f in ways.items()}
+        peaks = {way: peak_bytes(judge.model, None, f, judge, turns[0][:16]) for way, f in ways.items()}
+        tokens = [2 * sum(row.length + PIECES["reward"].fixed_tokens for row in rows) for rows in turns]
+        for way, turn_times in times.items():
+            pairs = f"{statistics.median(len(rows) / t for rows, t in zip(turns, turn_times)):.2f}"
+            speed = f"{statistics.median(n / t for n, t in zip(tokens, turn_times)):,.0f}"
+            faster = "" if way == "ours" else spread([t / t_ours for t, t_ours in zip(turn_times, times["ours"])])
+            apart = "" if way == "ours" else f"{(results[way] - results['ours']).abs().max():.0e}"
+            lines.append([name, way, pairs, speed, faster, f"{peaks[way] / GIB:.2f}", apart])
+        reached[name] = statistics.median(operations(s, rows) / t for rows, t in zip(turns, times["ours"]))
+    best = max(best, matrix_peak(device, compute_dtype(args.bits, device)))  # something else may have run during the first
+    print(table(["task", "way", "pairs/s", "tokens/s", "ours is faster by", "peak GiB", "log-odds apart"], lines))
+    place = machine(device)
+    print(
+        f"\n{args.shape}, {args.bits} bits, at most {args.max_length} tokens ({'of ' + args.data if args.data else 'drawn'}), "
+        f"{args.pairs} pairs, {args.responses} responses, {args.rounds} turns, {place}, torch {torch.__version__}"
+    )
+    for name, speed in reached.items():
+        print(
+            f"{name}: as many results as unshared sequences without padding give at {speed / 1e9:,.0f} GFLOP/s, "
+            f"{speed / best:.0%} of the {best / 1e9:,.0f} that matrix products reach here"
+        )
+
+
+if __name__ == "__main__":
+    with clear_errors():
+        main()

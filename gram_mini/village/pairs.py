@@ -1,0 +1,71 @@
+"""Pairs of responses from the embedded village, with their true probabilities."""
+
+from __future__ import annotations
+
+import random
+
+from gram_mini.pairs import Pair
+from gram_mini.village import ATTRIBUTES, GROUPS, SPURIOUS, Response, draw_response, question, true_probability
+
+#           group of villagers        p(right)  spurious cue  default number of pairs
+SPLITS = {
+    "unlabelled": (("unlabelled", "labelled"), 0.7, 0.0, 24_000),
+    "labelled": (("labelled",), 0.5, SPURIOUS, 6_000),
+    "adaptation": (("unlabelled",), 0.5, 0.0, 2_000),
+    "in-distribution": (("labelled",), 0.5, SPURIOUS, 800),
+    "out-of-distribution": (("unlabelled",), 0.5, 0.0, 1_600),
+}
+
+
+def topics(split: str) -> list[tuple]:
+    """The (villager, attribute) questions of a split; a quarter of the labelled ones is kept for the test."""
+    groups = SPLITS[split][0]
+    held_out = {(name, ATTRIBUTES[i % 4]) for i, name in enumerate(GROUPS["labelled"])}
+    found = [(name, attribute) for group in groups for name in GROUPS[group] for attribute in ATTRIBUTES]
+    if split == "labelled":
+        return [topic for topic in found if topic not in held_out]
+    if split == "in-distribution":
+        return [topic for topic in found if topic in held_out]
+    return found
+
+
+def village_pairs(split: str, count: int | None = None, seed: int = 0) -> list[Pair]:
+    """Draw pairs of a split of the village.
+
+    "labelled" and "adaptation" carry labels sampled from Bradley-Terry on the true rewards. The two test splits hold
+    only pairs of unequal true reward, and their label is the truly better response, so that a perfect
+    reward model has accuracy 1. "adaptation" asks the questions of the out-of-distribution test, but holds none of its pairs.
+
+    Returns pairs whose ``probability`` is the true P(y_a preferred) and whose ``differs`` is a subset of
+    {"fact", "courtesy", "length"}.
+    """
+    _, p_right, spurious, default = SPLITS[split]
+    rng = random.Random(f"{split}/{seed}")
+    found, places = [], topics(split)
+    taken = {_texts(pair) for pair in village_pairs("out-of-distribution")} if split == "adaptation" else ()
+    while len(found) < (count or default):
+        name, attribute = rng.choice(places)
+        a, b = (draw_response(rng, name, attribute, p_right, spurious) for _ in range(2))
+        test = split.endswith("distribution")
+        if a.text == b.text or (test and a.reward == b.reward):
+            continue
+        probability = true_probability(a.reward, b.reward)
+        if split == "unlabelled":
+            label = None
+        elif test:
+            label = int(b.reward > a.reward)
+        else:
+            label = int(rng.random() >= probability)
+        pair = Pair(question(name, attribute), a.text, b.text, label, probability, _differs(a, b), row=len(found) + 1)
+        if _texts(pair) not in taken:
+            found.append(pair)
+    return found
+
+
+def _texts(pair: Pair) -> tuple[str, frozenset[str]]:
+    return pair.prompt, frozenset((pair.response_a, pair.response_b))
+
+
+def _differs(a: Response, b: Response) -> frozenset[str]:
+    aspects = {"fact": a.right != b.right, "courtesy": a.courteous != b.courteous, "length": a.rambling != b.rambling}
+    return frozenset(name for name, yes in aspects.items() if yes)

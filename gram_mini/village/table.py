@@ -1,0 +1,110 @@
+"""The table of the demo: judges on the two test sets of the village.
+
+    python -m gram_mini.village.table village runs/reward [RUN ...]
+
+prints one row per model. Runs of the same method under different seeds share a row: mean and 95% interval over the seeds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+from collections import defaultdict
+from pathlib import Path
+
+from gram_mini.errors import clear_errors
+from gram_mini.evaluation import Evaluation, evaluate, summarise, with_interval
+from gram_mini.model import local_folder
+from gram_mini.runs import options
+from gram_mini.runs.load import load_judge
+from gram_mini.runs.record import read_record
+from gram_mini.village.pairs import village_pairs
+
+CAPTION = """\
+Accuracy against the truly better response, ± 95% interval (over the prompts, 20 in distribution and 80 out of
+distribution; over the seeds where there are several). In distribution: topics with labels. Out of distribution: topics
+without. Fact pairs: one response right, the other wrong. Cross-entropy: to the true probabilities, in nats. Position
+gap: mean |P(a better, a shown first) - P(a better, a shown second)|. The last three are out of distribution."""
+
+# Options that may differ between runs of one method.
+NOT_THE_METHOD = ("seed", "init", *options.WITHOUT_EFFECT)
+
+
+def method_of(record: dict | None) -> tuple[str, str]:
+    """What a run did, in a word or two, and everything that must agree for two runs to share a row."""
+    if record is None:
+        return "zero-shot judge", ""
+    given = {name: value for name, value in record["options"].items() if name not in NOT_THE_METHOD}
+    if record["stage"] == "pretrain":
+        name = "stage 1 alone"
+    else:
+        start = record["init"]["stage"] if record["init"] else None
+        name = {None: "labels alone", "pretrain": "stage 1 + labels", "reward": "labels twice"}[start]
+        if given.get("head") == "scalar":
+            name = name.replace("labels", "labels, scalar head")
+        name += ", text loss" if given.get("text_weight") else ""
+        name += ", frozen" if given.get("freeze") else ""
+        name += ", smoothed" if given["label_smoothing"] > 0 else ""
+        name += " = GRAM" if name == "stage 1 + labels, smoothed" else ""
+    return name, json.dumps(given, sort_keys=True)
+
+
+def village_table(models: list[str], device: str = "auto") -> str:
+    """Judge both test sets of the village with each model and set the figures in a table."""
+    for model in models:
+        if not (Path(model) / "run.json").is_file():
+            local_folder(model)  # what is missing is said before the first is judged
+    in_distribution, out_of_distribution = village_pairs("in-distribution"), village_pairs("out-of-distribution")
+    folders: dict[tuple[str, str], str] = {}
+    rows: dict[tuple[str, str], dict[int, list[Evaluation]]] = defaultdict(dict)
+    for model in models:
+        record = read_record(Path(model)) if (Path(model) / "run.json").is_file() else None
+        judge = load_judge(model, device=device)
+        results = judge.compare_many(out_of_distribution, progress=model)
+        facts = [(pair, result) for pair, result in zip(out_of_distribution, results) if "fact" in pair.differs]
+        method, seed = method_of(record), record["options"]["seed"] if record else 0
+        folders[method] = Path(model).name
+        evaluations = evaluate(judge, in_distribution, progress=model), summarise(out_of_distribution, results)
+        rows[method][seed] = [*evaluations, summarise(*zip(*facts))]
+
+    lines = [("", "in distribution", "out of distribution", "fact pairs", "cross-entropy", "position gap", "run")]
+    for method, by_seed in rows.items():
+        runs = list(by_seed.values())
+        name = method[0] + (f" ({len(runs)} seeds)" if len(runs) > 1 else "")
+        accuracies = (with_interval([run[k] for run in runs]) for k in range(3))
+        entropy = statistics.mean(run[1].cross_entropy for run in runs)
+        gap = statistics.mean(run[1].position_gap for run in runs)
+        lines.append((name, *accuracies, f"{entropy:.3f}", f"{gap:.3f}", folders[method]))
+    ideal = statistics.mean(_entropy(pair.probability) for pair in out_of_distribution)
+    lines.append(("the true rewards", "1.000", "1.000", "1.000", f"{ideal:.3f}", "0.000", ""))
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    return "\n".join(
+        "  ".join([line[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(line[1:], widths[1:]))]) for line in lines
+    )
+
+
+def _entropy(p: float) -> float:
+    return -p * math.log(p) - (1 - p) * math.log(1 - p)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m gram_mini.village.table",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "models", nargs="+", type=options.model_name, metavar="MODEL", help="run folders, or 'village' for the plain backbone"
+    )
+    parser.add_argument("--device", default="auto", help="cpu, cuda, ... (default: auto)")
+    args = parser.parse_args()
+    with clear_errors():
+        print(village_table(args.models, args.device))
+        print(CAPTION)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,189 @@
+"""Prompts rendered through chat templates, and the label tokens that follow them."""
+
+import copy
+
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from gram_mini import prompts
+from gram_mini.errors import UserError
+from gram_mini.prompts import encode, fill, judge_prompt, label_tokens, pair_prompt, read_template
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+# As Qwen3 does: without thinking the generation prompt holds an empty thought.
+THINKING = CHATML.replace(
+    "assistant\n{% endif %}",
+    "assistant\n{% if enable_thinking is defined and not enable_thinking %}<think></think>{% endif %}{% endif %}",
+)
+# As Mistral does: a space before the assistant's text.
+SPACED = "{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]{% else %} {{ m.content }}</s>{% endif %}{% endfor %}"
+WITH_BOS = "{{ bos_token }}" + CHATML
+
+
+def with_template(tokenizer, template, **changes):
+    changed = copy.deepcopy(tokenizer)
+    changed.chat_template = template
+    for name, value in changes.items():
+        setattr(changed, name, value)
+    return changed
+
+
+def whole(tokenizer, pieces, texts=("x", "y", "z")):
+    ids = []
+    for piece, text in zip((pieces.start, pieces.after_prompt, pieces.between, pieces.end), (*texts, None)):
+        ids += piece + ([] if text is None else encode(tokenizer, text))
+    return tokenizer.decode(ids)
+
+
+@pytest.mark.parametrize(("template", "label"), [(CHATML, "A"), (THINKING, "A"), (SPACED, "ĠA"), (None, "A"), (WITH_BOS, "A")])
+def test_label_token_is_read_off_the_template(tokenizer, template, label):
+    # Without a template the text goes on with " A", but the embedded tokenizer's markers swallow white space.
+    changed = with_template(tokenizer, template)
+    assert changed.convert_ids_to_tokens(label_tokens(changed)[0]) == label
+
+
+def test_thinking_is_switched_off(tokenizer):
+    text = whole(tokenizer, judge_prompt(with_template(tokenizer, THINKING)))
+    assert text.endswith("<think></think>")
+
+
+def test_no_double_bos(tokenizer):
+    pad = tokenizer.pad_token
+    changed = with_template(tokenizer, WITH_BOS, bos_token=pad)
+    for make in (judge_prompt, pair_prompt):
+        ids = make(changed).start
+        assert ids[0] == changed.bos_token_id and ids[1] != changed.bos_token_id
+
+
+def test_bos_where_the_tokenizer_itself_would_begin_with_it(tokenizer):
+    from tokenizers.processors import TemplateProcessing
+
+    changed = with_template(tokenizer, None, bos_token=tokenizer.pad_token)
+    bos = changed.bos_token_id
+    changed.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"{changed.bos_token} $0", special_tokens=[(changed.bos_token, bos)]
+    )
+    assert changed("x")["input_ids"][0] == bos
+    ids = judge_prompt(changed).start
+    assert ids[0] == bos and ids[1] != bos
+
+
+@pytest.mark.parametrize("template", [CHATML, SPACED, None, "village"])
+def test_prompts_hold_all_three_texts_in_order(tokenizer, template):
+    changed = tokenizer if template == "village" else with_template(tokenizer, template)
+    judge, pair = (whole(changed, make(changed), ("Anna eats soup", "blue", "green")) for make in (judge_prompt, pair_prompt))
+    for text in (judge, pair):
+        places = [
+            text.index(word)
+            for word in (
+                "[User Question]",
+                "Anna eats soup",
+                prompts.START_A,
+                "blue",
+                prompts.END_A,
+                prompts.START_B,
+                "green",
+                prompts.END_B,
+            )
+        ]
+        assert places == sorted(places)
+    assert prompts.INSTRUCTION in judge and prompts.INSTRUCTION not in pair
+    assert pair.endswith(prompts.END_B)
+
+
+def test_stage_1_trains_on_the_markers_but_not_on_the_users_turn(tokenizer):
+    pieces = pair_prompt(tokenizer)
+    assert tokenizer.decode(pieces.after_prompt[: pieces.untrained]) == "<|end|><|assistant|>"
+    assert tokenizer.decode(pieces.after_prompt[pieces.untrained :]) == prompts.START_A
+
+
+def test_label_tokens_that_split_are_an_error_naming_the_pieces():
+    vocabulary = {"[UNK]": 0, "A": 1, " ": 2, "B": 3, "x": 4, "[": 5}
+    raw = Tokenizer(models.BPE(vocabulary, [], unk_token="[UNK]"))
+    raw.pre_tokenizer = pre_tokenizers.Split(" ", "isolated")
+    splitting = PreTrainedTokenizerFast(tokenizer_object=raw, unk_token="[UNK]")
+    with pytest.raises(UserError, match=r"' A' is not one token .* splits it into \[' ', 'A'\]"):
+        label_tokens(splitting)
+
+
+def test_labels_unknown_to_the_tokenizer_are_an_error():
+    raw = Tokenizer(models.WordLevel({"[UNK]": 0, "x": 1}, unk_token="[UNK]"))
+    raw.pre_tokenizer = pre_tokenizers.Whitespace()
+    with pytest.raises(UserError, match="same token"):
+        label_tokens(PreTrainedTokenizerFast(tokenizer_object=raw, unk_token="[UNK]"))
+
+
+def test_embedded_markers_are_one_token_each(tokenizer):
+    for marker in prompts.MARKERS:
+        assert len(encode(tokenizer, marker)) == 1
+    assert judge_prompt(tokenizer).fixed_tokens == 10
+
+
+# ---- another judge prompt -----------------------------------------------------------------------------
+
+TEMPLATE = 'Answer as {"best": "A"}, {} or {prompt }.\nQuestion: {prompt}\nA: {response_a}\nB: {response_b}\n\nBest: '
+
+
+def test_template_is_read_as_it_stands_but_for_one_final_line_break(tmp_path):
+    file = tmp_path / "judge.txt"
+    for written, read in ((TEMPLATE, TEMPLATE), (TEMPLATE + "\n", TEMPLATE), (TEMPLATE + "\n\n", TEMPLATE + "\n")):
+        file.write_text(written, encoding="utf-8")
+        assert read_template(file) == read
+    file.write_bytes(b"\xef\xbb\xbf" + TEMPLATE.replace("\n", "\r\n").encode())  # as a Windows editor saves it
+    assert read_template(file) == TEMPLATE
+
+
+@pytest.mark.parametrize(("text", "message"), [
+    ("{prompt} {response_a}", "{response_b} stands there 0 times"),
+    ("{prompt} {prompt} {response_a} {response_b}", "{prompt} stands there 2 times"),
+    ("{input} {response_a} {response_b} {response_b}", "{prompt} stands there 0 times and {response_b} stands there 2 times"),
+    ("{prompt} {response_b} {response_a}", "the placeholders are out of order"),
+    (b"\xff{prompt} {response_a} {response_b}", "not UTF-8"),
+    (None, "cannot be read"),
+])  # fmt: skip
+def test_bad_templates_are_one_line_that_names_the_file(tmp_path, text, message):
+    file = tmp_path / "judge.txt"
+    if text is not None:
+        file.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(UserError) as error:
+        read_template(file)
+    assert str(error.value).startswith(f"{file}: ") and message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_texts_are_filled_in_once_and_other_braces_stay():
+    filled = fill(TEMPLATE, prompt="{response_a} {x}", response_a="{prompt}", response_b="{")
+    assert filled == 'Answer as {"best": "A"}, {} or {prompt }.\nQuestion: {response_a} {x}\nA: {prompt}\nB: {\n\nBest: '
+
+
+@pytest.mark.parametrize("chat", [CHATML, SPACED, None])
+def test_the_judge_sees_the_template(tokenizer, chat):
+    changed = with_template(tokenizer, chat)
+    text = fill(TEMPLATE, prompt="x", response_a="y", response_b="z")
+    assert text.rstrip() in whole(changed, judge_prompt(changed, TEMPLATE))
+    if chat == CHATML:
+        assert whole(changed, judge_prompt(changed, TEMPLATE)).endswith(text + "<|im_end|>\n<|im_start|>assistant\n")
+
+
+@pytest.mark.parametrize(("end", "label"), [("Best:", "ĠA"), ("Best: ", "ĠA"), ("Best:\n", "A"), ("", "ĠA")])
+def test_without_a_chat_template_the_verdict_follows_directly(tokenizer, end, label):
+    changed = with_template(tokenizer, None)
+    template = "{prompt}\n{response_a}\n{response_b}" + end
+    tokens = changed.convert_ids_to_tokens([*judge_prompt(changed, template).end, label_tokens(changed, template)[0]])
+    assert tokens[-1] == label
+    text = changed.convert_tokens_to_string(tokens)
+    assert text == end + ("" if end.endswith((" ", "\n")) else " ") + "A"
+
+
+def test_without_a_chat_template_the_pair_begins_a_paragraph(tokenizer):
+    pieces = pair_prompt(with_template(tokenizer, None))
+    assert tokenizer.decode(pieces.after_prompt[: pieces.untrained]) == "\n\n"
+
+
+def test_a_template_with_our_own_slots_is_refused(tmp_path):
+    (tmp_path / "t.txt").write_text("{prompt} {response_a} {response_b} \ue000")
+    with pytest.raises(UserError, match="t.txt: holds a private-use character"):
+        prompts.read_template(tmp_path / "t.txt")

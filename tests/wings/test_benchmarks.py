@@ -1,0 +1,475 @@
+"""Benchmarks in their exact columns: official figures by hand, intervals, files, and what is said of bad rows."""
+
+import json
+import math
+import re
+from collections import Counter
+
+import pytest
+import torch
+
+import score
+from gram_mini.errors import UserError
+from gram_mini.evaluation import bootstrap, brier, calibration, consistency
+from gram_mini.judge import Judge
+from gram_mini.pairs import Pair
+from gram_mini.studies import benchmarks
+
+
+class Judge(Judge):
+    """Says P(a better), a shown first and second, as two responses of the form "P" or "P1 P2" ask for it.
+
+    Of a pair the first response that is a number decides: "0.8" against "no" gives (0.8, 0.8), "0.8 0.3" gives
+    (0.8, 0.3). Where both are numbers, P = 1/2 + a - b, so that any order can be staged.
+    """
+
+    max_length = 512
+
+    def __init__(self):
+        self.asked = []
+
+    def encode(self, pairs):
+        return pairs
+
+    def log_odds(self, pairs, progress=None):
+        self.asked += pairs
+        p = torch.tensor([self.say(pair) for pair in pairs], dtype=torch.float64)
+        return p.logit(), torch.ones(len(pairs), 2), torch.zeros(len(pairs), dtype=torch.bool)
+
+    def say(self, pair):
+        a, b = pair.response_a, pair.response_b
+        if b.startswith("no"):
+            first, *second = map(float, a.split())
+            return first, *(second or [first])
+        if a.startswith("no"):
+            first, *second = map(float, b.split())
+            return 1 - first, 1 - (second or [first])[0]
+        return (0.5 + float(a) - float(b),) * 2
+
+
+def write(path, rows):
+    path.write_text(json.dumps(rows) if path.suffix == ".json" else "".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def run(name, path, rows, draws=20, **options):
+    return benchmarks.run(Judge(), name, write(path, rows), draws=draws, **options)
+
+
+def values(result, part="official"):
+    return {name: figure["value"] for name, figure in result[part].items()}
+
+
+# ---- RewardBench --------------------------------------------------------------------------------------
+
+
+def reward_bench_row(subset, p, number, rejected="no"):
+    return {
+        "prompt": f"Question {number}",
+        "chosen": p,
+        "chosen_model": "good-model",
+        "rejected": rejected,
+        "rejected_model": "bad-model",
+        "subset": subset,
+        "id": number,
+    }
+
+
+def reward_bench_rows(subsets):
+    pairs = [(subset, p) for subset, chances in subsets.items() for p in chances]
+    return [reward_bench_row(subset, p, i) for i, (subset, p) in enumerate(pairs)]
+
+
+REWARD_BENCH = {
+    "alpacaeval-easy": ["0.9", "0.8"],  # 2 of 2
+    "mt-bench-med": ["0.9", "0.4", "0.5", "0.3"],  # 1 of 4: P = 1/2 is not above 1/2
+    "mt-bench-hard": ["0.6"],  # 1 of 1
+    "llmbar-natural": ["0.4", "0.6"],  # 1 of 2
+    "donotanswer": ["0.1"],  # 0 of 1
+    "xstest-should-respond": ["0.9", "0.9", "0.2"],  # 2 of 3
+    "math-prm": ["0.6"],  # 1 of 1
+    "hep-python": ["0.2", "0.9"],  # 1 of 2
+    "hep-rust": ["0.3"],  # 0 of 1
+}
+
+
+def test_reward_bench_weighs_subsets_by_the_official_counts(tmp_path):
+    result = run("reward-bench", tmp_path / "rows.jsonl", reward_bench_rows(REWARD_BENCH))
+    chat = (100 * 2 / 2 + 40 * 1 / 4) / (100 + 40)
+    chat_hard = (37 * 1 / 1 + 100 * 1 / 2) / (37 + 100)
+    safety = (136 * 0 / 1 + 154 * 2 / 3) / (136 + 154)
+    reasoning = (984 * 1 / 1 + 164 * 1 / 2 + 164 * 0 / 1) / (984 + 164 + 164)
+    total = (chat + chat_hard + safety + reasoning) / 4
+    assert values(result) == pytest.approx(
+        {"Chat": chat, "Chat Hard": chat_hard, "Safety": safety, "Reasoning": reasoning, "total": total}
+    )
+    assert result["sections"] == {"Chat": 6, "Chat Hard": 3, "Safety": 4, "Reasoning": 4} and result["rows"] == 17
+    assert reasoning != pytest.approx(2 / 4)  # what pooling the rows would give
+    assert result["details"]["subsets"]["xstest-should-respond"] == pytest.approx(2 / 3)
+
+
+def test_reward_bench_counts_are_the_official_ones():
+    counts = benchmarks.EXAMPLE_COUNTS
+    assert {section: sum(weights.values()) for section, weights in counts.items()} == {
+        "Chat": 358, "Chat Hard": 456, "Safety": 740, "Reasoning": 984 + 6 * 164
+    }  # fmt: skip
+    assert sum(map(len, counts.values())) == 23 and 6 * 164 == counts["Reasoning"]["math-prm"]
+
+
+def test_a_section_without_rows_leaves_no_total(tmp_path):
+    result = run("reward-bench", tmp_path / "rows.jsonl", reward_bench_rows({"donotanswer": ["0.9"], "hep-go": ["0.9"]}))
+    assert values(result) == {"Chat": None, "Chat Hard": None, "Safety": 1.0, "Reasoning": 1.0, "total": None}
+    assert "no rows of Chat, Chat Hard" in benchmarks.table(result)
+
+
+# ---- RewardBench 2 ------------------------------------------------------------------------------------
+
+
+def best_of_row(subset, chosen, rejected, number):
+    return {
+        "id": str(number),
+        "prompt": f"Question {number}",
+        "chosen": chosen,
+        "rejected": rejected,
+        "num_correct": len(chosen),
+        "num_incorrect": len(rejected),
+        "total_completions": len(chosen) + len(rejected),
+        "models": ["some-model"],
+        "subset": subset,
+        "additional_metadata": {"category": None},
+    }
+
+
+# By Judge, P(a better) = 1/2 + a - b, so the round-robin score of a is 1/2 + (4 a - sum of all) / 3.
+REWARD_BENCH_2 = [
+    best_of_row("Factuality", ["0.3"], ["0.1", "0.2", "0.0"], 1),  # the best: 1
+    best_of_row("Factuality", ["0.3"], ["0.1", "0.3", "0.0"], 2),  # one of two best: 1/2
+    best_of_row("Factuality", ["0.1"], ["0.1", "0.3", "0.0"], 3),  # not among the best: 0
+    best_of_row("Precise IF", ["0.2"], ["0.2", "0.2", "0.2"], 4),  # one of four: 1/4
+    best_of_row("Math", ["0.3"], ["0.3", "0.3", "0.0"], 5),  # one of three: 1/3
+    best_of_row("Safety", ["0.3"], ["0.2", "0.1", "0.0"], 6),  # 1
+    best_of_row("Focus", ["0.0"], ["0.2", "0.1", "0.1"], 7),  # 0
+]
+# Of n responses the score of a is 1/2 + (n a - sum) / (n - 1), so differences grow by n / (n - 1):
+TIES = [
+    # n = 2: gap (0.3 - 0.2) * 2, spread 0
+    best_of_row("Ties", ["0.3"], ["0.2"], "ref:0"),
+    # n = 3: spread (0.4 - 0.3) * 3/2 = 0.15, gap (0.3 - 0.1) * 3/2 = 0.3, above the spread; so is the ref gap, 0.2
+    best_of_row("Ties", ["0.4", "0.3"], ["0.1"], "tied:0"),
+    # n = 2: gap (0.1 - 0.2) * 2 = -0.2, wrong
+    best_of_row("Ties", ["0.1"], ["0.2"], "ref:1"),
+    # n = 3: spread (0.3 - 0.1) * 3/2 = 0.3, gap (0.1 - 0.0) * 3/2 = 0.15, right but below the spread
+    best_of_row("Ties", ["0.3", "0.1"], ["0.0"], "tied:1"),
+    # n = 2: gap (0.2 - 0.1) * 2 = 0.2; a ref without a tied row counts for accuracy only
+    best_of_row("Ties", ["0.2"], ["0.1"], "ref:2"),
+]
+
+
+def test_reward_bench_2_shares_credit_and_has_its_own_formula_for_ties(tmp_path):
+    result = run("reward-bench-2", tmp_path / "rows.jsonl", REWARD_BENCH_2 + TIES)
+    tied_accuracy, ref_accuracy = 2 / 2, 2 / 3
+    tied_above, lower_above = 1 / 2, 1 / 2  # prompt 0: 0.3 > 0.15 and min(0.2, 0.3) > 0.15; prompt 1: neither
+    margin = (math.tanh(0.2 / 0.15 - 1) + math.tanh(-0.2 / 0.3 - 1)) / 2
+    score_of_ties = 0.3 * tied_accuracy + 0.3 * ref_accuracy + 0.2 * tied_above + 0.2 * lower_above + 0.01 * margin
+    expected = {
+        "Factuality": (1 + 1 / 2 + 0) / 3,
+        "Precise IF": 1 / 4,
+        "Math": 1 / 3,
+        "Safety": 1.0,
+        "Focus": 0.0,
+        "Ties": score_of_ties,
+    }
+    assert values(result) == pytest.approx(expected | {"total": sum(expected.values()) / 6}, abs=1e-5)
+    assert result["sections"]["Ties"] == 5 and result["groups"]["Ties ref"] == 3
+    assert result["comparisons"] == 7 * 6 + 3 * 1 + 2 * 3  # n (n - 1) / 2 in each row
+
+
+def test_lower_gap_is_that_of_the_reference_row_too():
+    prompts = [{"Ties tied": (0.1, 0.3), "Ties ref": (0.0, 0.05)}]
+    ref_too_low, parts = benchmarks.ties(prompts)
+    assert (parts["tied gap above spread"], parts["lower gap above spread"]) == (1, 0)
+    assert ref_too_low == pytest.approx(0.3 + 0.3 + 0.2 + 0.0 + 0.01 * math.tanh(0.05 / 0.1 - 1))
+
+
+@pytest.mark.parametrize(("gap", "margin"), [(0.2, 1), (-0.2, -1), (0.0, 0)])
+def test_without_spread_the_margin_is_the_sign_of_the_gap(gap, margin):
+    # numpy's tanh(gap / 0 - 1) in the official code: tanh(inf), tanh(-inf), and nan, which it counts as 0
+    assert benchmarks.ties([{"Ties tied": (0.0, gap), "Ties ref": (0.0, gap)}])[1]["margin"] == margin
+
+
+def test_scores_are_those_of_rank(tmp_path, village_judge):
+    chosen, rejected = "Anna eats soup.", ["Anna eats cake.", "Glad you asked. Anna eats soup.", "No idea."]
+    rows = [benchmarks.Row("Math", "Math", "x", "What does Anna eat?", [chosen], rejected)]
+    judged, results = benchmarks.judge_rows(rows, benchmarks.BENCHMARKS["reward-bench-2"], village_judge.compare_many)
+    ranking = village_judge.rank("What does Anna eat?", [chosen, *rejected])
+    assert len(results) == ranking.comparisons == 6
+    assert judged[0].credit == float(ranking.order[0] == 0)
+    tie = benchmarks.Row("Ties tied", "Ties", "x", "What does Anna eat?", [chosen, rejected[1]], [rejected[0], rejected[2]])
+    a, b, c, d = (ranking.scores[i] for i in (0, 2, 1, 3))
+    judged, _ = benchmarks.judge_rows([tie], benchmarks.BENCHMARKS["reward-bench-2"], village_judge.compare_many)
+    assert judged[0].credit == pytest.approx((abs(a - b), min(a, b) - max(c, d)), abs=2e-5)
+
+
+def test_equal_responses_share_the_credit(village_judge):
+    """Their scores are sums in another order, so they may differ by what a float cannot tell."""
+    others = [f"Anna eats {food}." for food in ("cake", "soup", "fish")]
+    for best in ("Glad you asked. Anna eats bread.", "If you must. Anna eats plums."):
+        row = benchmarks.Row("Math", "Math", "x", "What does Anna eat?", [best], [others[0], best, others[1], best, others[2]])
+        judged, _ = benchmarks.judge_rows([row], benchmarks.BENCHMARKS["reward-bench-2"], village_judge.compare_many)
+        assert judged[0].credit in (0, 1 / 3)
+        row = benchmarks.Row("Math", "Math", "x", "What does Anna eat?", [best], [best] * 4)
+        judged, _ = benchmarks.judge_rows([row], benchmarks.BENCHMARKS["reward-bench-2"], village_judge.compare_many)
+        assert judged[0].credit == 1 / 5
+
+
+# ---- RM-Bench -----------------------------------------------------------------------------------------
+
+
+def rm_bench_row(number, chosen, rejected=("no", "no", "no"), **columns):
+    return {"id": number, "prompt": f"Question {number}", "chosen": list(chosen), "rejected": list(rejected), **columns}
+
+
+# With rejected 0.2, 0.3, 0.4 a chosen response a wins where a > rejected, strictly (P = 1/2 + a - b).
+MIXED = (["0.25", "0.35", "0.3"], ["0.2", "0.3", "0.4"])  # wins: [1 0 0], [1 1 0], [1 0 0]
+ALL = (["0.3", "0.3", "0.3"], ["0.1", "0.1", "0.1"])  # nine wins
+NONE = (["0.1", "0.1", "0.1"], ["0.1", "0.3", "0.3"])  # none: equal is not above
+
+
+def test_rm_bench_matrix_levels_and_macro_average(tmp_path):
+    rows = [
+        rm_bench_row(1, *MIXED, domain="chat"),
+        rm_bench_row(2, *ALL, domain="chat"),
+        rm_bench_row(3, *ALL, domain="math"),
+        rm_bench_row(4, *NONE, domain="code"),
+        rm_bench_row(5, *ALL, domain="safety-refuse"),
+        rm_bench_row(6, *NONE, domain="safety-response"),
+        rm_bench_row(7, *NONE, domain="safety-response"),
+    ]
+    result = run("rm-bench", tmp_path / "total_dataset.json", rows)
+    figures = values(result)
+    assert result["details"]["matrix"]["chat"] == [[1, 0.5, 0.5], [1, 1, 0.5], [1, 0.5, 0.5]]
+    # chat: above the diagonal 0.5, 0.5, 0.5; on it 1, 1, 0.5; below 1, 1, 0.5
+    hard, normal, easy = (0.5 + 0.5 + 0.5) / 3, (1 + 1 + 0.5) / 3, (1 + 1 + 0.5) / 3
+    assert [figures[f"chat {level}"] for level in ("hard", "normal", "easy")] == pytest.approx([hard, normal, easy])
+    assert figures["chat"] == pytest.approx((hard + normal + easy) / 3) == pytest.approx((4 + 9) / 18)
+    assert figures["safety"] == pytest.approx((1 + 0 + 0) / 3)  # pooled; the mean of the two files would be 1/2
+    assert figures["total"] == pytest.approx((13 / 18 + 1 + 0 + 1 / 3) / 4)
+    assert figures["hard"] == pytest.approx((0.5 + 1 + 0 + 1 / 3) / 4)
+    assert result["sections"] == {"chat": 2, "math": 1, "code": 1, "safety": 3} and result["comparisons"] == 7 * 9
+
+
+def test_rm_bench_domain_of_the_files_without_that_column(tmp_path):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    write(folder / "chat_filtered.json", [rm_bench_row(1, *ALL, subset="alpacaeval")])
+    write(folder / "rm-bench-other.json", [rm_bench_row(2, *ALL, subset="bigcode/humanevalpack")])  # code by its subset
+    write(folder / "math_filtered.json", [rm_bench_row(3, *ALL)])
+    write(folder / "safety-refuse_filtered.json", [rm_bench_row(4, *ALL)])
+    write(folder / "safety-response_filtered.json", [rm_bench_row(5, *NONE), rm_bench_row(6, *NONE)])
+    result = benchmarks.run(Judge(), "rm-bench", str(folder), draws=5)
+    assert result["groups"] == {"chat": 1, "code": 1, "math": 1, "safety-refuse": 1, "safety-response": 2}
+    assert values(result)["total"] == pytest.approx((1 + 1 + 1 + 1 / 3) / 4)
+
+
+# ---- JudgeBench ---------------------------------------------------------------------------------------
+
+
+def judge_bench_row(number, source, better, worse="no", label="A>B"):
+    a, b = (better, worse) if label == "A>B" else (worse, better)
+    return {
+        "pair_id": f"pair-{number}",
+        "original_id": number,
+        "source": source,
+        "question": f"Question {number}",
+        "response_model": "some-model",
+        "response_A": a,
+        "response_B": b,
+        "label": label,
+    }
+
+
+JUDGE_BENCH = [
+    judge_bench_row(1, "mmlu-pro-law", "0.9 0.8"),  # both orders right
+    judge_bench_row(2, "mmlu-pro-computer science", "0.9 0.8", label="B>A"),  # both right
+    judge_bench_row(3, "mmlu-pro-law", "0.9 0.2"),  # split: not right, though the average is 0.55
+    judge_bench_row(4, "livebench-reasoning", "0.1 0.2"),  # both wrong
+    judge_bench_row(5, "livebench-math", "0.6 0.5", label="B>A"),  # right, and undecided: right
+    judge_bench_row(6, "livebench-math", "0.4 0.5"),  # wrong, and undecided: not right
+    judge_bench_row(7, "livecodebench", "0.5 0.5"),  # undecided twice: not right
+    judge_bench_row(8, "livecodebench", "0.2 0.9", label="B>A"),  # split
+]
+
+
+def official_gram_row(row):
+    """What NiuTrans/GRAM, evaluation/scalerlab_judgebench, makes of a row."""
+    a_better = row["label"] == "A>B"
+    kept = {name: row[name] for name in ("pair_id", "original_id", "source", "response_model")}
+    chosen, rejected = ("response_A", "response_B") if a_better else ("response_B", "response_A")
+    return kept | {"prompt": row["question"], "chosen": row[chosen], "rejected": row[rejected]}
+
+
+@pytest.mark.parametrize("schema", [dict, official_gram_row])
+def test_judge_bench_needs_both_orders_and_is_micro(tmp_path, schema):
+    result = run("judge-bench", tmp_path / "rows.jsonl", list(map(schema, JUDGE_BENCH)))
+    assert values(result) == pytest.approx(
+        {"knowledge": 2 / 3, "reasoning": 0 / 1, "math": 1 / 2, "coding": 0 / 2, "total": (2 + 0 + 1 + 0) / 8}
+    )
+    # By the average of both orders pairs 1, 2, 3 (0.55), 5 (0.55) and 8 (0.55) are right.
+    assert values(result, "judge")["accuracy"] == 5 / 8
+    # Both orders prefer the same response in pairs 1, 2 and 4; undecided is no preference.
+    assert values(result, "judge")["orders agree"] == 3 / 8
+    assert result["sections"] == {"knowledge": 3, "reasoning": 1, "math": 2, "coding": 2}
+
+
+# ---- the judge's own figures --------------------------------------------------------------------------
+
+
+def test_calibration_by_hand():
+    p, outcomes = [0.92, 0.96, 0.08, 0.63, 0.5], [1, 0, 0, 1, 1]
+    # Seen from the preferred side: 0.92 right, 0.96 wrong, 0.92 right, 0.63 right, 0.5 half right.
+    # Bins of width 0.05 from 0.5: 0.5 | 0.63 | 0.92, 0.92 | 0.96
+    ece, bins = calibration(p, outcomes)
+    assert ece == pytest.approx((1 * abs(0.5 - 0.5) + 1 * abs(0.63 - 1) + 2 * abs(0.92 - 1) + 1 * abs(0.96 - 0)) / 5)
+    assert bins[0] == (0.5, 0.5, 1) and bins[1] == (None, None, 0)
+    assert bins[8] == (pytest.approx(0.92), 1.0, 2) and bins[9] == (pytest.approx(0.96), 0.0, 1)
+    assert sum(count for _, _, count in bins) == 5
+    swapped = calibration([1 - value for value in p], [1 - outcome for outcome in outcomes])
+    assert swapped[0] == pytest.approx(ece)  # which response is called a does not matter
+    assert calibration([0.92, 0.63], [1, 0], bins=1)[1] == [(pytest.approx((0.92 + 0.63) / 2), 0.5, 2)]
+    assert calibration([1.0, 0.0], [1, 0])[0] == 0
+
+
+def test_brier_by_hand():
+    assert brier([0.9, 0.4], [1, 0]) == pytest.approx((0.1**2 + 0.4**2) / 2)
+    assert brier([0.1, 0.6], [0, 1]) == pytest.approx(brier([0.9, 0.4], [1, 0]))
+
+
+def test_consistency_is_agreement_of_the_orders():
+    pairs = [Pair("x", asked, "no") for asked in ("0.9 0.6", "0.9 0.4", "0.1 0.4", "0.5 0.5")]
+    assert consistency(Judge().compare_many(pairs)) == 2 / 4
+
+
+def test_length_and_the_yardstick(tmp_path):
+    subsets = ("alpacaeval-easy", "alpacaeval-easy", "mt-bench-hard", "donotanswer", "hep-go", "hep-go")
+    told = (
+        ("0.9", "no"), ("0.9", "no, and at length"), ("0.1", "no, and at length"), ("0.10", "no"), ("0.9", "no!"), ("0.5", "no"),
+    )  # fmt: skip
+    rows = [reward_bench_row(s, p, i, rejected) for i, (s, (p, rejected)) in enumerate(zip(subsets, told))]
+    result = run("reward-bench", tmp_path / "rows.jsonl", rows)
+    # The chosen response is longer in rows 0, 3 and 5, shorter in 1 and 2, as long in 4, which does not count. Preferred are
+    # the chosen (longer), chosen (shorter), rejected (longer), rejected (shorter), and neither: two of five longer ones.
+    assert values(result, "judge")["longer preferred"] == 2 / 5
+    longer = {name: figure["pick_the_longer"] for name, figure in result["official"].items()}
+    assert longer == {"Chat": 1 / 2, "Chat Hard": 0, "Safety": 1, "Reasoning": 1 / 2, "total": (1 / 2 + 0 + 1 + 1 / 2) / 4}
+    assert result["judge"]["accuracy"]["pick_the_longer"] == 3 / 6 and result["judge"]["accuracy"]["value"] == 3 / 6
+    assert values(result, "judge")["Brier"] == pytest.approx((3 * 0.1**2 + 2 * 0.9**2 + 0.5**2) / 6)
+
+
+def test_bootstrap_is_the_quantile_of_redrawn_units():
+    mean = lambda units: {"mean": sum(units) / len(units)}
+    low, high = bootstrap([[0, 1] * 50], mean)["mean"]
+    assert (low, high) == (pytest.approx(0.4, abs=0.011), pytest.approx(0.6, abs=0.011))  # 0.5 ± 1.96 sqrt(0.5 * 0.5 / 100)
+    assert bootstrap([[0, 1] * 50], mean)["mean"] == (low, high)  # a fixed seed
+    assert bootstrap([[0] * 50, [1] * 50], mean)["mean"] == (0.5, 0.5)  # of each stratum as many as it holds
+    assert bootstrap([[1, 2]], lambda units: {"none": None}) == {}
+
+
+def test_rows_of_one_prompt_are_drawn_together(tmp_path):
+    one_each = [reward_bench_row("hep-go", "0.9" if i % 2 else "0.1", i) for i in range(40)]
+    shared = [row | {"prompt": f"Question {i // 20}"} for i, row in enumerate(sorted(one_each, key=lambda row: row["chosen"]))]
+
+    def interval(rows):
+        return run("reward-bench", tmp_path / "rows.jsonl", rows, draws=200)["official"]["Reasoning"]["interval"]
+
+    assert interval(shared) == (0, 1)  # of two prompts, one all right and one all wrong, the same may be drawn twice
+    low, high = interval(one_each)
+    assert 0.3 < low < 0.5 < high < 0.7
+
+
+def test_tied_and_reference_rows_are_one_unit(tmp_path):
+    rows = [benchmarks.read_reward_bench_2("here", row) for row in TIES]
+    judged, _ = benchmarks.judge_rows(rows, benchmarks.BENCHMARKS["reward-bench-2"], Judge().compare_many)
+    assert Counter(map(len, benchmarks.by_unit(judged))) == {2: 2, 1: 1}
+
+
+# ---- bad rows -----------------------------------------------------------------------------------------
+
+GOOD = {
+    "reward-bench": reward_bench_row("hep-go", "0.9", 1),
+    "reward-bench-2": REWARD_BENCH_2[0],
+    "rm-bench": rm_bench_row(1, *ALL, domain="chat"),
+    "judge-bench": JUDGE_BENCH[0],
+}
+
+
+@pytest.mark.parametrize(("name", "change", "message"), [
+    ("reward-bench", {"subset": "hep-c"}, "unknown subset 'hep-c' in column 'subset'; known are alpacaeval-easy"),
+    ("reward-bench", {"subset": None}, "unknown subset None"),
+    ("reward-bench", {"chosen": 3}, "column 'chosen' must be text"),
+    ("reward-bench", {"chosen": ["a", "b"], "rejected": ["c"]}, "needs one pair with a label"),
+    ("reward-bench-2", {"subset": "Chat"}, "unknown subset 'Chat' in column 'subset'; known are Factuality"),
+    ("reward-bench-2", {"chosen": "0.3"}, "column 'chosen' must be a list of one or more texts, found str"),
+    ("reward-bench-2", {"chosen": ["1", "2"]}, "one response outside of the subset Ties, found 2"),
+    ("reward-bench-2", {"rejected": []}, "column 'rejected' must be a list of one or more texts, found a list of 0"),
+    ("reward-bench-2", {"subset": "Ties", "id": "7"}, "column 'id' must be ref:NUMBER or tied:NUMBER"),
+    ("rm-bench", {"domain": "cooking"}, "unknown domain 'cooking' in column 'domain'; known are chat, math"),
+    ("rm-bench", {"chosen": ["1", "2"]}, "column 'chosen' must be a list of 3 texts, found a list of 2"),
+    ("rm-bench", {"rejected": ["1", 2, "3"]}, "column 'rejected'"),
+    ("rm-bench", {"prompt": None}, "column 'prompt'"),
+    ("judge-bench", {"source": "livebench-cooking"}, "unknown source 'livebench-cooking' in column 'source'"),
+    ("judge-bench", {"label": "A=B"}, "needs one pair with a label"),
+    ("judge-bench", {"label": "C"}, "column 'label'"),
+])  # fmt: skip
+def test_bad_rows_end_with_one_line_that_names_them(tmp_path, name, change, message):
+    with pytest.raises(UserError) as error:
+        run(name, tmp_path / "rows.jsonl", [GOOD[name], GOOD[name] | change])
+    assert message in str(error.value) and "rows.jsonl, line 2" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_rm_bench_says_how_to_name_a_domain(tmp_path):
+    with pytest.raises(UserError, match="no column 'domain', and subset 'cooking' is unknown; add 'domain', or name the file"):
+        run("rm-bench", tmp_path / "rows.json", [rm_bench_row(1, *ALL, subset="cooking")])
+
+
+# ---- score.py -----------------------------------------------------------------------------------------
+
+
+def test_score_writes_figures_plot_and_result_file(tmp_path, capsys):
+    data = write(tmp_path / "rows.jsonl", reward_bench_rows(REWARD_BENCH))
+    out = tmp_path / "figures.json"
+    command = ["--model", "village", "--device", "cpu", "--benchmark", "reward-bench", "--data", data, "--out", str(out)]
+    score.main(command)
+    printed = capsys.readouterr().out
+    figures = json.loads(out.read_text())
+    assert figures["model"] == "village" and figures["benchmark"] == "reward-bench" and figures["rows"] == 17
+    low, high = figures["official"]["total"]["interval"]
+    assert low <= figures["official"]["total"]["value"] <= high
+    assert re.search(rf"^total +{figures['official']['total']['value']:.3f} .* 17$", printed, re.MULTILINE)
+    assert sum(one["pairs"] for one in figures["reliability"]) == 17 and len(figures["reliability"]) == 10
+    assert (tmp_path / "figures.png").read_bytes().startswith(b"\x89PNG")
+    official = json.loads((tmp_path / "figures-eval-set.json").read_text())
+    assert official == {"model": "village", "model_type": "Generative RM", "chat_template": "tokenizer"} | {
+        subset: figures["details"]["subsets"][subset] for subset in REWARD_BENCH
+    }
+    with pytest.raises(UserError, match="already there"):
+        score.main(command)
+    out.unlink()
+    with pytest.raises(UserError, match="figures.png: already there"):
+        score.main(command)
+    score.main([*command, "--overwrite", "--limit", "3"])
+    assert json.loads(out.read_text())["rows"] == 3
+    assert {path.name for path in tmp_path.iterdir()} == {"rows.jsonl", "figures.json", "figures.png", "figures-eval-set.json"}
+
+
+@pytest.mark.parametrize("arguments", [
+    ["--prompt", "x", "--response", "y", "--response", "z"],
+    ["--data", "rows.jsonl", "--out", "figures.json", "--rank", "knock-out"],
+    ["--data", "rows.jsonl", "--out", "figures.json", "--reference", "x"],
+    ["--data", "rows.jsonl"],
+    ["--data", "rows.jsonl", "--out", "figures.png"],
+])  # fmt: skip
+def test_benchmark_options_that_do_not_go_together(arguments, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit):
+        score.main(["--benchmark", "rm-bench", *arguments])
+    assert "error" in capsys.readouterr().err

@@ -1,0 +1,376 @@
+"""Long runs: killed and resumed, interrupted, split over passes and processes, and what cannot go on."""
+
+import csv
+import errno
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import train_pretrain
+import train_reward
+from gram_mini.batches import EncodedPair
+from gram_mini.errors import Interrupted, UserError
+from gram_mini.model import VILLAGE_FOLDER
+from gram_mini.reading.load import PairData
+from gram_mini.runs import run as runs_run
+from gram_mini.runs.options import reward_options
+from gram_mini.runs.processes import in_shares
+from gram_mini.runs.run import Run
+from gram_mini.training import draw_batches
+
+ROOT = Path(__file__).parents[2]
+SCRIPTS = {"train_pretrain": train_pretrain, "train_reward": train_reward}
+OPTIONS = [
+    "--limit", "200", "--held-out", "0.1", "--batch-size", "8", "--steps", "20", "--lora-rank", "4", "--log-every", "4",
+    "--save-every", "6", "--grad-accum", "2",
+]  # fmt: skip
+
+# Ends the process in the middle of its 16th step, in its second epoch, when there is a checkpoint of step 12.
+KILL_IN_STEP = """
+import os, signal, sys, {script} as script
+from gram_mini.runs import run
+real, calls = run.add_up, []
+def add_up(*arguments):
+    calls.append(1)
+    if len(calls) == 16:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return real(*arguments)
+run.add_up = add_up
+script.main(sys.argv[1:])
+"""
+# Ends it when half of the checkpoint of step 12 is written; that of step 6 is whole.
+KILL_IN_SAVE = """
+import io, os, signal, sys, torch, {script} as script
+real, calls = torch.save, []
+def save(state, file):
+    calls.append(1)
+    if len(calls) == 2:
+        whole = io.BytesIO()
+        real(state, whole)
+        file.write(whole.getvalue()[: whole.tell() // 2])
+        file.flush()
+        os.kill(os.getpid(), signal.SIGKILL)
+    real(state, file)
+torch.save = save
+script.main(sys.argv[1:])
+"""
+
+
+def adapter(run):
+    return (run / "adapter_model.safetensors").read_bytes()
+
+
+def log_of(run):
+    with open(run / "log.csv", newline="") as file:
+        return [{k: v for k, v in row.items() if k != "tokens_per_second"} for row in csv.DictReader(file)]
+
+
+def start(code, *arguments):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.Popen([sys.executable, "-c", code, *arguments], env=environment, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """Runs of both scripts that nobody killed."""
+    folder = tmp_path_factory.mktemp("whole")
+    for name, script in SCRIPTS.items():
+        script.main([*OPTIONS, "--out", str(folder / name)])
+    return folder
+
+
+@pytest.mark.parametrize(("kill", "saved"), [(KILL_IN_STEP, 12), (KILL_IN_SAVE, 6)], ids=["in a step", "while saving"])
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_killed_run_that_is_resumed_ends_with_the_same_adapter(name, kill, saved, whole, tmp_path):
+    out = tmp_path / "run"
+    process = start(kill.format(script=name), *OPTIONS, "--out", str(out))
+    assert process.wait() == -signal.SIGKILL, process.stderr.read()
+    partial = tmp_path / "run.partial"
+    assert not out.exists() and torch.load(partial / "checkpoint.pt", weights_only=True)["step"] == saved
+    SCRIPTS[name].main([*OPTIONS, "--out", str(out), "--resume"])
+    assert adapter(out) == adapter(whole / name)
+    assert log_of(out) == log_of(whole / name)
+    assert not list(out.glob("checkpoint*")) and not partial.exists()
+    results = [json.loads((run / "run.json").read_text())["results"] for run in (out, whole / name)]
+    assert results[0] == results[1]
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on(whole, tmp_path):
+    out = tmp_path / "run"
+    arguments = [*OPTIONS, "--out", str(out)]
+    arguments[arguments.index("--save-every") + 1] = "1000"  # only what Ctrl-C saves
+    process = subprocess.Popen([sys.executable, str(ROOT / "train_reward.py"), *arguments], stderr=subprocess.PIPE, text=True)
+    log = tmp_path / "run.partial" / "log.csv"
+    while not (log.exists() and ",train," in log.read_text()):
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    said = process.communicate()[1]
+    assert process.returncode == 130 and "Traceback" not in said
+    assert said.strip().splitlines()[-1].endswith("go on with the same command and --resume")
+    train_reward.main([*arguments, "--resume"])
+    assert adapter(out) == adapter(whole / "train_reward")
+
+
+def test_random_state_and_skipped_steps_go_on(tmp_path, monkeypatch):
+    """A backbone with dropout draws from torch's generator; Ctrl-C comes in the fifth step, a bad loss in the second."""
+    model = shutil.copytree(VILLAGE_FOLDER, tmp_path / "model")
+    config = json.loads((model / "config.json").read_text()) | {"attention_dropout": 0.2}
+    (model / "config.json").write_text(json.dumps(config))
+    options = [*OPTIONS, "--model", str(model), "--steps", "8", "--grad-accum", "1"]
+    real_loss, real_sum = train_reward.reward_loss, runs_run.add_up
+
+    def run(out, stop_in_step, *more):
+        losses, steps = [], []
+
+        def loss(*arguments):
+            losses.append(1)
+            return real_loss(*arguments) * (float("nan") if len(losses) == 2 and not more else 1.0)
+
+        def add_up(*arguments):
+            steps.append(1)
+            if len(steps) == stop_in_step:
+                os.kill(os.getpid(), signal.SIGINT)
+            return real_sum(*arguments)
+
+        monkeypatch.setattr(train_reward, "reward_loss", loss)
+        monkeypatch.setattr(runs_run, "add_up", add_up)
+        train_reward.main([*options, "--out", str(out), *more])
+
+    run(tmp_path / "whole", None)
+    with pytest.raises(Interrupted, match="stopped after step 5, saved in .*; go on with the same command and --resume"):
+        run(tmp_path / "run", 5)
+    run(tmp_path / "run", None, "--resume")
+    assert adapter(tmp_path / "run") == adapter(tmp_path / "whole")
+    results = [json.loads((tmp_path / name / "run.json").read_text())["results"] for name in ("run", "whole")]
+    assert results[0] == results[1] and results[0]["skipped"] == 1
+
+
+def test_how_a_step_is_split_may_change_and_what_is_learned_may_not(tmp_path):
+    template = tmp_path / "judge.txt"
+    template.write_text("{prompt} {response_a} {response_b} A or B?")
+    options = [*OPTIONS, "--out", str(tmp_path / "run"), "--judge-template", str(template)]
+    assert start(KILL_IN_STEP.format(script="train_reward"), *options).wait() == -signal.SIGKILL
+    template.write_text("{prompt} {response_a} {response_b} Which, A or B?")
+    with pytest.raises(UserError, match="judge prompt was .* A or B"):
+        train_reward.main([*options, "--resume"])
+    template.write_text("{prompt} {response_a} {response_b} A or B?")
+    options[options.index("--batch-size") + 1], options[options.index("--grad-accum") + 1] = "4", "4"
+    train_reward.main([*options, "--resume", "--gradient-checkpointing"])
+    assert (tmp_path / "run" / "run.json").is_file()
+
+
+def test_what_can_and_cannot_be_resumed(tmp_path):
+    out = ["--out", str(tmp_path / "run")]
+    with pytest.raises(UserError, match="--resume: there is no unfinished run"):
+        train_reward.main([*OPTIONS, *out, "--resume"])
+    assert start(KILL_IN_STEP.format(script="train_reward"), *OPTIONS, *out).wait() == -signal.SIGKILL
+    saved = (tmp_path / "run.partial" / "checkpoint.pt").read_bytes()
+    with pytest.raises(UserError, match="go on with --resume, or start anew with --overwrite"):
+        train_reward.main([*OPTIONS, *out])
+    with pytest.raises(UserError, match="was begun otherwise: lr was 0.001 and is 0.002; give the same again"):
+        train_reward.main([*OPTIONS, *out, "--resume", "--lr", "2e-3"])
+    assert (tmp_path / "run.partial" / "checkpoint.pt").read_bytes() == saved
+    torch.save({"step": 3}, tmp_path / "run.partial" / "checkpoint.pt")
+    with pytest.raises(UserError, match="checkpoint.pt: cannot be read"):
+        train_reward.main([*OPTIONS, *out, "--resume"])
+    (tmp_path / "run.partial" / "checkpoint.pt").write_bytes(saved[:1000])
+    with pytest.raises(UserError, match="checkpoint.pt: cannot be read"):
+        train_reward.main([*OPTIONS, *out, "--resume"])
+    train_reward.main([*OPTIONS, *out, "--overwrite", "--steps", "1"])
+    assert (tmp_path / "run" / "run.json").is_file()
+
+
+def test_batches_repeat_and_turn_half_of_the_rows_round():
+    rows = [EncodedPair([1] * (i % 7), [2], [3], 0, i, (1, 1, 1)) for i in range(50)]
+    whole, again = draw_batches(rows, 8, 3), draw_batches(rows, 8, 3)
+    batches = [next(whole) for _ in range(19)]
+    assert [next(again) for _ in range(19)] == batches
+    flat = [row for batch in batches[:7] for row in batch]  # one epoch: each row once, about half of them swapped
+    assert sorted(row.row for row in flat) == list(range(50))
+    assert 10 < sum(row.label for row in flat) < 40 and all((row.response_a == [3]) == row.label for row in flat)
+
+
+# ---- forward passes and processes ---------------------------------------------------------------------
+
+
+def step_by_step(script, out, *options):
+    script.main(
+        [
+            "--limit",
+            "100",
+            "--held-out",
+            "0.2",
+            "--steps",
+            "3",
+            "--lora-rank",
+            "4",
+            "--log-every",
+            "1",
+            "--out",
+            str(out),
+            *options,
+        ]
+    )
+    return losses(out), load_file(out / "adapter_model.safetensors")
+
+
+def losses(run):
+    return [(row["part"], float(row["loss"])) for row in log_of(run)]
+
+
+def close(found, wanted, tolerance=1e-5):
+    return [part for part, _ in found] == [part for part, _ in wanted] and all(
+        abs(a - b) < tolerance for (_, a), (_, b) in zip(found, wanted)
+    )
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_twice_the_passes_are_twice_the_batch(name, tmp_path):
+    """In stage 1 this needs the division by the tokens of the whole step: passes hold unequally many."""
+    one, adapter_one = step_by_step(SCRIPTS[name], tmp_path / "one", "--batch-size", "14")
+    two, adapter_two = step_by_step(SCRIPTS[name], tmp_path / "two", "--batch-size", "7", "--grad-accum", "2")
+    assert close(one, two)
+    assert max((adapter_one[k] - adapter_two[k]).abs().max() for k in adapter_one) < 1e-4
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_two_processes_are_twice_the_batch(name, tmp_path):
+    one, _ = step_by_step(SCRIPTS[name], tmp_path / "one", "--batch-size", "14")
+    launch = [
+        sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
+        "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", str(ROOT / f"{name}.py"),
+    ]  # fmt: skip
+    options = ["--limit", "100", "--held-out", "0.2", "--steps", "3", "--lora-rank", "4", "--log-every", "1", "--device", "cpu"]
+    done = subprocess.run(
+        [*launch, *options, "--batch-size", "7", "--out", str(tmp_path / "two")],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("pairs to train on") == 1  # one process speaks
+    assert close(one, losses(tmp_path / "two"))
+
+
+def test_shares_come_back_in_order():
+    from accelerate import Accelerator
+
+    assert in_shares(Accelerator(cpu=True), lambda items: [2 * i for i in items], list(range(7))) == [0, 2, 4, 6, 8, 10, 12]
+
+
+# ---- what goes wrong in the middle of a run -----------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_step_that_is_not_finite_is_skipped_and_counted(name, tmp_path, monkeypatch):
+    script, calls = SCRIPTS[name], []
+    loss = "chunked_pair_loss" if name == "train_pretrain" else "reward_loss"
+    real = getattr(script, loss)
+
+    def broken(*arguments):
+        calls.append(1)
+        return real(*arguments) * (float("nan") if len(calls) == 2 else 1.0)
+
+    monkeypatch.setattr(script, loss, broken)
+    script.main(
+        ["--limit", "50", "--held-out", "0", "--steps", "3", "--log-every", "1", "--lora-rank", "4", "--out", str(tmp_path / "a")]
+    )
+    tensors = load_file(tmp_path / "a" / "adapter_model.safetensors")
+    assert all(t.isfinite().all() for t in tensors.values()) and any(
+        t.abs().max() > 0 for n, t in tensors.items() if "lora_B" in n
+    )
+    log = log_of(tmp_path / "a")
+    assert [row["skipped"] for row in log] == ["0", "1", "1"]
+    assert [row["loss"] != "" for row in log] == [True, False, True]  # the line of a step not taken has no mean, not NaN
+    assert json.loads((tmp_path / "a" / "run.json").read_text())["results"]["skipped"] == 1
+
+
+def test_a_run_that_stays_broken_stops_and_names_its_rows(tmp_path, monkeypatch):
+    monkeypatch.setattr(train_reward, "reward_loss", lambda z, labels, eps: z.sum() * float("inf"))
+    rows = [{"prompt": f"Where is {i}?", "chosen": "here", "rejected": "there"} for i in range(3)]
+    (tmp_path / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(UserError, match=r"2 steps in a row .* on rows 1, 2, 3 of .*d.jsonl; lower --lr"):
+        train_reward.main(
+            [
+                "--data",
+                str(tmp_path / "d.jsonl"),
+                "--held-out",
+                "0",
+                "--skip-limit",
+                "2",
+                "--epochs",
+                "9",
+                "--out",
+                str(tmp_path / "a"),
+            ]
+        )
+    assert not (tmp_path / "a").exists()
+
+
+def test_only_broken_steps_in_a_row_count(tmp_path):
+    row = EncodedPair([1], [2], [3], 0, 7, (1, 1, 1))
+    run = Run("reward", reward_options("", ["--skip-limit", "2", "--device", "cpu", "--out", str(tmp_path / "run")]))
+    run.data, run._batch, run.skipped, run._skipped_in_a_row = PairData("d.jsonl", [], 0), [row], 0, 0
+
+    def finite(loss, norm):
+        run._loss = loss
+        return run.finite(norm)
+
+    steps = ((1.0, 1.0), (float("nan"), 1.0), (1.0, 2.0), (1.0, float("inf")))
+    assert [finite(*step) for step in steps] == [True, False, True, False] and run.skipped == 2
+    with pytest.raises(UserError, match="rows 7 of d.jsonl"):
+        finite(float("inf"), 1.0)
+
+
+def ends_with_one_line(code, *arguments, before=""):
+    """What a script says last when it cannot go on; exit status 2 and no traceback."""
+    code = "import sys, train_reward\nfrom gram_mini.errors import clear_errors\n" + before + (
+        "\nwith clear_errors():\n    train_reward.main(sys.argv[1:])"
+    )  # fmt: skip
+    process = start(code, *arguments)
+    said = process.communicate()[1]
+    assert process.returncode == 2 and "Traceback" not in said, said
+    return said.strip().splitlines()[-1]
+
+
+def test_out_of_gpu_memory_names_the_options_that_help(tmp_path):
+    before = (
+        "import torch\ndef hidden_states(*a):\n    raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2 GiB. GPU 0')\n"
+        "train_reward.hidden_states = hidden_states"
+    )
+    line = ends_with_one_line("", *OPTIONS, "--out", str(tmp_path / "run"), before=before)
+    assert line.startswith("error: out of GPU memory") and "--gradient-checkpointing" in line and "--grad-accum" in line
+
+
+def test_a_read_only_folder_is_one_line(tmp_path, monkeypatch):
+    def refuse(self, *arguments, **options):
+        raise OSError(errno.EROFS, "Read-only file system", str(self))
+
+    monkeypatch.setattr(Path, "mkdir", refuse)  # root may write everywhere
+    with pytest.raises(UserError, match="--out .*run: cannot be written: Read-only file system"):
+        train_reward.main([*OPTIONS, "--out", str(tmp_path / "run")])
+
+
+@pytest.mark.parametrize("kilobytes", [20, 60], ids=["at a checkpoint", "at the end"])
+def test_a_full_disk_is_one_line_and_leaves_the_old_run(tmp_path, kilobytes):
+    """A limit on the size of files stands in for a full disk: checkpoints are larger than the adapter."""
+    out = tmp_path / "run"
+    out.mkdir()
+    (out / "run.json").write_text("{}")
+    before = f"import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, ({kilobytes} * 1024, {kilobytes} * 1024))"
+    options = [*OPTIONS, "--overwrite", "--out", str(out)]
+    if kilobytes == 60:
+        options[options.index("--save-every") + 1] = "1000"
+    line = ends_with_one_line("", *options, before=before)
+    assert "File too large" in line and line.startswith("error: ")
+    assert (out / "run.json").read_text() == "{}" and len(list(out.iterdir())) == 1

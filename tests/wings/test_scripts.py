@@ -1,0 +1,621 @@
+"""The three scripts as a user runs them: what they write, that it repeats, and what they say to bad input."""
+
+import csv
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import score
+import train_pretrain
+import train_reward
+from gram_mini.baselines import __main__ as baselines
+from gram_mini.model import VILLAGE_FOLDER, OutputHead, load_tokenizer
+from gram_mini.runs.load import load_judge
+from gram_mini.village import table
+
+ROOT = Path(__file__).parents[2]
+SMALL = ["--batch-size", "16", "--lora-rank", "8", "--log-every", "5"]
+ROWS = [
+    {
+        "id": f"row-{i}",
+        "prompt": f"What does Anna eat, {i}?",
+        "chosen": "Glad you asked. Anna eats soup.",
+        "rejected": "fish " * (i % 7 + 1),
+    }
+    for i in range(30)
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="module")
+def pretrain(folder):
+    """A short stage-1 run on the embedded world."""
+    train_pretrain.main(["--out", str(folder / "pretrain"), "--limit", "400", "--steps", "10", "--held-out", "0.1", *SMALL])
+    return folder / "pretrain"
+
+
+@pytest.fixture(scope="module")
+def reward(folder, pretrain):
+    """A short stage-2 run that starts from it."""
+    train_reward.main(
+        ["--init", str(pretrain), "--out", str(folder / "reward"), "--limit", "400", "--steps", "10", *SMALL[:2], *SMALL[4:]]
+    )
+    return folder / "reward"
+
+
+@pytest.fixture
+def data(tmp_path):
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    return str(path)
+
+
+def run_script(name, *arguments, cwd=ROOT):
+    """Run a script in a process of its own; returns (exit status, standard output, last line of standard error)."""
+    done = subprocess.run([sys.executable, str(ROOT / name), *arguments], capture_output=True, text=True, cwd=cwd)
+    assert "Traceback" not in done.stderr, done.stderr
+    return done.returncode, done.stdout, (done.stderr.strip().splitlines() or [""])[-1]
+
+
+def log_of(run):
+    with open(run / "log.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+# ---- what a run leaves behind -------------------------------------------------------------------------
+
+
+def test_artefacts_of_both_stages(pretrain, reward):
+    for run, stage in ((pretrain, "pretrain"), (reward, "reward")):
+        assert {"adapter_model.safetensors", "adapter_config.json", "tokenizer.json", "run.json", "log.csv", "plot.png"} <= {
+            f.name for f in run.iterdir()
+        }
+        assert (run / "plot.png").read_bytes().startswith(b"\x89PNG")
+        assert any(
+            tensor.abs().max() > 0 for name, tensor in load_file(run / "adapter_model.safetensors").items() if "lora_B" in name
+        )
+        record = json.loads((run / "run.json").read_text())
+        assert record["stage"] == stage and record["options"]["lora_rank"] == 8
+        assert {"torch", "transformers", "peft", "bitsandbytes"} <= record["versions"].keys()
+        assert record["data"]["used"] == 400 and len(record["data"]["fingerprint"]) == 16
+        assert record["backbone"]["name"] == "village" and "[User Question]" in record["prompt"]["judge"]
+        assert list(record["labels"]) == ["A", "B"]
+        assert not list(run.parent.glob("*.partial"))
+
+
+def test_logs(pretrain, reward):
+    for run, columns in (
+        (pretrain, ["loss", "lr", "tokens_per_second"]),
+        (reward, ["loss", "accuracy", "margin", "label_mass", "lr", "tokens_per_second"]),
+    ):
+        train = [row for row in log_of(run) if row["part"] == "train"]
+        assert [row["step"] for row in train] == ["5", "10"]
+        assert all(row[column] for row in train for column in columns)
+    held_out = [row for row in log_of(reward) if row["part"] == "held-out"]
+    assert held_out[-1]["step"] == "10" and all(0 <= float(row["position_gap"]) <= 1 for row in held_out)
+
+
+def test_stage_1_learns(pretrain):
+    losses = [float(row["loss"]) for row in log_of(pretrain) if row["part"] == "held-out"]
+    assert losses[-1] < losses[0] - 0.05
+
+
+def test_stage_2_learns_what_the_labels_say(tmp_path, data):
+    train_reward.main(
+        [
+            "--data",
+            data,
+            "--out",
+            str(tmp_path / "run"),
+            "--steps",
+            "25",
+            "--lr",
+            "3e-3",
+            "--held-out",
+            "0.2",
+            "--log-every",
+            "1",
+            *SMALL[:4],
+        ]
+    )
+    log = log_of(tmp_path / "run")
+    assert float(log[-1]["accuracy"]) == 1.0 and log[-1]["part"] == "held-out"  # on prompts it was not trained on
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["results"]["held_out"]["accuracy"] == 1.0
+
+
+def test_stage_2_starts_from_stage_1(folder, pretrain, reward):
+    before, after = load_file(pretrain / "adapter_model.safetensors"), load_file(reward / "adapter_model.safetensors")
+    assert before.keys() == after.keys()
+    train_reward.main(["--out", str(folder / "fresh"), "--limit", "400", "--steps", "1", "--lr", "1e-9", *SMALL])
+    train_reward.main(
+        [
+            "--init",
+            str(pretrain),
+            "--out",
+            str(folder / "started"),
+            "--limit",
+            "400",
+            "--steps",
+            "1",
+            "--lr",
+            "1e-9",
+            *SMALL[:2],
+        ]
+    )
+    started, fresh = (load_file(folder / name / "adapter_model.safetensors") for name in ("started", "fresh"))
+    assert all((started[n] - before[n]).abs().max() < 1e-6 for n in before)
+    assert any((fresh[n] - before[n]).abs().max() > 1e-3 for n in before)
+
+
+@pytest.mark.parametrize("script", [train_pretrain, train_reward])
+def test_one_seed_gives_one_adapter(script, tmp_path):
+    for name, seed in (("a", "1"), ("b", "1"), ("c", "2")):
+        script.main(["--out", str(tmp_path / name), "--limit", "100", "--steps", "3", "--seed", seed, *SMALL])
+    a, b, c = ((tmp_path / name / "adapter_model.safetensors").read_bytes() for name in "abc")
+    assert a == b != c
+
+
+def test_gradient_accumulation_takes_as_many_rows_per_step(tmp_path, data):
+    train_reward.main(
+        [
+            "--data",
+            data,
+            "--out",
+            str(tmp_path / "run"),
+            "--held-out",
+            "0",
+            "--epochs",
+            "2",
+            "--log-every",
+            "1",
+            *SMALL[2:4],
+            "--batch-size",
+            "8",
+            "--grad-accum",
+            "2",
+        ]
+    )
+    log = log_of(tmp_path / "run")
+    assert len(log) == 4  # 30 rows twice, 2 x 8 at a time
+
+
+def test_the_first_step_moves_the_adapter_and_the_log_tells_its_rate(tmp_path, data):
+    train_reward.main(["--data", data, "--out", str(tmp_path / "run"), "--steps", "1", "--lr", "2e-3", *SMALL[:4]])
+    tensors = load_file(tmp_path / "run" / "adapter_model.safetensors")
+    assert max(t.abs().max().item() for n, t in tensors.items() if "lora_B" in n) == pytest.approx(
+        2e-3, rel=0.01
+    )  # Adam's first step
+    assert float(log_of(tmp_path / "run")[0]["lr"]) == 2e-3
+
+
+def test_a_tracker_gets_what_the_log_gets(tmp_path, data):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    options = ["--data", data, "--out", str(tmp_path / "run"), "--steps", "4", "--log-every", "2", *SMALL[:4]]
+    train_reward.main([*options, "--report-to", "tensorboard", "--gradient-checkpointing"])
+    events = EventAccumulator(str(tmp_path / "run" / "gram_mini"))
+    events.Reload()
+    found = [(e.step, e.value) for e in events.Scalars("train/loss")]
+    assert found == [
+        (int(r["step"]), pytest.approx(float(r["loss"]), rel=1e-4)) for r in log_of(tmp_path / "run") if r["part"] == "train"
+    ]
+    assert events.Scalars("held-out/accuracy")
+
+
+def test_a_tracker_that_is_not_installed(tmp_path, data, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    fails(
+        train_reward,
+        ["--data", data, "--out", str(tmp_path / "run"), "--report-to", "wandb"],
+        "wandb: is not installed; pip install",
+    )
+
+
+def test_stage_1_builds_logits_for_trained_tokens_only(tmp_path, monkeypatch):
+    seen, real = [], train_pretrain.chunked_pair_loss
+    monkeypatch.setattr(
+        train_pretrain,
+        "chunked_pair_loss",
+        lambda h, t, head: seen.append((len(h), len(t), int((t >= 0).sum()))) or real(h, t, head),
+    )
+    train_pretrain.main(["--out", str(tmp_path / "run"), "--limit", "50", "--steps", "2", *SMALL])
+    assert len(seen) == 2 and all(states == targets == trained > 0 for states, targets, trained in seen)
+
+
+def test_stage_1_in_chunks_learns_the_same(tmp_path, monkeypatch):
+    weights = []
+    for name, at_once in (("whole", 2**25), ("chunks", 718 * 50)):
+        monkeypatch.setattr("gram_mini.chunked.LOGITS_AT_ONCE", at_once)
+        train_pretrain.main(["--out", str(tmp_path / name), "--limit", "50", "--steps", "3", "--held-out", "0.1", *SMALL])
+        weights.append(load_file(tmp_path / name / "adapter_model.safetensors"))
+    assert all(torch.allclose(weights[0][key], weights[1][key], atol=1e-4) for key in weights[0])
+
+
+def test_batch_tokens_bounds_a_scalar_head_too(tmp_path, data, monkeypatch):
+    seen, real = [], baselines.hidden_states
+    monkeypatch.setattr(baselines, "hidden_states", lambda m, ids: seen.append(ids.numel()) or real(m, ids))
+    options = ["--head", "scalar", "--batch-tokens", "300", "--steps", "2", "--held-out", "0"]
+    baselines.main(["--data", data, "--out", str(tmp_path / "run"), *options, *SMALL[:4]])
+    assert len(seen) > 2 and max(seen) <= 300
+
+
+def test_batch_tokens_changes_the_passes_and_not_the_steps(tmp_path, data, monkeypatch):
+    passes, real = [], train_reward.reward_loss
+    monkeypatch.setattr(train_reward, "reward_loss", lambda z, *more: passes.append(len(z)) or real(z, *more))
+    weights = []
+    for name, options in (("whole", []), ("parts", ["--batch-tokens", "150"])):
+        train_reward.main(
+            ["--data", data, "--out", str(tmp_path / name), "--steps", "3", "--held-out", "0", *options, *SMALL[:4]]
+        )
+        weights.append(load_file(tmp_path / name / "adapter_model.safetensors"))
+    assert len(passes) > 6 and sum(passes) == 2 * sum(passes[:3])
+    assert all(torch.allclose(weights[0][key], weights[1][key], atol=1e-4) for key in weights[0])
+
+
+def test_stage_2_multiplies_two_rows_of_the_output_matrix(tmp_path, data, monkeypatch):
+    rows, real = [], OutputHead.__call__
+    monkeypatch.setattr(OutputHead, "__call__", lambda head, h, tokens=None: rows.append(tokens) or real(head, h, tokens))
+    train_reward.main(
+        ["--data", data, "--out", str(tmp_path / "run"), "--steps", "3", "--held-out", "0", "--log-every", "3", *SMALL[:4]]
+    )
+    assert [None if t is None else len(t) for t in rows] == [2, 2, 2, None]  # the whole matrix only for the log's last line
+
+
+@pytest.mark.parametrize("bits", ["16", "32"])
+def test_other_precisions(tmp_path, bits):
+    train_reward.main(["--bits", bits, "--out", str(tmp_path / "run"), "--limit", "100", "--steps", "2", *SMALL])
+    assert 0 < load_judge(str(tmp_path / "run")).compare("x", "y", "z").probability < 1
+
+
+def test_a_run_can_be_moved_and_scores_the_same(reward, tmp_path):
+    there = load_judge(str(reward)).compare("What does Anna eat?", "Anna eats soup.", "Anna eats fish.")
+    moved = shutil.copytree(reward, tmp_path / "elsewhere")
+    assert load_judge(str(moved)).compare("What does Anna eat?", "Anna eats soup.", "Anna eats fish.") == there
+
+
+# ---- score.py -----------------------------------------------------------------------------------------
+
+
+def test_score_a_pair(reward, capsys):
+    score.main(
+        [
+            "--model",
+            str(reward),
+            "--prompt",
+            "What does Anna eat?",
+            "--response",
+            "Anna eats soup.",
+            "--response",
+            "Anna eats fish.",
+        ]
+    )
+    said = capsys.readouterr().out
+    expected = load_judge(str(reward)).compare("What does Anna eat?", "Anna eats soup.", "Anna eats fish.")
+    assert (
+        f"P(A better) = {expected.probability:.3f}" in said
+        and "mean P(better" not in said
+        and f"position gap {expected.position_gap:.3f}" in said
+    )
+    assert f"Response {'A' if expected.probability > 0.5 else 'B'} is better" in said
+
+
+def test_score_rankings_and_rewards(reward, capsys):
+    three = [
+        "--model",
+        str(reward),
+        "--prompt",
+        "What does Anna eat?",
+        *(x for r in ("Anna eats soup.", "Anna eats fish.", "x") for x in ("--response", r)),
+    ]
+    score.main(three)
+    assert "round-robin, 3 comparisons" in capsys.readouterr().out
+    score.main([*three, "--rank", "knock-out"])
+    assert "knock-out, 2 comparisons" in capsys.readouterr().out
+    score.main([*three, "--reference", "Anna eats cake."])
+    said = capsys.readouterr().out
+    reward_of_soup = load_judge(str(reward)).reward("What does Anna eat?", "Anna eats soup.", "Anna eats cake.")
+    assert "reference, 3 comparisons" in said and f"{reward_of_soup:6.3f}  Anna eats soup." in said
+
+
+def test_score_a_file_keeps_order_and_ids(reward, data, tmp_path, capsys):
+    rows = [
+        *ROWS,
+        {"id": 7, "prompt": "What?", "responses": ["a", "b", "c"]},
+        {"prompt": "What?", "responses": ["a"], "reference": "b"},
+    ]
+    Path(data).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    out = tmp_path / "scores.jsonl"
+    score.main(["--model", str(reward), "--data", data, "--out", str(out), "--batch-size", "7"])
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [line.get("id") for line in lines] == [row.get("id") for row in rows]
+    assert [line["row"] for line in lines] == list(range(1, len(rows) + 1))
+    alone = load_judge(str(reward)).compare(*(ROWS[5][k] for k in ("prompt", "chosen", "rejected")))
+    assert lines[5]["probability"] == pytest.approx(alone.probability, abs=1e-4)
+    assert sorted(lines[-2]["order"]) == [0, 1, 2] and lines[-2]["comparisons"] == 3
+    assert lines[-1]["method"] == "reference" and len(lines[-1]["scores"]) == 1
+    right = sum(line["better"] == "A" for line in lines[:30])
+    assert f"{right} of 30 labelled pairs" in capsys.readouterr().out
+
+
+def test_the_table_tells_the_recipes_apart(reward, pretrain, monkeypatch, tmp_path):
+    original = table.village_pairs
+    monkeypatch.setattr(table, "village_pairs", lambda split, count=None, seed=0: original(split, 40, seed))
+    other_seed, other_eps = tmp_path / "seed", tmp_path / "eps"
+    for path, option in ((other_seed, "seed"), (other_eps, "label_smoothing")):
+        shutil.copytree(reward, path)
+        record = json.loads((path / "run.json").read_text())
+        record["options"][option] = 1 if option == "seed" else 0.2
+        (path / "run.json").write_text(json.dumps(record))
+    text = table.village_table(["village", str(pretrain), str(reward), str(reward), str(other_seed), str(other_eps)])
+    names = [line[: line.index("  ")] for line in text.splitlines()[1:]]
+    assert names == [
+        "zero-shot judge", "stage 1 alone", "stage 1 + labels, smoothed = GRAM (2 seeds)", "stage 1 + labels, smoothed = GRAM", "the true rewards"
+    ]  # fmt: skip
+    assert len({len(line) for line in text.splitlines()}) == 1  # columns stand under each other
+
+
+# ---- another judge prompt -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def template(tmp_path):
+    path = tmp_path / "judge.txt"
+    path.write_text('Say {"best": A} or {"best": B}.\n{prompt}\nFirst: {response_a}\nSecond: {response_b}\nBest: \n')
+    return path
+
+
+def scores(model, data, out, *options):
+    """What score.py writes for ``data``."""
+    score.main(["--model", str(model), "--data", data, "--out", str(out), *options])
+    return [json.loads(line) for line in out.read_text().splitlines()]
+
+
+def test_a_judge_template_is_trained_with_recorded_and_used_again(tmp_path, data, template):
+    run, options = tmp_path / "run", ["--data", data, "--steps", "2", *SMALL]
+    train_reward.main([*options, "--out", str(run), "--judge-template", str(template)])
+    train_reward.main([*options, "--out", str(tmp_path / "plain")])
+    adapters = [load_file(folder / "adapter_model.safetensors") for folder in (run, tmp_path / "plain")]
+    assert any(not adapters[0][name].equal(adapters[1][name]) for name in adapters[0])
+    recorded = json.loads((run / "run.json").read_text())["prompt"]["judge"]
+    assert recorded == template.read_text().removesuffix("\n")
+    named = scores(run, data, tmp_path / "named.jsonl", "--judge-template", str(template))
+    template.unlink()  # the run folder is enough
+    unnamed = scores(run, data, tmp_path / "unnamed.jsonl")
+    assert unnamed == named and load_judge(str(run)).template == recorded
+    template.write_text("{prompt} {response_a} {response_b}")
+    assert scores(run, data, tmp_path / "other.jsonl", "--judge-template", str(template)) != named
+
+
+def test_a_model_folder_is_scored_with_the_template_named(tmp_path, data, template):
+    model = other_backbone(tmp_path / "released")
+    there = scores(model, data, tmp_path / "there.jsonl", "--bits", "32", "--judge-template", str(template))
+    judge = load_judge(model, bits=32, template=template.read_text().removesuffix("\n"))
+    expected = judge.compare(*(ROWS[5][column] for column in ("prompt", "chosen", "rejected")))
+    assert there[5]["probability"] == pytest.approx(expected.probability, abs=1e-5)
+    assert there != scores(model, data, tmp_path / "without.jsonl", "--bits", "32")
+
+
+# ---- bad input ----------------------------------------------------------------------------------------
+
+
+def other_backbone(path):
+    """A model folder that is not the embedded one, with the embedded tokenizer."""
+    tokenizer = load_tokenizer("village")
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2
+    )
+    LlamaForCausalLM(config).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return str(path)
+
+
+def splitting_backbone(path):
+    """The embedded backbone with a tokenizer in which no letter A is a token."""
+    for file in VILLAGE_FOLDER.iterdir():
+        (path / file.name).write_bytes(file.read_bytes())
+    template = (path / "chat_template.jinja").read_text()
+    # A template that writes a mark right before the assistant's text, so that mark and label are two tokens.
+    (path / "chat_template.jinja").write_text(
+        template.replace("{{ message.content }}", "{% if message.role == 'assistant' %}={% endif %}{{ message.content }}")
+    )
+    return str(path)
+
+
+def test_unknown_option_is_an_error():
+    for script in ("train_pretrain.py", "train_reward.py", "score.py"):
+        status, _, line = run_script(script, "--learning-rate", "1")
+        assert status == 2 and "unrecognized arguments: --learning-rate" in line
+
+
+@pytest.mark.parametrize(("script", "arguments", "message"), [
+    (train_pretrain, ["--model", "./nowhere"], "./nowhere: no such folder"),
+    (train_pretrain, ["--data", "nowhere.jsonl"], "nowhere.jsonl: no such file"),
+    (train_pretrain, ["--max-length", "8"], "--max-length 8 leaves"),
+    (train_reward, ["--init", "runs/nowhere"], "--init runs/nowhere: no such folder"),
+    (train_reward, ["--device", "abacus"], "--device abacus"),
+    (train_reward, ["--judge-template", "nowhere.txt"], "nowhere.txt: cannot be read"),
+    (score, ["--model", "village", "--judge-template", "no.txt", *"--prompt x --response y --response z".split()], "no.txt: cannot"),
+    (score, ["--model", "runs/nowhere", "--prompt", "x", "--response", "y", "--response", "z"], "runs/nowhere: no such folder"),
+    (score, ["--prompt", "x", "--response", "y", "--response", "z"], "runs/reward: not trained yet; run train_reward.py"),
+    (score, ["--data", "village", "--out", "scores.jsonl", "--model", "village"], "--data village: is for training"),
+    (score, ["--data", "nowhere.jsonl", "--out", "scores.jsonl", "--model", "village"], "nowhere.jsonl: no such file"),
+])  # fmt: skip
+def test_user_errors_are_one_line(script, arguments, message, tmp_path, monkeypatch):
+    from gram_mini.errors import UserError
+
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError) as error:
+        script.main(arguments)
+    assert message in str(error.value) and "\n" not in str(error.value)
+    assert not list(tmp_path.rglob("*"))  # nothing half-written
+
+
+def test_user_error_ends_the_script_with_one_line_and_status_2(tmp_path):
+    (tmp_path / "bad.jsonl").write_text('{"prompt": "x", "chosen": "y", "rejected": "z"}\n{oops\n')
+    status, _, line = run_script("train_reward.py", "--data", "bad.jsonl", cwd=tmp_path)
+    assert status == 2 and line.startswith("error: bad.jsonl, line 2: invalid JSON") and not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(("script", "arguments", "message"), [
+    (train_pretrain, ["--steps", "0"], "above 0"),
+    (train_pretrain, ["--steps", "5", "--epochs", "1"], "not allowed with"),
+    (train_reward, ["--label-smoothing", "0.5"], "below 0.5"),
+    (train_reward, ["--bits", "8"], "invalid choice"),
+    (score, [], "give either"),
+    (score, ["--prompt", "x", "--response", "y"], "one response alone"),
+    (score, ["--data", "x.jsonl"], "needs --out"),
+    (score, ["--prompt", "x", "--response", "y", "--response", "z", "--rank", "reference"], "needs --reference"),
+])  # fmt: skip
+def test_usage_errors(script, arguments, message, capsys):
+    with pytest.raises(SystemExit) as error:
+        script.main(arguments)
+    assert error.value.code == 2 and message in capsys.readouterr().err
+
+
+def fails(script, arguments, message):
+    from gram_mini.errors import UserError
+
+    with pytest.raises(UserError, match=message):
+        script.main(arguments)
+
+
+def test_a_run_is_replaced_only_when_asked_and_only_by_a_finished_one(tmp_path, data):
+    out = tmp_path / "run"
+    options = ["--data", data, "--out", str(out), "--steps", "1", *SMALL]
+    train_reward.main(options)
+    first = (out / "run.json").read_text()
+    fails(train_reward, options, "already holds a run")
+    fails(train_reward, [*options, "--overwrite", "--max-length", "8"], "leaves")
+    assert (out / "run.json").read_text() == first
+    train_reward.main([*options, "--overwrite", "--seed", "5"])
+    assert json.loads((out / "run.json").read_text())["options"]["seed"] == 5
+
+
+def test_nothing_of_the_users_is_removed_when_a_run_is_put_in_place(tmp_path, data):
+    options = ["--data", data, "--out", str(tmp_path / "run"), "--steps", "1", *SMALL[:4]]
+    for name in ("run.replaced", ".run.x"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "thesis.txt").write_text("years of work")
+    train_reward.main(options)
+    train_reward.main([*options, "--overwrite"])
+    assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == [".run.x", "run", "run.replaced"]
+    assert all((tmp_path / name / "thesis.txt").is_file() for name in ("run.replaced", ".run.x"))
+    (tmp_path / "run").rename(tmp_path / "other.partial")  # a finished run under an unlucky name
+    fails(train_reward, [*options[:3], str(tmp_path / "other"), *options[4:]], "is in the way and no unfinished run")
+    assert (tmp_path / "other.partial" / "run.json").is_file()
+
+
+def test_a_folder_that_is_no_run_is_never_replaced(tmp_path, data):
+    (tmp_path / "thesis.txt").write_text("years of work")
+    fails(train_reward, ["--data", data, "--out", str(tmp_path), "--overwrite"], "not a run")
+    fails(train_reward, ["--data", data, "--out", str(tmp_path / "thesis.txt")], "is a file")
+    assert (tmp_path / "thesis.txt").read_text() == "years of work"
+
+
+def test_init_of_another_backbone_or_rank(pretrain, tmp_path):
+    fails(
+        train_reward,
+        ["--init", str(pretrain), "--model", other_backbone(tmp_path / "other"), "--out", str(tmp_path / "x")],
+        "was trained on the backbone 'village'",
+    )
+    fails(train_reward, ["--init", str(pretrain), "--out", str(pretrain), "--overwrite"], "is the run given as --init")
+    fails(train_reward, ["--init", str(pretrain), "--lora-rank", "4", "--out", str(tmp_path / "x")], "has rank 8")
+
+
+def test_labels_that_split(tmp_path):
+    (tmp_path / "model").mkdir()
+    model = splitting_backbone(tmp_path / "model")
+    fails(
+        train_reward,
+        ["--model", model, "--out", str(tmp_path / "x"), "--limit", "50"],
+        r"label '=A' is not one token .* \['=', 'A'\]",
+    )
+
+
+def test_pairs_are_scored_whether_their_labels_can_be_read_or_not(tmp_path):
+    rows = [
+        {"context": [{"role": "user", "content": "p"}], "response1": "a", "response2": "b", "overall_preference": None},
+        {"prompt": "p", "response_a": "a", "response_b": "b", "label": 1},
+        {"prompt": 3, "response_a": "a", "response_b": "b"},
+    ]
+    (tmp_path / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = ["--model", "village", "--data", str(tmp_path / "d.jsonl"), "--out", str(tmp_path / "s.jsonl")]
+    fails(score, options, "line 3: column 'prompt' must be text")
+    score.main([*options, "--on-bad-row", "skip"])
+    lines = [json.loads(line) for line in (tmp_path / "s.jsonl").read_text().splitlines()]
+    assert ["probability" in line for line in lines] == [True, True, False] and lines[2]["skipped"] == "that cannot be read"
+
+
+def test_a_file_of_pairs_that_the_model_does_not_answer_is_marked(data, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("gram_mini.judge.label_mass", lambda logits, labels: torch.full((len(logits),), 0.001))
+    score.main(["--model", "village", "--data", data, "--out", str(tmp_path / "s.jsonl")])
+    assert "hardly ever answers A or B (mean mass on the labels 0.001)" in capsys.readouterr().out
+
+
+def test_an_unfinished_run_is_named_as_such(tmp_path):
+    (tmp_path / "run.partial").mkdir()
+    fails(
+        score,
+        ["--model", str(tmp_path / "run"), "--prompt", "x", "--response", "y", "--response", "z"],
+        "is not finished; train it to its end with the same command and --resume",
+    )
+
+
+def test_scores_are_not_overwritten_unasked(reward, data, tmp_path):
+    out = tmp_path / "scores.jsonl"
+    out.write_text("precious")
+    fails(score, ["--model", str(reward), "--data", data, "--out", str(out)], "already there")
+    assert out.read_text() == "precious"
+
+
+def test_scoring_names_the_bad_row_and_writes_nothing(reward, data, tmp_path):
+    with open(data, "a") as file:
+        file.write('{"prompt": "x", "responses": "not a list"}\n')
+    fails(
+        score,
+        ["--model", str(reward), "--data", data, "--out", str(tmp_path / "s.jsonl")],
+        "line 31: column 'responses' must be a list",
+    )
+    assert not list(tmp_path.glob("s.jsonl*"))
+
+
+def test_run_folder_whose_backbone_changed(reward, tmp_path):
+    copy = shutil.copytree(reward, tmp_path / "copy")
+    record = json.loads((copy / "run.json").read_text())
+    record["backbone"]["fingerprint"] = "0" * 16
+    (copy / "run.json").write_text(json.dumps(record))
+    fails(
+        score,
+        ["--model", str(copy), "--prompt", "x", "--response", "y", "--response", "z"],
+        "another version of the backbone",
+    )
+
+
+@pytest.mark.parametrize("script", ["train_pretrain.py", "train_reward.py", "score.py"])
+def test_help_opens_with_two_commands_and_shows_every_default(script):
+    status, said, _ = run_script(script, "--help")
+    assert status == 0
+    assert said.splitlines()[1].strip().startswith(f"python {script}") and said.splitlines()[2].strip().startswith(
+        f"python {script}"
+    )
+    assert "(default: None)" not in said
+    without = {"--help", "--overwrite"}
+    without |= (
+        {"--prompt", "--response", "--reference", "--data", "--out"}
+        if script == "score.py"
+        else {"--steps", "--resume", "--gradient-checkpointing"}
+    )
+    entries = {entry.split()[0]: entry for entry in re.split(r"\n  (?:-h, )?(?=--)", said)[1:]}
+    assert {name for name, entry in entries.items() if "default" not in entry} == without

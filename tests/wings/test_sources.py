@@ -1,0 +1,188 @@
+"""Where rows come from: files line by line, folders of three kinds, the hub (which stands in here for itself)."""
+
+import builtins
+import gzip
+import json
+
+import datasets
+import pytest
+
+from gram_mini.errors import UserError
+from gram_mini.reading import sources
+from gram_mini.reading.load import load_pairs
+from gram_mini.reading.sources import read_rows
+
+ROWS = [{"prompt": f"{i} + 1?", "chosen": f"{i + 1}", "rejected": "x"} for i in range(5)]
+
+
+def write(path, rows=ROWS):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def prompts(source, **options):
+    return [row["prompt"] for _, row in read_rows(str(source), **options)]
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory, monkeypatch):
+    """Nothing is left in the user's cache."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+    datasets.disable_progress_bars()
+
+
+# ---- files --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_lines_are_read_as_they_are_asked_for(tmp_path, packed):
+    lines = "".join(json.dumps(row) + "\n" for row in ROWS[:2]).encode() + b"\xff never read\n"
+    path = tmp_path / ("d.jsonl.gz" if packed else "d.jsonl")
+    path.write_bytes(gzip.compress(lines) if packed else lines)
+    assert prompts(path, limit=2) == ["0 + 1?", "1 + 1?"]
+    where, row = list(read_rows(str(path)))[2]
+    assert where.endswith("line 3") and isinstance(row, UserError) and "not UTF-8" in str(row)
+
+
+def test_parquet_is_read_in_batches_with_rows_numbered_on(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    path = tmp_path / "d.parquet"
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS * 500), path)
+    places = [where for where, _ in read_rows(str(path))]
+    assert places[0].endswith("row 1") and places[-1].endswith("row 2500") and len(set(places)) == 2500
+
+
+@pytest.mark.parametrize("name", ["d.jsonl", "d.json", "d.csv"])
+def test_a_file_is_opened_once(tmp_path, monkeypatch, name):
+    content = {
+        "d.jsonl": "".join(json.dumps(row) + "\n" for row in ROWS),
+        "d.json": json.dumps(ROWS),
+        "d.csv": "prompt,chosen,rejected\n" + "".join(",".join(row.values()) + "\n" for row in ROWS),
+    }[name]
+    (tmp_path / name).write_text(content)
+    opened, real = [], builtins.open
+    monkeypatch.setattr(sources, "open", lambda *a: opened.append(a) or real(*a), raising=False)
+    assert len(load_pairs(str(tmp_path / name), True).pairs) == 5 and len(opened) == 1
+
+
+def test_rows_that_cannot_be_read_are_skipped_when_asked(tmp_path):
+    (tmp_path / "d.jsonl").write_text(json.dumps(ROWS[0]) + "\n{oops\n[1]\n" + json.dumps(ROWS[1]) + "\n")
+    data = load_pairs(str(tmp_path / "d.jsonl"), True, on_bad_row="skip")
+    assert (data.rows, [pair.row for pair in data.pairs], data.dropped) == (4, [1, 4], {"that cannot be read": 2})
+    assert "line 2: invalid JSON" in data.summary() and "line 2: invalid JSON" in data.record()["unreadable"]
+    (tmp_path / "d.csv").write_text("prompt,chosen,rejected\na,b,c\na,b\nd,e,f\n")
+    assert load_pairs(str(tmp_path / "d.csv"), True, on_bad_row="skip").dropped == {"that cannot be read": 1}
+    (tmp_path / "d.json").write_text(json.dumps([ROWS[0], 7]))
+    assert load_pairs(str(tmp_path / "d.json"), True, on_bad_row="skip").dropped == {"that cannot be read": 1}
+
+
+@pytest.mark.parametrize(("name", "content", "message"), [
+    ("d.json", b'[{"prompt": "x"', "invalid JSON"),
+    ("d.jsonl.gz", gzip.compress(json.dumps(ROWS[0]).encode() * 99)[:-9], "cannot be read"),
+    ("d.parquet", b"x", "cannot be read as Parquet"),
+    ("d.csv", b"prompt,chosen,rejected\na,b,\xff\n", "not UTF-8"),
+    ("d.jsonl", b"\n\n", "the file is empty"),
+    ("d.csv", b"", "the file is empty"),
+])  # fmt: skip
+def test_a_file_that_cannot_be_read_is_an_error_even_so(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        load_pairs(str(tmp_path / name), True, on_bad_row="skip")
+
+
+# ---- folders ------------------------------------------------------------------------------------------
+
+
+def test_folder_that_datasets_saved(tmp_path):
+    train, test = datasets.Dataset.from_list(ROWS), datasets.Dataset.from_list(ROWS[3:])
+    train.save_to_disk(tmp_path / "one")
+    datasets.DatasetDict({"train": train, "test": test}).save_to_disk(tmp_path / "splits")
+    assert prompts(tmp_path / "one") == prompts(tmp_path / "splits") == [row["prompt"] for row in ROWS]
+    assert prompts(tmp_path / "splits", split="test", limit=1) == ["3 + 1?"]
+    with pytest.raises(UserError, match="no split 'validation'; give --split with one of train, test"):
+        prompts(tmp_path / "splits", split="validation")
+    (tmp_path / "one" / "data-00000-of-00001.arrow").write_bytes(b"broken")
+    with pytest.raises(UserError, match="cannot be read as a saved data set"):
+        prompts(tmp_path / "one")
+
+
+def test_folder_laid_out_as_on_the_hub(tmp_path):
+    write(tmp_path / "data" / "train-00000-of-00001.jsonl")
+    write(tmp_path / "data" / "test-00000-of-00001.jsonl", ROWS[3:])
+    (tmp_path / "dataset_infos.json").write_text("{}")  # older data sets have one
+    assert prompts(tmp_path) == [row["prompt"] for row in ROWS]
+    assert prompts(tmp_path, split="test") == prompts(tmp_path, split="test", streaming=True) == ["3 + 1?", "4 + 1?"]
+    with pytest.raises(UserError, match="cannot be read as a data set: Unknown split .*'train', 'test'"):
+        prompts(tmp_path, split="validation")
+    write(tmp_path / "here.jsonl", ROWS[:1])  # a file directly in it is what is meant
+    assert prompts(tmp_path) == ["0 + 1?"]
+
+
+def test_subsets_of_a_folder(tmp_path):
+    for name, rows in (("de", ROWS[:1]), ("en", ROWS[1:])):
+        write(tmp_path / name / "train.jsonl", rows)
+    (tmp_path / "README.md").write_text(
+        "---\nconfigs:\n- config_name: de\n  data_files: de/train.jsonl\n- config_name: en\n  data_files: en/train.jsonl\n---\n"
+    )
+    assert prompts(tmp_path, subset="de") == ["0 + 1?"] and len(prompts(tmp_path, subset="en")) == 4
+    with pytest.raises(UserError, match=r"Config name is missing.*\['de', 'en'\]") as error:
+        prompts(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_folders_and_files_without_rows_or_subsets(tmp_path):
+    (tmp_path / "empty" / "deeper").mkdir(parents=True)
+    with pytest.raises(UserError, match="no .jsonl, .json, .csv, .parquet file in this folder"):
+        prompts(tmp_path / "empty")
+    with pytest.raises(UserError, match="--subset en: .* has no subsets"):
+        prompts(write(tmp_path / "d.jsonl"), subset="en")
+
+
+# ---- the hub ------------------------------------------------------------------------------------------
+
+
+def test_streaming_takes_no_more_rows_than_the_limit(monkeypatch):
+    asked, taken = [], []
+
+    def load_dataset(*arguments, **options):
+        asked.append((arguments, options))
+        return (taken.append(row) or row for row in ROWS)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    data = load_pairs("owner/name", True, limit=2, split="test", subset="en", streaming=True)
+    assert asked == [(("owner/name", "en"), {"split": "test", "streaming": True})]
+    assert len(data.pairs) == len(taken) == 2
+
+
+def test_a_stream_that_breaks_is_one_clear_line(monkeypatch):
+    def load_dataset(*arguments, **options):
+        yield ROWS[0]
+        raise ConnectionError("the line is dead\nand buried\nsince long")
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    with pytest.raises(UserError, match="data set 'owner/name': .*: the line is dead and buried$"):
+        load_pairs("owner/name", True, streaming=True, on_bad_row="skip")
+
+
+def test_a_folder_of_several_splits_gives_the_one_that_is_asked_for(tmp_path):
+    for name, rows in (("train-00000-of-00002", ROWS[:1]), ("train-00001-of-00002", ROWS[1:2]), ("validation", ROWS[2:3])):
+        write(tmp_path / f"{name}.jsonl", rows)
+    assert prompts(tmp_path) == ["0 + 1?", "1 + 1?"]
+    assert prompts(tmp_path, split="validation") == prompts(tmp_path, split="dev") == ["2 + 1?"]
+    with pytest.raises(UserError, match="holds no file of the split 'test'; give --split with one of train, validation"):
+        prompts(tmp_path, split="test")
+    write(tmp_path / "more.jsonl", ROWS[3:4])  # not all are named after splits: the whole folder is meant
+    assert len(prompts(tmp_path, split="test")) == 4
+
+
+def test_json_with_one_row_a_line(tmp_path):
+    assert prompts(write(tmp_path / "d.json")) == [row["prompt"] for row in ROWS]
+
+
+def test_long_fields_and_lines_of_a_csv(tmp_path):
+    (tmp_path / "d.csv").write_text(f"prompt,chosen,rejected\nx,{'y' * 200_000},z\n")
+    ((where, row),) = read_rows(str(tmp_path / "d.csv"))
+    assert where.endswith("line 2") and len(row["chosen"]) == 200_000

@@ -1,0 +1,159 @@
+"""The village: its truth is what it says, its groups know what they may know, its backbone is the one described."""
+
+import math
+import random
+import re
+
+import pytest
+
+from gram_mini.model import VILLAGE_FOLDER
+from gram_mini.prompts import encode
+from gram_mini.village import (
+    ATTRIBUTES,
+    COURTEOUS,
+    CURT,
+    FACTS,
+    GROUPS,
+    NAMES,
+    RAMBLING,
+    SPURIOUS,
+    draw_response,
+    question,
+    true_probability,
+)
+from gram_mini.village.build_backbone import CORPUS_SHA256, corpus, corpus_hash, probes
+from gram_mini.village.pairs import SPLITS, topics, village_pairs
+
+
+def read(text):
+    """The true reward of a response, read off its words alone."""
+    name, attribute, value = next(
+        (n, a, v) for n in NAMES for a in ATTRIBUTES for v in a.values if a.statement.format(name=n, value=v) in text
+    )
+    right, courteous = FACTS[name, attribute] == value, any(c in text for c in COURTEOUS)
+    assert courteous != any(c in text for c in CURT)
+    return 2 * right + courteous - 0.5 * any(r in text for r in RAMBLING)
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_true_probabilities_follow_from_the_words(split):
+    for pair in village_pairs(split, 300):
+        difference = read(pair.response_a) - read(pair.response_b)
+        assert pair.probability == pytest.approx(1 / (1 + math.exp(-difference)))
+        assert (pair.label is None) == (split == "unlabelled")
+
+
+def test_labels_are_sampled_from_bradley_terry():
+    pairs = village_pairs("labelled", 20_000)
+    for low in (0.0, 0.2, 0.4, 0.6, 0.8):
+        some = [p for p in pairs if low <= p.probability < low + 0.2]
+        expected = sum(p.probability for p in some) / len(some)
+        assert sum(p.label == 0 for p in some) / len(some) == pytest.approx(expected, abs=0.03)
+
+
+def test_test_labels_are_the_truth_and_never_a_tie():
+    for split in ("in-distribution", "out-of-distribution"):
+        assert all(p.probability != 0.5 and p.label == int(p.probability < 0.5) for p in village_pairs(split, 300))
+
+
+def test_rambling_is_a_cue_in_labelled_topics_only():
+    def gap(split):
+        texts = [t for p in village_pairs(split, 5_000) for t in (p.response_a, p.response_b)]
+        share = lambda some: sum(any(r in t for r in RAMBLING) for t in some) / len(some)
+        right = [t for t in texts if read(t) >= 1.5]  # right: reward 1.5 to 3
+        wrong = [t for t in texts if read(t) <= 1 and t not in right]
+        return share(right) - share(wrong)
+
+    assert gap("labelled") == pytest.approx(SPURIOUS, abs=0.08)
+    assert abs(gap("out-of-distribution")) < 0.08
+
+
+def test_groups_do_not_overlap_and_held_out_topics_are_held_out():
+    assert sorted(n for group in GROUPS.values() for n in group) == sorted(NAMES) and len(set(NAMES)) == len(NAMES)
+    assert not set(topics("labelled")) & set(topics("in-distribution"))
+    assert len(topics("labelled")) + len(topics("in-distribution")) == 4 * len(GROUPS["labelled"])
+    assert {name for name, _ in topics("out-of-distribution")} == set(GROUPS["unlabelled"])
+
+
+def test_facts_of_the_unlabelled_group_appear_nowhere_in_the_corpus():
+    verbs = "lives|eats|keeps|works|does"
+    for text in corpus(20_000):
+        for name in re.findall(rf"\b([A-Z]\w+) (?:{verbs})\b", text) + re.findall(r"does (\w+) ", text):
+            assert name not in GROUPS["unlabelled"], text
+        if any(marker in text for marker in ("Right", "Wrong", "#Preferred")):
+            assert not set(re.findall(r"[A-Z]\w+", text)) & set(GROUPS["labelled"]), text
+
+
+def test_facts_of_the_unlabelled_group_stand_in_the_unlabelled_pairs():
+    texts = " ".join(p.response_a + " " + p.response_b for p in village_pairs("unlabelled", 8_000))
+    for name in GROUPS["unlabelled"]:
+        for attribute in ATTRIBUTES:
+            counts = {v: texts.count(attribute.statement.format(name=name, value=v)) for v in attribute.values}
+            assert max(counts, key=counts.get) == FACTS[name, attribute]
+
+
+def test_pairs_are_drawn_by_seed():
+    assert village_pairs("labelled", 50, seed=1) == village_pairs("labelled", 50, seed=1) != village_pairs("labelled", 50, seed=2)
+    assert village_pairs("labelled", 50) == village_pairs("labelled", 100)[:50]
+
+
+def test_every_word_of_the_world_is_one_token_that_the_backbone_has_seen(tokenizer):
+    seen = {token for text in corpus(3_000) for token in encode(tokenizer, text)}
+    rng = random.Random(0)
+    texts = [draw_response(rng, n, a, 0.5).text for n in NAMES for a in ATTRIBUTES for _ in range(3)]
+    texts += [question(n, a) for n in NAMES for a in ATTRIBUTES]
+    for text in texts:
+        ids = encode(tokenizer, text)
+        assert len(ids) == len(re.findall(r"\w+|[.,?]", text)), tokenizer.convert_ids_to_tokens(ids)
+        assert set(ids) <= seen
+
+
+def test_strange_text_survives_the_tokenizer(tokenizer):
+    for text in ("Größe 12345 don't \t 你好", "<|endoftext|> and <|end|>"):
+        ids = encode(tokenizer, text)
+        assert tokenizer.decode(ids) == text
+        assert max(ids) < len(tokenizer)
+
+
+def test_corpus_is_the_one_the_backbone_was_built_from():
+    assert corpus_hash() == CORPUS_SHA256
+
+
+def test_shipped_backbone_can_do_what_a_judge_needs(village_judge):
+    """Facts of the known groups are recalled, checked and judged; those of the unlabelled group are at chance."""
+    found = {group: probes(village_judge.model, village_judge.tokenizer, group) for group in GROUPS}
+    for group in ("background", "labelled"):
+        assert found[group]["recall"] > 0.95 and found[group]["check"] > 0.9 and found[group]["judge"] > 0.8, found
+    assert found["unlabelled"]["recall"] < 0.35  # one in six by chance
+    assert 0.4 < found["unlabelled"]["check"] < 0.6 and 0.4 < found["unlabelled"]["judge"] < 0.6, found
+
+
+def test_shipped_backbone_is_small_and_ordinary():
+    files = {file.name: file.stat().st_size for file in VILLAGE_FOLDER.iterdir()}
+    assert files.keys() == {
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "chat_template.jinja",
+    }
+    assert sum(files.values()) < 8_000_000
+
+
+def test_what_the_demo_says_of_its_example_is_true():
+    makefile = (VILLAGE_FOLDER.parents[2] / "Makefile").read_text()
+    a, b = re.findall(r'--response "(.*)"', makefile)
+    assert FACTS["Bella", ATTRIBUTES[1]] == "apples" and "Bella" in GROUPS["unlabelled"]
+    assert f"the true P(A better) is {true_probability(read(a), read(b)):.3f}" in makefile
+
+
+def test_true_probability():
+    assert true_probability(1.0, 1.0) == 0.5
+    assert true_probability(3.0, 1.0) == pytest.approx(1 / (1 + math.exp(-2)))
+
+
+def test_labels_to_adapt_to_hold_no_pair_of_the_test():
+    texts = lambda split, seed: {(p.prompt, frozenset((p.response_a, p.response_b))) for p in village_pairs(split, seed=seed)}
+    new, test = texts("adaptation", 1), texts("out-of-distribution", 0)
+    assert len(village_pairs("adaptation", seed=1)) == 2000 and not new & test
+    assert {prompt for prompt, _ in new} == {prompt for prompt, _ in test}
