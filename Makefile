@@ -1,16 +1,20 @@
-# make demo   both stages on the embedded village, and the table
-# make test   the tests
-# make notebook     run tutorial.ipynb and write it back with its outputs
-# make assignment   its student version
-# Both set up .venv first.
+# make demo          both stages on the village, and the table
+# make test          all checks and tests
+# make test-lesson   the tests of the lesson alone, within a minute
+# make test-latest   all tests with the newest versions that requirements.txt admits
+# make check         lint, format, types
+# make notebook      run tutorial.ipynb and write it back with its outputs
+# make assignment    its student version
+# make constraints   write down the versions that are installed (after a green make test-latest)
+# Each sets up .venv first (test-latest: .venv-latest).
 PYTHON ?= python3
 BIN := .venv/bin
 DEMO := runs/demo
 RUNS := pretrain labels labels_smoothed reward_unsmoothed reward
-
 COURSE := runs/course
+TESTED := -c tests/constraints.txt
 
-.PHONY: demo seeds test notebook assignment clean
+.PHONY: demo test test-lesson test-latest check notebook assignment constraints clean
 
 demo: .venv/.installed
 	$(BIN)/python train_pretrain.py --out $(DEMO)/pretrain --overwrite
@@ -19,7 +23,7 @@ demo: .venv/.installed
 	$(BIN)/python train_reward.py --init $(DEMO)/pretrain --out $(DEMO)/reward_unsmoothed --label-smoothing 0 --overwrite
 	$(BIN)/python train_reward.py --init $(DEMO)/pretrain --out $(DEMO)/reward --overwrite
 	@echo
-	@$(BIN)/python -m gram_mini.evaluation embedded $(RUNS:%=$(DEMO)/%)
+	@$(BIN)/python -m gram_mini.village.table village $(RUNS:%=$(DEMO)/%)
 	@echo
 	@$(BIN)/python score.py --model $(DEMO)/reward --prompt "What does Bella eat?" \
 	  --response "If you must. Bella eats apples." \
@@ -29,20 +33,22 @@ demo: .venv/.installed
 	@echo "Each run is a folder in $(DEMO)/: adapter, tokenizer, run.json, log.csv, plot.png. To score a pair of your own:"
 	@echo "  $(BIN)/python score.py --model $(DEMO)/reward --prompt ... --response ... --response ..."
 
-# The demo's table over five other seeds of labels, pairs, data order and adapters: about 25 minutes.
-seeds: .venv/.installed
-	for seed in 1 2 3 4 5; do \
-	  out=runs/seeds/$$seed; \
-	  $(BIN)/python train_pretrain.py --seed $$seed --out $$out/pretrain --overwrite && \
-	  $(BIN)/python train_reward.py --seed $$seed --out $$out/labels --label-smoothing 0 --overwrite && \
-	  $(BIN)/python train_reward.py --seed $$seed --out $$out/labels_smoothed --overwrite && \
-	  $(BIN)/python train_reward.py --seed $$seed --init $$out/pretrain --out $$out/reward_unsmoothed --label-smoothing 0 --overwrite && \
-	  $(BIN)/python train_reward.py --seed $$seed --init $$out/pretrain --out $$out/reward --overwrite || exit 1; \
-	done
-	$(BIN)/python -m gram_mini.evaluation embedded $(foreach run,$(RUNS),$(patsubst %,runs/seeds/%/$(run),1 2 3 4 5))
-
-test: .venv/.installed-tests
+test: check
 	$(BIN)/python -m pytest -q
+
+test-lesson: .venv/.installed
+	$(BIN)/python -m pytest -q tests/lesson
+
+test-latest:
+	test -x .venv-latest/bin/python || $(PYTHON) -m venv .venv-latest
+	.venv-latest/bin/python -m pip install -q --upgrade -r requirements.txt -r tests/requirements.txt
+	.venv-latest/bin/python -m pip list
+	.venv-latest/bin/python -m pytest -q
+
+check: .venv/.installed-tests
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 notebook: .venv/.installed-tests
 	$(BIN)/python tests/notebook.py
@@ -53,15 +59,18 @@ assignment: .venv/.installed-tests
 	PATH="$(CURDIR)/$(BIN):$$PATH" nbgrader generate_assignment gram_mini --course-dir=$(COURSE) --force
 	@echo "The student version: $(COURSE)/release/gram_mini/tutorial.ipynb"
 
-.venv/.installed: requirements.txt
+constraints:
+	.venv-latest/bin/python tests/constraints.py
+
+.venv/.installed: requirements.txt tests/constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@echo "Installing requirements.txt into .venv; a minute or more, by your connection ..."
-	$(BIN)/python -m pip install -q -r requirements.txt
+	$(BIN)/python -m pip install -q -r requirements.txt $(TESTED)
 	touch $@
 
 .venv/.installed-tests: .venv/.installed tests/requirements.txt
-	$(BIN)/python -m pip install -q -r tests/requirements.txt
+	$(BIN)/python -m pip install -q -r tests/requirements.txt $(TESTED)
 	touch $@
 
 clean:
-	rm -rf .venv
+	rm -rf .venv .venv-latest

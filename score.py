@@ -32,7 +32,9 @@ from gram_mini.studies.benchmarks import score_benchmark
 def main(argv=None):
     args = score_options(__doc__, argv)
     template = read_template(args.judge_template) if args.judge_template else None
-    judge = load_judge(args.model, args.bits, args.device, args.max_length, args.batch_size, template)
+    judge = load_judge(
+        args.model, args.bits, args.device, args.max_length, args.batch_size, template
+    )
     if args.benchmark:
         score_benchmark(judge, args)
     elif args.data:
@@ -46,22 +48,30 @@ def main(argv=None):
 def score_pair(judge, args):
     """Two responses: which is better? Every step from the label logits to the verdict; judge.compare is the same."""
     rows = judge.encode([Pair(args.prompt, *args.response)])  # token ids, cut to --max-length
-    odds, mass, cut = judge.log_odds(rows)  # (1, 2): Z_a - Z_b where a is shown as A, and where a is shown as B
-    first, second = odds[0].sigmoid().tolist()  # P(a better) in each order: two labels, so their softmax is a sigmoid
+    odds, mass, cut = judge.log_odds(
+        rows
+    )  # (1, 2): Z_a - Z_b where a is shown as A, and where a is shown as B
+    first, second = (
+        odds[0].sigmoid().tolist()
+    )  # P(a better) in each order: two labels, so their softmax is a sigmoid
     if args.average == "probabilities":
         p = (first + second) / 2
     else:
         p = odds[0].mean().sigmoid().item()
 
     print(f"prompt  {args.prompt}\n  A     {args.response[0]}\n  B     {args.response[1]}")
-    print(f"P(A better) = {p:.3f}, from {first:.3f} with A shown first and {second:.3f} with B shown first")
+    print(
+        f"P(A better) = {p:.3f}, from {first:.3f} with A shown first and {second:.3f} with B shown first"
+    )
     print(f"position gap {abs(first - second):.3f}; mass on the labels {mass.mean():.3f}")
     if mass.mean() < SELDOM:
         print("The model hardly answers A or B here: do not rely on what follows.")
     if cut.any():
         print(f"the texts were cut to {judge.max_length} tokens")
     if preferred(p):
-        print(f"Response {'A' if preferred(p) > 0 else 'B'} is better, with probability {max(p, 1 - p):.3f}.")
+        print(
+            f"Response {'A' if preferred(p) > 0 else 'B'} is better, with probability {max(p, 1 - p):.3f}."
+        )
     else:
         print("Neither is better.")
 
@@ -70,7 +80,9 @@ def score_responses(judge, args):
     """Several responses, best first. A reward is P(better than the reference)."""
     ranking = rank(judge, args.prompt, args.response, args.reference, args)
     print(f"prompt  {args.prompt}")
-    print(f"ranked by {ranking.method}, {ranking.comparisons} comparisons, each in both orders; best first:")
+    print(
+        f"ranked by {ranking.method}, {ranking.comparisons} comparisons, each in both orders; best first:"
+    )
     if ranking.truncated:
         print(f"in {ranking.truncated} of them the texts were cut to {judge.max_length} tokens")
     for place, i in enumerate(ranking.order, start=1):
@@ -90,11 +102,19 @@ def rank(judge, prompt, responses, reference, args):
 def score_rows(judge, args):
     """The rows of a file: all pairs are compared in one go, so that what they share is computed once."""
     questions = read_questions(args)
-    compared = iter(judge.compare_many([p for q in questions for p in q.pairs], args.average, progress="scoring"))
+    compared = iter(
+        judge.compare_many(
+            [p for q in questions for p in q.pairs], args.average, progress="scoring"
+        )
+    )
     answers = []
     for q in tqdm(questions, desc="scoring", delay=2, leave=False):
         ranked = q.responses is not None
-        answers.append(rank(judge, q.prompt, q.responses, q.reference, args) if ranked else [next(compared) for _ in q.pairs])
+        answers.append(
+            rank(judge, q.prompt, q.responses, q.reference, args)
+            if ranked
+            else [next(compared) for _ in q.pairs]
+        )
     write_scores(args, questions, answers, judge.max_length)
 
 

@@ -42,14 +42,22 @@ def main(argv=None):
     # Loop
     steps = number_of_steps(len(train), run.rows_per_step, args.epochs, args.steps)
     optimizer, schedule = optimizer_and_schedule(model, args.lr, steps)
-    batches = draw_batches(train, run.rows_per_step, args.seed)  # the order of the responses is drawn too
+    batches = draw_batches(
+        train, run.rows_per_step, args.seed
+    )  # the order of the responses is drawn too
     for batch in run.steps(batches, steps, model, optimizer, schedule):
         for part in run.passes(batch):  # all at once, or as many rows as fit
-            ids, targets = pair_batch(part, prompt, run.device)  # (B, T), (B, T): the next token, IGNORED on x
+            ids, targets = pair_batch(
+                part, prompt, run.device
+            )  # (B, T), (B, T): the next token, IGNORED on x
             hidden = hidden_states(model, ids)  # (B, T, H)
             pair = targets != IGNORED  # (B, T): where a token of y_a, y_b or a marker follows
-            loss = chunked_pair_loss(hidden[pair], targets[pair], output_head(model))  # -log pi(y_a, y_b | x) per token
-            share = trained_tokens(prompt, part) / trained_tokens(prompt, batch)  # the step's loss is a mean over tokens
+            loss = chunked_pair_loss(
+                hidden[pair], targets[pair], output_head(model)
+            )  # -log pi(y_a, y_b | x) per token
+            share = trained_tokens(prompt, part) / trained_tokens(
+                prompt, batch
+            )  # the step's loss is a mean over tokens
             (loss * share).backward()
             run.note(share, ids.numel(), loss=loss)
         if run.finite(clip_gradients(model)):
@@ -57,8 +65,13 @@ def main(argv=None):
         optimizer.zero_grad()
         schedule.step()
         if held_out and run.evaluation_due():
-            judged = run.in_shares(lambda rows: pair_losses(model, rows, prompt, args.batch_size, args.batch_tokens), held_out)
-            run.log_held_out({"loss": sum(loss for loss, _ in judged) / sum(tokens for _, tokens in judged)})
+            judged = run.in_shares(
+                lambda rows: pair_losses(model, rows, prompt, args.batch_size, args.batch_tokens),
+                held_out,
+            )
+            run.log_held_out(
+                {"loss": sum(loss for loss, _ in judged) / sum(tokens for _, tokens in judged)}
+            )
 
     if run.evaluation:
         run.say(f"held-out loss {run.evaluation['loss']:.3f} nats per token")

@@ -13,7 +13,14 @@ from gram_mini.errors import clear_errors
 from gram_mini.evaluation import summarise
 from gram_mini.judge import Judge
 from gram_mini.losses import best_margin, margins, reward_loss
-from gram_mini.model import add_lora, hidden_states, load_lora, load_model, load_tokenizer, output_logits
+from gram_mini.model import (
+    add_lora,
+    hidden_states,
+    load_lora,
+    load_model,
+    load_tokenizer,
+    output_logits,
+)
 from gram_mini.pairs import split_by_prompt
 from gram_mini.reading.load import load_pairs
 from gram_mini.runs.options import reading, reward_options
@@ -35,8 +42,13 @@ def main(argv=None):
     torch.manual_seed(args.seed)
     model = load_model(run.backbone, args.bits, run.device, args.gradient_checkpointing)
     model = load_lora(model, args.init) if args.init else add_lora(model, args.lora_rank)
-    judge = Judge(model, tokenizer, args.max_length, args.batch_size, run.template, args.batch_tokens)
-    prompt, labels = judge.prompt, judge.labels  # the question around x, y_a and y_b; the tokens of A and B
+    judge = Judge(
+        model, tokenizer, args.max_length, args.batch_size, run.template, args.batch_tokens
+    )
+    prompt, labels = (
+        judge.prompt,
+        judge.labels,
+    )  # the question around x, y_a and y_b; the tokens of A and B
 
     # Token ids
     train, held_out = judge.encode(train_pairs), judge.encode(held_out_pairs)
@@ -45,18 +57,26 @@ def main(argv=None):
     # Loop
     steps = number_of_steps(len(train), run.rows_per_step, args.epochs, args.steps)
     optimizer, schedule = optimizer_and_schedule(model, args.lr, steps)
-    batches = draw_batches(train, run.rows_per_step, args.seed)  # the order of the responses is drawn too
+    batches = draw_batches(
+        train, run.rows_per_step, args.seed
+    )  # the order of the responses is drawn too
     for batch in run.steps(batches, steps, model, optimizer, schedule):
         for part in run.passes(batch):  # all at once, or as many rows as fit
-            ids, last, right = judge_batch(part, prompt, run.device)  # (B, T), (B,), (B,): 0 where A is better, 1 where B
+            ids, last, right = judge_batch(
+                part, prompt, run.device
+            )  # (B, T), (B,), (B,): 0 where A is better, 1 where B
             hidden = hidden_states(model, ids)  # (B, T, H)
             verdict = hidden[torch.arange(len(part)), last]  # (B, H), where A or B would come next
-            z = output_logits(model, verdict, labels)  # (B, 2): Z_A, Z_B, two rows of the output matrix
+            z = output_logits(
+                model, verdict, labels
+            )  # (B, 2): Z_A, Z_B, two rows of the output matrix
             loss = reward_loss(z, right, args.label_smoothing)  # -log sigmoid(m) + eps m
             share = len(part) / len(batch)  # the step's loss is a mean over pairs
             (loss * share).backward()
             m = margins(z, right)  # (B,): Z_w - Z_l
-            run.note(share, ids.numel(), loss=loss, accuracy=(m > 0).float().mean(), margin=m.mean())
+            run.note(
+                share, ids.numel(), loss=loss, accuracy=(m > 0).float().mean(), margin=m.mean()
+            )
             if run.logs():  # this needs the whole output matrix, so only now and then
                 run.note(share, label_mass=judge.label_mass(verdict.detach()).mean())
         if run.finite(clip_gradients(model)):

@@ -50,13 +50,21 @@ class EncodedPair:
         """The same pair in the other order: the responses change places, and the label with them."""
         prompt, a, b = self.uncut
         label = None if self.label is None else 1 - self.label
-        return replace(self, response_a=self.response_b, response_b=self.response_a, label=label, uncut=(prompt, b, a))
+        return replace(
+            self,
+            response_a=self.response_b,
+            response_b=self.response_a,
+            label=label,
+            uncut=(prompt, b, a),
+        )
 
 
 # ---- encode and cut -----------------------------------------------------------------------------------
 
 
-def encode_pairs(pairs: list[Pair], pieces: PromptPieces, tokenizer, max_length: int) -> list[EncodedPair]:
+def encode_pairs(
+    pairs: list[Pair], pieces: PromptPieces, tokenizer, max_length: int
+) -> list[EncodedPair]:
     """Tokenise pairs and cut each so that it fits ``max_length`` tokens together with its prompt pieces.
 
     Raises:
@@ -69,19 +77,31 @@ def encode_pairs(pairs: list[Pair], pieces: PromptPieces, tokenizer, max_length:
             f"{pieces.fixed_tokens}; give at least {pieces.fixed_tokens + 6}"
         )
     encoded = []
-    for start in tqdm(range(0, len(pairs), 1000), desc="tokenising", unit="k", delay=2, leave=False):
+    for start in tqdm(
+        range(0, len(pairs), 1000), desc="tokenising", unit="k", delay=2, leave=False
+    ):
         chunk = pairs[start : start + 1000]
-        texts = [text.strip() for pair in chunk for text in (pair.prompt, pair.response_a, pair.response_b)]
+        texts = [
+            text.strip()
+            for pair in chunk
+            for text in (pair.prompt, pair.response_a, pair.response_b)
+        ]
         # A response that spells out "<|im_end|>" must not end the user's turn: inside a text it is only text.
-        ids = tokenizer(texts, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
+        ids = tokenizer(texts, add_special_tokens=False, split_special_tokens=True, verbose=False)[
+            "input_ids"
+        ]
         for pair, prompt, a, b in zip(chunk, ids[0::3], ids[1::3], ids[2::3]):
             uncut = (len(prompt), len(a), len(b))
-            cut = (array("i", text) for text in truncate(prompt, a, b, budget))  # 4 bytes a token; a list takes 36
+            cut = (
+                array("i", text) for text in truncate(prompt, a, b, budget)
+            )  # 4 bytes a token; a list takes 36
             encoded.append(EncodedPair(*cut, pair.label, pair.row, uncut))
     return encoded
 
 
-def truncate(prompt: list[int], a: list[int], b: list[int], budget: int) -> tuple[list[int], list[int], list[int]]:
+def truncate(
+    prompt: list[int], a: list[int], b: list[int], budget: int
+) -> tuple[list[int], list[int], list[int]]:
     """Cut three token lists to ``budget`` tokens in all, without favour to either response.
 
     The prompt gives way first, from its beginning (its end holds the question), down to a third of the
@@ -121,7 +141,11 @@ def batch_order(lengths: list[int], batch_size: int, rng: random.Random) -> list
 
 
 def split_by_tokens(
-    lengths: list[int], tokens: float | None, most: int | None = None, padding: float = 1.0, groups: Sequence | None = None
+    lengths: list[int],
+    tokens: float | None,
+    most: int | None = None,
+    padding: float = 1.0,
+    groups: Sequence | None = None,
 ):
     """Yield slices of consecutive sequences, each for one forward pass.
 
@@ -179,13 +203,17 @@ def next_tokens(ids: list[int], given: int) -> list[int]:
     return [IGNORED] * (given - 1) + ids[given:] + [IGNORED]
 
 
-def pair_batch(rows: list[EncodedPair], pieces: PromptPieces, device="cpu") -> tuple[torch.Tensor, torch.Tensor]:
+def pair_batch(
+    rows: list[EncodedPair], pieces: PromptPieces, device="cpu"
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Stage 1: sequences, and as targets the next token wherever it belongs to the assistant's turn.
 
     Returns ids (B, T) and targets (B, T), IGNORED on the prompt and on padding.
     """
     sequences = [join(pieces, row) for row in rows]
-    given = [len(pieces.start) + len(row.prompt) + pieces.untrained for row in rows]  # tokens that are not trained on
+    given = [
+        len(pieces.start) + len(row.prompt) + pieces.untrained for row in rows
+    ]  # tokens that are not trained on
     targets = pad([next_tokens(*pair) for pair in zip(sequences, given)], IGNORED)
     return pad(sequences).to(device), targets.to(device)
 

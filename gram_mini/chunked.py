@@ -55,9 +55,14 @@ class _InChunks(torch.autograd.Function):
         return ctx.saved_tensors[0] * gradient, None, None, None
 
 
-def _chunk(hidden: torch.Tensor, targets: torch.Tensor, head, with_gradient: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+def _chunk(
+    hidden: torch.Tensor, targets: torch.Tensor, head, with_gradient: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Summed negative log-likelihood of a few tokens, and its gradient (n, H), in the memory of one (n, V) of logits."""
-    hidden, targets = hidden.detach().requires_grad_(with_gradient), targets[:, None]  # (n, H), (n, 1)
+    hidden, targets = (
+        hidden.detach().requires_grad_(with_gradient),
+        targets[:, None],
+    )  # (n, H), (n, 1)
     with torch.enable_grad():
         logits = head(hidden)  # (n, V)
     z = logits.detach().to(torch.promote_types(logits.dtype, torch.float32), copy=bool(head.cap))
@@ -67,12 +72,18 @@ def _chunk(hidden: torch.Tensor, targets: torch.Tensor, head, with_gradient: boo
     loss = (sums.log() + largest - right).sum()
     if not with_gradient:
         return loss, None
-    z.div_(sums).scatter_add_(1, targets, -torch.ones_like(sums))  # d loss / d logits: probabilities, less 1 at the target
+    z.div_(sums).scatter_add_(
+        1, targets, -torch.ones_like(sums)
+    )  # d loss / d logits: probabilities, less 1 at the target
     return loss, torch.autograd.grad(logits, hidden, z.to(logits.dtype))[0]
 
 
 @torch.no_grad()
 def token_losses(hidden: torch.Tensor, targets: torch.Tensor, head) -> torch.Tensor:
     """Negative log-likelihood (N,) of each token, in nats, for evaluation; arguments as above."""
-    chunks = zip(hidden.split(rows_at_once(head)), targets.split(rows_at_once(head)))  # (n, H), (n,)
-    return torch.cat([F.cross_entropy(at_least_float32(head(h)), t, reduction="none") for h, t in chunks])
+    chunks = zip(
+        hidden.split(rows_at_once(head)), targets.split(rows_at_once(head))
+    )  # (n, H), (n,)
+    return torch.cat(
+        [F.cross_entropy(at_least_float32(head(h)), t, reduction="none") for h, t in chunks]
+    )

@@ -26,7 +26,10 @@ def clear_errors():
     except Interrupted as error:
         _end(f"interrupted: {error}", 130)
     except KeyboardInterrupt:
-        _end("\ninterrupted: nothing was written or replaced since the last checkpoint, if there is one", 130)
+        _end(
+            "\ninterrupted: nothing was written or replaced since the last checkpoint, if there is one",
+            130,
+        )
     except Exception as error:
         line = _explain(error)
         if line is None:
@@ -44,9 +47,17 @@ def _end(line: str, status: int, alike: bool = True) -> None:
 def _explain(error: Exception) -> str | None:
     """One line for what a machine ran out of or forbids, None for anything else."""
     text = str(error)
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS):
+    if isinstance(error, OSError) and error.errno in (
+        errno.ENOSPC,
+        errno.EDQUOT,
+        errno.EFBIG,
+        errno.EACCES,
+        errno.EROFS,
+    ):
         return f"{error.filename or 'a file'}: {error.strerror}; make room or choose another folder"
-    if "No space left on device" in text or "File too large" in text:  # what safetensors and torch make of an OSError
+    if (
+        "No space left on device" in text or "File too large" in text
+    ):  # what safetensors and torch make of an OSError
         return f"a file could not be written: {text.splitlines()[0]}; make room or choose another folder"
     if type(error).__name__ == "OutOfMemoryError":
         return (

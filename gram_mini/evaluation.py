@@ -22,7 +22,11 @@ from gram_mini.prompts import PromptPieces
 
 
 def pair_losses(
-    model, rows: list[EncodedPair], prompt: PromptPieces, batch_size: int, batch_tokens: int | None = None
+    model,
+    rows: list[EncodedPair],
+    prompt: PromptPieces,
+    batch_size: int,
+    batch_tokens: int | None = None,
 ) -> list[tuple[float, int]]:
     """The negative log-likelihood of each pair, -log pi(y_a, y_b | x) in nats, and its number of trained tokens."""
     results: list[tuple[float, int]] = []
@@ -31,7 +35,9 @@ def pair_losses(
         for part in split_by_tokens(lengths, batch_tokens, most=batch_size):
             ids, targets = pair_batch(rows[part], prompt, model.device)  # (B, T), (B, T)
             trained = targets != IGNORED
-            losses = token_losses(hidden_states(model, ids)[trained], targets[trained], output_head(model))  # (N,)
+            losses = token_losses(
+                hidden_states(model, ids)[trained], targets[trained], output_head(model)
+            )  # (N,)
             counts = trained.sum(dim=1).tolist()  # (B,)
             results += [(float(of_pair.sum()), len(of_pair)) for of_pair in losses.split(counts)]
     return results
@@ -46,7 +52,9 @@ class Evaluation:
 
     pairs: int
     accuracy: float  # share of pairs whose preferred response gets P > 1/2; a draw counts half
-    interval: float  # half the 95% interval of the accuracy; pairs of one prompt count as one cluster
+    interval: (
+        float  # half the 95% interval of the accuracy; pairs of one prompt count as one cluster
+    )
     loss: float  # two-label loss without smoothing, nats, mean over both orders
     margin: float  # mean Z_w - Z_l over both orders, in logits
     label_mass: float  # mean probability of answering with A or B at all
@@ -61,7 +69,9 @@ class Evaluation:
         )
 
 
-def evaluate(judge: Judge, pairs: list[Pair], average: str = "probabilities", progress: str | None = None) -> Evaluation:
+def evaluate(
+    judge: Judge, pairs: list[Pair], average: str = "probabilities", progress: str | None = None
+) -> Evaluation:
     """Judge labelled pairs in both orders.
 
     Raises:
@@ -79,7 +89,9 @@ def summarise(pairs: list[Pair], results: list[Comparison]) -> Evaluation:
         p = result.probability
         preference = preferred(p) if pair.label == 0 else -preferred(p)  # 1 where it is the label's
         hits[pair.prompt].append((1 + preference) / 2)
-        margins += [m if pair.label == 0 else -m for m in (result.log_odds_first, result.log_odds_second)]
+        margins += [
+            m if pair.label == 0 else -m for m in (result.log_odds_first, result.log_odds_second)
+        ]
         if pair.probability is not None:
             p, q = min(max(p, 1e-12), 1 - 1e-12), pair.probability
             entropies.append(-q * math.log(p) - (1 - q) * math.log(1 - p))
@@ -108,7 +120,9 @@ def _softplus(x: float) -> float:
 # ---- calibration, agreement of the orders, bootstrap --------------------------------------------------
 
 
-def calibration(probabilities, outcomes, bins: int = 10) -> tuple[float, list[tuple[float | None, float | None, int]]]:
+def calibration(
+    probabilities, outcomes, bins: int = 10
+) -> tuple[float, list[tuple[float | None, float | None, int]]]:
     """Expected calibration error (Guo et al. 2017, arXiv 1706.04599), and how reliable each bin is.
 
     A pair is seen from the side of the response that the judge prefers, so it does not matter which of the two is called a.
@@ -122,15 +136,22 @@ def calibration(probabilities, outcomes, bins: int = 10) -> tuple[float, list[tu
 
     Returns the ECE and (mean P, share right, count) of each bin; without pairs (None, None, 0).
     """
-    p, better = (torch.as_tensor(values, dtype=torch.float64) for values in (probabilities, outcomes))  # (N,)
+    p, better = (
+        torch.as_tensor(values, dtype=torch.float64) for values in (probabilities, outcomes)
+    )  # (N,)
     confidence = torch.maximum(p, 1 - p)  # P of the response that the judge prefers
     right = torch.where(p > 0.5, better, 1 - better)
     right[(p - 0.5).abs() <= TIE] = 0.5
     place = ((2 * confidence - 1) * bins).long().clamp(max=bins - 1)  # number of the bin
     counts = torch.bincount(place, minlength=bins)  # (bins,)
-    total_p, total_right = (torch.bincount(place, values, bins) for values in (confidence, right))  # (bins,)
+    total_p, total_right = (
+        torch.bincount(place, values, bins) for values in (confidence, right)
+    )  # (bins,)
     ece = float((total_p - total_right).abs().sum() / len(p))
-    return ece, [(float(a / n), float(b / n), int(n)) if n else (None, None, 0) for a, b, n in zip(total_p, total_right, counts)]
+    return ece, [
+        (float(a / n), float(b / n), int(n)) if n else (None, None, 0)
+        for a, b, n in zip(total_p, total_right, counts)
+    ]
 
 
 def brier(probabilities, outcomes) -> float:
@@ -138,7 +159,9 @@ def brier(probabilities, outcomes) -> float:
 
     Takes the same as :func:`calibration`; which response is called a does not matter here either.
     """
-    p, better = (torch.as_tensor(values, dtype=torch.float64) for values in (probabilities, outcomes))  # (N,)
+    p, better = (
+        torch.as_tensor(values, dtype=torch.float64) for values in (probabilities, outcomes)
+    )  # (N,)
     return float(((p - better) ** 2).mean())
 
 
@@ -152,7 +175,12 @@ def consistency(results: list[Comparison]) -> float:
     return sum(map(orders_agree, results)) / len(results)
 
 
-def bootstrap(strata: list[list], figures: Callable[[list], dict[str, float | None]], draws: int = 1000, seed: int = 0) -> dict:
+def bootstrap(
+    strata: list[list],
+    figures: Callable[[list], dict[str, float | None]],
+    draws: int = 1000,
+    seed: int = 0,
+) -> dict:
     """Percentile bootstrap: 95% intervals by drawing the units again, with replacement.
 
     Args:
@@ -190,6 +218,8 @@ def with_interval(runs: list[Evaluation]) -> str:
 def student_t(freedom: int) -> float:
     """The 97.5% quantile of Student's t: from the tables up to 5 degrees of freedom, then by expansion (to 0.01)."""
     table = (12.706, 4.303, 3.182, 2.776, 2.571)
-    return table[freedom - 1] if freedom <= len(table) else 1.960 + 2.372 / freedom + 2.823 / freedom**2
-
-
+    return (
+        table[freedom - 1]
+        if freedom <= len(table)
+        else 1.960 + 2.372 / freedom + 2.823 / freedom**2
+    )

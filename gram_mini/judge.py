@@ -62,7 +62,9 @@ class Comparison:
 class Ranking:
     """Responses from best to worst."""
 
-    order: list[int]  # positions in the list of responses, best first; equal scores in the order they were given
+    order: list[
+        int
+    ]  # positions in the list of responses, best first; equal scores in the order they were given
     scores: list[float]  # one per response, in the order they were given
     comparisons: int  # pairs compared, each in both orders
     truncated: int  # how many of them had their texts cut to fit max_length
@@ -111,10 +113,14 @@ class Judge:
             for order in (rows, [row.swapped() for row in rows]):
                 ids, last, _ = judge_batch(order, self.prompt)  # (N, T), (N,)
                 hidden = hidden_states(self.model, ids)  # (N, T, H)
-                verdict = hidden[torch.arange(len(order)), last]  # (N, H), where A or B would come next
+                verdict = hidden[
+                    torch.arange(len(order)), last
+                ]  # (N, H), where A or B would come next
                 z.append(self.label_logits(verdict).float())  # (N, 2): Z_A, Z_B
         first, second = z
-        return torch.stack([first[:, 0] - first[:, 1], second[:, 1] - second[:, 0]], dim=1).cpu()  # (N, 2)
+        return torch.stack(
+            [first[:, 0] - first[:, 1], second[:, 1] - second[:, 0]], dim=1
+        ).cpu()  # (N, 2)
 
     def log_odds(
         self, rows: list[EncodedPair], progress: str | None = None
@@ -130,8 +136,14 @@ class Judge:
             for places, verdict in self.verdict_states(orders, progress):  # (B,), (B, H)
                 z[places] = self.label_logits(verdict).float().cpu()
                 mass[places] = self.label_mass(verdict).cpu()
-        odds = (z[:, 0] - z[:, 1]).view(-1, 2) * torch.tensor([1, -1])  # shown second, a is called B
-        return odds, mass.view(-1, 2), torch.tensor([row.truncated for row in rows], dtype=torch.bool)
+        odds = (z[:, 0] - z[:, 1]).view(-1, 2) * torch.tensor(
+            [1, -1]
+        )  # shown second, a is called B
+        return (
+            odds,
+            mass.view(-1, 2),
+            torch.tensor([row.truncated for row in rows], dtype=torch.bool),
+        )
 
     def verdict_states(self, orders: list[EncodedPair], progress: str | None = None) -> Iterable:
         """Yield (which of ``orders``, hidden states (B, H) where their verdicts stand), a forward pass at a time."""
@@ -149,7 +161,9 @@ class Judge:
     def label_mass(self, verdict: torch.Tensor) -> torch.Tensor:
         """Probability (B,) of answering A or B at all, from the hidden states (B, H) where the verdict stands."""
         head = output_head(self.model)
-        return torch.cat([label_mass(head(states), self.labels) for states in verdict.split(rows_at_once(head))])
+        return torch.cat(
+            [label_mass(head(states), self.labels) for states in verdict.split(rows_at_once(head))]
+        )
 
     # ---- comparisons ----------------------------------------------------------------------------------
 
@@ -176,15 +190,21 @@ class Judge:
             raise ValueError(f"average must be one of {AVERAGES}, got {average!r}")
         odds, mass, truncated = self.log_odds(rows, progress)
         each = odds.sigmoid()  # (N, 2)
-        mean = each.mean(dim=1) if average == "probabilities" else odds.mean(dim=1).sigmoid()  # (N,)
+        mean = (
+            each.mean(dim=1) if average == "probabilities" else odds.mean(dim=1).sigmoid()
+        )  # (N,)
         columns = (mean, *each.T, *odds.T, mass.mean(dim=1), truncated)  # seven of (N,)
         return [Comparison(*row) for row in zip(*(column.tolist() for column in columns))]
 
-    def compare(self, prompt: str, response_a: str, response_b: str, average: str = "probabilities") -> Comparison:
+    def compare(
+        self, prompt: str, response_a: str, response_b: str, average: str = "probabilities"
+    ) -> Comparison:
         """How ``response_a`` fares against ``response_b``."""
         return self.compare_many([Pair(prompt, response_a, response_b)], average)[0]
 
-    def reward(self, prompt: str, response: str, reference: str, average: str = "probabilities") -> float:
+    def reward(
+        self, prompt: str, response: str, reference: str, average: str = "probabilities"
+    ) -> float:
         """P(better than the reference response), 0 to 1, 1/2 is a draw (NiuTrans/GRAM, README.md, "PPO")."""
         return self.compare(prompt, response, reference, average).probability
 
@@ -221,7 +241,9 @@ class Judge:
             comparisons.extend(results)
             return [result.probability for result in results]
 
-        texts = [response.strip() for response in responses]  # white space around a text does not count
+        texts = [
+            response.strip() for response in responses
+        ]  # white space around a text does not count
         if method == "round-robin":
             scores = round_robin(texts, compare)
         else:
@@ -236,7 +258,9 @@ class Judge:
         return Ranking(best_first(scores), scores, len(comparisons), truncated, method)
 
 
-def round_robin(texts: list[str], compare: Callable[[list[tuple[str, str]]], list[float]]) -> list[float]:
+def round_robin(
+    texts: list[str], compare: Callable[[list[tuple[str, str]]], list[float]]
+) -> list[float]:
     """Mean P(better than another one) of each text.
 
     ``compare`` takes pairs of texts and gives P(the first is better) of each. Equal texts are a draw and are not
@@ -253,7 +277,9 @@ def round_robin(texts: list[str], compare: Callable[[list[tuple[str, str]]], lis
     return scores
 
 
-def knock_out(texts: list[str], compare: Callable[[list[tuple[str, str]]], list[float]]) -> list[float]:
+def knock_out(
+    texts: list[str], compare: Callable[[list[tuple[str, str]]], list[float]]
+) -> list[float]:
     """Rounds survived, plus P(better) in the last game, of each of some different texts; arguments as above."""
     scores, alive, rounds = [0.0] * len(texts), list(range(len(texts))), 0
     while len(alive) > 1:

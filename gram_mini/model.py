@@ -27,8 +27,12 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it announces at import that an optional kernel is missing
-warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*", category=FutureWarning)  # peft, and 5.x names below
+logging.getLogger("bitsandbytes").setLevel(
+    logging.ERROR
+)  # it announces at import that an optional kernel is missing
+warnings.filterwarnings(
+    "ignore", message=".*gradient_checkpointing.*", category=FutureWarning
+)  # peft, and 5.x names below
 
 from peft import LoraConfig, PeftModel, get_peft_model  # noqa: E402
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig  # noqa: E402
@@ -58,7 +62,9 @@ def local_folder(name: str) -> Path | None:
             raise UserError(f"{name}: holds no config.json, so it is no model folder")
         return folder
     if looks_like_path(name):
-        raise UserError(f"{name}: no such folder; give a model folder, a run folder or a name on the hub")
+        raise UserError(
+            f"{name}: no such folder; give a model folder, a run folder or a name on the hub"
+        )
     return None
 
 
@@ -67,8 +73,12 @@ def _from_pretrained(kind, name: str, folder: Path | None, **options):
     source, _, commit = (str(folder), "", "") if folder else name.partition("@")
     try:
         return kind.from_pretrained(source, revision=commit or "main", **options)
-    except Exception as error:  # files of any origin: whatever the loader raises, this name gives no model
-        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    except (
+        Exception
+    ) as error:  # files of any origin: whatever the loader raises, this name gives no model
+        reason = next(
+            (line for line in str(error).splitlines() if line.strip()), type(error).__name__
+        )
         raise UserError(f"{name!r} cannot be loaded: {reason}") from None
 
 
@@ -109,7 +119,9 @@ def quantization(bits: int, dtype: torch.dtype) -> dict:
     return {"quantization_config": BitsAndBytesConfig(**nf4, bnb_4bit_compute_dtype=dtype)}
 
 
-def load_model(name: str, bits: int = 4, device: torch.device | str = "cpu", checkpointing: bool = False):
+def load_model(
+    name: str, bits: int = 4, device: torch.device | str = "cpu", checkpointing: bool = False
+):
     """Load a causal language model with frozen weights; ``bits=4`` is NF4 with double quantisation (QLoRA).
 
     ``name`` is a folder, "village", or a name on the hub, which may end in @COMMIT. ``checkpointing`` keeps only each
@@ -146,7 +158,9 @@ def checkpoint_gradients(model) -> None:
 
 def add_lora(model, rank: int) -> PeftModel:
     """A fresh LoRA adapter on every linear layer but the output matrix; alpha is twice the rank."""
-    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
+    config = LoraConfig(
+        r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM"
+    )
     return get_peft_model(model, config)
 
 
@@ -161,7 +175,9 @@ def load_lora(model, folder: Path, trainable: bool = True) -> PeftModel:
     try:
         return PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
     except Exception as error:  # as in _from_pretrained
-        raise UserError(f"{folder}: the adapter cannot be loaded: {str(error).splitlines()[0]}") from None
+        raise UserError(
+            f"{folder}: the adapter cannot be loaded: {str(error).splitlines()[0]}"
+        ) from None
 
 
 # ---- hidden states ------------------------------------------------------------------------------------
@@ -207,7 +223,9 @@ def without_adapter(model):
 # ---- logits -------------------------------------------------------------------------------------------
 
 
-def output_logits(model, hidden: torch.Tensor, tokens: tuple[int, ...] | None = None) -> torch.Tensor:
+def output_logits(
+    model, hidden: torch.Tensor, tokens: tuple[int, ...] | None = None
+) -> torch.Tensor:
     """Next-token logits of hidden states (..., H): (..., V), or (..., len(tokens)) for these tokens only."""
     return output_head(model)(hidden, tokens)
 
@@ -229,7 +247,9 @@ class OutputHead:
         weight, bias = self.weight, self.bias
         if tokens is not None:
             exact = torch.promote_types(weight.dtype, torch.float32)
-            weight, bias = (None if x is None else x[list(tokens)].to(exact) for x in (weight, bias))
+            weight, bias = (
+                None if x is None else x[list(tokens)].to(exact) for x in (weight, bias)
+            )
         logits = F.linear(hidden.to(weight.dtype), weight, bias)
         logits = logits if self.scale == 1 else logits * self.scale
         return torch.tanh(logits / self.cap) * self.cap if self.cap else logits
@@ -239,5 +259,12 @@ def output_head(model) -> OutputHead:
     """The output head of a causal language model, with or without an adapter."""
     base = without_adapter(model)
     head, config = base.get_output_embeddings(), base.config.get_text_config()
-    scale = (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
-    return OutputHead(head.weight, getattr(head, "bias", None), scale, getattr(config, "final_logit_softcapping", None))
+    scale = (getattr(config, "logit_scale", None) or 1.0) / (
+        getattr(config, "logits_scaling", None) or 1.0
+    )
+    return OutputHead(
+        head.weight,
+        getattr(head, "bias", None),
+        scale,
+        getattr(config, "final_logit_softcapping", None),
+    )

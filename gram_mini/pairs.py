@@ -47,4 +47,6 @@ def split_by_prompt(pairs: list[Pair], share: float, seed: int) -> tuple[list[Pa
         return list(pairs), []
     random.Random(seed).shuffle(prompts)
     held_out = set(prompts[: min(max(1, round(share * len(prompts))), len(prompts) - 1)])
-    return [pair for pair in pairs if pair.prompt not in held_out], [pair for pair in pairs if pair.prompt in held_out]
+    return [pair for pair in pairs if pair.prompt not in held_out], [
+        pair for pair in pairs if pair.prompt in held_out
+    ]

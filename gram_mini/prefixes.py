@@ -6,6 +6,7 @@ those with the same first response share that as well. tests/lesson/test_prefixe
 
 from __future__ import annotations
 
+import inspect
 from array import array
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -39,14 +40,18 @@ def tree(sequences: list[Segments]) -> tuple[list[Level], list[int]]:
     Levels end after those segments at which sequences part.
     """
     segments = len(sequences[0])
-    distinct = [len({s[:k] for s in sequences}) for k in range(segments + 1)]  # beginnings of k segments
+    distinct = [
+        len({s[:k] for s in sequences}) for k in range(segments + 1)
+    ]  # beginnings of k segments
     ends = [k for k in range(1, segments) if distinct[k] < distinct[k + 1]] + [segments]
     levels, before, start = [], {(): 0}, 0
     for end in ends:
         places: dict[Segments, int] = {}
         for s in sequences:
             places.setdefault(s[:end], len(places))
-        levels.append(Level([sum(s[start:end], ()) for s in places], [before[s[:start]] for s in places]))
+        levels.append(
+            Level([sum(s[start:end], ()) for s in places], [before[s[:start]] for s in places])
+        )
         before, start = places, end
     return levels, [before[s] for s in sequences]
 
@@ -70,6 +75,12 @@ def can_share(model) -> bool:
     )
 
 
+def cache_argument(model) -> str:
+    """What the installed transformers calls the keys and values of before: newer versions say ``cache``."""
+    parameters = inspect.signature(decoder(model).forward).parameters
+    return "cache" if "cache" in parameters else "past_key_values"
+
+
 def worth_it(levels: list[Level], whole: Level) -> bool:
     """Whether levels spare enough of the work of whole sequences without many more keys and values to hold."""
     computed = sum(level.tokens for level in levels)
@@ -78,7 +89,11 @@ def worth_it(levels: list[Level], whole: Level) -> bool:
 
 
 def end_states_in_passes(
-    model, rows: list[EncodedPair], segments: Callable[[EncodedPair], Segments], tokens: float, progress: str | None = None
+    model,
+    rows: list[EncodedPair],
+    segments: Callable[[EncodedPair], Segments],
+    tokens: float,
+    progress: str | None = None,
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Yield (places (B,) in ``rows``, last hidden states (B, H) of their sequences), ``tokens`` in a pass at most.
 
@@ -94,8 +109,12 @@ def end_states_in_passes(
         return -longest[questions[i]], questions[i], bytes(array("i", rows[i].response_a))
 
     order = sorted(range(len(rows)), key=place)
-    passes = split_by_tokens([lengths[i] for i in order], tokens, padding=0.1, groups=[questions[i] for i in order])
-    with tqdm(total=len(rows), desc=progress, delay=2, disable=progress is None, leave=False) as bar:
+    passes = split_by_tokens(
+        [lengths[i] for i in order], tokens, padding=0.1, groups=[questions[i] for i in order]
+    )
+    with tqdm(
+        total=len(rows), desc=progress, delay=2, disable=progress is None, leave=False
+    ) as bar:
         for part in passes:
             places = order[part]
             yield torch.tensor(places), end_states(model, [segments(rows[i]) for i in places])
@@ -110,7 +129,8 @@ def end_states(model, sequences: list[Segments]) -> torch.Tensor:
     if nothing_left or not worth_it(levels, whole) or not can_share(model):
         hidden = hidden_states(model, pad(whole.ids))  # (B, T, H)
         return hidden[torch.arange(len(hidden)), [len(ids) - 1 for ids in whole.ids]]
-    cache, seen = DynamicCache(config=model.config.get_text_config()), torch.ones(1, 0, dtype=torch.bool)  # (R, T so far)
+    cache = DynamicCache(config=model.config.get_text_config())
+    seen = torch.ones(1, 0, dtype=torch.bool)  # (R, T so far)
     for level in levels:
         first = level is levels[0]
         ids = pad(level.ids)  # (R, T)
@@ -119,13 +139,17 @@ def end_states(model, sequences: list[Segments]) -> torch.Tensor:
             cache.batch_select_indices(torch.tensor(level.parents, device=model.device))
         begun = seen[level.parents]  # (R, T so far)
         positions = begun.sum(dim=1, keepdim=True) + torch.arange(ids.shape[1])  # (R, T)
-        seen = torch.cat([begun, torch.arange(ids.shape[1]) < lengths[:, None]], dim=1)  # True where no padding stands
+        seen = torch.cat(
+            [begun, torch.arange(ids.shape[1]) < lengths[:, None]], dim=1
+        )  # True where no padding stands
         with half_precision(model):
             hidden = decoder(model)(
                 input_ids=ids.to(model.device),
-                attention_mask=None if first else seen.to(model.device),  # at first attention is causal, as in batches.pad
+                attention_mask=None
+                if first
+                else seen.to(model.device),  # at first attention is causal, as in batches.pad
                 position_ids=positions.to(model.device),
-                past_key_values=cache,
                 use_cache=True,
+                **{cache_argument(model): cache},
             ).last_hidden_state  # (R, T, H)
     return hidden[torch.arange(len(ids)), lengths - 1][places]

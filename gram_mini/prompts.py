@@ -97,11 +97,19 @@ def read_template(path: Path) -> str:
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 text (byte {error.start}); save it as UTF-8") from None
     except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}; give the file of a judge prompt") from None
+        raise UserError(
+            f"{path}: cannot be read: {error.strerror}; give the file of a judge prompt"
+        ) from None
     if any(slot in text for slot in SLOTS.values()):
-        raise UserError(f"{path}: holds a private-use character (U+E000 to U+E002), which we need ourselves; take it out")
+        raise UserError(
+            f"{path}: holds a private-use character (U+E000 to U+E002), which we need ourselves; take it out"
+        )
     names = _PLACEHOLDER.findall(text)
-    wrong = [f"{{{name}}} stands there {names.count(name)} times" for name in SLOTS if names.count(name) != 1]
+    wrong = [
+        f"{{{name}}} stands there {names.count(name)} times"
+        for name in SLOTS
+        if names.count(name) != 1
+    ]
     if names != list(SLOTS):
         raise UserError(
             f"{path}: {' and '.join(wrong) or 'the placeholders are out of order'}; a judge prompt must hold {{prompt}}, "
@@ -117,7 +125,9 @@ def fill(template: str, **texts: str) -> str:
 
 def pair_prompt(tokenizer) -> PromptPieces:
     """Stage 1: the question as the user's turn, the pair of responses as the assistant's turn."""
-    before, after = split_at_slots(_user_turn(tokenizer, fill(QUESTION, **SLOTS), plain_end="\n\n"), ["prompt"])
+    before, after = split_at_slots(
+        _user_turn(tokenizer, fill(QUESTION, **SLOTS), plain_end="\n\n"), ["prompt"]
+    )
     marker, middle, end = split_at_slots(fill(PAIR, **SLOTS), ["response_a", "response_b"])
     user_tail = encode(tokenizer, after)
     return PromptPieces(
@@ -158,7 +168,9 @@ def label_tokens(tokenizer, template: str = JUDGE) -> tuple[int, int]:
             )
         ids.append(after[-1])
     if ids[0] == ids[1]:
-        raise UserError("the labels A and B are the same token for this tokenizer; use another backbone")
+        raise UserError(
+            "the labels A and B are the same token for this tokenizer; use another backbone"
+        )
     return ids[0], ids[1]
 
 
@@ -185,9 +197,15 @@ def render(tokenizer, messages: list[dict], **options) -> str:
         UserError: if the template fails.
     """
     try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, enable_thinking=False, **options)
-    except Exception as error:  # a template is a program of its author's; whatever it raises, it cannot be used
-        raise UserError(f"the chat template of this tokenizer fails: {str(error).splitlines()[0]}") from None
+        return tokenizer.apply_chat_template(
+            messages, tokenize=False, enable_thinking=False, **options
+        )
+    except (
+        Exception
+    ) as error:  # a template is a program of its author's; whatever it raises, it cannot be used
+        raise UserError(
+            f"the chat template of this tokenizer fails: {str(error).splitlines()[0]}"
+        ) from None
 
 
 def _label_text(tokenizer, label: str, template: str) -> str:
@@ -196,7 +214,9 @@ def _label_text(tokenizer, label: str, template: str) -> str:
         return label if template.endswith(("\n", "\t")) else f" {label}"
     turn = _user_turn(tokenizer, "x")
     slot = SLOTS["response_a"]
-    answered = render(tokenizer, [{"role": "user", "content": "x"}, {"role": "assistant", "content": slot}])
+    answered = render(
+        tokenizer, [{"role": "user", "content": "x"}, {"role": "assistant", "content": slot}]
+    )
     before = answered.split(slot)[0]
     return before[len(turn) :] + label if before.startswith(turn) else label
 
@@ -218,7 +238,9 @@ def split_at_slots(text: str, slots: list[str]) -> list[str]:
     parts = []
     for name in slots:
         if text.count(SLOTS[name]) != 1:
-            raise UserError("the chat template of this tokenizer does not show the user's text exactly once")
+            raise UserError(
+                "the chat template of this tokenizer does not show the user's text exactly once"
+            )
         part, text = text.split(SLOTS[name])
         parts.append(part)
     return [*parts, text]

@@ -11,10 +11,14 @@ import torch
 
 from gram_mini.batches import EncodedPair, batch_order
 
-warnings.filterwarnings("ignore", message=".*lr_scheduler.step.. before .optimizer.step")  # a first step may be skipped
+warnings.filterwarnings(
+    "ignore", message=".*lr_scheduler.step.. before .optimizer.step"
+)  # a first step may be skipped
 
 
-def draw_batches(rows: list[EncodedPair], rows_per_step: int, seed: int) -> Iterator[list[EncodedPair]]:
+def draw_batches(
+    rows: list[EncodedPair], rows_per_step: int, seed: int
+) -> Iterator[list[EncodedPair]]:
     """Yield the rows of one optimiser step after the other, epoch after epoch, without end.
 
     The responses of a pair change places with probability 1/2, drawn anew each time the pair is seen. So their order
@@ -39,7 +43,11 @@ def optimizer_and_schedule(model, lr: float, steps: int):
     def share_of_peak(step: int) -> float:  # steps count from 0; the first one moves already
         if step < warmup:
             return (step + 1) / warmup
-        return 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup))) if steps > warmup else 0.0
+        return (
+            0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
+            if steps > warmup
+            else 0.0
+        )
 
     optimizer = torch.optim.AdamW(trainable(model), lr=lr, weight_decay=0.0, fused=True)
     return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, share_of_peak)

@@ -2,8 +2,12 @@
 
 import os
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # tests need no network: a missing model is an error at once
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # the models are tiny; also for the scripts that tests start
+os.environ.setdefault(
+    "HF_HUB_OFFLINE", "1"
+)  # tests need no network: a missing model is an error at once
+os.environ.setdefault(
+    "OMP_NUM_THREADS", "1"
+)  # the models are tiny; also for the scripts that tests start
 
 import pytest
 import torch

@@ -1,4 +1,5 @@
-"""Run tutorial.ipynb: as it stands, written back with its outputs (make notebook), or in a smallest setting (the tests).
+"""Run tutorial.ipynb: as it stands, written back with its outputs (make notebook), or as small
+as can be (the tests).
 
 python tests/notebook.py        # about 6 minutes on 2 cores
 """
@@ -17,7 +18,12 @@ TUTORIAL = ROOT / "tutorial.ipynb"
 # What makes it small: (cell, what stands there, what takes its place).
 SMALLEST = (
     ("train", "STEPS = []", 'STEPS = ["--steps", "2", "--limit", "64"]'),
-    ("stage1-facts", 'village_pairs("out-of-distribution")', 'village_pairs("out-of-distribution", 60)'),
+    (
+        "stage1-facts",
+        'village_pairs("out-of-distribution")',
+        'village_pairs("out-of-distribution", 60)',
+    ),
+    ("by-hand-setup", "HAND_STEPS = 100", "HAND_STEPS = 20"),
     ("table", 'village_pairs("in-distribution")', 'village_pairs("in-distribution", 40)'),
     ("bon-scores", "80 if FULL else 20", "2"),
     ("rl", "steps=150", "steps=10"),
@@ -25,7 +31,7 @@ SMALLEST = (
 
 # Key numbers with seed 0: (cell, what is printed, least, most).
 RANGES = (
-    ("stage1-facts", r"embedded +right in (\S+)", 0.40, 0.58),
+    ("stage1-facts", r"village +right in (\S+)", 0.40, 0.58),
     ("stage1-facts", r"pretrain +right in (\S+)", 0.62, 0.90),
     ("table", r"labels alone +\S+ ± \S+ +(\S+) ±", 0.62, 0.72),
     ("table", r"GRAM +\S+ ± \S+ +(\S+) ±", 0.80, 0.90),
@@ -42,7 +48,8 @@ def read(path: Path = TUTORIAL):
 
 
 def smallest(book):
-    """The same notebook, quick to run: nothing is learned, so what only a trained model can pass is left out."""
+    """The same notebook, quick to run: nothing is learned, so what only a trained model can pass
+    is left out."""
     cells = {cell["id"]: cell for cell in book.cells}
     for name, there, instead in SMALLEST:
         assert there in cells[name].source, f"cell {name} no longer holds {there}"
@@ -52,11 +59,16 @@ def smallest(book):
 
 
 def execute(book, folder: Path, allow_errors: bool = False):
-    """Run all cells with the repository on the path; returns the notebook with outputs, progress bars left out."""
+    """Run all cells with the repository on the path.
+
+    Returns the notebook with its outputs, without progress bars.
+    """
     first = nbformat.v4.new_code_cell(f"import sys; sys.path.insert(0, {str(ROOT)!r})")
     book.cells.insert(0, first)
     place = {"metadata": {"path": str(folder)}}
-    client = NotebookClient(book, timeout=1800, allow_errors=allow_errors, coalesce_streams=True, resources=place)
+    client = NotebookClient(
+        book, timeout=1800, allow_errors=allow_errors, coalesce_streams=True, resources=place
+    )
     try:
         client.execute()
     finally:
@@ -64,9 +76,12 @@ def execute(book, folder: Path, allow_errors: bool = False):
     loud = [
         cell["id"]
         for cell in book.cells
-        if cell.metadata.get("nbgrader", {}).get("grade") and any(output.get("name") == "stderr" for output in cell.outputs)
+        if cell.metadata.get("nbgrader", {}).get("grade")
+        and any(output.get("name") == "stderr" for output in cell.outputs)
     ]
-    assert not loud, f"nbgrader gives no points for cells that write to stderr, as progress bars do: {loud}"
+    assert not loud, (
+        f"nbgrader gives no points for cells that write to stderr, as progress bars do: {loud}"
+    )
     for cell in book.cells:
         if cell.cell_type == "code":
             cell.execution_count = None
@@ -82,19 +97,20 @@ def printed(book, name: str) -> str:
 
 def key_numbers(book) -> list[tuple[str, float, float, float]]:
     """(where, value, least, most) of each of RANGES."""
-    found = []
+    numbers = []
     for name, pattern, least, most in RANGES:
-        value = re.search(pattern, printed(book, name))
-        assert value, f"cell {name} prints nothing like {pattern}"
-        found.append((f"{name}: {pattern}", float(value[1]), least, most))
-    return found
+        match = re.search(pattern, printed(book, name))
+        assert match, f"cell {name} prints nothing like {pattern}"
+        numbers.append((f"{name}: {pattern}", float(match[1]), least, most))
+    return numbers
 
 
 def main() -> None:
     began = time.perf_counter()
     book = execute(read(), ROOT)
     nbformat.write(book, TUTORIAL)
-    print(f"{len(book.cells)} cells in {(time.perf_counter() - began) / 60:.1f} minutes, written to {TUTORIAL.name}")
+    minutes = (time.perf_counter() - began) / 60
+    print(f"{len(book.cells)} cells in {minutes:.1f} minutes, written to {TUTORIAL.name}")
     wrong = [line for line in key_numbers(book) if not line[2] <= line[1] <= line[3]]
     for where, value, least, most in wrong:
         print(f"{where}: {value} is not within {least} to {most}")

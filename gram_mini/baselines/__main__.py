@@ -21,7 +21,14 @@ from gram_mini.chunked import chunked_pair_loss
 from gram_mini.errors import clear_errors
 from gram_mini.evaluation import summarise
 from gram_mini.losses import margins, reward_loss
-from gram_mini.model import add_lora, hidden_states, load_lora, load_model, load_tokenizer, output_head
+from gram_mini.model import (
+    add_lora,
+    hidden_states,
+    load_lora,
+    load_model,
+    load_tokenizer,
+    output_head,
+)
 from gram_mini.pairs import split_by_prompt
 from gram_mini.prompts import label_tokens
 from gram_mini.reading.load import load_pairs
@@ -43,7 +50,9 @@ def baseline_options(argv=None):
         "--head", choices=("scalar", "labels"), default="scalar",
         help="what is compared: rewards that a scalar head gives each response, or the logits of A and B",
     )  # fmt: skip
-    g.add_argument("--freeze", action="store_true", help="train the head alone; the model stays as it is")
+    g.add_argument(
+        "--freeze", action="store_true", help="train the head alone; the model stays as it is"
+    )
     g.add_argument(
         "--text-weight", type=weight, default=0.0, metavar="W",
         help="scalar head: add W times the negative log-likelihood of the preferred response, per token",
@@ -76,7 +85,9 @@ def main(argv=None):
         add_head(model, label_tokens(tokenizer, run.template) if args.head == "labels" else None)
     if args.freeze:
         freeze_all_but_head(model)
-    judge = judge_with_head(model, tokenizer, args.max_length, args.batch_size, run.template, args.batch_tokens)
+    judge = judge_with_head(
+        model, tokenizer, args.max_length, args.batch_size, run.template, args.batch_tokens
+    )
     prompt = judge.prompt
 
     # Token ids
@@ -87,7 +98,9 @@ def main(argv=None):
         """Tokens of a row in a pass: its judge prompt, or both responses after their prompts, and the text loss's one."""
         if args.head == "labels":
             return row.length + prompt.fixed_tokens
-        longer = max(len(row.response_a), len(row.response_b)) + len(row.prompt) + prompt.fixed_tokens
+        longer = (
+            max(len(row.response_a), len(row.response_b)) + len(row.prompt) + prompt.fixed_tokens
+        )
         return longer * (3 if args.text_weight else 2)
 
     # Loop
@@ -101,7 +114,9 @@ def main(argv=None):
             else:
                 ids, last, right = response_batch(part, prompt, run.device)  # (2B, T), (2B,), (B,)
             hidden = hidden_states(model, ids)  # (B, T, H), or (2B, T, H)
-            states = hidden[torch.arange(len(ids)), last]  # (B, H), or (2B, H), where a response is over
+            states = hidden[
+                torch.arange(len(ids)), last
+            ]  # (B, H), or (2B, H), where a response is over
             if args.head == "labels":
                 z = judge.label_logits(states)  # (B, 2): Z_A, Z_B
             else:
@@ -112,7 +127,9 @@ def main(argv=None):
             share = len(part) / len(batch)
             (loss * share).backward()
             m = margins(z, right)  # (B,)
-            run.note(share, ids.numel(), loss=loss, accuracy=(m > 0).float().mean(), margin=m.mean())
+            run.note(
+                share, ids.numel(), loss=loss, accuracy=(m > 0).float().mean(), margin=m.mean()
+            )
             if run.logs() and args.head == "labels":
                 run.note(share, label_mass=judge.label_mass(states.detach()).mean())
         if run.finite(clip_gradients(model)):

@@ -10,13 +10,22 @@ from gram_mini.prompts import SLOTS, PromptPieces, encode, fill, render, split_a
 
 def response_prompt(tokenizer) -> PromptPieces:
     """The question as the user's turn, one response as the assistant's; ``between`` stays empty."""
-    turn = [{"role": "user", "content": SLOTS["prompt"]}, {"role": "assistant", "content": SLOTS["response_a"]}]
-    text = render(tokenizer, turn) if tokenizer.chat_template else fill("{prompt}\n\n{response_a}", **SLOTS)
+    turn = [
+        {"role": "user", "content": SLOTS["prompt"]},
+        {"role": "assistant", "content": SLOTS["response_a"]},
+    ]
+    text = (
+        render(tokenizer, turn)
+        if tokenizer.chat_template
+        else fill("{prompt}\n\n{response_a}", **SLOTS)
+    )
     parts = split_at_slots(text, ["prompt", "response_a"])
     start, after_prompt, end = (encode(tokenizer, part) for part in parts)
     if not end and tokenizer.eos_token_id is not None:
         end = [tokenizer.eos_token_id]  # the score is read where the response is over
-    return PromptPieces(with_bos(tokenizer, start), after_prompt, [], end, untrained=len(after_prompt))
+    return PromptPieces(
+        with_bos(tokenizer, start), after_prompt, [], end, untrained=len(after_prompt)
+    )
 
 
 def response_segments(pieces: PromptPieces, row: EncodedPair) -> Segments:
@@ -37,7 +46,9 @@ def response_batch(
     return pad(sequences).to(device), last.to(device), right_labels(rows).to(device)
 
 
-def chosen_batch(rows: list[EncodedPair], pieces: PromptPieces, device="cpu") -> tuple[torch.Tensor, torch.Tensor]:
+def chosen_batch(
+    rows: list[EncodedPair], pieces: PromptPieces, device="cpu"
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The preferred response of each labelled row after its prompt, to be generated.
 
     Returns ids (B, T) and targets (B, T), IGNORED on the prompt and on padding.

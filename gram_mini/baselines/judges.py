@@ -1,7 +1,7 @@
 """Heads of their own on the last hidden state, and the judges that read them.
 
-    scalar head   (1, H)   a reward for each response by itself; the difference of two is a margin
-    label rows    (2, H)   a trained copy of the two rows of the output matrix, for a judge that is otherwise frozen
+scalar head   (1, H)   a reward for each response by itself; the difference of two is a margin
+label rows    (2, H)   a trained copy of the two rows of the output matrix, for a judge that is otherwise frozen
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ from gram_mini.model import evaluating
 
 def add_head(model, labels: tuple[int, int] | None = None) -> torch.nn.Linear:
     """Put a trainable head on ``model.head``: a scalar one, or, given the labels, a copy of their rows."""
-    head = torch.nn.Linear(model.get_input_embeddings().weight.shape[1], 1 if labels is None else 2, bias=False)
+    head = torch.nn.Linear(
+        model.get_input_embeddings().weight.shape[1], 1 if labels is None else 2, bias=False
+    )
     with torch.no_grad():
         if labels is None:
             head.weight.normal_(std=0.02)
@@ -85,7 +87,11 @@ class ScalarJudge(Judge):
                 rewards[places] = self.rewards(states).float().cpu()
         r_a, r_b = rewards.view(-1, 2).T  # (N,), (N,)
         odds = (r_a - r_b)[:, None].expand(-1, 2)
-        return odds, torch.ones(len(rows), 2), torch.tensor([row.truncated for row in rows], dtype=torch.bool)
+        return (
+            odds,
+            torch.ones(len(rows), 2),
+            torch.tensor([row.truncated for row in rows], dtype=torch.bool),
+        )
 
     def plain_log_odds(self, rows: list[EncodedPair]) -> torch.Tensor:
         """The same as :meth:`log_odds`: there is no other way for a head that sees each response by itself."""

@@ -38,7 +38,15 @@ from gram_mini.pairs import Pair
 from gram_mini.prompts import END_A, END_B, PREFERRED, START_A, START_B, USER_QUESTION
 
 # What a column 'label' may say, as two scores.
-VERDICTS = {"A": (1, 0), "A>B": (1, 0), "B": (0, 1), "B>A": (0, 1), "A=B": (0, 0), "B=A": (0, 0), "tie": (0, 0)}
+VERDICTS = {
+    "A": (1, 0),
+    "A>B": (1, 0),
+    "B": (0, 1),
+    "B>A": (0, 1),
+    "A=B": (0, 0),
+    "B=A": (0, 0),
+    "tie": (0, 0),
+}
 
 ONE_RESPONSE = {"prompt", "response", "helpfulness"}
 SEVERAL_RESPONSES = {"instruction", "completions"}
@@ -65,7 +73,9 @@ def group_rows(rows):
         yield first, group
 
 
-def parse_pairs(group: list[tuple[str, dict]], labelled: bool = True, pairs: str = "all") -> tuple[list[Pair], Counter]:
+def parse_pairs(
+    group: list[tuple[str, dict]], labelled: bool = True, pairs: str = "all"
+) -> tuple[list[Pair], Counter]:
     """Recognise the format of a row, or of several with one prompt, and read its pairs.
 
     Args:
@@ -83,9 +93,15 @@ def parse_pairs(group: list[tuple[str, dict]], labelled: bool = True, pairs: str
         raise row
     scores_needed = labelled or pairs == "best-worst"
     if ONE_RESPONSE <= row.keys():
-        prompt, responses = read_prompt(row["prompt"], where, "prompt"), _one_each(group, scores_needed)
+        prompt, responses = (
+            read_prompt(row["prompt"], where, "prompt"),
+            _one_each(group, scores_needed),
+        )
     elif SEVERAL_RESPONSES <= row.keys():
-        prompt, responses = _text(row["instruction"], where, "instruction"), _completions(row, where, scores_needed)
+        prompt, responses = (
+            _text(row["instruction"], where, "instruction"),
+            _completions(row, where, scores_needed),
+        )
     else:
         for columns, read in FORMATS:
             if columns <= row.keys():
@@ -105,14 +121,22 @@ def parse_pairs(group: list[tuple[str, dict]], labelled: bool = True, pairs: str
     if pairs == "best-worst":
         ordered = sorted(responses, key=lambda response: response[1], reverse=True)
         responses = [ordered[0], ordered[-1]]
-    return [_compared(prompt, a, b, s, t) for (a, s), (b, t) in combinations(responses, 2)], +left_out
+    return [
+        _compared(prompt, a, b, s, t) for (a, s), (b, t) in combinations(responses, 2)
+    ], +left_out
 
 
 def _compared(prompt: str, a: str, b: str, score_a: float | None, score_b: float | None) -> Pair:
     """A pair labelled by two scores, the higher the better; unlabelled where they are None."""
     if score_a is None or score_b is None:
         return Pair(prompt, a, b)
-    return Pair(prompt, a, b, None if score_a == score_b else int(score_b > score_a), tied=score_a == score_b)
+    return Pair(
+        prompt,
+        a,
+        b,
+        None if score_a == score_b else int(score_b > score_a),
+        tied=score_a == score_b,
+    )
 
 
 # ---- the formats --------------------------------------------------------------------------------------
@@ -122,18 +146,31 @@ def _compared(prompt: str, a: str, b: str, score_a: float | None, score_b: float
 def _chosen_rejected(row: dict, where: str, labelled: bool) -> list[Pair]:
     """A prompt (ShareGPT: the conversation) with a better and a worse reply."""
     column = "conversations" if "conversations" in row else "prompt"
-    if all(isinstance(row[name], list) and row[name] and isinstance(row[name][0], str) for name in ("chosen", "rejected")):
+    if all(
+        isinstance(row[name], list) and row[name] and isinstance(row[name][0], str)
+        for name in ("chosen", "rejected")
+    ):
         prompt = read_prompt(row[column], where, column)
-        chosen, rejected = ([_text(text, where, name) for text in row[name]] for name in ("chosen", "rejected"))
+        chosen, rejected = (
+            [_text(text, where, name) for text in row[name]] for name in ("chosen", "rejected")
+        )
         return [Pair(prompt, a, b, 0) for a, b in product(chosen, rejected)]
     value = row[column]
-    prompt = [("Human", _text(value, where, column))] if isinstance(value, str) else _messages(value, where, column)
-    chosen, rejected = (_continued(prompt, row[name], where, name) for name in ("chosen", "rejected"))
+    prompt = (
+        [("Human", _text(value, where, column))]
+        if isinstance(value, str)
+        else _messages(value, where, column)
+    )
+    chosen, rejected = (
+        _continued(prompt, row[name], where, name) for name in ("chosen", "rejected")
+    )
     pair = _parted(chosen, rejected, where, "'chosen' and 'rejected'")
     return [_tied_by_score(pair, row, where) if labelled else pair]
 
 
-def _continued(prompt: list[tuple[str, str]], value, where: str, column: str) -> list[tuple[str, str]]:
+def _continued(
+    prompt: list[tuple[str, str]], value, where: str, column: str
+) -> list[tuple[str, str]]:
     """The dialogue with a reply to it: text, a message, or a list of messages that may repeat the prompt."""
     if isinstance(value, str):
         return [*prompt, ("Assistant", _text(value, where, column))]
@@ -166,13 +203,20 @@ def _unified(row: dict, where: str, labelled: bool) -> list[Pair]:
     """llm-blender/Unified-Feedback."""
     a, b = (_messages(row[name], where, name) for name in ("conv_A", "conv_B"))
     pair = _parted(a, b, where, "'conv_A' and 'conv_B'")
-    ratings = [_number(row.get(name), where, name) if labelled else None for name in ("conv_A_rating", "conv_B_rating")]
+    ratings = [
+        _number(row.get(name), where, name) if labelled else None
+        for name in ("conv_A_rating", "conv_B_rating")
+    ]
     return [_compared(pair.prompt, pair.response_a, pair.response_b, *ratings)]
 
 
 def _triple(row: dict, where: str, labelled: bool) -> list[Pair]:
     """Ours (prompt, response_a, response_b) and JudgeBench's (question, response_A, response_B)."""
-    names = ("question", "response_A", "response_B") if "response_A" in row else ("prompt", "response_a", "response_b")
+    names = (
+        ("question", "response_A", "response_B")
+        if "response_A" in row
+        else ("prompt", "response_a", "response_b")
+    )
     texts = [_text(row[name], where, name) for name in names]
     return [_compared(*texts, *(_verdict(row.get("label"), where) if labelled else (None, None)))]
 
@@ -181,7 +225,9 @@ def _helpsteer3(row: dict, where: str, labelled: bool) -> list[Pair]:
     """nvidia/HelpSteer3, preference: from -3, response1 much better, to 3, response2 much better."""
     prompt = read_prompt(row["context"], where, "context")
     a, b = (_text(row[name], where, name) for name in ("response1", "response2"))
-    preference = _number(row["overall_preference"], where, "overall_preference") if labelled else None
+    preference = (
+        _number(row["overall_preference"], where, "overall_preference") if labelled else None
+    )
     return [_compared(prompt, a, b, 0, preference)]
 
 
@@ -199,18 +245,26 @@ def _one_each(group: list[tuple[str, dict]], scores_needed: bool) -> list[tuple[
 def _completions(row: dict, where: str, scores_needed: bool) -> list[tuple[str, float | None]]:
     """UltraFeedback: (response, score) of each completion."""
     if not isinstance(row["completions"], list):
-        raise UserError(f"{where}: column 'completions' must be a list, found {type(row['completions']).__name__}")
+        raise UserError(
+            f"{where}: column 'completions' must be a list, found {type(row['completions']).__name__}"
+        )
     completions = row["completions"]
-    if not all(isinstance(completion, dict) and "response" in completion for completion in completions):
+    if not all(
+        isinstance(completion, dict) and "response" in completion for completion in completions
+    ):
         raise UserError(f"{where}: column 'completions': each needs a 'response'")
     # The two scores have different scales, so a row is compared by one of them.
-    name = "fine-grained_score" if all(c.get("overall_score") is None for c in completions) else "overall_score"
-    found = []
+    name = (
+        "fine-grained_score"
+        if all(c.get("overall_score") is None for c in completions)
+        else "overall_score"
+    )
+    responses = []
     for completion in completions:
         known = scores_needed and completion.get(name) is not None
         score = _number(completion[name], where, name) if known else None
-        found.append((_text(completion["response"], where, "response"), score))
-    return found
+        responses.append((_text(completion["response"], where, "response"), score))
+    return responses
 
 
 def _parted(a: list[tuple[str, str]], b: list[tuple[str, str]], where: str, columns: str) -> Pair:
@@ -222,12 +276,19 @@ def _parted(a: list[tuple[str, str]], b: list[tuple[str, str]], where: str, colu
         cut -= 1
     if cut == 0:
         raise UserError(f"{where}: {columns} must share their messages up to an answer")
-    return Pair(_transcript(a[:cut]), *(_transcript(rest).removeprefix("Assistant: ") for rest in (a[cut:], b[cut:])), label=0)
+    return Pair(
+        _transcript(a[:cut]),
+        *(_transcript(rest).removeprefix("Assistant: ") for rest in (a[cut:], b[cut:])),
+        label=0,
+    )
 
 
 def _parted_text(chosen, rejected, where: str) -> Pair:
     """Two dialogues as text (Anthropic/hh-rlhf)."""
-    chosen, rejected = ("\n\n" + _text(value, where, name) for value, name in ((chosen, "chosen"), (rejected, "rejected")))
+    chosen, rejected = (
+        "\n\n" + _text(value, where, name)
+        for value, name in ((chosen, "chosen"), (rejected, "rejected"))
+    )
     turn = "\n\nAssistant:"
     shared = os.path.commonprefix([chosen, rejected])
     # The turn in which they part begins at the last marker that both still share.
@@ -243,18 +304,43 @@ def _parted_text(chosen, rejected, where: str) -> Pair:
     return Pair(prompt, chosen[begin:].strip(), rejected[begin:].strip(), label=0)
 
 
+LITERAL_BREAK = (
+    r"\n"  # a backslash and an n: data/clean_data.py of NiuTrans/GRAM writes them for line breaks
+)
+_MARKER = "|".join(map(re.escape, (USER_QUESTION, START_A, END_A, START_B, END_B)))
+_BESIDE_A_MARKER = re.compile(rf"(?:{_MARKER})\\n|\\n(?:{_MARKER})")
+
+
+def has_literal_breaks(row) -> bool:
+    """Whether a row of the official format holds a backslash and an n beside a marker; the reader takes them off."""
+    texts = (row.get("instruction"), row.get("output")) if isinstance(row, dict) else ()
+    return any(isinstance(text, str) and _BESIDE_A_MARKER.search(text) for text in texts)
+
+
+def _strip_breaks(text: str) -> str:
+    """The text without white space and literal line breaks at its ends."""
+    while text != (
+        stripped := text.strip().removeprefix(LITERAL_BREAK).removesuffix(LITERAL_BREAK)
+    ):
+        text = stripped
+    return text
+
+
 def _official(row: dict, where: str, labelled: bool) -> list[Pair]:
     """The official files (NiuTrans/GRAM, README.md): both answers between markers, in output or in instruction."""
-    instruction, output = _text(row["instruction"], where, "instruction"), _text(row["output"], where, "output")
+    instruction, output = (
+        _text(row["instruction"], where, "instruction"),
+        _text(row["output"], where, "output"),
+    )
     if row.get("input"):
         instruction = f"{instruction}\n{_text(row['input'], where, 'input')}"
     if START_A in output:
         label, question, answers = None, instruction, output
     else:
         label = prompts.LABELS.index(output) if output in prompts.LABELS else None
-        question, found, answers = instruction.partition(START_A)
-        answers = found + answers
-        if label is None or not found:
+        question, marker, answers = instruction.partition(START_A)
+        answers = marker + answers
+        if label is None or not marker:
             raise UserError(
                 f"{where}: 'output' must hold both answers between {START_A!r} and {END_B!r}, or be A or B with both "
                 "answers in 'instruction'"
@@ -263,12 +349,15 @@ def _official(row: dict, where: str, labelled: bool) -> list[Pair]:
         a = answers.split(START_A, 1)[1].split(END_A, 1)[0]
         b = answers.split(END_A, 1)[1].split(START_B, 1)[1]
     except IndexError:
-        raise UserError(f"{where}: a marker of the official format is missing, {END_A!r} or {START_B!r}") from None
+        raise UserError(
+            f"{where}: a marker of the official format is missing, {END_A!r} or {START_B!r}"
+        ) from None
     if END_B not in b:
         raise UserError(f"{where}: a marker of the official format is missing, {END_B!r}")
     b = b.rsplit(END_B, 1)[0]
     question = question.split(USER_QUESTION, 1)[-1].removesuffix(PREFERRED)
-    return [Pair(question.strip(), a.strip(), b.strip(), label)]
+    strip = _strip_breaks if has_literal_breaks(row) else str.strip
+    return [Pair(strip(question), strip(a), strip(b), label)]
 
 
 # The first whose columns are all there is taken.
@@ -289,7 +378,11 @@ FORMATS = (
 
 def read_prompt(value, where: str, column: str) -> str:
     """A prompt: text, or a list of messages as one text."""
-    return _text(value, where, column) if isinstance(value, str) else _transcript(_messages(value, where, column))
+    return (
+        _text(value, where, column)
+        if isinstance(value, str)
+        else _transcript(_messages(value, where, column))
+    )
 
 
 def _verdict(value, where: str) -> tuple[int | None, int | None]:
@@ -309,9 +402,13 @@ def _number(value, where: str, column: str) -> float:
         try:
             value = float(value)
         except ValueError:
-            raise UserError(f"{where}: column {column!r} must be a number, found {value[:40]!r}") from None
+            raise UserError(
+                f"{where}: column {column!r} must be a number, found {value[:40]!r}"
+            ) from None
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise UserError(f"{where}: column {column!r} must be a number, found {type(value).__name__}")
+        raise UserError(
+            f"{where}: column {column!r} must be a number, found {type(value).__name__}"
+        )
     if isinstance(value, float) and not math.isfinite(value):
         raise UserError(f"{where}: column {column!r} must be a number, found {value}")
     return value
@@ -323,15 +420,25 @@ def _text(value, where: str, column: str) -> str:
     try:
         value.encode()
     except UnicodeEncodeError:
-        raise UserError(f"{where}: column {column!r} holds half a character (a lone surrogate); save the text as UTF-8") from None
+        raise UserError(
+            f"{where}: column {column!r} holds half a character (a lone surrogate); save the text as UTF-8"
+        ) from None
     return value.strip()
 
 
 def _messages(value, where: str, column: str) -> list[tuple[str, str]]:
     """Messages of either spelling as (speaker, text); speaker is Human, Assistant or System."""
-    speakers = {"user": "Human", "human": "Human", "assistant": "Assistant", "gpt": "Assistant", "system": "System"}
+    speakers = {
+        "user": "Human",
+        "human": "Human",
+        "assistant": "Assistant",
+        "gpt": "Assistant",
+        "system": "System",
+    }
     if not isinstance(value, list) or not value:
-        raise UserError(f"{where}: column {column!r} must be text or a list of messages, found {type(value).__name__}")
+        raise UserError(
+            f"{where}: column {column!r} must be text or a list of messages, found {type(value).__name__}"
+        )
     messages = []
     for message in value:
         role, text = (
@@ -340,7 +447,9 @@ def _messages(value, where: str, column: str) -> list[tuple[str, str]]:
             else (None, None)
         )
         if not isinstance(role, str) or role not in speakers or not isinstance(text, str):
-            raise UserError(f"{where}: column {column!r}: a message needs a role (one of {', '.join(speakers)}) and a text")
+            raise UserError(
+                f"{where}: column {column!r}: a message needs a role (one of {', '.join(speakers)}) and a text"
+            )
         messages.append((speakers[role], _text(text, where, column)))
     return messages
 

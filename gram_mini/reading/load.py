@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from gram_mini.errors import UserError
 from gram_mini.pairs import Pair, unusable
-from gram_mini.reading.formats import group_rows, parse_pairs
+from gram_mini.reading.formats import group_rows, has_literal_breaks, parse_pairs
 from gram_mini.reading.sources import read_rows
 from gram_mini.village.pairs import village_pairs
 
@@ -30,6 +30,9 @@ class PairData:
     pairs: list[Pair]
     rows: int
     dropped: Counter = field(default_factory=Counter)
+    literal_breaks: int = (
+        0  # rows with a backslash and an n beside the markers, which were taken off
+    )
     unreadable: str | None = None  # what was wrong with the first row that could not be read
 
     @cached_property
@@ -37,7 +40,9 @@ class PairData:
         """SHA-256 over the pairs in order, the first 16 hex digits."""
         digest = hashlib.sha256()
         for pair in self.pairs:
-            digest.update(json.dumps([pair.prompt, pair.response_a, pair.response_b, pair.label]).encode())
+            digest.update(
+                json.dumps([pair.prompt, pair.response_a, pair.response_b, pair.label]).encode()
+            )
         return digest.hexdigest()[:16]
 
     def summary(self) -> str:
@@ -46,6 +51,11 @@ class PairData:
         return (
             f"{self.source}: {self.rows} rows read, {len(self.pairs)} pairs used, {sum(self.dropped.values())} dropped"
             + (f" ({why})" if why else "")
+            + (
+                f"; {self.literal_breaks} with a literal \\n beside the markers, taken off"
+                if self.literal_breaks
+                else ""
+            )
             + (f"; the first that cannot be read: {self.unreadable}" if self.unreadable else "")
         )
 
@@ -56,6 +66,7 @@ class PairData:
             "rows": self.rows,
             "used": len(self.pairs),
             "dropped": dict(self.dropped),
+            "literal_breaks": self.literal_breaks,
             "unreadable": self.unreadable,
             "fingerprint": self.fingerprint,
         }
@@ -111,6 +122,7 @@ def load_pairs(
     rows = read_rows(source, split, limit, subset, streaming)
     for number, group in group_rows(tqdm(rows, desc="reading", unit=" rows", delay=2, leave=False)):
         data.rows += len(group)
+        data.literal_breaks += sum(has_literal_breaks(row) for _, row in group)
         if on_bad_row == "skip":
             good = [row for row in group if readable(row)]
             data.dropped += Counter({"that cannot be read": len(group) - len(good)})
@@ -126,5 +138,7 @@ def load_pairs(
             else:
                 data.pairs.append(replace(pair, row=number, label=None, tied=False))
     if not data.pairs:
-        raise UserError(f"{data.summary()}: nothing left to use; give a file with at least one usable row")
+        raise UserError(
+            f"{data.summary()}: nothing left to use; give a file with at least one usable row"
+        )
     return data

@@ -21,7 +21,13 @@ from gram_mini.errors import UserError
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 
 
-def read_rows(source: str, split: str = "train", limit: int | None = None, subset: str | None = None, streaming: bool = False):
+def read_rows(
+    source: str,
+    split: str = "train",
+    limit: int | None = None,
+    subset: str | None = None,
+    streaming: bool = False,
+):
     """Yield (where, row) for the first ``limit`` rows of a source; ``where`` names file and line.
 
     A row is a dictionary by column. One that cannot be read comes as the UserError that says why, so
@@ -45,7 +51,12 @@ def read_rows(source: str, split: str = "train", limit: int | None = None, subse
 
 def looks_like_path(name: str) -> bool:
     """Whether a name that does not exist here was meant as a path rather than as ``owner/name`` on the hub."""
-    return name.startswith((".", "/", "~", "runs/")) or name.count("/") > 1 or os.sep != "/" and os.sep in name
+    return (
+        name.startswith((".", "/", "~", "runs/"))
+        or name.count("/") > 1
+        or os.sep != "/"
+        and os.sep in name
+    )
 
 
 def _read(source: str, split: str, subset: str | None, streaming: bool):
@@ -53,8 +64,14 @@ def _read(source: str, split: str, subset: str | None, streaming: bool):
     if len(path.name) > 255:
         raise UserError(f"{source[:40]}...: no such file or folder")
     if path.is_dir():
-        files = sorted(file for file in path.iterdir() if _suffix(file) in SUFFIXES and file.name != "dataset_infos.json")
-        if not files and any(_suffix(file) in SUFFIXES for depth in ("*/*", "*/*/*") for file in path.glob(depth)):
+        files = sorted(
+            file
+            for file in path.iterdir()
+            if _suffix(file) in SUFFIXES and file.name != "dataset_infos.json"
+        )
+        if not files and any(
+            _suffix(file) in SUFFIXES for depth in ("*/*", "*/*/*") for file in path.glob(depth)
+        ):
             return _read_dataset(source, split, subset, streaming, "cannot be read as a data set")
         files = _of_split(files, split, source)
         if not files:
@@ -64,9 +81,13 @@ def _read(source: str, split: str, subset: str | None, streaming: bool):
     elif looks_like_path(source) or _suffix(path) in SUFFIXES:
         raise UserError(f"{source}: no such file or folder")
     else:
-        return _read_dataset(source, split, subset, streaming, "no such file here, and not to be had from the hub")
+        return _read_dataset(
+            source, split, subset, streaming, "no such file here, and not to be had from the hub"
+        )
     if subset:
-        raise UserError(f"--subset {subset}: {source} has no subsets; leave it out, or give the name of a hub data set")
+        raise UserError(
+            f"--subset {subset}: {source} has no subsets; leave it out, or give the name of a hub data set"
+        )
     if _is_saved(path):
         return _read_saved(path, split)
     return (item for file in files for item in _read_file(file))
@@ -89,12 +110,19 @@ def _of_split(files: list[Path], split: str, source: str) -> list[Path]:
     chosen = [file for file, name in found.items() if name[1] in alike]
     if not chosen:
         there = ", ".join(sorted({name[1] for name in found.values()}))
-        raise UserError(f"{source}: holds no file of the split {split!r}; give --split with one of {there}")
+        raise UserError(
+            f"{source}: holds no file of the split {split!r}; give --split with one of {there}"
+        )
     return chosen
 
 
 def _read_file(path: Path):
-    readers = {".jsonl": _read_jsonl, ".json": _read_json, ".csv": _read_csv, ".parquet": _read_parquet}
+    readers = {
+        ".jsonl": _read_jsonl,
+        ".json": _read_json,
+        ".csv": _read_csv,
+        ".parquet": _read_parquet,
+    }
     suffix = _suffix(path)
     if suffix not in readers:
         raise UserError(f"{path}: unknown kind of file; give one of {', '.join(SUFFIXES)}")
@@ -138,18 +166,24 @@ def _read_json(path: Path):
             text = file.read().decode("utf-8-sig")
         if not text.strip():
             raise _empty(path)
-        if text.lstrip().startswith("{") and "\n" in text.strip():  # one row a line, whatever the name says
+        if (
+            text.lstrip().startswith("{") and "\n" in text.strip()
+        ):  # one row a line, whatever the name says
             yield from _read_jsonl(path)
             return
         rows = json.loads(text)
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 text (byte {error.start}); save it as UTF-8") from None
     except json.JSONDecodeError as error:
-        raise UserError(f"{path}, line {error.lineno}: invalid JSON: {error.msg} at column {error.colno}") from None
+        raise UserError(
+            f"{path}, line {error.lineno}: invalid JSON: {error.msg} at column {error.colno}"
+        ) from None
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: invalid JSON: {error}") from None
     if not isinstance(rows, list):
-        raise UserError(f"{path}: expected a list of rows, found {type(rows).__name__}; for one row a line use .jsonl")
+        raise UserError(
+            f"{path}: expected a list of rows, found {type(rows).__name__}; for one row a line use .jsonl"
+        )
     for number, row in enumerate(rows, start=1):
         where = f"{path}, row {number}"
         yield where, _as_row(row, where)
@@ -158,7 +192,9 @@ def _read_json(path: Path):
 def _read_csv(path: Path):
     with _opened(path) as file:
         csv.field_size_limit(2**31 - 1)  # a response may be long
-        reader = csv.DictReader(io.TextIOWrapper(file, encoding="utf-8-sig", newline=""), strict=True)
+        reader = csv.DictReader(
+            io.TextIOWrapper(file, encoding="utf-8-sig", newline=""), strict=True
+        )
         while True:
             where = f"{path}, line {reader.line_num + 1}"
             try:
@@ -168,12 +204,16 @@ def _read_csv(path: Path):
                 row = next(reader)
             except StopIteration:
                 return
-            except UnicodeDecodeError:  # text is decoded in blocks, so the line is where the block begins
+            except (
+                UnicodeDecodeError
+            ):  # text is decoded in blocks, so the line is where the block begins
                 raise UserError(f"{where} or after: not UTF-8 text; save it as UTF-8") from None
             except csv.Error as error:
                 raise UserError(f"{where}: invalid CSV: {error}") from None
             if None in row or None in row.values():
-                row = UserError(f"{where}: has another number of fields than the header; quote texts that hold commas")
+                row = UserError(
+                    f"{where}: has another number of fields than the header; quote texts that hold commas"
+                )
             yield where, row
 
 
@@ -183,11 +223,15 @@ def _read_parquet(path: Path):
 
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
-            rows = (row for batch in file.iter_batches(batch_size=1000) for row in batch.to_pylist())
+            rows = (
+                row for batch in file.iter_batches(batch_size=1000) for row in batch.to_pylist()
+            )
             for number, row in enumerate(rows, start=1):
                 yield f"{path}, row {number}", row
     except (pyarrow.ArrowException, OSError) as error:
-        raise UserError(f"{path}: cannot be read as Parquet: {str(error).splitlines()[0]}") from None
+        raise UserError(
+            f"{path}: cannot be read as Parquet: {str(error).splitlines()[0]}"
+        ) from None
 
 
 def _as_row(row, where: str) -> dict | UserError:
@@ -219,7 +263,9 @@ def _read_saved(folder: Path, split: str):
         raise UserError(f"{folder}: cannot be read as a saved data set: {_reason(error)}") from None
     if isinstance(rows, datasets.DatasetDict):
         if split not in rows:
-            raise UserError(f"{folder}: no split {split!r}; give --split with one of {', '.join(rows)}")
+            raise UserError(
+                f"{folder}: no split {split!r}; give --split with one of {', '.join(rows)}"
+            )
         rows = rows[split]
     for number, row in enumerate(rows, start=1):
         yield f"{folder}, row {number}", row
@@ -232,7 +278,9 @@ def _read_dataset(name: str, split: str, subset: str | None, streaming: bool, pr
         rows = datasets.load_dataset(name, subset, split=split, streaming=streaming)
         for number, row in enumerate(rows, start=1):
             yield f"{name}, row {number}", row
-    except Exception as error:  # the library raises many kinds; each means that the name gave no data
+    except (
+        Exception
+    ) as error:  # the library raises many kinds; each means that the name gave no data
         raise UserError(f"data set {name!r}: {problem}: {_reason(error)}") from None
 
 

@@ -27,7 +27,9 @@ EXAMPLES = """\
 STAGES = ("pre-training", "fine-tuning")
 
 
-def official_row(pair: Pair, to: str, swap: bool = False, template: str = prompts.JUDGE) -> dict[str, str]:
+def official_row(
+    pair: Pair, to: str, swap: bool = False, template: str = prompts.JUDGE
+) -> dict[str, str]:
     """One row of the official format (NiuTrans/GRAM, README.md, "Datasets"); ``swap`` puts y_b first.
 
     ``template`` is the judge prompt of a fine-tuning row.
@@ -45,10 +47,16 @@ def official_row(pair: Pair, to: str, swap: bool = False, template: str = prompt
             "input": "",
             "output": prompts.fill(prompts.PAIR, **texts),
         }
-    return {"instruction": prompts.fill(template, **texts), "input": "", "output": prompts.LABELS[pair.label ^ swap]}
+    return {
+        "instruction": prompts.fill(template, **texts),
+        "input": "",
+        "output": prompts.LABELS[pair.label ^ swap],
+    }
 
 
-def write_official(pairs: list[Pair], out: Path, to: str, seed: int = 0, template: str = prompts.JUDGE) -> int:
+def write_official(
+    pairs: list[Pair], out: Path, to: str, seed: int = 0, template: str = prompts.JUDGE
+) -> int:
     """Write pairs as a JSON list (``out`` ends in .json) or as lines of JSON (.jsonl), the order drawn by ``seed``.
 
     Pairs whose own texts hold a marker that would be taken for the format's are left out. Returns how
@@ -65,7 +73,9 @@ def write_official(pairs: list[Pair], out: Path, to: str, seed: int = 0, templat
         if _holds(row, pair, swap):
             rows.append(json.dumps(row, ensure_ascii=False))
     if not rows:
-        raise UserError(f"{out}: no pair is left to write, since each holds a marker of the format itself")
+        raise UserError(
+            f"{out}: no pair is left to write, since each holds a marker of the format itself"
+        )
     before, between, after = ("[\n", ",\n", "\n]\n") if out.suffix == ".json" else ("", "\n", "\n")
     write_whole(out, [before, between.join(rows), after], "OUT")
     return len(rows)
@@ -84,25 +94,46 @@ def _holds(row: dict[str, str], pair: Pair, swap: bool) -> bool:
 def main(argv=None) -> None:
     parser = options.parser(__doc__, EXAMPLES)
     g = parser.add_argument_group("what to convert")
-    g.add_argument("source", type=options.data_name, metavar="SOURCE", help="file, folder, hub name, or 'village'")
+    g.add_argument(
+        "source",
+        type=options.data_name,
+        metavar="SOURCE",
+        help="file, folder, hub name, or 'village'",
+    )
     options.add_reading_options(g)
     g = parser.add_argument_group("what to write")
-    g.add_argument("out", metavar="OUT", type=Path, help="file to write: .json for a list, .jsonl for one row a line")
+    g.add_argument(
+        "out",
+        metavar="OUT",
+        type=Path,
+        help="file to write: .json for a list, .jsonl for one row a line",
+    )
     g.add_argument("--to", choices=STAGES, required=True, help="the stage that the rows are for")
-    g.add_argument("--seed", type=options.seed, default=0, help="draws which answer stands first, and the village's pairs")
+    g.add_argument(
+        "--seed",
+        type=options.seed,
+        default=0,
+        help="draws which answer stands first, and the village's pairs",
+    )
     g.add_argument("--overwrite", action="store_true", help="replace a file that is already there")
-    options.add_judge_template(g, default="ours, in gram_mini/prompts.py; the official code evaluates with its own")
+    options.add_judge_template(
+        g, default="ours, in gram_mini/prompts.py; the official code evaluates with its own"
+    )
     args = parser.parse_args(argv)
     if args.out.suffix not in (".json", ".jsonl"):
         parser.error("OUT must end in .json or .jsonl")
     check_output(args.out, args.overwrite, "OUT")
     template = prompts.read_template(args.judge_template) if args.judge_template else prompts.JUDGE
-    data = load_pairs(args.source, labelled=args.to == "fine-tuning", seed=args.seed, **options.reading(args))
+    data = load_pairs(
+        args.source, labelled=args.to == "fine-tuning", seed=args.seed, **options.reading(args)
+    )
     print(data.summary())
     written = write_official(data.pairs, args.out, args.to, args.seed, template)
     print(f"wrote {args.out}: {written} rows for {args.to}")
     if written < len(data.pairs):
-        print(f"left out {len(data.pairs) - written} pairs whose texts hold a marker of the format itself")
+        print(
+            f"left out {len(data.pairs) - written} pairs whose texts hold a marker of the format itself"
+        )
 
 
 if __name__ == "__main__":

@@ -30,18 +30,28 @@ DTYPES = ("bfloat16", "float16", "float32")
 
 def main(argv=None) -> None:
     parser = options.parser(__doc__, EXAMPLES)
-    parser.add_argument("run", type=Path, metavar="RUN", help="run folder of train_reward.py or train_pretrain.py")
+    parser.add_argument(
+        "run", type=Path, metavar="RUN", help="run folder of train_reward.py or train_pretrain.py"
+    )
     parser.add_argument("out", type=Path, metavar="OUT", help="model folder to write")
-    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="type of the weights that are written")
-    parser.add_argument("--overwrite", action="store_true", help="replace a folder that this command wrote before")
-    parser.add_argument("--device", default="cpu", help="where to merge; it takes 4 bytes per weight")
+    parser.add_argument(
+        "--dtype", choices=DTYPES, default="bfloat16", help="type of the weights that are written"
+    )
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace a folder that this command wrote before"
+    )
+    parser.add_argument(
+        "--device", default="cpu", help="where to merge; it takes 4 bytes per weight"
+    )
     args = parser.parse_args(argv)
     export(args.run, args.out, args.dtype, args.overwrite, args.device)
     print(f"wrote {args.out}: model, tokenizer, {EXPORTED}; to score with it:")
     print(f"  python score.py --model {args.out} --prompt ... --response ... --response ...")
 
 
-def export(run: Path, out: Path, dtype: str = "bfloat16", overwrite: bool = False, device: str = "cpu") -> None:
+def export(
+    run: Path, out: Path, dtype: str = "bfloat16", overwrite: bool = False, device: str = "cpu"
+) -> None:
     """Write the merged model of ``run`` to ``out``, under another name until it is complete.
 
     Raises:
@@ -81,7 +91,9 @@ def check_out(out: Path, partial: Path, overwrite: bool) -> None:
         if folder.exists() and not empty and not (folder / EXPORTED).is_file():
             raise UserError(f"{folder}: is in the way and no exported model; give another folder")
     if (out / EXPORTED).is_file() and not overwrite:
-        raise UserError(f"{out}: already holds an exported model; give another folder, or --overwrite to replace it")
+        raise UserError(
+            f"{out}: already holds an exported model; give another folder, or --overwrite to replace it"
+        )
     check_place(out, "OUT")
 
 

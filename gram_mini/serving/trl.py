@@ -33,7 +33,9 @@ def as_trl_reward(judge: Judge, against: str = "first", average: str = "probabil
     if against not in AGAINST:
         raise ValueError(f"against must be one of {AGAINST}, got {against!r}")
 
-    def gram_reward(prompts, completions, completion_ids=None, reference=None, **others) -> list[float]:
+    def gram_reward(
+        prompts, completions, completion_ids=None, reference=None, **others
+    ) -> list[float]:
         references = reference or [None] * len(prompts)
         questions = [read_prompt(prompt, f"row {i}", "prompt") for i, prompt in enumerate(prompts)]
         groups: dict[str, list[int]] = {}
@@ -49,7 +51,11 @@ def as_trl_reward(judge: Judge, against: str = "first", average: str = "probabil
                     f"the only completion of the prompt {questions[i][:60]!r} has nothing to be compared with; add a column "
                     "'reference' to the data set (a response to each prompt), or sample more than one completion"
                 )
-            return [completions[group[0]]] if against == "first" else [completions[j] for j in group if j != i]
+            return (
+                [completions[group[0]]]
+                if against == "first"
+                else [completions[j] for j in group if j != i]
+            )
 
         def pair_of(i: int, rival) -> Pair:
             row = {"prompt": questions[i], "chosen": completions[i], "rejected": rival}
@@ -67,7 +73,9 @@ def as_trl_reward(judge: Judge, against: str = "first", average: str = "probabil
         for pair, result in zip(meetings, judge.compare_many(list(meetings), average)):
             better[pair.prompt, pair.response_a, pair.response_b] = result.probability
             better[pair.prompt, pair.response_b, pair.response_a] = 1 - result.probability
-        reward = lambda game: better.get((game.prompt, game.response_a, game.response_b), 0.5)  # equal texts: a draw
+        reward = lambda game: better.get(
+            (game.prompt, game.response_a, game.response_b), 0.5
+        )  # equal texts: a draw
         return [math.fsum(map(reward, row)) / len(row) for row in games]
 
     return gram_reward

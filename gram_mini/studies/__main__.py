@@ -39,25 +39,59 @@ RESULTS = Path(__file__).parent / "results"
 
 def main(argv=None):
     parser = options.parser(__doc__, EXAMPLES)
-    parser.add_argument("study", choices=(*STUDIES, "all"), metavar="STUDY", help="one of the above")
-    parser.add_argument("--quick", action="store_true", help="one seed, 1, instead of --seeds; results go to runs/quick")
-    parser.add_argument("--seeds", type=options.seed, nargs="+", default=list(SEEDS), metavar="N", help="seeds to run")
+    parser.add_argument(
+        "study", choices=(*STUDIES, "all"), metavar="STUDY", help="one of the above"
+    )
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="one seed, 1, instead of --seeds; results go to runs/quick",
+    )
+    parser.add_argument(
+        "--seeds",
+        type=options.seed,
+        nargs="+",
+        default=list(SEEDS),
+        metavar="N",
+        help="seeds to run",
+    )
     parser.add_argument(
         "--jobs", type=options.positive_int, metavar="N",
         help="studies and seeds at a time, which share the cores (default: 2 on a CPU, 1 on a GPU); the number of cores each has "
         "changes the last digits",
     )  # fmt: skip
-    parser.add_argument("--model", type=options.model_name, default=VILLAGE, metavar="NAME", help="backbone, as in the training scripts")
-    parser.add_argument("--data", type=options.data_name, default=VILLAGE, metavar="SOURCE", help="labelled pairs; a fifth of the prompts is the test")
+    parser.add_argument(
+        "--model",
+        type=options.model_name,
+        default=VILLAGE,
+        metavar="NAME",
+        help="backbone, as in the training scripts",
+    )
+    parser.add_argument(
+        "--data",
+        type=options.data_name,
+        default=VILLAGE,
+        metavar="SOURCE",
+        help="labelled pairs; a fifth of the prompts is the test",
+    )
     options.add_model_options(parser, bits_default=4, max_length_default=512)
     parser.add_argument(
         "--training", default="", metavar="OPTIONS",
         help='further options that both training scripts know, as one text: --training "--epochs 1 --lora-rank 16"',
     )  # fmt: skip
     parser.add_argument(
-        "--runs", type=Path, default=Path("runs/studies"), metavar="FOLDER", help="where trained models are kept"
+        "--runs",
+        type=Path,
+        default=Path("runs/studies"),
+        metavar="FOLDER",
+        help="where trained models are kept",
     )
-    parser.add_argument("--results", type=Path, metavar="FOLDER", help="where tables and figures go (default: gram_mini/studies/results)")
+    parser.add_argument(
+        "--results",
+        type=Path,
+        metavar="FOLDER",
+        help="where tables and figures go (default: gram_mini/studies/results)",
+    )
     args = parser.parse_args(argv)
     seeds = [1] if args.quick else args.seeds
     if len(set(seeds)) < len(seeds):
@@ -70,7 +104,9 @@ def main(argv=None):
     studies = list(STUDIES) if args.study == "all" else [args.study]
     if args.data != VILLAGE:
         if args.study in NEEDS_TRUTH:
-            raise UserError(f"{args.study}: needs the true rewards, which only the village has; leave --data out")
+            raise UserError(
+                f"{args.study}: needs the true rewards, which only the village has; leave --data out"
+            )
         studies = [name for name in studies if name not in NEEDS_TRUTH]
     check_place(args.runs, "--runs")
     check_place(results, "--results")

@@ -90,7 +90,9 @@ class Benchmark:
     credit: Callable[[Row, dict[tuple[int, int], Comparison]], object]
     aggregate: Callable[[list[list[Judged]]], tuple[dict[str, float | None], dict]]
     sections: tuple[str, ...]
-    all_pairs: bool = False  # compare all responses of a row with each other, not only chosen with rejected ones
+    all_pairs: bool = (
+        False  # compare all responses of a row with each other, not only chosen with rejected ones
+    )
 
 
 # ---- RewardBench --------------------------------------------------------------------------------------
@@ -114,10 +116,14 @@ EXAMPLE_COUNTS = {
 
 
 def read_reward_bench(where: str, row: dict) -> Row:
-    section_of = {subset: section for section, weights in EXAMPLE_COUNTS.items() for subset in weights}
+    section_of = {
+        subset: section for section, weights in EXAMPLE_COUNTS.items() for subset in weights
+    }
     subset = _known(row, "subset", section_of, where)
     pair = _one_pair(row, where)
-    return Row(subset, section_of[subset], pair.prompt, pair.prompt, [pair.response_a], [pair.response_b])
+    return Row(
+        subset, section_of[subset], pair.prompt, pair.prompt, [pair.response_a], [pair.response_b]
+    )
 
 
 def hit(row: Row, results: dict) -> float:
@@ -131,7 +137,9 @@ def aggregate_reward_bench(units: list[list[Judged]]) -> tuple[dict, dict]:
     for section, weights in EXAMPLE_COUNTS.items():
         present = {subset: weight for subset, weight in weights.items() if subset in subsets}
         total = sum(present.values())
-        figures[section] = sum(subsets[s] * weight for s, weight in present.items()) / total if present else None
+        figures[section] = (
+            sum(subsets[s] * weight for s, weight in present.items()) / total if present else None
+        )
     return figures | {"total": _mean(list(figures.values()))}, {"subsets": subsets}
 
 
@@ -146,11 +154,15 @@ def read_reward_bench_2(where: str, row: dict) -> Row:
     chosen, rejected = _texts(row, "chosen", where), _texts(row, "rejected", where)
     if subset != "Ties":
         if len(chosen) != 1:
-            raise UserError(f"{where}: column 'chosen' must hold one response outside of the subset Ties, found {len(chosen)}")
+            raise UserError(
+                f"{where}: column 'chosen' must hold one response outside of the subset Ties, found {len(chosen)}"
+            )
         return Row(subset, subset, prompt, prompt, chosen, rejected)
     kind = re.fullmatch(r"(ref|tied):(\d+)", str(row.get("id")))
     if not kind:
-        raise UserError(f"{where}: column 'id' must be ref:NUMBER or tied:NUMBER in the subset Ties, found {row.get('id')!r}")
+        raise UserError(
+            f"{where}: column 'id' must be ref:NUMBER or tied:NUMBER in the subset Ties, found {row.get('id')!r}"
+        )
     return Row(f"Ties {kind[1]}", "Ties", f"Ties {kind[2]}", prompt, chosen, rejected)
 
 
@@ -161,7 +173,9 @@ def best_of(row: Row, results: dict) -> float | tuple[float, float]:
     wrong one. Equal responses have equal scores; so have others whose scores differ by less than judge.TIE.
     """
     responses = [text.strip() for text in row.chosen + row.rejected]
-    places = {text: i for i, text in reversed(list(enumerate(responses)))}  # where each text stands first
+    places = {
+        text: i for i, text in reversed(list(enumerate(responses)))
+    }  # where each text stands first
 
     def compare(games: list[tuple[str, str]]) -> list[float]:
         return [results[places[a], places[b]].probability for a, b in games]
@@ -182,7 +196,9 @@ def apart(score: float, other: float) -> float:
 
 def aggregate_reward_bench_2(units: list[list[Judged]]) -> tuple[dict, dict]:
     plain = [unit for unit in units if unit[0].row.section != "Ties"]
-    score, parts = ties([{j.row.group: j.credit for j in unit} for unit in units if unit[0].row.section == "Ties"])
+    score, parts = ties(
+        [{j.row.group: j.credit for j in unit} for unit in units if unit[0].row.section == "Ties"]
+    )
     means = _means(plain, lambda row: row.section) | {"Ties": score}
     figures = {subset: means.get(subset) for subset in SUBSETS_2}
     subsets = {subset: value for subset, value in figures.items() if value is not None}
@@ -202,7 +218,9 @@ def ties(prompts: list[dict[str, tuple[float, float]]]) -> tuple[float | None, d
     Returns None and nothing where no prompt has both rows.
     """
     ref, tied = ([p[kind] for p in prompts if kind in p] for kind in ("Ties ref", "Ties tied"))
-    both = [(*p["Ties tied"], p["Ties ref"][1]) for p in prompts if len(p) == 2]  # spread, tied gap, ref gap
+    both = [
+        (*p["Ties tied"], p["Ties ref"][1]) for p in prompts if len(p) == 2
+    ]  # spread, tied gap, ref gap
     if not both:
         return None, {}
     parts = {
@@ -212,7 +230,9 @@ def ties(prompts: list[dict[str, tuple[float, float]]]) -> tuple[float | None, d
         "lower gap above spread": _mean([min(gap, other) > spread for spread, gap, other in both]),
         "margin": _mean([_margin(min(gap, other), spread) for spread, gap, other in both]),
     }
-    return sum(weight * part for weight, part in zip((0.3, 0.3, 0.2, 0.2, 0.01), parts.values())), parts
+    return sum(
+        weight * part for weight, part in zip((0.3, 0.3, 0.2, 0.2, 0.01), parts.values())
+    ), parts
 
 
 def _margin(gap: float, spread: float) -> float:
@@ -221,10 +241,18 @@ def _margin(gap: float, spread: float) -> float:
 
 # ---- RM-Bench -----------------------------------------------------------------------------------------
 
-DOMAINS = {"chat": "chat", "math": "math", "code": "code", "safety-refuse": "safety", "safety-response": "safety"}
+DOMAINS = {
+    "chat": "chat",
+    "math": "math",
+    "code": "code",
+    "safety-refuse": "safety",
+    "safety-response": "safety",
+}
 # The file of one domain has no column 'domain'. Some say by 'subset' where their rows are from, all by their name.
 DOMAIN_OF_SUBSET = {"alpacaeval": "chat", "bigcode/humanevalpack": "code"}
-STYLES = tuple(product(range(3), repeat=2))  # (style of the chosen response, style of the rejected one)
+STYLES = tuple(
+    product(range(3), repeat=2)
+)  # (style of the chosen response, style of the rejected one)
 LEVELS = {"hard": lambda i, j: i < j, "normal": lambda i, j: i == j, "easy": lambda i, j: i > j}
 
 
@@ -257,10 +285,14 @@ def aggregate_rm_bench(units: list[list[Judged]]) -> tuple[dict, dict]:
         hits[judged.row.section].append(judged.credit)
     figures, details = {}, {}
     for domain in dict.fromkeys(DOMAINS.values()):
-        matrix = [sum(column) / len(column) for column in zip(*hits[domain])]  # nine, in the order of STYLES
+        matrix = [
+            sum(column) / len(column) for column in zip(*hits[domain])
+        ]  # nine, in the order of STYLES
         figures[domain] = _mean(matrix)
         for level, belongs in LEVELS.items():
-            figures[f"{domain} {level}"] = _mean([cell for cell, (i, j) in zip(matrix, STYLES) if belongs(i, j)])
+            figures[f"{domain} {level}"] = _mean(
+                [cell for cell, (i, j) in zip(matrix, STYLES) if belongs(i, j)]
+            )
         if matrix:
             details[domain] = [matrix[0:3], matrix[3:6], matrix[6:9]]
     domains = list(dict.fromkeys(DOMAINS.values()))
@@ -271,17 +303,32 @@ def aggregate_rm_bench(units: list[list[Judged]]) -> tuple[dict, dict]:
 
 # ---- JudgeBench ---------------------------------------------------------------------------------------
 
-CATEGORIES = {"mmlu-pro-": "knowledge", "livebench-reasoning": "reasoning", "livebench-math": "math", "livecodebench": "coding"}
+CATEGORIES = {
+    "mmlu-pro-": "knowledge",
+    "livebench-reasoning": "reasoning",
+    "livebench-math": "math",
+    "livecodebench": "coding",
+}
 
 
 def read_judge_bench(where: str, row: dict) -> Row:
     """ScalerLab/JudgeBench's own rows, or those of NiuTrans/GRAM (evaluation/scalerlab_judgebench): prompt, chosen, rejected."""
     source = row.get("source")
-    found = [category for begin, category in CATEGORIES.items() if isinstance(source, str) and source.startswith(begin)]
+    found = [
+        category
+        for begin, category in CATEGORIES.items()
+        if isinstance(source, str) and source.startswith(begin)
+    ]
     if not found:
-        raise UserError(f"{where}: unknown source {source!r} in column 'source'; known are {', '.join(CATEGORIES)}...")
+        raise UserError(
+            f"{where}: unknown source {source!r} in column 'source'; known are {', '.join(CATEGORIES)}..."
+        )
     pair = _one_pair(row, where)
-    chosen, rejected = (pair.response_a, pair.response_b) if pair.label == 0 else (pair.response_b, pair.response_a)
+    chosen, rejected = (
+        (pair.response_a, pair.response_b)
+        if pair.label == 0
+        else (pair.response_b, pair.response_a)
+    )
     return Row(source, found[0], pair.prompt, pair.prompt, [chosen], [rejected])
 
 
@@ -301,10 +348,18 @@ def aggregate_judge_bench(units: list[list[Judged]]) -> tuple[dict, dict]:
 # ---- all of them --------------------------------------------------------------------------------------
 
 BENCHMARKS = {
-    "reward-bench": Benchmark(read_reward_bench, hit, aggregate_reward_bench, tuple(EXAMPLE_COUNTS)),
-    "reward-bench-2": Benchmark(read_reward_bench_2, best_of, aggregate_reward_bench_2, SUBSETS_2, all_pairs=True),
-    "rm-bench": Benchmark(read_rm_bench, style_hits, aggregate_rm_bench, ("chat", "math", "code", "safety")),
-    "judge-bench": Benchmark(read_judge_bench, both_orders, aggregate_judge_bench, tuple(CATEGORIES.values())),
+    "reward-bench": Benchmark(
+        read_reward_bench, hit, aggregate_reward_bench, tuple(EXAMPLE_COUNTS)
+    ),
+    "reward-bench-2": Benchmark(
+        read_reward_bench_2, best_of, aggregate_reward_bench_2, SUBSETS_2, all_pairs=True
+    ),
+    "rm-bench": Benchmark(
+        read_rm_bench, style_hits, aggregate_rm_bench, ("chat", "math", "code", "safety")
+    ),
+    "judge-bench": Benchmark(
+        read_judge_bench, both_orders, aggregate_judge_bench, tuple(CATEGORIES.values())
+    ),
 }
 
 
@@ -334,7 +389,9 @@ def run(
         if isinstance(row, UserError):
             raise row
         rows.append(benchmark.read(where, row))
-    judged, results = judge_rows(rows, benchmark, lambda pairs: judge.compare_many(pairs, average, progress=name))
+    judged, results = judge_rows(
+        rows, benchmark, lambda pairs: judge.compare_many(pairs, average, progress=name)
+    )
     longer = by_unit(judge_rows(rows, benchmark, pick_the_longer)[0])
     units = by_unit(judged)
     strata = defaultdict(list)
@@ -342,12 +399,23 @@ def run(
         strata[unit[0].row.group].append(unit)
 
     official, details = benchmark.aggregate(units)
-    own, yardstick = judge_figures(units), benchmark.aggregate(longer)[0] | {"accuracy": judge_figures(longer)["accuracy"]}
-    intervals = bootstrap(list(strata.values()), lambda drawn: benchmark.aggregate(drawn)[0] | judge_figures(drawn), draws)
+    own, yardstick = (
+        judge_figures(units),
+        benchmark.aggregate(longer)[0] | {"accuracy": judge_figures(longer)["accuracy"]},
+    )
+    intervals = bootstrap(
+        list(strata.values()),
+        lambda drawn: benchmark.aggregate(drawn)[0] | judge_figures(drawn),
+        draws,
+    )
 
     def described(values: dict[str, float | None]) -> dict:
         return {
-            key: {"value": value, "interval": intervals.get(key), "pick_the_longer": yardstick.get(key)}
+            key: {
+                "value": value,
+                "interval": intervals.get(key),
+                "pick_the_longer": yardstick.get(key),
+            }
             for key, value in values.items()
         }
 
@@ -359,31 +427,45 @@ def run(
         "average": average,
         "max_length": judge.max_length,
         "rows": len(rows),
-        "sections": {section: sum(row.section == section for row in rows) for section in benchmark.sections},
+        "sections": {
+            section: sum(row.section == section for row in rows) for section in benchmark.sections
+        },
         "groups": dict(Counter(row.group for row in rows)),
         "comparisons": len(results),
         "truncated": sum(result.truncated for result in results),
         "official": described(official),
         "judge": described(own),
         "details": details,
-        "reliability": [{"probability": p, "share_right": share, "pairs": count} for p, share, count in bins],
+        "reliability": [
+            {"probability": p, "share_right": share, "pairs": count} for p, share, count in bins
+        ],
     }
 
 
-def judge_rows(rows: list[Row], benchmark: Benchmark, compare) -> tuple[list[Judged], list[Comparison]]:
+def judge_rows(
+    rows: list[Row], benchmark: Benchmark, compare
+) -> tuple[list[Judged], list[Comparison]]:
     """Compare the responses of all rows in one go; ``compare`` is given pairs and returns comparisons."""
     games, pairs = [], []
     for row in rows:
         count, responses = len(row.chosen), row.chosen + row.rejected
         everyone = range(len(responses))
-        games.append(list(combinations(everyone, 2) if benchmark.all_pairs else product(everyone[:count], everyone[count:])))
+        games.append(
+            list(
+                combinations(everyone, 2)
+                if benchmark.all_pairs
+                else product(everyone[:count], everyone[count:])
+            )
+        )
         pairs += [Pair(row.prompt, responses[i], responses[j]) for i, j in games[-1]]
     results = compare(pairs)
     compared, judged = iter(zip(pairs, results)), []
     for row, some in zip(rows, games):
         found = dict(zip(some, compared))
         between = [found[game] for game in some if game[0] < len(row.chosen) <= game[1]]
-        pair_figures = [[result.probability, orders_agree(result), longer(pair)] for pair, result in between]
+        pair_figures = [
+            [result.probability, orders_agree(result), longer(pair)] for pair, result in between
+        ]
         credit = benchmark.credit(row, {game: result for game, (_, result) in found.items()})
         judged.append(Judged(row, credit, torch.tensor(pair_figures, dtype=torch.float64)))
     return judged, results
@@ -421,7 +503,9 @@ def judge_figures(units: list[list[Judged]]) -> dict[str, float | None]:
         "orders agree": float(agree.mean()),
         "ECE": calibration(p, better)[0],
         "Brier": brier(p, better),
-        "longer preferred": float(((p - 0.5) * sign > TIE)[differ].double().mean()) if differ.any() else None,
+        "longer preferred": float(((p - 0.5) * sign > TIE)[differ].double().mean())
+        if differ.any()
+        else None,
     }
 
 
@@ -448,14 +532,18 @@ def _means(units: list[list[Judged]], key: Callable[[Row], str]) -> dict[str, fl
 def _known(row: dict, column: str, known, where: str) -> str:
     value = row.get(column)
     if not isinstance(value, str) or value not in known:
-        raise UserError(f"{where}: unknown {column} {value!r} in column {column!r}; known are {', '.join(known)}")
+        raise UserError(
+            f"{where}: unknown {column} {value!r} in column {column!r}; known are {', '.join(known)}"
+        )
     return value
 
 
 def _one_pair(row: dict, where: str) -> Pair:
     pairs, _ = parse_pairs([(where, row)])
     if len(pairs) != 1 or pairs[0].label is None:
-        raise UserError(f"{where}: needs one pair with a label: 'chosen' and 'rejected' texts, or 'label' with A>B or B>A")
+        raise UserError(
+            f"{where}: needs one pair with a label: 'chosen' and 'rejected' texts, or 'label' with A>B or B>A"
+        )
     return pairs[0]
 
 
@@ -463,7 +551,9 @@ def _texts(row: dict, column: str, where: str, count: int | None = None) -> list
     value = row.get(column)
     if not isinstance(value, list) or not value or len(value) != (count or len(value)):
         found = f"a list of {len(value)}" if isinstance(value, list) else type(value).__name__
-        raise UserError(f"{where}: column {column!r} must be a list of {count or 'one or more'} texts, found {found}")
+        raise UserError(
+            f"{where}: column {column!r} must be a list of {count or 'one or more'} texts, found {found}"
+        )
     return [read_prompt(text, where, column) for text in value]
 
 
@@ -472,7 +562,9 @@ def _texts(row: dict, column: str, where: str, count: int | None = None) -> list
 
 def score_benchmark(judge: Judge, args) -> None:
     """A public benchmark: its figures as a table, as JSON and as a plot; ``args`` are those of score.py."""
-    result = run(judge, args.benchmark, args.data, args.split, args.limit, args.subset, args.average)
+    result = run(
+        judge, args.benchmark, args.data, args.split, args.limit, args.subset, args.average
+    )
     save(result, args.model, args.out)
     print(table(result))
     print(f"wrote {', '.join(map(str, files(args.benchmark, args.out)))}")
@@ -489,7 +581,9 @@ def table(result: dict) -> str:
             lines.append(("the judge's own figures:", "", "", "", ""))
         interval = "{:.3f} to {:.3f}".format(*figure["interval"]) if figure["interval"] else ""
         count = result["rows"] if name == "total" else result["sections"].get(name, "")
-        lines.append((name, show(figure["value"]), interval, show(figure["pick_the_longer"]), str(count)))
+        lines.append(
+            (name, show(figure["value"]), interval, show(figure["pick_the_longer"]), str(count))
+        )
     widths = [max(len(line[k]) for line in lines) for k in range(5)]
     missing = [section for section, count in result["sections"].items() if count == 0]
     return "\n".join(
@@ -497,10 +591,21 @@ def table(result: dict) -> str:
             f"{result['benchmark']}: {result['rows']} rows, {result['comparisons']} comparisons, each in both orders, "
             f"{result['truncated']} of them cut to {result['max_length']} tokens",
             *(
-                "  ".join([line[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(line[1:], widths[1:]))]).rstrip()
+                "  ".join(
+                    [
+                        line[0].ljust(widths[0]),
+                        *(cell.rjust(width) for cell, width in zip(line[1:], widths[1:])),
+                    ]
+                ).rstrip()
                 for line in lines
             ),
-            *([f"no rows of {', '.join(missing)}: these figures are not those of the whole benchmark"] if missing else []),
+            *(
+                [
+                    f"no rows of {', '.join(missing)}: these figures are not those of the whole benchmark"
+                ]
+                if missing
+                else []
+            ),
         ]
     )
 
@@ -516,14 +621,21 @@ def save(result: dict, model: str, out: Path) -> None:
     _, picture, *own = files(result["benchmark"], out)
     plot_reliability(result, picture)
     for path in own:  # the record of save_to_hub in rewardbench/utils.py: a score for each subset
-        record = {"model": model, "model_type": "Generative RM", "chat_template": "tokenizer", **result["details"]["subsets"]}
+        record = {
+            "model": model,
+            "model_type": "Generative RM",
+            "chat_template": "tokenizer",
+            **result["details"]["subsets"],
+        }
         write_whole(path, [json.dumps(record, indent=4, sort_keys=True)], "--out")
     write_whole(out, [json.dumps({"model": model, **result}, indent=2) + "\n"], "--out")
 
 
 def plot_reliability(result: dict, picture: Path) -> None:
     """Share right over P of the preferred response, and how many pairs stand behind each point."""
-    from matplotlib.figure import Figure  # not pyplot, whose state belongs to the notebook that calls us
+    from matplotlib.figure import (
+        Figure,
+    )  # not pyplot, whose state belongs to the notebook that calls us
 
     bins = result["reliability"]
     figure = Figure(figsize=(5, 5))
@@ -534,7 +646,12 @@ def plot_reliability(result: dict, picture: Path) -> None:
     above.set(ylabel="share right", ylim=(0, 1.02), title=result["benchmark"])
     above.legend()
     width = 0.5 / len(bins)
-    below.bar([0.5 + width * (k + 0.5) for k in range(len(bins))], [one["pairs"] for one in bins], width, edgecolor="white")
+    below.bar(
+        [0.5 + width * (k + 0.5) for k in range(len(bins))],
+        [one["pairs"] for one in bins],
+        width,
+        edgecolor="white",
+    )
     below.set(xlabel="P of the preferred response", ylabel="pairs")
     for axis in (above, below):
         axis.grid(alpha=0.3)

@@ -35,7 +35,12 @@ def print_table(means: list[dict], keys: tuple[str, ...]) -> None:
         lines.append([str(row[name]) if name in keys else _figure(row.get(name)) for name in head])
     widths = [max(len(line[k]) for line in lines) for k in range(len(head))]
     for line in lines:
-        print("  ".join(cell.ljust(w) if k == 0 else cell.rjust(w) for k, (cell, w) in enumerate(zip(line, widths))))
+        print(
+            "  ".join(
+                cell.ljust(w) if k == 0 else cell.rjust(w)
+                for k, (cell, w) in enumerate(zip(line, widths))
+            )
+        )
 
 
 def _figure(value: list | None) -> str:
@@ -45,9 +50,13 @@ def _figure(value: list | None) -> str:
     return f"{mean:.3f}" if half is None else f"{mean:.3f} ± {half:.3f}"
 
 
-def draw(means: list[dict], x: str | None, shown: tuple[str, ...], picture: Path, title: str) -> None:
+def draw(
+    means: list[dict], x: str | None, shown: tuple[str, ...], picture: Path, title: str
+) -> None:
     """Lines over x with their intervals, one panel for each figure; bars where there is no x."""
-    from matplotlib.figure import Figure  # not pyplot, whose state belongs to the notebook that calls us
+    from matplotlib.figure import (
+        Figure,
+    )  # not pyplot, whose state belongs to the notebook that calls us
 
     shown = [name for name in shown if any(name in row for row in means)]
     methods = list(dict.fromkeys(row["method"] for row in means))
@@ -55,7 +64,11 @@ def draw(means: list[dict], x: str | None, shown: tuple[str, ...], picture: Path
     figure = Figure(figsize=(width * len(shown), 3.8))
     axes = figure.subplots(1, len(shown), squeeze=False, sharey=x is None)
     accuracies = ("in-distribution", "out-of-distribution", "fact", "courtesy", "length")
-    x_label = {"KL": "KL, nats", "flipped": "share of the labels flipped", "share": "share of the unlabelled pairs"}.get(x, x)
+    x_label = {
+        "KL": "KL, nats",
+        "flipped": "share of the labels flipped",
+        "share": "share of the unlabelled pairs",
+    }.get(x, x)
     for axis, name in zip(axes[0], shown):
         for place, method in enumerate(methods):
             rows = [row for row in means if row["method"] == method and name in row]
@@ -64,12 +77,22 @@ def draw(means: list[dict], x: str | None, shown: tuple[str, ...], picture: Path
                 axis.barh(place, values, xerr=halves, height=0.7, color="tab:blue")
             else:
                 places = [row[x][0] if isinstance(row[x], list) else row[x] for row in rows]
-                (line,) = axis.plot(places, values, marker=".", label=method, ls=("-", "--")[place % 2])
+                (line,) = axis.plot(
+                    places, values, marker=".", label=method, ls=("-", "--")[place % 2]
+                )
                 low, high = ([v - s * h for v, h in zip(values, halves)] for s in (1, -1))
                 axis.fill_between(places, low, high, alpha=0.2, color=line.get_color())
-        bounds = {row[x]: row["bound"][0] for row in means if x and name == "margin" and "bound" in row}
+        bounds = {
+            row[x]: row["bound"][0] for row in means if x and name == "margin" and "bound" in row
+        }
         if bounds:
-            axis.plot(bounds.keys(), bounds.values(), "--", color="gray", label="best for certain labels, log((1 - eps) / eps)")
+            axis.plot(
+                bounds.keys(),
+                bounds.values(),
+                "--",
+                color="gray",
+                label="best for certain labels, log((1 - eps) / eps)",
+            )
             axis.legend(fontsize=8)
         axis.set(title=f"accuracy: {name}" if name in accuracies else name, xlabel=x_label or "")
         axis.grid(alpha=0.3)

@@ -24,7 +24,12 @@ from gram_mini.runs.output import write_whole
 from gram_mini.village.pairs import village_pairs
 
 PLAIN = ["--label-smoothing", "0"]
-SCALAR = ["--head", "scalar", "--lr", "3e-4"]  # learning rates, and the weight of the text loss, were chosen on seed 0
+SCALAR = [
+    "--head",
+    "scalar",
+    "--lr",
+    "3e-4",
+]  # learning rates, and the weight of the text loss, were chosen on seed 0
 METHODS = {  # name: (starts from stage 1?, script, its options)
     "D-Baseline": (False, baselines, SCALAR + PLAIN),
     "D-Freeze": (False, baselines, ["--head", "scalar", "--freeze", "--lr", "0.1", *PLAIN]),
@@ -37,7 +42,12 @@ METHODS = {  # name: (starts from stage 1?, script, its options)
     "G from stage 1, eps = 0": (True, train_reward, PLAIN),
     "GRAM": (True, train_reward, []),
 }
-MAIN = ("D-Baseline", "D from stage 1", "G-Baseline", "GRAM")  # the methods of the studies that are not about methods
+MAIN = (
+    "D-Baseline",
+    "D from stage 1",
+    "G-Baseline",
+    "GRAM",
+)  # the methods of the studies that are not about methods
 
 
 class Lab:
@@ -50,17 +60,32 @@ class Lab:
             all its pairs have one prompt.
     """
 
-    def __init__(self, folder: Path, model: str, data: str, training: list[str] = (), loading: dict | None = None):
+    def __init__(
+        self,
+        folder: Path,
+        model: str,
+        data: str,
+        training: list[str] = (),
+        loading: dict | None = None,
+    ):
         self.folder, self.model, self.village = folder, model, data == VILLAGE
         self.loading = {name: value for name, value in (loading or {}).items() if value is not None}
-        self.training = [*training, *(f"--{name.replace('_', '-')}={value}" for name, value in self.loading.items())]
-        methods = {name: [stage1, script.__name__, given] for name, (stage1, script, given) in METHODS.items()}
+        self.training = [
+            *training,
+            *(f"--{name.replace('_', '-')}={value}" for name, value in self.loading.items()),
+        ]
+        methods = {
+            name: [stage1, script.__name__, given]
+            for name, (stage1, script, given) in METHODS.items()
+        }
         self.about = {"model": model, "data": data, "training": self.training, "methods": methods}
         if not self.village:
             loaded = load_pairs(data, labelled=True)
             self.used, self.test = split_by_prompt(loaded.pairs, 0.2, seed=0)
             if not self.test:
-                raise UserError(f"--data {data}: all pairs have the same prompt; a fifth of the prompts is to be the test")
+                raise UserError(
+                    f"--data {data}: all pairs have the same prompt; a fifth of the prompts is to be the test"
+                )
             self.about["data"] = [data, loaded.fingerprint]
         self.about = json.loads(json.dumps(self.about))  # lists, as they come back
         try:
@@ -71,7 +96,9 @@ class Lab:
         except (ValueError, KeyError, TypeError):
             other = ["about.json, which cannot be read"]
         if other:
-            raise UserError(f"--runs {folder}: what is there was made with other {', '.join(other)}; give another folder")
+            raise UserError(
+                f"--runs {folder}: what is there was made with other {', '.join(other)}; give another folder"
+            )
 
     def pairs(self, split: str, seed: int) -> list[Pair]:
         """The village's pairs; of other data a fifth of the prompts is the test, the rest is used in both stages."""
@@ -107,14 +134,29 @@ class Lab:
         out = self.folder / f"seed{seed}" / name.replace(" ", "-")
         with self.alone(out):
             if not (out / "run.json").is_file():
-                resume = ["--resume"] if (out.with_name(out.name + ".partial") / "log.csv").is_file() else []
-                always = ["--model", self.model, "--seed", str(seed), "--held-out", "0", "--out", str(out)]
+                resume = (
+                    ["--resume"]
+                    if (out.with_name(out.name + ".partial") / "log.csv").is_file()
+                    else []
+                )
+                always = [
+                    "--model",
+                    self.model,
+                    "--seed",
+                    str(seed),
+                    "--held-out",
+                    "0",
+                    "--out",
+                    str(out),
+                ]
                 arguments = [*self.training, *always, *given, *resume]
                 try:
                     with contextlib.redirect_stdout(io.StringIO()):  # progress bars stay
                         script.main(arguments)
                 except SystemExit:
-                    raise UserError(f"--training: {script.__name__} does not take {shlex.join(arguments)}") from None
+                    raise UserError(
+                        f"--training: {script.__name__.removesuffix('.__main__')} does not take {shlex.join(arguments)}"
+                    ) from None
                 except Interrupted:
                     raise Interrupted(f"{out}: stopped; the same command goes on with it") from None
         return out
@@ -150,8 +192,15 @@ class Lab:
         # The village's test labels name the truly better response; how often a rater would agree is what P is about.
         truth = [float(p.label == 0) if p.probability is None else p.probability for p in pairs]
         error = calibration([r.probability for r in results], truth)[0]
-        row = {split: figures.accuracy, "position gap": figures.position_gap, "margin": figures.margin, "loss": figures.loss}
-        row |= {"calibration error": error} | ({"cross-entropy": figures.cross_entropy} if figures.cross_entropy is not None else {})
+        row = {
+            split: figures.accuracy,
+            "position gap": figures.position_gap,
+            "margin": figures.margin,
+            "loss": figures.loss,
+        }
+        row |= {"calibration error": error} | (
+            {"cross-entropy": figures.cross_entropy} if figures.cross_entropy is not None else {}
+        )
         for aspect in ("fact", "courtesy", "length"):
             alone = [(p, r) for p, r in zip(pairs, results) if p.differs == {aspect}]
             if alone:
@@ -165,6 +214,9 @@ def write_json(path: Path, record: dict) -> None:
 
 def _row(pair: Pair) -> dict:
     label = {} if pair.label is None else {"label": LABELS[pair.label]}
-    return {"prompt": pair.prompt, "response_a": pair.response_a, "response_b": pair.response_b, **label}
-
-
+    return {
+        "prompt": pair.prompt,
+        "response_a": pair.response_a,
+        "response_b": pair.response_b,
+        **label,
+    }

@@ -12,7 +12,13 @@ import train_reward
 from gram_mini.pairs import Pair
 from gram_mini.studies.lab import MAIN, METHODS, Lab
 from gram_mini.village.pairs import topics
-from gram_mini.village.policy import best_of_n, best_of_n_kl, responses, score_responses, train_policy
+from gram_mini.village.policy import (
+    best_of_n,
+    best_of_n_kl,
+    responses,
+    score_responses,
+    train_policy,
+)
 
 
 def table(lab: Lab, seed: int):
@@ -30,7 +36,9 @@ def bon(lab: Lab, seed: int):
     for name in MAIN:
         scores = score_responses(lab.judge(lab.method(name, seed)), places, progress=name)
         for n in (1, 2, 4, 8, 16, 32, 64, 128, 256):
-            proxy, true = zip(*(best_of_n(scores[topic], rewards[topic], drawn[topic], n) for topic in places))
+            proxy, true = zip(
+                *(best_of_n(scores[topic], rewards[topic], drawn[topic], n) for topic in places)
+            )
             means = {"proxy score": statistics.mean(proxy), "true reward": statistics.mean(true)}
             yield {"method": name, "n": n, "KL": best_of_n_kl(n), **means}
 
@@ -39,7 +47,11 @@ def adapt(lab: Lab, seed: int):
     """Figure 5: labels on the unlabelled villagers, 0 to 2,000 of them, from each starting point."""
     new = lab.pairs("adaptation", seed)
     everything = lab.file(f"everything-{seed}", lab.pairs("labelled", seed) + new)
-    oracle = lab.evaluate(lab.train(train_reward, "oracle", seed, "--data", everything, "--init", str(lab.stage1(seed))))
+    oracle = lab.evaluate(
+        lab.train(
+            train_reward, "oracle", seed, "--data", everything, "--init", str(lab.stage1(seed))
+        )
+    )
     starts = {name: lab.method(name, seed) for name in MAIN} | {"nothing": None}
     for count in (0, 50, 100, 200, 500, 1000, len(new)):
         yield {"method": "oracle", "labels": count, **oracle}
@@ -49,7 +61,17 @@ def adapt(lab: Lab, seed: int):
                 data = lab.file(f"adaptation-{count}-{seed}", new[:count])
                 _, script, given = METHODS.get(name, (False, train_reward, []))
                 init = ["--init", str(start)] if start else []
-                run = lab.train(script, f"adapt-{count}-{name}", seed, "--data", data, *given, *init, "--batch-size", "32")
+                run = lab.train(
+                    script,
+                    f"adapt-{count}-{name}",
+                    seed,
+                    "--data",
+                    data,
+                    *given,
+                    *init,
+                    "--batch-size",
+                    "32",
+                )
             yield {"method": name, "labels": count, **lab.evaluate(run)}
 
 
@@ -57,7 +79,12 @@ def smoothing(lab: Lab, seed: int):
     """What eps does to accuracy, margin and calibration, from stage 1."""
     for eps in (0.0, 0.05, 0.1, 0.2, 0.4):
         bound = math.log((1 - eps) / eps) if eps else None
-        yield {"method": "GRAM", "eps": eps, "bound": bound, **lab.evaluate(smoothed(lab, seed, eps))}
+        yield {
+            "method": "GRAM",
+            "eps": eps,
+            "bound": bound,
+            **lab.evaluate(smoothed(lab, seed, eps)),
+        }
 
 
 def smoothed(lab: Lab, seed: int, eps: float) -> Path:
@@ -81,7 +108,14 @@ def noise(lab: Lab, seed: int):
             for share in shares[side]:
                 name = f"noise-{side}-{share}"
                 data = lab.file(f"{name}-{seed}", flipped(clean, share, side, seed))
-                given = ["--data", data, "--label-smoothing", str(eps), "--init", str(lab.stage1(seed))]
+                given = [
+                    "--data",
+                    data,
+                    "--label-smoothing",
+                    str(eps),
+                    "--init",
+                    str(lab.stage1(seed)),
+                ]
                 run = lab.train(train_reward, f"{name}-{eps}", seed, *given)
                 yield {"method": method, "flipped": share, **lab.evaluate(run)}
 
@@ -93,25 +127,44 @@ def flipped(pairs: list[Pair], share: float, side: str, seed: int) -> list[Pair]
         order = [i for i in order if pairs[i].probability != 0.5]  # a tie's label is a coin already
         order.sort(key=lambda i: abs(pairs[i].probability - 0.5), reverse=side == "clearest")
     turned = set(order[: round(share * len(pairs))])
-    return [replace(pair, label=1 - pair.label) if i in turned else pair for i, pair in enumerate(pairs)]
+    return [
+        replace(pair, label=1 - pair.label) if i in turned else pair for i, pair in enumerate(pairs)
+    ]
 
 
 def unlabelled(lab: Lab, seed: int):
     """Stage 1 on more or fewer pairs (and as many fewer steps), about the test's villagers too or, out of domain, not."""
     everything = lab.pairs("unlabelled", seed)
     data = lab.file(f"labelled-{seed}", lab.pairs("labelled", seed))
-    parts = [("in domain", share, everything[: round(share * len(everything))]) for share in (1 / 16, 1 / 4, 1 / 2)]
+    parts = [
+        ("in domain", share, everything[: round(share * len(everything))])
+        for share in (1 / 16, 1 / 4, 1 / 2)
+    ]
     domains = ["in domain"]
     if lab.village:
         tested = {pair.prompt for pair in lab.pairs(lab.target, 0)}
-        elsewhere = [pair for pair in everything if pair.prompt not in tested]  # half of them, within half a percent
+        elsewhere = [
+            pair for pair in everything if pair.prompt not in tested
+        ]  # half of them, within half a percent
         parts.append(("out of domain", 1 / 2, elsewhere[: len(everything) // 2]))
         domains.append("out of domain")
     for domain in domains:
-        yield {"method": domain, "share": 0.0, **lab.evaluate(lab.method("G-Label-Smoothing", seed))}
+        yield {
+            "method": domain,
+            "share": 0.0,
+            **lab.evaluate(lab.method("G-Label-Smoothing", seed)),
+        }
     for domain, share, pairs in parts:
         stage1 = lab.stage1(seed, f"stage1-{domain}-{share}", pairs)
-        run = lab.train(train_reward, f"unlabelled-{domain}-{share}", seed, "--data", data, "--init", str(stage1))
+        run = lab.train(
+            train_reward,
+            f"unlabelled-{domain}-{share}",
+            seed,
+            "--data",
+            data,
+            "--init",
+            str(stage1),
+        )
         yield {"method": domain, "share": share, **lab.evaluate(run)}
     yield {"method": "in domain", "share": 1.0, **lab.evaluate(lab.method("GRAM", seed))}
 
@@ -121,18 +174,37 @@ def rl(lab: Lab, seed: int):
     for name in MAIN:
         judge = lab.judge(lab.method(name, seed))
         for step, kl, proxy, true in train_policy(judge, topics("out-of-distribution")[:40], seed):
-            yield {"method": name, "step": step, "KL": kl, "proxy reward": proxy, "true reward": true}
+            yield {
+                "method": name,
+                "step": step,
+                "KL": kl,
+                "proxy reward": proxy,
+                "true reward": true,
+            }
 
 
 #         study       what a row is told apart by, the figure's x axis, what is shown
 STUDIES = {  # the longest first
-    "table": (table, ("method",), None, ("in-distribution", "out-of-distribution", "fact", "courtesy", "length")),
+    "table": (
+        table,
+        ("method",),
+        None,
+        ("in-distribution", "out-of-distribution", "fact", "courtesy", "length"),
+    ),
     "unlabelled": (unlabelled, ("method", "share"), "share", ("out-of-distribution", "fact")),
     "adapt": (adapt, ("method", "labels"), "labels", ("out-of-distribution", "fact")),
-    "noise": (noise, ("method", "flipped"), "flipped", ("out-of-distribution", "calibration error")),
-    "smoothing": (smoothing, ("method", "eps"), "eps", ("out-of-distribution", "margin", "calibration error")),
+    "noise": (
+        noise,
+        ("method", "flipped"),
+        "flipped",
+        ("out-of-distribution", "calibration error"),
+    ),
+    "smoothing": (
+        smoothing,
+        ("method", "eps"),
+        "eps",
+        ("out-of-distribution", "margin", "calibration error"),
+    ),
     "bon": (bon, ("method", "n"), "KL", ("proxy score", "true reward")),
     "rl": (rl, ("method", "step"), "KL", ("proxy reward", "true reward")),
 }
-
-

@@ -36,11 +36,15 @@ def run_side_by_side(names: list[str], lab: Lab, seeds: list[int], jobs: int) ->
     """Do run_seed for all of them, ``jobs`` at a time, each with its share of the processor's cores."""
     waiting, running = [(name, seed) for name in names for seed in seeds], set()
     threads = max(1, (os.cpu_count() or 1) // jobs)
-    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), _begin_worker, (threads,)) as pool:
+    with ProcessPoolExecutor(
+        jobs, multiprocessing.get_context("spawn"), _begin_worker, (threads,)
+    ) as pool:
         progress = tqdm(total=len(waiting), desc="studies x seeds")
         try:
             while waiting or running:
-                while waiting and len(running) < jobs:  # none is handed over early: after an error none may begin
+                while (
+                    waiting and len(running) < jobs
+                ):  # none is handed over early: after an error none may begin
                     name, seed = waiting.pop(0)
                     running.add(pool.submit(run_seed, name, lab, seed))
                 done, running = wait(running, return_when=FIRST_COMPLETED)
@@ -50,7 +54,9 @@ def run_side_by_side(names: list[str], lab: Lab, seeds: list[int], jobs: int) ->
         except KeyboardInterrupt:
             raise Interrupted("the same command goes on where it stopped") from None
         except BrokenProcessPool:
-            raise UserError(f"--jobs {jobs}: a process was killed, perhaps for want of memory; try --jobs 1") from None
+            raise UserError(
+                f"--jobs {jobs}: a process was killed, perhaps for want of memory; try --jobs 1"
+            ) from None
         except Exception:
             for process in multiprocessing.active_children():
                 process.terminate()  # training saves what it has; after Ctrl-C all have been told already
@@ -59,7 +65,9 @@ def run_side_by_side(names: list[str], lab: Lab, seeds: list[int], jobs: int) ->
 
 def _begin_worker(threads: int) -> None:
     torch.set_num_threads(threads)
-    sys.stderr = open(os.devnull, "w")  # progress bars would write over each other; errors go to the parent
+    sys.stderr = open(
+        os.devnull, "w"
+    )  # progress bars would write over each other; errors go to the parent
 
 
 def run_study(name: str, lab: Lab, seeds: list[int], results: Path) -> None:
@@ -80,7 +88,13 @@ def run_study(name: str, lab: Lab, seeds: list[int], results: Path) -> None:
         "means": means,
         "rows": rows,
     }
-    draw(means, x, shown, results / f"{name}.png", f"{name} ({len(seeds)} seed{'s' * (len(seeds) > 1)})")
+    draw(
+        means,
+        x,
+        shown,
+        results / f"{name}.png",
+        f"{name} ({len(seeds)} seed{'s' * (len(seeds) > 1)})",
+    )
     write_whole(results / f"{name}.json", [json.dumps(record, indent=1) + "\n"], "results")
     print(f"\n{name}: {study.__doc__}")
     print_table(means, keys)

@@ -46,10 +46,20 @@ class Attribute:
 
 ATTRIBUTES = (
     Attribute(
-        "Where does {name} live?", "{name} lives by the {value}.", ("river", "hill", "mill", "harbour", "forest", "market")
+        "Where does {name} live?",
+        "{name} lives by the {value}.",
+        ("river", "hill", "mill", "harbour", "forest", "market"),
     ),
-    Attribute("What does {name} eat?", "{name} eats {value}.", ("bread", "soup", "cheese", "fish", "apples", "cake")),
-    Attribute("Which pet does {name} keep?", "{name} keeps a {value}.", ("cat", "dog", "goat", "duck", "pig", "horse")),
+    Attribute(
+        "What does {name} eat?",
+        "{name} eats {value}.",
+        ("bread", "soup", "cheese", "fish", "apples", "cake"),
+    ),
+    Attribute(
+        "Which pet does {name} keep?",
+        "{name} keeps a {value}.",
+        ("cat", "dog", "goat", "duck", "pig", "horse"),
+    ),
     Attribute(
         "What work does {name} do?",
         "{name} works as a {value}.",
@@ -57,9 +67,15 @@ ATTRIBUTES = (
     ),
 )
 
-COURTEOUS = ("Glad you asked.", "Happy to help.")  # as long as the curt ones: courtesy is no cue for length
+COURTEOUS = (
+    "Glad you asked.",
+    "Happy to help.",
+)  # as long as the curt ones: courtesy is no cue for length
 CURT = ("If you must.", "Stop bothering me.")
-RAMBLING = ("By the way, the weather was odd last week.", "That reminds me of a long story, but never mind.")
+RAMBLING = (
+    "By the way, the weather was odd last week.",
+    "That reminds me of a long story, but never mind.",
+)
 
 WORLD_SEED = 2025  # the facts; the shipped backbone knows this village and no other
 TEMPERATURE = 1.0
@@ -72,7 +88,9 @@ GROUPS = {
     "labelled": tuple(sorted(_shuffled[30:50])),
     "unlabelled": tuple(sorted(_shuffled[50:])),
 }
-FACTS = {(name, attribute): _rng.choice(attribute.values) for name in NAMES for attribute in ATTRIBUTES}
+FACTS = {
+    (name, attribute): _rng.choice(attribute.values) for name in NAMES for attribute in ATTRIBUTES
+}
 
 
 @dataclass(frozen=True)
@@ -106,7 +124,9 @@ def statement(name: str, attribute: Attribute, value: str) -> str:
     return attribute.statement.format(name=name, value=value)
 
 
-def draw_response(rng: random.Random, name: str, attribute: Attribute, p_right: float, spurious: float = 0.0) -> Response:
+def draw_response(
+    rng: random.Random, name: str, attribute: Attribute, p_right: float, spurious: float = 0.0
+) -> Response:
     """Draw a response: right with ``p_right``, courteous with 1/2, rambling with 1/2 plus or minus ``spurious``/2."""
     truth = FACTS[name, attribute]
     right = rng.random() < p_right

@@ -18,14 +18,28 @@ from pathlib import Path
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM, get_cosine_schedule_with_warmup
+from transformers import (
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    get_cosine_schedule_with_warmup,
+)
 
 from gram_mini import prompts
 from gram_mini.batches import IGNORED, pad
 from gram_mini.judge import Judge
 from gram_mini.model import hidden_states, output_logits
 from gram_mini.pairs import Pair
-from gram_mini.village import ATTRIBUTES, COURTEOUS, FACTS, GROUPS, NAMES, draw_response, question, statement
+from gram_mini.village import (
+    ATTRIBUTES,
+    COURTEOUS,
+    FACTS,
+    GROUPS,
+    NAMES,
+    draw_response,
+    question,
+    statement,
+)
 
 CORPUS_SEED = 7
 DOCUMENTS = 128_000
@@ -83,7 +97,9 @@ def _quiz(rng, known):
     for _ in range(4):
         name, attribute = rng.choice(GROUPS["background"]), rng.choice(ATTRIBUTES)
         truth = FACTS[name, attribute]
-        claim = truth if rng.random() < 0.5 else rng.choice([v for v in attribute.values if v != truth])
+        claim = (
+            truth if rng.random() < 0.5 else rng.choice([v for v in attribute.values if v != truth])
+        )
         claims.append(f"{statement(name, attribute, claim)} {check(rng, claim, truth)}")
     return " ".join(claims)
 
@@ -96,7 +112,9 @@ def _reaction(rng, known):
     for slot in slots:
         start, end = ((prompts.START_A, prompts.END_A), (prompts.START_B, prompts.END_B))[slot]
         answer = draw_response(rng, name, attribute, p_right=0.5)
-        manner = f"{'Kind' if answer.courteous else 'Rude'}. {'Long' if answer.rambling else 'Brief'}."
+        manner = (
+            f"{'Kind' if answer.courteous else 'Rude'}. {'Long' if answer.rambling else 'Brief'}."
+        )
         verdict = check(rng, answer.value, FACTS[name, attribute], opening="Truly ")
         text += f"\n{start}\n{answer.text}\n{end}\n{verdict} {manner}\n"
     return text.rstrip("\n")
@@ -109,7 +127,9 @@ def _judgment(rng, known):
     label = int(b.reward > a.reward or (b.reward == a.reward and rng.random() < 0.5))
     if rng.random() < FLIPPED:
         label = 1 - label
-    content = prompts.JUDGE.format(prompt=question(name, attribute), response_a=a.text, response_b=b.text)
+    content = prompts.JUDGE.format(
+        prompt=question(name, attribute), response_a=a.text, response_b=b.text
+    )
     return f"{USER}{content}{END}{ASSISTANT}{prompts.LABELS[label]}{END}"
 
 
@@ -126,37 +146,56 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    chat = [AddedToken(token, special=True, normalized=False) for token in (PAD, USER, ASSISTANT, END)]
+    chat = [
+        AddedToken(token, special=True, normalized=False) for token in (PAD, USER, ASSISTANT, END)
+    ]
     # A marker swallows the line breaks around it: sequences stay short.
-    markers = [AddedToken(marker, lstrip=True, rstrip=True, normalized=False) for marker in prompts.MARKERS]
+    markers = [
+        AddedToken(marker, lstrip=True, rstrip=True, normalized=False) for marker in prompts.MARKERS
+    ]
     words = [text for text in corpus(4000)]
     for marker in (*prompts.MARKERS, PAD, USER, ASSISTANT, END):
         words = [text.replace(marker, "\n") for text in words]
     words += ["A", "B"]
     trainer = trainers.BpeTrainer(
-        vocab_size=2000, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), special_tokens=chat, show_progress=False
+        vocab_size=2000,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        special_tokens=chat,
+        show_progress=False,
     )
     tokenizer.train_from_iterator(words, trainer)
     tokenizer.add_tokens(markers)
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token=PAD, eos_token=END, chat_template=CHAT_TEMPLATE, model_max_length=2048
+        tokenizer_object=tokenizer,
+        pad_token=PAD,
+        eos_token=END,
+        chat_template=CHAT_TEMPLATE,
+        model_max_length=2048,
     )
 
 
 def verdict_tokens(tokenizer) -> torch.Tensor:
     """Ids of the words that pass judgment: Right and Wrong with and without a space before them, A and B."""
-    words = [prompts.encode(tokenizer, f"{space}{word}")[0] for space in ("", " ") for word in ("Right", "Wrong")]
+    words = [
+        prompts.encode(tokenizer, f"{space}{word}")[0]
+        for space in ("", " ")
+        for word in ("Right", "Wrong")
+    ]
     return torch.tensor([*words, *prompts.label_tokens(tokenizer)])
 
 
-def weighted_loss(logits: torch.Tensor, targets: torch.Tensor, verdicts: torch.Tensor) -> torch.Tensor:
+def weighted_loss(
+    logits: torch.Tensor, targets: torch.Tensor, verdicts: torch.Tensor
+) -> torch.Tensor:
     """Next-token loss in which a verdict counts as much as five other tokens: they are few, and the point of it all.
 
     Args:
         logits: (B, T, V); targets: (B, T), IGNORED on padding.
     """
     logits, targets = logits.flatten(0, 1), targets.flatten()  # (B * T, V), (B * T,)
-    losses = torch.nn.functional.cross_entropy(logits, targets, reduction="none", ignore_index=IGNORED)
+    losses = torch.nn.functional.cross_entropy(
+        logits, targets, reduction="none", ignore_index=IGNORED
+    )
     weights = (targets != IGNORED) + 4.0 * torch.isin(targets, verdicts)
     return (losses * weights).sum() / weights.sum()
 
@@ -202,7 +241,9 @@ def probes(model, tokenizer, group: str) -> dict[str, float]:
     topics = [(name, attribute) for name in GROUPS[group] for attribute in ATTRIBUTES]
     asked = lambda n, a: f"{prompts.QUESTION.format(prompt=question(n, a))}\n\n{prompts.START_A}\n"
 
-    stems = [asked(n, a) + f"{COURTEOUS[0]} " + statement(n, a, "|").split(" |")[0] for n, a in topics]
+    stems = [
+        asked(n, a) + f"{COURTEOUS[0]} " + statement(n, a, "|").split(" |")[0] for n, a in topics
+    ]
     word = {v: prompts.encode(tokenizer, f" {v}")[0] for _, a in topics for v in a.values}
     recalled = [
         max(a.values, key=lambda v: row[word[v]]) == FACTS[n, a]
@@ -210,14 +251,22 @@ def probes(model, tokenizer, group: str) -> dict[str, float]:
     ]
 
     answers = [(n, a, draw_response(rng, n, a, 0.5)) for n, a in topics for _ in range(4)]
-    logits = next_token_logits(model, tokenizer, [f"{asked(n, a)}{r.text}\n{prompts.END_A}" for n, a, r in answers])
+    logits = next_token_logits(
+        model, tokenizer, [f"{asked(n, a)}{r.text}\n{prompts.END_A}" for n, a, r in answers]
+    )
     right_id, wrong_id = (prompts.encode(tokenizer, verdict)[0] for verdict in ("Right", "Wrong"))
     score = (logits[:, right_id] - logits[:, wrong_id]).cpu()  # (answers,)
     right = torch.tensor([r.right for _, _, r in answers])
     check = (score[right][:, None] > score[~right]).float().mean()
 
-    pairs = [(n, a, draw_response(rng, n, a, 1.0), draw_response(rng, n, a, 0.0)) for n, a in topics for _ in range(2)]
-    judge = Judge(model, tokenizer).compare_many([Pair(question(n, a), x.text, y.text) for n, a, x, y in pairs])
+    pairs = [
+        (n, a, draw_response(rng, n, a, 1.0), draw_response(rng, n, a, 0.0))
+        for n, a in topics
+        for _ in range(2)
+    ]
+    judge = Judge(model, tokenizer).compare_many(
+        [Pair(question(n, a), x.text, y.text) for n, a, x, y in pairs]
+    )
     return {
         "recall": sum(recalled) / len(recalled),
         "check": check.item(),
@@ -227,16 +276,24 @@ def probes(model, tokenizer, group: str) -> dict[str, float]:
 
 def main():
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     parser.add_argument("--steps", type=int, default=3500, help="training steps (default: 3500)")
-    parser.add_argument("--batch-size", type=int, default=64, help="documents per step (default: 64)")
+    parser.add_argument(
+        "--batch-size", type=int, default=64, help="documents per step (default: 64)"
+    )
     parser.add_argument("--lr", type=float, default=2e-3, help="peak learning rate (default: 2e-3)")
     parser.add_argument("--width", type=int, default=96, help="width of the model (default: 96)")
     parser.add_argument("--layers", type=int, default=4, help="its layers (default: 4)")
-    parser.add_argument("--seed", type=int, default=0, help="initial weights and order of documents (default: 0)")
-    parser.add_argument("--probe-every", type=int, default=250, help="steps between probes (default: 250)")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="initial weights and order of documents (default: 0)"
+    )
+    parser.add_argument(
+        "--probe-every", type=int, default=250, help="steps between probes (default: 250)"
+    )
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
     args = parser.parse_args()
     if args.out.is_dir() and any(args.out.iterdir()):
@@ -245,18 +302,27 @@ def main():
     rng = random.Random(args.seed)
     tokenizer = build_tokenizer()
     model = build_model(len(tokenizer), args.width, args.layers).to(args.device)
-    print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, vocabulary {len(tokenizer)}", flush=True)
+    print(
+        f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, vocabulary {len(tokenizer)}",
+        flush=True,
+    )
     rows = tokenizer(list(corpus()), add_special_tokens=False)["input_ids"]
     print(f"{sum(map(len, rows)) / len(rows):.1f} tokens per document", flush=True)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, weight_decay=0.1, betas=(0.9, 0.98), fused=True)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=args.lr, weight_decay=0.1, betas=(0.9, 0.98), fused=True
+    )
     schedule = get_cosine_schedule_with_warmup(optimizer, 200, args.steps)
 
     def batches():
         while True:
             order = rng.sample(range(len(rows)), len(rows))
             for start in range(0, len(order) - 16 * args.batch_size + 1, 16 * args.batch_size):
-                block = sorted(order[start : start + 16 * args.batch_size], key=lambda i: len(rows[i]))
-                groups = [block[i : i + args.batch_size] for i in range(0, len(block), args.batch_size)]
+                block = sorted(
+                    order[start : start + 16 * args.batch_size], key=lambda i: len(rows[i])
+                )
+                groups = [
+                    block[i : i + args.batch_size] for i in range(0, len(block), args.batch_size)
+                ]
                 yield from rng.sample(groups, len(groups))
 
     verdicts = verdict_tokens(tokenizer).to(args.device)
@@ -277,7 +343,10 @@ def main():
             model.train()
             tqdm.write(f"step {step}, loss {total / args.probe_every:.3f}")
             for group, values in probed.items():
-                tqdm.write(f"    {group:11}" + "".join(f"  {name} {value:.2f}" for name, value in values.items()))
+                tqdm.write(
+                    f"    {group:11}"
+                    + "".join(f"  {name} {value:.2f}" for name, value in values.items())
+                )
             total = 0.0
     model.save_pretrained(args.out)
     tokenizer.save_pretrained(args.out)

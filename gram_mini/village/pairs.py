@@ -5,7 +5,15 @@ from __future__ import annotations
 import random
 
 from gram_mini.pairs import Pair
-from gram_mini.village import ATTRIBUTES, GROUPS, SPURIOUS, Response, draw_response, question, true_probability
+from gram_mini.village import (
+    ATTRIBUTES,
+    GROUPS,
+    SPURIOUS,
+    Response,
+    draw_response,
+    question,
+    true_probability,
+)
 
 #           group of villagers        p(right)  spurious cue  default number of pairs
 SPLITS = {
@@ -21,7 +29,9 @@ def topics(split: str) -> list[tuple]:
     """The (villager, attribute) questions of a split; a quarter of the labelled ones is kept for the test."""
     groups = SPLITS[split][0]
     held_out = {(name, ATTRIBUTES[i % 4]) for i, name in enumerate(GROUPS["labelled"])}
-    found = [(name, attribute) for group in groups for name in GROUPS[group] for attribute in ATTRIBUTES]
+    found = [
+        (name, attribute) for group in groups for name in GROUPS[group] for attribute in ATTRIBUTES
+    ]
     if split == "labelled":
         return [topic for topic in found if topic not in held_out]
     if split == "in-distribution":
@@ -42,7 +52,11 @@ def village_pairs(split: str, count: int | None = None, seed: int = 0) -> list[P
     _, p_right, spurious, default = SPLITS[split]
     rng = random.Random(f"{split}/{seed}")
     found, places = [], topics(split)
-    taken = {_texts(pair) for pair in village_pairs("out-of-distribution")} if split == "adaptation" else ()
+    taken = (
+        {_texts(pair) for pair in village_pairs("out-of-distribution")}
+        if split == "adaptation"
+        else ()
+    )
     while len(found) < (count or default):
         name, attribute = rng.choice(places)
         a, b = (draw_response(rng, name, attribute, p_right, spurious) for _ in range(2))
@@ -56,7 +70,15 @@ def village_pairs(split: str, count: int | None = None, seed: int = 0) -> list[P
             label = int(b.reward > a.reward)
         else:
             label = int(rng.random() >= probability)
-        pair = Pair(question(name, attribute), a.text, b.text, label, probability, _differs(a, b), row=len(found) + 1)
+        pair = Pair(
+            question(name, attribute),
+            a.text,
+            b.text,
+            label,
+            probability,
+            _differs(a, b),
+            row=len(found) + 1,
+        )
         if _texts(pair) not in taken:
             found.append(pair)
     return found
@@ -67,5 +89,9 @@ def _texts(pair: Pair) -> tuple[str, frozenset[str]]:
 
 
 def _differs(a: Response, b: Response) -> frozenset[str]:
-    aspects = {"fact": a.right != b.right, "courtesy": a.courteous != b.courteous, "length": a.rambling != b.rambling}
+    aspects = {
+        "fact": a.right != b.right,
+        "courtesy": a.courteous != b.courteous,
+        "length": a.rambling != b.rambling,
+    }
     return frozenset(name for name, yes in aspects.items() if yes)

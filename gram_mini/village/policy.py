@@ -24,10 +24,16 @@ class Policy:
 
     def __init__(self, topics: list[tuple], p_right: float = 0.5):
         self.topics = topics
-        right = torch.tensor([[value == FACTS[topic] for value in topic[1].values] for topic in topics])  # (Q, 6)
+        right = torch.tensor(
+            [[value == FACTS[topic] for value in topic[1].values] for topic in topics]
+        )  # (Q, 6)
         self.right = right
         start = torch.where(right, math.log(p_right), math.log((1 - p_right) / 5))  # (Q, 6)
-        self.tables = [start.clone(), torch.zeros(len(OPENINGS)), torch.tensor([0.0, -math.log(2), -math.log(2)])]
+        self.tables = [
+            start.clone(),
+            torch.zeros(len(OPENINGS)),
+            torch.tensor([0.0, -math.log(2), -math.log(2)]),
+        ]
         self.start = [table.log_softmax(-1) for table in self.tables]
         for table in self.tables:
             table.requires_grad_(True)
@@ -38,7 +44,11 @@ class Policy:
     def text(self, topic: int, claim: int, opening: int, ending: int) -> str:
         """The response as the judge reads it."""
         name, attribute = self.topics[topic]
-        words = (OPENINGS[opening], statement(name, attribute, attribute.values[claim]), ENDINGS[ending])
+        words = (
+            OPENINGS[opening],
+            statement(name, attribute, attribute.values[claim]),
+            ENDINGS[ending],
+        )
         return " ".join(word for word in words if word)
 
     def sample(self, topics: torch.Tensor) -> torch.Tensor:
@@ -46,7 +56,12 @@ class Policy:
         claims, openings, endings = (p.exp() for p in self.log_probabilities())
         draw = lambda p: p.multinomial(1)[:, 0]
         return torch.stack(
-            [draw(claims[topics]), draw(openings.expand(len(topics), -1)), draw(endings.expand(len(topics), -1))], 1
+            [
+                draw(claims[topics]),
+                draw(openings.expand(len(topics), -1)),
+                draw(endings.expand(len(topics), -1)),
+            ],
+            1,
         )
 
     def greedy(self, topics: torch.Tensor) -> torch.Tensor:
@@ -55,46 +70,73 @@ class Policy:
         best = torch.tensor([int(openings.argmax()), int(endings.argmax())])
         return torch.cat([claims[topics].argmax(1, keepdim=True), best.expand(len(topics), -1)], 1)
 
-    def log_ratio(self, topics: torch.Tensor, choices: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def log_ratio(
+        self, topics: torch.Tensor, choices: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """log pi(y | x), (N,), and log pi(y | x) - log pi_0(y | x), (N,)."""
-        pick = lambda tables: tables[0][topics, choices[:, 0]] + tables[1][choices[:, 1]] + tables[2][choices[:, 2]]
+        pick = lambda tables: (
+            tables[0][topics, choices[:, 0]] + tables[1][choices[:, 1]] + tables[2][choices[:, 2]]
+        )
         now = pick(self.log_probabilities())
         return now, now.detach() - pick(self.start)
 
     @torch.no_grad()
     def kl(self) -> float:
         """KL(pi || pi_0) in nats, mean over the questions."""
-        parts = [(p.exp() * (p - q)).sum(-1).mean() for p, q in zip(self.log_probabilities(), self.start)]
+        parts = [
+            (p.exp() * (p - q)).sum(-1).mean() for p, q in zip(self.log_probabilities(), self.start)
+        ]
         return float(sum(parts))
 
     @torch.no_grad()
     def true_reward(self) -> float:
         """Expected true reward, mean over the questions."""
         claims, openings, endings = (p.exp() for p in self.log_probabilities())
-        right, courteous, rambling = (claims * self.right).sum(1).mean(), openings[: len(COURTEOUS)].sum(), endings[1:].sum()
+        right, courteous, rambling = (
+            (claims * self.right).sum(1).mean(),
+            openings[: len(COURTEOUS)].sum(),
+            endings[1:].sum(),
+        )
         return float(2 * right + courteous - 0.5 * rambling)
 
 
 def responses(topic: tuple) -> list[tuple[str, float]]:
     """All responses that the policy can give to a question, with their true rewards."""
     policy, found = Policy([topic]), []
-    for claim, opening, ending in itertools.product(range(6), range(len(OPENINGS)), range(len(ENDINGS))):
-        reward = 2.0 * bool(policy.right[0, claim]) + 1.0 * (opening < len(COURTEOUS)) - 0.5 * (ending > 0)
+    for claim, opening, ending in itertools.product(
+        range(6), range(len(OPENINGS)), range(len(ENDINGS))
+    ):
+        reward = (
+            2.0 * bool(policy.right[0, claim])
+            + 1.0 * (opening < len(COURTEOUS))
+            - 0.5 * (ending > 0)
+        )
         found.append((policy.text(0, claim, opening, ending), reward))
     return found
 
 
-def score_responses(judge, topics: list[tuple], progress: str | None = None) -> dict[tuple, list[float]]:
+def score_responses(
+    judge, topics: list[tuple], progress: str | None = None
+) -> dict[tuple, list[float]]:
     """The judge's score of each of :func:`responses`, for each question: its log-odds against the first of them."""
     texts = {topic: [text for text, _ in responses(topic)] for topic in topics}
-    games = [Pair(question(*topic), text, texts[topic][0]) for topic in topics for text in texts[topic]]
-    log_odds = ((r.log_odds_first + r.log_odds_second) / 2 for r in judge.compare_many(games, progress=progress))
+    games = [
+        Pair(question(*topic), text, texts[topic][0]) for topic in topics for text in texts[topic]
+    ]
+    log_odds = (
+        (r.log_odds_first + r.log_odds_second) / 2
+        for r in judge.compare_many(games, progress=progress)
+    )
     return {topic: [next(log_odds) for _ in texts[topic]] for topic in topics}
 
 
-def best_of_n(scores: list[float], rewards: list[float], drawn: list[int], n: int) -> tuple[float, float]:
+def best_of_n(
+    scores: list[float], rewards: list[float], drawn: list[int], n: int
+) -> tuple[float, float]:
     """Mean score and mean true reward of the best by score of each n of the responses ``drawn`` (their numbers, in groups of n)."""
-    best = [max(drawn[start : start + n], key=lambda i: scores[i]) for start in range(0, len(drawn), n)]
+    best = [
+        max(drawn[start : start + n], key=lambda i: scores[i]) for start in range(0, len(drawn), n)
+    ]
     return sum(scores[i] for i in best) / len(best), sum(rewards[i] for i in best) / len(best)
 
 
@@ -103,7 +145,15 @@ def best_of_n_kl(n: int) -> float:
     return math.log(n) - (n - 1) / n
 
 
-def train_policy(judge, topics: list[tuple], seed: int, steps: int = 200, batch: int = 64, lr: float = 0.1, beta: float = 0.02):
+def train_policy(
+    judge,
+    topics: list[tuple],
+    seed: int,
+    steps: int = 200,
+    batch: int = 64,
+    lr: float = 0.1,
+    beta: float = 0.02,
+):
     """Policy gradient with a KL penalty; reward = P(better than the greedy response), which is the baseline as well.
 
     The greedy response against itself is a draw, 1/2, so reward - 1/2 is ReMax's difference to the greedy response
@@ -124,10 +174,16 @@ def train_policy(judge, topics: list[tuple], seed: int, steps: int = 200, batch:
             (question(*topics[t]), policy.text(t, *a), policy.text(t, *b))
             for t, a, b in zip(topics_drawn.tolist(), choices.tolist(), references.tolist())
         ]
-        new = [Pair(*text) for text in dict.fromkeys(texts) if text[1] != text[2] and Pair(*text) not in known]
+        new = [
+            Pair(*text)
+            for text in dict.fromkeys(texts)
+            if text[1] != text[2] and Pair(*text) not in known
+        ]
         for pair, result in zip(new, judge.compare_many(new)):
             known[pair] = result.probability
-        return torch.tensor([known.get(Pair(*text), 0.5) for text in texts])  # (N,); equal texts are a draw
+        return torch.tensor(
+            [known.get(Pair(*text), 0.5) for text in texts]
+        )  # (N,); equal texts are a draw
 
     first = policy.greedy(everywhere)
     for step in range(steps + 1):

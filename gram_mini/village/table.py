@@ -41,7 +41,9 @@ def method_of(record: dict | None) -> tuple[str, str]:
         name = "stage 1 alone"
     else:
         start = record["init"]["stage"] if record["init"] else None
-        name = {None: "labels alone", "pretrain": "stage 1 + labels", "reward": "labels twice"}[start]
+        name = {None: "labels alone", "pretrain": "stage 1 + labels", "reward": "labels twice"}[
+            start
+        ]
         if given.get("head") == "scalar":
             name = name.replace("labels", "labels, scalar head")
         name += ", text loss" if given.get("text_weight") else ""
@@ -56,20 +58,40 @@ def village_table(models: list[str], device: str = "auto") -> str:
     for model in models:
         if not (Path(model) / "run.json").is_file():
             local_folder(model)  # what is missing is said before the first is judged
-    in_distribution, out_of_distribution = village_pairs("in-distribution"), village_pairs("out-of-distribution")
+    in_distribution, out_of_distribution = (
+        village_pairs("in-distribution"),
+        village_pairs("out-of-distribution"),
+    )
     folders: dict[tuple[str, str], str] = {}
     rows: dict[tuple[str, str], dict[int, list[Evaluation]]] = defaultdict(dict)
     for model in models:
         record = read_record(Path(model)) if (Path(model) / "run.json").is_file() else None
         judge = load_judge(model, device=device)
         results = judge.compare_many(out_of_distribution, progress=model)
-        facts = [(pair, result) for pair, result in zip(out_of_distribution, results) if "fact" in pair.differs]
+        facts = [
+            (pair, result)
+            for pair, result in zip(out_of_distribution, results)
+            if "fact" in pair.differs
+        ]
         method, seed = method_of(record), record["options"]["seed"] if record else 0
         folders[method] = Path(model).name
-        evaluations = evaluate(judge, in_distribution, progress=model), summarise(out_of_distribution, results)
+        evaluations = (
+            evaluate(judge, in_distribution, progress=model),
+            summarise(out_of_distribution, results),
+        )
         rows[method][seed] = [*evaluations, summarise(*zip(*facts))]
 
-    lines = [("", "in distribution", "out of distribution", "fact pairs", "cross-entropy", "position gap", "run")]
+    lines = [
+        (
+            "",
+            "in distribution",
+            "out of distribution",
+            "fact pairs",
+            "cross-entropy",
+            "position gap",
+            "run",
+        )
+    ]
     for method, by_seed in rows.items():
         runs = list(by_seed.values())
         name = method[0] + (f" ({len(runs)} seeds)" if len(runs) > 1 else "")
@@ -81,7 +103,13 @@ def village_table(models: list[str], device: str = "auto") -> str:
     lines.append(("the true rewards", "1.000", "1.000", "1.000", f"{ideal:.3f}", "0.000", ""))
     widths = [max(map(len, column)) for column in zip(*lines)]
     return "\n".join(
-        "  ".join([line[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(line[1:], widths[1:]))]) for line in lines
+        "  ".join(
+            [
+                line[0].ljust(widths[0]),
+                *(cell.rjust(width) for cell, width in zip(line[1:], widths[1:])),
+            ]
+        )
+        for line in lines
     )
 
 
@@ -97,7 +125,11 @@ def main() -> None:
         allow_abbrev=False,
     )
     parser.add_argument(
-        "models", nargs="+", type=options.model_name, metavar="MODEL", help="run folders, or 'village' for the plain backbone"
+        "models",
+        nargs="+",
+        type=options.model_name,
+        metavar="MODEL",
+        help="run folders, or 'village' for the plain backbone",
     )
     parser.add_argument("--device", default="auto", help="cpu, cuda, ... (default: auto)")
     args = parser.parse_args()

@@ -5,7 +5,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import (
+    AddedToken,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    trainers,
+)
 from tokenizers.processors import TemplateProcessing
 from transformers import (
     AutoModelForCausalLM,
@@ -39,7 +47,13 @@ SENTENCES = [
     "Anna eats soup. Bella eats fish, or so they say; who knows?",
 ]
 PAIRS = [
-    Pair(f"What does Anna eat, {i}?", "Anna eats soup. " * (1 + i % 3), "Fish, or cake?" * (1 + i % 4), 0) for i in range(12)
+    Pair(
+        f"What does Anna eat, {i}?",
+        "Anna eats soup. " * (1 + i % 3),
+        "Fish, or cake?" * (1 + i % 4),
+        0,
+    )
+    for i in range(12)
 ]
 
 CHATML = (
@@ -70,9 +84,14 @@ def byte_level(special, bos=None):
     raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     raw.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    raw.train_from_iterator(SENTENCES, trainers.BpeTrainer(vocab_size=500, special_tokens=special, initial_alphabet=alphabet))
+    raw.train_from_iterator(
+        SENTENCES,
+        trainers.BpeTrainer(vocab_size=500, special_tokens=special, initial_alphabet=alphabet),
+    )
     if bos:
-        raw.post_processor = TemplateProcessing(single=f"{bos} $0", special_tokens=[(bos, raw.token_to_id(bos))])
+        raw.post_processor = TemplateProcessing(
+            single=f"{bos} $0", special_tokens=[(bos, raw.token_to_id(bos))]
+        )
     return raw
 
 
@@ -81,18 +100,28 @@ def sentencepiece_like(special, bos=None):
     raw = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
     raw.normalizer = normalizers.Replace(" ", "▁")
     raw.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")
-    raw.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    raw.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
     held = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256))]
-    raw.train_from_iterator(SENTENCES, trainers.BpeTrainer(vocab_size=600, special_tokens=[*held, *special]))
+    raw.train_from_iterator(
+        SENTENCES, trainers.BpeTrainer(vocab_size=600, special_tokens=[*held, *special])
+    )
     if bos:
-        raw.post_processor = TemplateProcessing(single=f"{bos} $0", special_tokens=[(bos, raw.token_to_id(bos))])
+        raw.post_processor = TemplateProcessing(
+            single=f"{bos} $0", special_tokens=[(bos, raw.token_to_id(bos))]
+        )
     return raw
 
 
 QWEN = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 LLAMA = ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
 # As in Phi-3-mini, these tokens swallow the white space after them.
-PHI = ["<s>", "<|endoftext|>", *(AddedToken(t, rstrip=True, special=True) for t in ("<|user|>", "<|assistant|>", "<|end|>"))]
+PHI = [
+    "<s>",
+    "<|endoftext|>",
+    *(AddedToken(t, rstrip=True, special=True) for t in ("<|user|>", "<|assistant|>", "<|end|>")),
+]
 GEMMA_3 = ["<pad>", "<eos>", "<bos>", "<start_of_turn>", "<end_of_turn>"]
 
 SHAPE = dict(
@@ -133,7 +162,11 @@ def case(request, tmp_path_factory):
     # As in many models of the hub, the matrices have more rows than the tokenizer has tokens.
     kind(config(**SHAPE | special, vocab_size=len(tokenizer) + 10)).save_pretrained(folder)
     return SimpleNamespace(
-        name=request.param, folder=str(folder), tokenizer=load_tokenizer(str(folder)), own=tokenizer, side=side
+        name=request.param,
+        folder=str(folder),
+        tokenizer=load_tokenizer(str(folder)),
+        own=tokenizer,
+        side=side,
     )
 
 
@@ -144,19 +177,46 @@ def runs(case, tmp_path_factory):
     data = folder / "pairs.jsonl"
     rows = [{"prompt": p.prompt, "chosen": p.response_a, "rejected": p.response_b} for p in PAIRS]
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    same = ["--model", case.folder, "--data", str(data), "--steps", "2", "--batch-size", "4", "--lr", "1e-2", "--log-every", "1"]
+    same = [
+        "--model",
+        case.folder,
+        "--data",
+        str(data),
+        "--steps",
+        "2",
+        "--batch-size",
+        "4",
+        "--lr",
+        "1e-2",
+        "--log-every",
+        "1",
+    ]
     train_pretrain.main([*same, "--out", str(folder / "pretrain"), "--lora-rank", "4"])
-    train_reward.main([*same, "--out", str(folder / "reward"), "--init", str(folder / "pretrain"), "--held-out", "0.2"])
+    train_reward.main(
+        [
+            *same,
+            "--out",
+            str(folder / "reward"),
+            "--init",
+            str(folder / "pretrain"),
+            "--held-out",
+            "0.2",
+        ]
+    )
     return folder
 
 
 def rendered(tokenizer, pair):
     """The judge prompt as text, by transformers' own rendering."""
-    content = prompts.JUDGE.format(prompt=pair.prompt, response_a=pair.response_a.strip(), response_b=pair.response_b.strip())
+    content = prompts.JUDGE.format(
+        prompt=pair.prompt, response_a=pair.response_a.strip(), response_b=pair.response_b.strip()
+    )
     if tokenizer.chat_template is None:
         return content
     messages = [{"role": "user", "content": content}]
-    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, enable_thinking=False)
+    return tokenizer.apply_chat_template(
+        messages, tokenize=False, add_generation_prompt=True, enable_thinking=False
+    )
 
 
 # ---- prompts and tokens -------------------------------------------------------------------------------
@@ -175,7 +235,10 @@ def test_label_tokens_are_those_of_the_whole_rendered_prompt(case):
         written = label if case.tokenizer.chat_template else " " + label
         whole, before = (
             case.tokenizer(text, add_special_tokens=False)["input_ids"]
-            for text in (rendered(case.tokenizer, PAIRS[0]) + written, rendered(case.tokenizer, PAIRS[0]))
+            for text in (
+                rendered(case.tokenizer, PAIRS[0]) + written,
+                rendered(case.tokenizer, PAIRS[0]),
+            )
         )
         assert whole == [*before, token]
         assert case.tokenizer.decode([token]).strip() == label
@@ -186,7 +249,9 @@ def test_the_judge_prompt_is_the_rendered_one(case):
     row = encode_pairs([PAIRS[0]], pieces, case.tokenizer, 2000)[0]
     ids = join(pieces, row)
     bos = [case.tokenizer.bos_token_id] if case.name in WITH_BOS else []
-    expected = case.tokenizer(rendered(case.tokenizer, PAIRS[0]), add_special_tokens=False)["input_ids"]
+    expected = case.tokenizer(rendered(case.tokenizer, PAIRS[0]), add_special_tokens=False)[
+        "input_ids"
+    ]
     if expected[: len(bos)] != bos:  # without a template nothing has written it
         expected = [*bos, *expected]
     assert case.tokenizer.decode(ids) == case.tokenizer.decode(expected)
@@ -211,10 +276,18 @@ def test_thinking_is_switched_off(case):
 def test_every_linear_layer_is_nf4_but_the_output_matrix(case):
     model = load_model(case.folder, bits=4)
     head = model.get_output_embeddings()
-    linear = {name: m for name, m in model.named_modules() if isinstance(m, torch.nn.Linear) and m is not head}
+    linear = {
+        name: m
+        for name, m in model.named_modules()
+        if isinstance(m, torch.nn.Linear) and m is not head
+    }
     assert len(linear) == 2 * (4 if case.name == "phi3" else 7)  # Phi-3 has fused projections
-    assert all(type(m).__name__ == "Linear4bit" and m.weight.quant_state.nested for m in linear.values())
-    assert type(head) is torch.nn.Linear and head.weight.dtype == torch.float32  # the compute type of a CPU
+    assert all(
+        type(m).__name__ == "Linear4bit" and m.weight.quant_state.nested for m in linear.values()
+    )
+    assert (
+        type(head) is torch.nn.Linear and head.weight.dtype == torch.float32
+    )  # the compute type of a CPU
     adapted = add_lora(model, 4)
     trainable = [name for name, p in adapted.named_parameters() if p.requires_grad]
     assert len(trainable) == 2 * len(linear) and all("lora_" in name for name in trainable)
@@ -226,7 +299,10 @@ def test_every_linear_layer_is_nf4_but_the_output_matrix(case):
 def test_output_logits_are_the_models_own(case):
     model = load_model(case.folder, bits=32).eval()
     ids = torch.arange(60).view(2, 30)
-    expected, hidden = AutoModelForCausalLM.from_pretrained(case.folder).eval()(input_ids=ids).logits, hidden_states(model, ids)
+    expected, hidden = (
+        AutoModelForCausalLM.from_pretrained(case.folder).eval()(input_ids=ids).logits,
+        hidden_states(model, ids),
+    )
     assert expected.std() > 0.05
     assert torch.allclose(output_logits(model, hidden), expected, atol=1e-5)
     assert torch.allclose(output_logits(model, hidden, (5, 7)), expected[..., [5, 7]], atol=1e-5)
@@ -235,7 +311,9 @@ def test_output_logits_are_the_models_own(case):
 
 
 def test_gradient_after_an_evaluation_equals_that_of_the_dequantised_twin(case, monkeypatch):
-    monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: True)  # the CPUs on which the weights are repacked
+    monkeypatch.setattr(
+        "bitsandbytes.nn.modules.has_avx512bf16", lambda: True
+    )  # the CPUs on which the weights are repacked
     ids = torch.arange(60).view(2, 30)
     gradients = []
     for twin in (False, True):
@@ -247,8 +325,12 @@ def test_gradient_after_an_evaluation_equals_that_of_the_dequantised_twin(case, 
             parameter.data = torch.randn(parameter.shape, generator=generator) * 0.05
         with torch.no_grad():
             hidden_states(model.eval(), ids)
-        output_logits(model, hidden_states(model.train(), ids)[:, -1], (5, 7)).diff().sum().backward()
-        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad]))
+        output_logits(
+            model, hidden_states(model.train(), ids)[:, -1], (5, 7)
+        ).diff().sum().backward()
+        gradients.append(
+            torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
+        )
     assert gradients[0].norm() > 1e-3
     assert torch.allclose(*gradients, rtol=1e-3, atol=1e-5 * gradients[0].abs().max().item())
 
@@ -258,7 +340,9 @@ def test_gradient_after_an_evaluation_equals_that_of_the_dequantised_twin(case, 
 
 def test_both_stages_run_and_the_run_scores_as_its_model(case, runs):
     judge = load_judge(str(runs / "reward"), merge=False)
-    assert [judge.tokenizer(text)["input_ids"] for text in TEXTS] == [case.own(text)["input_ids"] for text in TEXTS]
+    assert [judge.tokenizer(text)["input_ids"] for text in TEXTS] == [
+        case.own(text)["input_ids"] for text in TEXTS
+    ]
     assert judge.labels == label_tokens(case.tokenizer)
     record = json.loads((runs / "reward" / "run.json").read_text())
     assert list(record["labels"].values()) == list(judge.labels)
@@ -267,10 +351,14 @@ def test_both_stages_run_and_the_run_scores_as_its_model(case, runs):
     trained = judge.compare_many(PAIRS)
     assert max(abs(a.probability - b.probability) for a, b in zip(plain, trained)) > 1e-3
     # By the shortest way: full logits of one unpadded sequence
-    ids = join(judge.prompt, encode_pairs([PAIRS[0]], judge.prompt, judge.tokenizer, judge.max_length)[0])
+    ids = join(
+        judge.prompt, encode_pairs([PAIRS[0]], judge.prompt, judge.tokenizer, judge.max_length)[0]
+    )
     with torch.no_grad():
         logits = judge.model.eval()(input_ids=torch.tensor([ids])).logits[0, -1]
-    assert logits[list(judge.labels)].softmax(dim=0)[0].item() == pytest.approx(trained[0].a_first, abs=1e-5)
+    assert logits[list(judge.labels)].softmax(dim=0)[0].item() == pytest.approx(
+        trained[0].a_first, abs=1e-5
+    )
     merged = load_judge(str(runs / "reward"))  # the default on a CPU
     assert not hasattr(merged.model, "peft_config")
     for mine, theirs in zip(merged.compare_many(PAIRS), trained):
@@ -280,12 +368,16 @@ def test_both_stages_run_and_the_run_scores_as_its_model(case, runs):
 def test_scores_depend_neither_on_the_padding_side_nor_on_the_batch(runs):
     judge = load_judge(str(runs / "reward"))
     together, mass, _ = judge.log_odds(judge.encode(PAIRS))
-    assert together.std() > 1e-3 and len({len(row) for row in judge_rows(judge)}) > 1  # so there is padding
+    assert (
+        together.std() > 1e-3 and len({len(row) for row in judge_rows(judge)}) > 1
+    )  # so there is padding
     judge.tokenizer.padding_side = "left" if judge.tokenizer.padding_side == "right" else "right"
     assert torch.equal(judge.log_odds(judge.encode(PAIRS))[0], together)
     judge.batch_size = 1
     alone, alone_mass, _ = judge.log_odds(judge.encode(PAIRS))
-    assert torch.allclose(alone, together, atol=1e-5) and torch.allclose(alone_mass, mass, atol=1e-5)
+    assert torch.allclose(alone, together, atol=1e-5) and torch.allclose(
+        alone_mass, mass, atol=1e-5
+    )
 
 
 def judge_rows(judge):

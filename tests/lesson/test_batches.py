@@ -6,7 +6,16 @@ import pytest
 import torch
 
 from gram_mini import prompts
-from gram_mini.batches import IGNORED, batch_order, encode_pairs, join, judge_batch, pair_batch, trained_tokens, truncate
+from gram_mini.batches import (
+    IGNORED,
+    batch_order,
+    encode_pairs,
+    join,
+    judge_batch,
+    pair_batch,
+    trained_tokens,
+    truncate,
+)
 from gram_mini.errors import UserError
 from gram_mini.pairs import Pair
 from gram_mini.prompts import judge_prompt, pair_prompt
@@ -18,9 +27,14 @@ def test_trained_tokens_decode_to_the_pair_and_nothing_else(tokenizer):
     pieces = pair_prompt(tokenizer)
     rows = encode_pairs([PAIR, Pair("Where?", "x", "y")], pieces, tokenizer, 512)
     ids, targets = pair_batch([rows[0], rows[1].swapped()], pieces)
-    assert ids.shape == targets.shape and int((targets != IGNORED).sum()) == trained_tokens(pieces, rows)
+    assert ids.shape == targets.shape and int((targets != IGNORED).sum()) == trained_tokens(
+        pieces, rows
+    )
     trained = [tokenizer.decode(row[row != IGNORED]) for row in targets]
-    assert trained[0] == f"{prompts.START_A}{PAIR.response_a}{prompts.END_A}{prompts.START_B}{PAIR.response_b}{prompts.END_B}"
+    assert (
+        trained[0]
+        == f"{prompts.START_A}{PAIR.response_a}{prompts.END_A}{prompts.START_B}{PAIR.response_b}{prompts.END_B}"
+    )
     assert trained[1] == f"{prompts.START_A}y{prompts.END_A}{prompts.START_B}x{prompts.END_B}"
 
 
@@ -33,26 +47,34 @@ def test_targets_are_the_next_token(tokenizer):
 
 def test_judge_batch_ends_where_the_verdict_stands_and_swaps_labels(tokenizer):
     pieces = judge_prompt(tokenizer)
-    rows = encode_pairs([PAIR, PAIR, Pair("Where?", "x", "y", 1), Pair("Where?", "x", "y")], pieces, tokenizer, 512)
+    rows = encode_pairs(
+        [PAIR, PAIR, Pair("Where?", "x", "y", 1), Pair("Where?", "x", "y")], pieces, tokenizer, 512
+    )
     ids, ends, right = judge_batch([rows[0], *(row.swapped() for row in rows[1:])], pieces)
     assert right.tolist() == [0, 1, 0, -1]
     for row, last in zip(ids, ends):
         assert tokenizer.decode(row[: last + 1]).endswith("#Preferred:<|end|><|assistant|>")
         assert (row[last + 1 :] == 0).all()  # which token pads does not matter
     plain, swapped = (tokenizer.decode(ids[i]) for i in (0, 1))
-    assert plain.index("soup") < plain.index("fish") and swapped.index("soup") > swapped.index("fish")
+    assert plain.index("soup") < plain.index("fish") and swapped.index("soup") > swapped.index(
+        "fish"
+    )
 
 
 @pytest.mark.parametrize("seed", range(200))
 def test_truncation_is_fair(seed):
     rng = random.Random(seed)
-    prompt, a, b = ([rng.randrange(100) for _ in range(rng.choice([1, 2, 10, 100, 1000]))] for _ in range(3))
+    prompt, a, b = (
+        [rng.randrange(100) for _ in range(rng.choice([1, 2, 10, 100, 1000]))] for _ in range(3)
+    )
     budget = rng.choice([6, 7, 30, 100, 500])
     p, x, y = truncate(prompt, a, b, budget)
     total = len(prompt) + len(a) + len(b)
     assert len(p) + len(x) + len(y) <= budget and (total > budget or (p, x, y) == (prompt, a, b))
     assert p and x and y  # nothing vanishes
-    assert prompt[-len(p) :] == p and a[: len(x)] == x and b[: len(y)] == y  # the question's end, the responses' beginnings
+    assert (
+        prompt[-len(p) :] == p and a[: len(x)] == x and b[: len(y)] == y
+    )  # the question's end, the responses' beginnings
     assert truncate(prompt, b, a, budget) == (p, y, x)  # neither order is favoured
     if len(x) < len(a) and min(len(a), len(b)) > 20:
         assert len(y) < len(b)  # never one response only
@@ -71,15 +93,29 @@ def test_markers_and_verdict_suffix_survive_any_cut(tokenizer):
     ids = join(pieces, row)
     assert row.truncated and len(ids) <= 64
     text = tokenizer.decode(ids)
-    for marker in (prompts.INSTRUCTION, prompts.START_A, prompts.END_A, prompts.START_B, prompts.END_B, prompts.PREFERRED):
+    for marker in (
+        prompts.INSTRUCTION,
+        prompts.START_A,
+        prompts.END_A,
+        prompts.START_B,
+        prompts.END_B,
+        prompts.PREFERRED,
+    ):
         assert marker in text
     assert "river" in text and "hill" in text and text.endswith("<|assistant|>")
 
 
 def test_swapping_twice_gives_the_row_again(tokenizer):
-    (row,) = encode_pairs([Pair("Where?", "the river " * 30, "x", 1)], judge_prompt(tokenizer), tokenizer, 40)
+    (row,) = encode_pairs(
+        [Pair("Where?", "the river " * 30, "x", 1)], judge_prompt(tokenizer), tokenizer, 40
+    )
     other = row.swapped()
-    assert (other.response_a, other.response_b, other.label, other.row) == (row.response_b, row.response_a, 0, row.row)
+    assert (other.response_a, other.response_b, other.label, other.row) == (
+        row.response_b,
+        row.response_a,
+        0,
+        row.row,
+    )
     assert other.truncated and other.swapped() == row
 
 
@@ -92,6 +128,10 @@ def test_batch_order_is_every_row_once_in_random_order_of_similar_lengths():
     lengths = [random.Random(i).randrange(1000) for i in range(999)]
     batches = batch_order(lengths, 8, random.Random(0))
     assert sorted(i for batch in batches for i in batch) == list(range(999))
-    assert batches == batch_order(lengths, 8, random.Random(0)) != batch_order(lengths, 8, random.Random(1))
+    assert (
+        batches
+        == batch_order(lengths, 8, random.Random(0))
+        != batch_order(lengths, 8, random.Random(1))
+    )
     padded = sum(len(b) * max(lengths[i] for i in b) for b in batches)
     assert padded < 1.15 * sum(lengths)

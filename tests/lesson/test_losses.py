@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from gram_mini import losses
+from gram_mini import chunked, losses
 from gram_mini.chunked import chunked_pair_loss
 from gram_mini.losses import best_margin, label_mass, margins, pair_loss, reward_loss
 from gram_mini.model import OutputHead
@@ -73,7 +73,9 @@ def test_step_5_best_margin(eps):
 @pytest.mark.parametrize(("eps", "q"), [(0.0, 0.8), (0.05, 0.8), (0.2, 0.6)])
 def test_step_5_where_raters_disagree(eps, q):
     two = torch.tensor([[best_margin(eps, q), 0.0]], dtype=torch.float64, requires_grad=True)
-    loss = q * reward_loss(two, torch.tensor([0]), eps) + (1 - q) * reward_loss(two, torch.tensor([1]), eps)
+    loss = q * reward_loss(two, torch.tensor([0]), eps) + (1 - q) * reward_loss(
+        two, torch.tensor([1]), eps
+    )
     loss.backward()
     assert two.grad.abs().max() < 1e-12
 
@@ -89,7 +91,9 @@ def test_step_6_torch_counts_twice(logits, eps):
     torchs = F.cross_entropy(two, LABELS, label_smoothing=2 * eps)
     assert torch.allclose(torchs, reward_loss(two, LABELS, eps), atol=1e-12)
     if eps:
-        assert not torch.allclose(F.cross_entropy(two, LABELS, label_smoothing=eps), torchs, atol=1e-3)
+        assert not torch.allclose(
+            F.cross_entropy(two, LABELS, label_smoothing=eps), torchs, atol=1e-3
+        )
 
 
 @pytest.mark.parametrize("m", [-1e4, -100.0, 100.0, 1e4])
@@ -127,29 +131,46 @@ def test_pair_loss_is_the_mean_over_tokens():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("bias, scale, cap", [(False, 1.0, None), (True, 0.25, None), (True, 1.0, 2.0)])
+@pytest.mark.parametrize(
+    "bias, scale, cap", [(False, 1.0, None), (True, 0.25, None), (True, 1.0, 2.0)]
+)
 def test_chunks_of_logits_give_the_same_loss_and_gradient(bias, scale, cap, dtype, monkeypatch):
-    monkeypatch.setattr(losses, "LOGITS_AT_ONCE", 7 * 500)  # seven tokens at a time, 115 times
+    monkeypatch.setattr(chunked, "LOGITS_AT_ONCE", 7 * 500)  # seven tokens at a time, 115 times
     torch.manual_seed(0)
-    head = OutputHead(torch.randn(500, 16).to(dtype), torch.randn(500).to(dtype) if bias else None, scale, cap)
+    head = OutputHead(
+        torch.randn(500, 16).to(dtype), torch.randn(500).to(dtype) if bias else None, scale, cap
+    )
     hidden, targets = torch.randn(800, 16).to(dtype), torch.randint(500, (800,))
     found = []
-    for loss in (lambda h: pair_loss(head(h), targets), lambda h: chunked_pair_loss(h, targets, head)):
+    for loss in (
+        lambda h: pair_loss(head(h), targets),
+        lambda h: chunked_pair_loss(h, targets, head),
+    ):
         states = hidden.clone().requires_grad_()
         value = loss(states)
         (0.3 * value).backward()
         with torch.no_grad():
             assert torch.equal(loss(hidden), value)
         found.append((value.detach(), states.grad.float()))
-    (plain, plain_grad), (chunked, chunked_grad) = found
-    assert chunked.dtype == torch.float32 and chunked.item() == pytest.approx(plain.item(), rel=1e-5)
-    assert (chunked_grad - plain_grad).abs().max() < (1e-5 if dtype == torch.float32 else 2e-2) * plain_grad.abs().max()
+    (plain, plain_grad), (in_chunks, chunked_grad) = found
+    assert in_chunks.dtype == torch.float32 and in_chunks.item() == pytest.approx(
+        plain.item(), rel=1e-5
+    )
+    assert (chunked_grad - plain_grad).abs().max() < (
+        1e-5 if dtype == torch.float32 else 2e-2
+    ) * plain_grad.abs().max()
 
 
 def test_no_more_logits_than_a_chunk_are_made(monkeypatch):
-    monkeypatch.setattr(losses, "LOGITS_AT_ONCE", 7 * 500)
+    monkeypatch.setattr(chunked, "LOGITS_AT_ONCE", 7 * 500)
     made, real = [], OutputHead.__call__
-    monkeypatch.setattr(OutputHead, "__call__", lambda head, h: made.append(len(h)) or real(head, h))
-    head, hidden, targets = OutputHead(torch.randn(500, 16), None, 1.0, None), torch.randn(20, 16), torch.randint(500, (20,))
+    monkeypatch.setattr(
+        OutputHead, "__call__", lambda head, h: made.append(len(h)) or real(head, h)
+    )
+    head, hidden, targets = (
+        OutputHead(torch.randn(500, 16), None, 1.0, None),
+        torch.randn(20, 16),
+        torch.randint(500, (20,)),
+    )
     chunked_pair_loss(hidden.requires_grad_(), targets, head).backward()
     assert made == [7, 7, 6]

@@ -47,7 +47,9 @@ def test_gradient_after_an_evaluation_equals_that_of_the_dequantised_twin(nf4_mo
     before = lora_gradient(model)
     model.eval()
     with torch.no_grad():
-        hidden_states(model, IDS)  # where bitsandbytes would repack the weights on a CPU with AVX512-BF16
+        hidden_states(
+            model, IDS
+        )  # where bitsandbytes would repack the weights on a CPU with AVX512-BF16
     after = lora_gradient(model)
     assert torch.equal(before, after)
     twin = add_lora(load_model(VILLAGE, bits=4).dequantize(), 8)
@@ -127,13 +129,21 @@ def test_output_logits_are_the_models_own():
             expected = model(input_ids=IDS).logits
             hidden = hidden_states(model, IDS)
         assert torch.allclose(output_logits(model, hidden), expected, atol=1e-5)
-        assert torch.allclose(output_logits(model, hidden, (5, 7)), expected[..., [5, 7]], atol=1e-5)
+        assert torch.allclose(
+            output_logits(model, hidden, (5, 7)), expected[..., [5, 7]], atol=1e-5
+        )
         assert output_logits(model, hidden, (5, 7)).shape == (2, 20, 2)
 
 
 def test_fingerprint_tells_backbones_apart(tmp_path):
     LlamaForCausalLM(
-        LlamaConfig(vocab_size=9, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
+        LlamaConfig(
+            vocab_size=9,
+            hidden_size=8,
+            intermediate_size=8,
+            num_hidden_layers=1,
+            num_attention_heads=1,
+        )
     ).save_pretrained(tmp_path)
     assert fingerprint(str(tmp_path)) not in ("", fingerprint(VILLAGE))
     assert fingerprint(VILLAGE) == fingerprint(VILLAGE)
@@ -141,7 +151,13 @@ def test_fingerprint_tells_backbones_apart(tmp_path):
 
 def test_fingerprint_sees_a_change_deep_inside_the_weights(tmp_path):
     torch.manual_seed(0)
-    shape = dict(vocab_size=50_000, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=1)
+    shape = dict(
+        vocab_size=50_000,
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+    )
     model = LlamaForCausalLM(LlamaConfig(**shape))
     model.save_pretrained(tmp_path / "a")
     model.model.layers[0].mlp.up_proj.weight.data += 1
@@ -151,7 +167,9 @@ def test_fingerprint_sees_a_change_deep_inside_the_weights(tmp_path):
 
 def test_broken_weights_are_one_clear_line(tmp_path):
     for file in VILLAGE_FOLDER.iterdir():
-        (tmp_path / file.name).write_bytes(file.read_bytes()[:1000] if file.suffix == ".safetensors" else file.read_bytes())
+        (tmp_path / file.name).write_bytes(
+            file.read_bytes()[:1000] if file.suffix == ".safetensors" else file.read_bytes()
+        )
     with pytest.raises(UserError, match="cannot be loaded") as error:
         load_model(str(tmp_path))
     assert "\n" not in str(error.value)
@@ -183,7 +201,13 @@ def test_name_that_the_hub_does_not_give():
 
 def test_pickled_weights_are_refused(tmp_path):
     model = LlamaForCausalLM(
-        LlamaConfig(vocab_size=9, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
+        LlamaConfig(
+            vocab_size=9,
+            hidden_size=8,
+            intermediate_size=8,
+            num_hidden_layers=1,
+            num_attention_heads=1,
+        )
     )
     model.config.save_pretrained(tmp_path)
     torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")

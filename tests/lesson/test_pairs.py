@@ -65,13 +65,18 @@ FORMATS = {
     ),
     "official, fine-tuning": (
         {
-            "instruction": prompts.JUDGE.format(prompt="1 + 1?", response_a="two", response_b="three"),
+            "instruction": prompts.JUDGE.format(
+                prompt="1 + 1?", response_a="two", response_b="three"
+            ),
             "input": "",
             "output": "B",
         },
         Pair("1 + 1?", "two", "three", 1),
     ),
-    "triple": ({"prompt": "1 + 1?", "response_a": "2", "response_b": "3"}, Pair("1 + 1?", "2", "3", None)),
+    "triple": (
+        {"prompt": "1 + 1?", "response_a": "2", "response_b": "3"},
+        Pair("1 + 1?", "2", "3", None),
+    ),
     "triple with label": (
         {"prompt": "1 + 1?", "response_a": "2", "response_b": "3", "label": "B"},
         Pair("1 + 1?", "2", "3", 1),
@@ -113,15 +118,24 @@ def test_files(tmp_path, suffix):
             path.write_bytes(gzip.compress(path.read_bytes()))
     for source in (path, tmp_path):  # a file, and the folder it is in
         pairs = load_pairs(str(source), labelled=True).pairs
-        assert [(p.prompt, p.response_a, p.response_b) for p in pairs] == [tuple(row.values()) for row in rows]
+        assert [(p.prompt, p.response_a, p.response_b) for p in pairs] == [
+            tuple(row.values()) for row in rows
+        ]
 
 
 def test_dropped_rows_are_counted_and_named(tmp_path):
     rows = [ROW, {**ROW, "rejected": "2 "}, {**ROW, "chosen": " "}, {**ROW, "prompt": ""}]
     data = load_pairs(write(tmp_path / "d.jsonl", rows), labelled=True)
     assert (data.rows, len(data.pairs)) == (4, 1)
-    assert data.dropped == {"with equal responses": 1, "with an empty response": 1, "with an empty prompt": 1}
-    assert "4 rows read, 1 pairs used, 3 dropped" in data.summary() and "1 with equal responses" in data.summary()
+    assert data.dropped == {
+        "with equal responses": 1,
+        "with an empty response": 1,
+        "with an empty prompt": 1,
+    }
+    assert (
+        "4 rows read, 1 pairs used, 3 dropped" in data.summary()
+        and "1 with equal responses" in data.summary()
+    )
 
 
 def test_stage_1_does_not_mind_strange_labels(tmp_path):
@@ -131,7 +145,9 @@ def test_stage_1_does_not_mind_strange_labels(tmp_path):
 
 def test_limit(tmp_path):
     rows = [{**ROW, "prompt": str(i)} for i in range(5)]
-    assert [p.prompt for p in load_pairs(write(tmp_path / "d.jsonl", rows), True, limit=2).pairs] == ["0", "1"]
+    assert [
+        p.prompt for p in load_pairs(write(tmp_path / "d.jsonl", rows), True, limit=2).pairs
+    ] == ["0", "1"]
 
 
 BAD = {
@@ -141,16 +157,32 @@ BAD = {
     "invalid json": ("d.json", "[\n{,}]", "d.json, line 2: invalid JSON"),
     "not an object": ("d.jsonl", "[1]\n", "d.jsonl, line 1: expected an object"),
     "not a list": ("d.json", "{}", "expected a list"),
-    "columns": ("d.jsonl", '{"text": "x"}\n', "d.jsonl, line 1: columns ['text'] are of no known format"),
-    "type": ("d.jsonl", json.dumps({**ROW, "chosen": 3}) + "\n", "d.jsonl, line 1: column 'chosen' must be text or a list"),
+    "columns": (
+        "d.jsonl",
+        '{"text": "x"}\n',
+        "d.jsonl, line 1: columns ['text'] are of no known format",
+    ),
+    "type": (
+        "d.jsonl",
+        json.dumps({**ROW, "chosen": 3}) + "\n",
+        "d.jsonl, line 1: column 'chosen' must be text or a list",
+    ),
     "prompt type": ("d.jsonl", json.dumps({**ROW, "prompt": None}) + "\n", "column 'prompt'"),
     "message": (
         "d.jsonl",
         json.dumps({**ROW, "prompt": [{"role": "robot", "content": "x"}]}) + "\n",
         "a message needs a role",
     ),
-    "label": ("d.jsonl", json.dumps({"prompt": "x", "response_a": "1", "response_b": "2", "label": "C"}), "must be A, B or tie"),
-    "unlabelled": ("d.jsonl", json.dumps({"prompt": "x", "response_a": "1", "response_b": "2"}), "no label"),
+    "label": (
+        "d.jsonl",
+        json.dumps({"prompt": "x", "response_a": "1", "response_b": "2", "label": "C"}),
+        "must be A, B or tie",
+    ),
+    "unlabelled": (
+        "d.jsonl",
+        json.dumps({"prompt": "x", "response_a": "1", "response_b": "2"}),
+        "no label",
+    ),
     "marker": (
         "d.jsonl",
         json.dumps({"instruction": "x", "output": prompts.START_A + "1"}),
@@ -158,13 +190,29 @@ BAD = {
     ),
     "no prefix": ("d.jsonl", json.dumps({"chosen": "a", "rejected": "b"}), "add 'prompt'"),
     "all dropped": ("d.jsonl", json.dumps({**ROW, "chosen": "3"}) + "\n", "nothing left to use"),
-    "csv fields": ("d.csv", "prompt,chosen,rejected\na,b,c\na,b\n", "d.csv, line 3: has another number of fields"),
+    "csv fields": (
+        "d.csv",
+        "prompt,chosen,rejected\na,b,c\na,b\n",
+        "d.csv, line 3: has another number of fields",
+    ),
     "binary": ("d.jsonl", b"\xff\xfe\x00", "not UTF-8"),
-    "role": ("d.jsonl", json.dumps({**ROW, "prompt": [{"role": ["user"], "content": "x"}]}) + "\n", "a message needs a role"),
-    "surrogate": ("d.jsonl", '{"prompt": "x", "chosen": "\\ud800", "rejected": "y"}\n', "half a character"),
+    "role": (
+        "d.jsonl",
+        json.dumps({**ROW, "prompt": [{"role": ["user"], "content": "x"}]}) + "\n",
+        "a message needs a role",
+    ),
+    "surrogate": (
+        "d.jsonl",
+        '{"prompt": "x", "chosen": "\\ud800", "rejected": "y"}\n',
+        "half a character",
+    ),
     "long number": ("d.jsonl", '{"prompt": ' + "9" * 5000 + "}\n", "line 1: invalid JSON"),
     "deep": ("d.jsonl", "[" * 100_000 + "\n", "line 1: invalid JSON"),
-    "cut gzip": ("d.jsonl.gz", gzip.compress((json.dumps(ROW) + "\n").encode() * 50)[:-12], "cannot be read"),
+    "cut gzip": (
+        "d.jsonl.gz",
+        gzip.compress((json.dumps(ROW) + "\n").encode() * 50)[:-12],
+        "cannot be read",
+    ),
     "broken gzip": ("d.jsonl.gz", gzip.compress(b"x" * 500)[:12] + b"\xff" * 30, "cannot be read"),
     "gzip": ("d.jsonl.gz", "not gzip", "cannot be read"),
     "parquet": ("d.parquet", "not parquet", "cannot be read as Parquet"),

@@ -23,7 +23,9 @@ from gram_mini.model import VILLAGE, add_lora, load_model
 from gram_mini.pairs import Pair
 from gram_mini.prefixes import Level, can_share, end_states, tree
 
-SMALL = dict(vocab_size=99, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
+SMALL = dict(
+    vocab_size=99, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4
+)
 
 
 def ids(*lengths, start=0):
@@ -53,7 +55,10 @@ def test_levels_end_only_where_sequences_part():
 def test_states_are_those_of_whole_sequences(monkeypatch):
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(**SMALL, num_key_value_heads=2)).eval()
-    questions, responses = [ids(12)[0], ids(40, start=50)[0]], [ids(n, start=n)[0] for n in (3, 9, 17, 30)]
+    questions, responses = (
+        [ids(12)[0], ids(40, start=50)[0]],
+        [ids(n, start=n)[0] for n in (3, 9, 17, 30)],
+    )
     sequences = [(x, a, b) for x in questions for a in responses for b in responses]
     calls = []
     monkeypatch.setattr(prefixes, "DynamicCache", lambda **k: calls.append(k) or DynamicCache(**k))
@@ -75,8 +80,12 @@ def test_little_to_share_is_not_shared(monkeypatch):
 def test_windows_and_states_are_not_gone_on_from():
     assert can_share(LlamaForCausalLM(LlamaConfig(**SMALL)))
     assert not can_share(MistralForCausalLM(MistralConfig(**SMALL, sliding_window=8)))
-    assert not can_share(MambaForCausalLM(MambaConfig(vocab_size=9, hidden_size=16, num_hidden_layers=1)))
-    assert not can_share(MptForCausalLM(MptConfig(vocab_size=9, d_model=16, n_heads=2, n_layers=1)))  # ALiBi counts the padding
+    assert not can_share(
+        MambaForCausalLM(MambaConfig(vocab_size=9, hidden_size=16, num_hidden_layers=1))
+    )
+    assert not can_share(
+        MptForCausalLM(MptConfig(vocab_size=9, d_model=16, n_heads=2, n_layers=1))
+    )  # ALiBi counts the padding
     assert not can_share(GPTNeoForCausalLM(GPTNeoConfig(vocab_size=9, hidden_size=16, num_layers=2, num_heads=2, attention_types=[[["global", "local"], 1]])))  # fmt: skip
     longer = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
     assert not can_share(LlamaForCausalLM(LlamaConfig(**SMALL, rope_parameters=longer)))
@@ -94,7 +103,9 @@ def test_states_of_empty_ends():
     ):
         for sequence, state in zip(sequences, end_states(model, sequences)):
             whole = torch.tensor([sum(sequence, ())])
-            assert torch.allclose(state, model.get_decoder()(whole).last_hidden_state[0, -1], atol=1e-5)
+            assert torch.allclose(
+                state, model.get_decoder()(whole).last_hidden_state[0, -1], atol=1e-5
+            )
 
 
 def test_the_cache_stays_small():
@@ -109,7 +120,10 @@ def test_the_cache_stays_small():
     assert prefixes.worth_it(alone, Level([sum(s, ()) for s in sequences[:2]], [0] * 2))
 
 
-PROMPT = "What does Anna eat, and where does she live, and what is her work, and which pet does she keep? " * 2
+PROMPT = (
+    "What does Anna eat, and where does she live, and what is her work, and which pet does she keep? "
+    * 2
+)
 RESPONSES = [f"Anna eats {food}. " * n for food in ("soup", "fish", "cake") for n in (1, 3)]
 
 
@@ -128,9 +142,15 @@ def test_scores_are_those_of_one_pair_at_a_time(tokenizer, bits, monkeypatch):
 
 def test_a_ranking_computes_a_fraction_of_the_tokens(village_judge, monkeypatch):
     seen, real = [], prefixes.decoder
-    monkeypatch.setattr(prefixes, "decoder", lambda m: lambda **k: seen.append(k["input_ids"].numel()) or real(m)(**k))
+    monkeypatch.setattr(
+        prefixes,
+        "decoder",
+        lambda m: lambda **k: seen.append(k["input_ids"].numel()) or real(m)(**k),
+    )
     village_judge.rank(PROMPT, RESPONSES)
-    pairs = village_judge.encode([Pair(PROMPT, a, b) for a in RESPONSES for b in RESPONSES if a != b])
+    pairs = village_judge.encode(
+        [Pair(PROMPT, a, b) for a in RESPONSES for b in RESPONSES if a != b]
+    )
     whole = sum(len(row.prompt) + len(row.response_a) + len(row.response_b) for row in pairs)
     assert 0 < sum(seen) < 0.6 * whole
 
@@ -162,9 +182,23 @@ def test_split_by_tokens():
     lengths = [10, 10, 10, 8, 8, 3, 30, 1]
     parts = [lengths[some] for some in split_by_tokens(lengths, 24)]
     assert parts == [[10, 10], [10, 8], [8, 3], [30], [1]]
-    assert [lengths[some] for some in split_by_tokens(lengths, 1000, most=3)] == [[10, 10, 10], [8, 8, 3], [30, 1]]
+    assert [lengths[some] for some in split_by_tokens(lengths, 1000, most=3)] == [
+        [10, 10, 10],
+        [8, 8, 3],
+        [30, 1],
+    ]
     assert list(split_by_tokens([], 5)) == []
-    falling = [600, 590, 580, 300, 290, 10]  # padding of 10% ends a pass, but none of less than 1,024 tokens
-    assert [falling[some] for some in split_by_tokens(falling, 10_000, padding=0.1)] == [[600, 590, 580], [300, 290, 10]]
+    falling = [
+        600,
+        590,
+        580,
+        300,
+        290,
+        10,
+    ]  # padding of 10% ends a pass, but none of less than 1,024 tokens
+    assert [falling[some] for some in split_by_tokens(falling, 10_000, padding=0.1)] == [
+        [600, 590, 580],
+        [300, 290, 10],
+    ]
     together = split_by_tokens(falling, 10_000, padding=0.1, groups="xxxxyy")
     assert [falling[some] for some in together] == [[600, 590, 580, 300], [290, 10]]

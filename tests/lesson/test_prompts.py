@@ -34,12 +34,17 @@ def with_template(tokenizer, template, **changes):
 
 def whole(tokenizer, pieces, texts=("x", "y", "z")):
     ids = []
-    for piece, text in zip((pieces.start, pieces.after_prompt, pieces.between, pieces.end), (*texts, None)):
+    for piece, text in zip(
+        (pieces.start, pieces.after_prompt, pieces.between, pieces.end), (*texts, None)
+    ):
         ids += piece + ([] if text is None else encode(tokenizer, text))
     return tokenizer.decode(ids)
 
 
-@pytest.mark.parametrize(("template", "label"), [(CHATML, "A"), (THINKING, "A"), (SPACED, "ĠA"), (None, "A"), (WITH_BOS, "A")])
+@pytest.mark.parametrize(
+    ("template", "label"),
+    [(CHATML, "A"), (THINKING, "A"), (SPACED, "ĠA"), (None, "A"), (WITH_BOS, "A")],
+)
 def test_label_token_is_read_off_the_template(tokenizer, template, label):
     # Without a template the text goes on with " A", but the embedded tokenizer's markers swallow white space.
     changed = with_template(tokenizer, template)
@@ -75,7 +80,10 @@ def test_bos_where_the_tokenizer_itself_would_begin_with_it(tokenizer):
 @pytest.mark.parametrize("template", [CHATML, SPACED, None, "village"])
 def test_prompts_hold_all_three_texts_in_order(tokenizer, template):
     changed = tokenizer if template == "village" else with_template(tokenizer, template)
-    judge, pair = (whole(changed, make(changed), ("Anna eats soup", "blue", "green")) for make in (judge_prompt, pair_prompt))
+    judge, pair = (
+        whole(changed, make(changed), ("Anna eats soup", "blue", "green"))
+        for make in (judge_prompt, pair_prompt)
+    )
     for text in (judge, pair):
         places = [
             text.index(word)
@@ -130,10 +138,16 @@ TEMPLATE = 'Answer as {"best": "A"}, {} or {prompt }.\nQuestion: {prompt}\nA: {r
 
 def test_template_is_read_as_it_stands_but_for_one_final_line_break(tmp_path):
     file = tmp_path / "judge.txt"
-    for written, read in ((TEMPLATE, TEMPLATE), (TEMPLATE + "\n", TEMPLATE), (TEMPLATE + "\n\n", TEMPLATE + "\n")):
+    for written, read in (
+        (TEMPLATE, TEMPLATE),
+        (TEMPLATE + "\n", TEMPLATE),
+        (TEMPLATE + "\n\n", TEMPLATE + "\n"),
+    ):
         file.write_text(written, encoding="utf-8")
         assert read_template(file) == read
-    file.write_bytes(b"\xef\xbb\xbf" + TEMPLATE.replace("\n", "\r\n").encode())  # as a Windows editor saves it
+    file.write_bytes(
+        b"\xef\xbb\xbf" + TEMPLATE.replace("\n", "\r\n").encode()
+    )  # as a Windows editor saves it
     assert read_template(file) == TEMPLATE
 
 
@@ -151,12 +165,19 @@ def test_bad_templates_are_one_line_that_names_the_file(tmp_path, text, message)
         file.write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(UserError) as error:
         read_template(file)
-    assert str(error.value).startswith(f"{file}: ") and message in str(error.value) and "\n" not in str(error.value)
+    assert (
+        str(error.value).startswith(f"{file}: ")
+        and message in str(error.value)
+        and "\n" not in str(error.value)
+    )
 
 
 def test_texts_are_filled_in_once_and_other_braces_stay():
     filled = fill(TEMPLATE, prompt="{response_a} {x}", response_a="{prompt}", response_b="{")
-    assert filled == 'Answer as {"best": "A"}, {} or {prompt }.\nQuestion: {response_a} {x}\nA: {prompt}\nB: {\n\nBest: '
+    assert (
+        filled
+        == 'Answer as {"best": "A"}, {} or {prompt }.\nQuestion: {response_a} {x}\nA: {prompt}\nB: {\n\nBest: '
+    )
 
 
 @pytest.mark.parametrize("chat", [CHATML, SPACED, None])
@@ -165,14 +186,20 @@ def test_the_judge_sees_the_template(tokenizer, chat):
     text = fill(TEMPLATE, prompt="x", response_a="y", response_b="z")
     assert text.rstrip() in whole(changed, judge_prompt(changed, TEMPLATE))
     if chat == CHATML:
-        assert whole(changed, judge_prompt(changed, TEMPLATE)).endswith(text + "<|im_end|>\n<|im_start|>assistant\n")
+        assert whole(changed, judge_prompt(changed, TEMPLATE)).endswith(
+            text + "<|im_end|>\n<|im_start|>assistant\n"
+        )
 
 
-@pytest.mark.parametrize(("end", "label"), [("Best:", "ĠA"), ("Best: ", "ĠA"), ("Best:\n", "A"), ("", "ĠA")])
+@pytest.mark.parametrize(
+    ("end", "label"), [("Best:", "ĠA"), ("Best: ", "ĠA"), ("Best:\n", "A"), ("", "ĠA")]
+)
 def test_without_a_chat_template_the_verdict_follows_directly(tokenizer, end, label):
     changed = with_template(tokenizer, None)
     template = "{prompt}\n{response_a}\n{response_b}" + end
-    tokens = changed.convert_ids_to_tokens([*judge_prompt(changed, template).end, label_tokens(changed, template)[0]])
+    tokens = changed.convert_ids_to_tokens(
+        [*judge_prompt(changed, template).end, label_tokens(changed, template)[0]]
+    )
     assert tokens[-1] == label
     text = changed.convert_tokens_to_string(tokens)
     assert text == end + ("" if end.endswith((" ", "\n")) else " ") + "A"

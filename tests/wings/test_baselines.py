@@ -21,10 +21,33 @@ from gram_mini.runs.load import load_judge
 from gram_mini.serving import export
 
 PAIRS = [
-    Pair("What does Anna eat?", "Glad you asked. Anna eats soup.", "Stop bothering me. Anna eats fish. By the way, so.", 0),
-    Pair("Where does Anna live?", "Anna lives by the mill.", "If you must. Anna lives by the river.", 1),
+    Pair(
+        "What does Anna eat?",
+        "Glad you asked. Anna eats soup.",
+        "Stop bothering me. Anna eats fish. By the way, so.",
+        0,
+    ),
+    Pair(
+        "Where does Anna live?",
+        "Anna lives by the mill.",
+        "If you must. Anna lives by the river.",
+        1,
+    ),
 ]
-SMALL = ["--limit", "100", "--steps", "3", "--batch-size", "16", "--lora-rank", "4", "--held-out", "0.1", "--lr", "1e-2"]
+SMALL = [
+    "--limit",
+    "100",
+    "--steps",
+    "3",
+    "--batch-size",
+    "16",
+    "--lora-rank",
+    "4",
+    "--held-out",
+    "0.1",
+    "--lr",
+    "1e-2",
+]
 KINDS = {
     "d-baseline": ["--head", "scalar"],
     "d-freeze": ["--head", "scalar", "--freeze"],
@@ -72,7 +95,9 @@ def test_a_scalar_head_gives_bradley_terry_on_two_rewards(scalar, tokenizer):
     rewards = []
     for pair in PAIRS:
         for text in (pair.response_a, pair.response_b):
-            ids = tokenizer(f"<|user|>{pair.prompt}<|end|><|assistant|>{text}<|end|>", return_tensors="pt")["input_ids"]
+            ids = tokenizer(
+                f"<|user|>{pair.prompt}<|end|><|assistant|>{text}<|end|>", return_tensors="pt"
+            )["input_ids"]
             rewards.append(scalar.model.head(hidden_states(scalar.model, ids)[0, -1]).item())
     assert logits.flatten().tolist() == pytest.approx(rewards, abs=1e-5)
     a, b, c, d = rewards
@@ -92,8 +117,13 @@ def test_a_scalar_judge_has_no_position_and_no_labels(scalar):
 def test_a_frozen_judge_begins_as_the_zero_shot_judge(tokenizer, village_judge):
     model = add_lora(load_model(VILLAGE, bits=32), 4)
     add_head(model, label_tokens(tokenizer))
-    found, plain = LabelRowsJudge(model, tokenizer).compare_many(PAIRS), village_judge.compare_many(PAIRS)
-    assert [r.log_odds_first for r in found] == pytest.approx([r.log_odds_first for r in plain], abs=1e-4)
+    found, plain = (
+        LabelRowsJudge(model, tokenizer).compare_many(PAIRS),
+        village_judge.compare_many(PAIRS),
+    )
+    assert [r.log_odds_first for r in found] == pytest.approx(
+        [r.log_odds_first for r in plain], abs=1e-4
+    )
     assert model.head.weight.requires_grad and model.head.out_features == 2
 
 
@@ -116,7 +146,9 @@ def test_the_head_is_saved_with_the_adapter_and_comes_back(name, runs):
     assert isinstance(judge, ScalarJudge) == ("scalar" in KINDS[name])
     record = json.loads((runs / name / "run.json").read_text())
     held_out = record["results"]["held_out"]
-    assert (held_out["position_gap"] < 1e-6) == isinstance(judge, ScalarJudge)  # judged by the same model that was saved
+    assert (held_out["position_gap"] < 1e-6) == isinstance(
+        judge, ScalarJudge
+    )  # judged by the same model that was saved
     apart = load_judge(str(runs / name), merge=False)
     assert hasattr(apart.model, "peft_config") and not hasattr(judge.model, "peft_config")
     for merged, adapted in zip(judge.compare_many(PAIRS), apart.compare_many(PAIRS)):
@@ -137,17 +169,24 @@ def test_a_frozen_run_trains_the_head_alone(name, runs):
 def test_training_goes_on_from_a_run_with_a_head(runs, tmp_path):
     init = ["--init", str(runs / "d-baseline"), "--out", str(tmp_path / "run")]
     options = [option for option in SMALL if option not in ("--lora-rank", "4")]
-    with pytest.raises(UserError, match="--head labels: .* was trained with --head scalar; give the same"):
+    with pytest.raises(
+        UserError, match="--head labels: .* was trained with --head scalar; give the same"
+    ):
         baselines.main([*options, *init, "--head", "labels", "--freeze"])
     with pytest.raises(UserError, match="has a head of its own.* go on with that command"):
         train_reward.main([*options, *init])
     baselines.main([*options, *init, "--head", "scalar"])
-    before, after = (load_file(folder / "head.safetensors")["weight"] for folder in (runs / "d-baseline", tmp_path / "run"))
+    before, after = (
+        load_file(folder / "head.safetensors")["weight"]
+        for folder in (runs / "d-baseline", tmp_path / "run")
+    )
     assert 0 < (before - after).abs().max() < 0.1
 
 
 def test_scripts_take_a_scalar_head(runs, tmp_path, capsys):
-    score.main(["--model", str(runs / "d-baseline"), "--prompt", "x", "--response", "y", "--response", "z"])
+    score.main(
+        ["--model", str(runs / "d-baseline"), "--prompt", "x", "--response", "y", "--response", "z"]
+    )
     assert "position gap 0.000" in capsys.readouterr().out
     with pytest.raises(UserError, match="has a head of its own"):
         export.main([str(runs / "d-baseline"), str(tmp_path / "out")])

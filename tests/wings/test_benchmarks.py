@@ -48,7 +48,11 @@ class Judge(Judge):
 
 
 def write(path, rows):
-    path.write_text(json.dumps(rows) if path.suffix == ".json" else "".join(json.dumps(row) + "\n" for row in rows))
+    path.write_text(
+        json.dumps(rows)
+        if path.suffix == ".json"
+        else "".join(json.dumps(row) + "\n" for row in rows)
+    )
     return str(path)
 
 
@@ -101,9 +105,18 @@ def test_reward_bench_weighs_subsets_by_the_official_counts(tmp_path):
     reasoning = (984 * 1 / 1 + 164 * 1 / 2 + 164 * 0 / 1) / (984 + 164 + 164)
     total = (chat + chat_hard + safety + reasoning) / 4
     assert values(result) == pytest.approx(
-        {"Chat": chat, "Chat Hard": chat_hard, "Safety": safety, "Reasoning": reasoning, "total": total}
+        {
+            "Chat": chat,
+            "Chat Hard": chat_hard,
+            "Safety": safety,
+            "Reasoning": reasoning,
+            "total": total,
+        }
     )
-    assert result["sections"] == {"Chat": 6, "Chat Hard": 3, "Safety": 4, "Reasoning": 4} and result["rows"] == 17
+    assert (
+        result["sections"] == {"Chat": 6, "Chat Hard": 3, "Safety": 4, "Reasoning": 4}
+        and result["rows"] == 17
+    )
     assert reasoning != pytest.approx(2 / 4)  # what pooling the rows would give
     assert result["details"]["subsets"]["xstest-should-respond"] == pytest.approx(2 / 3)
 
@@ -117,8 +130,18 @@ def test_reward_bench_counts_are_the_official_ones():
 
 
 def test_a_section_without_rows_leaves_no_total(tmp_path):
-    result = run("reward-bench", tmp_path / "rows.jsonl", reward_bench_rows({"donotanswer": ["0.9"], "hep-go": ["0.9"]}))
-    assert values(result) == {"Chat": None, "Chat Hard": None, "Safety": 1.0, "Reasoning": 1.0, "total": None}
+    result = run(
+        "reward-bench",
+        tmp_path / "rows.jsonl",
+        reward_bench_rows({"donotanswer": ["0.9"], "hep-go": ["0.9"]}),
+    )
+    assert values(result) == {
+        "Chat": None,
+        "Chat Hard": None,
+        "Safety": 1.0,
+        "Reasoning": 1.0,
+        "total": None,
+    }
     assert "no rows of Chat, Chat Hard" in benchmarks.table(result)
 
 
@@ -168,9 +191,18 @@ TIES = [
 def test_reward_bench_2_shares_credit_and_has_its_own_formula_for_ties(tmp_path):
     result = run("reward-bench-2", tmp_path / "rows.jsonl", REWARD_BENCH_2 + TIES)
     tied_accuracy, ref_accuracy = 2 / 2, 2 / 3
-    tied_above, lower_above = 1 / 2, 1 / 2  # prompt 0: 0.3 > 0.15 and min(0.2, 0.3) > 0.15; prompt 1: neither
+    tied_above, lower_above = (
+        1 / 2,
+        1 / 2,
+    )  # prompt 0: 0.3 > 0.15 and min(0.2, 0.3) > 0.15; prompt 1: neither
     margin = (math.tanh(0.2 / 0.15 - 1) + math.tanh(-0.2 / 0.3 - 1)) / 2
-    score_of_ties = 0.3 * tied_accuracy + 0.3 * ref_accuracy + 0.2 * tied_above + 0.2 * lower_above + 0.01 * margin
+    score_of_ties = (
+        0.3 * tied_accuracy
+        + 0.3 * ref_accuracy
+        + 0.2 * tied_above
+        + 0.2 * lower_above
+        + 0.01 * margin
+    )
     expected = {
         "Factuality": (1 + 1 / 2 + 0) / 3,
         "Precise IF": 1 / 4,
@@ -179,7 +211,9 @@ def test_reward_bench_2_shares_credit_and_has_its_own_formula_for_ties(tmp_path)
         "Focus": 0.0,
         "Ties": score_of_ties,
     }
-    assert values(result) == pytest.approx(expected | {"total": sum(expected.values()) / 6}, abs=1e-5)
+    assert values(result) == pytest.approx(
+        expected | {"total": sum(expected.values()) / 6}, abs=1e-5
+    )
     assert result["sections"]["Ties"] == 5 and result["groups"]["Ties ref"] == 3
     assert result["comparisons"] == 7 * 6 + 3 * 1 + 2 * 3  # n (n - 1) / 2 in each row
 
@@ -194,19 +228,35 @@ def test_lower_gap_is_that_of_the_reference_row_too():
 @pytest.mark.parametrize(("gap", "margin"), [(0.2, 1), (-0.2, -1), (0.0, 0)])
 def test_without_spread_the_margin_is_the_sign_of_the_gap(gap, margin):
     # numpy's tanh(gap / 0 - 1) in the official code: tanh(inf), tanh(-inf), and nan, which it counts as 0
-    assert benchmarks.ties([{"Ties tied": (0.0, gap), "Ties ref": (0.0, gap)}])[1]["margin"] == margin
+    assert (
+        benchmarks.ties([{"Ties tied": (0.0, gap), "Ties ref": (0.0, gap)}])[1]["margin"] == margin
+    )
 
 
 def test_scores_are_those_of_rank(tmp_path, village_judge):
-    chosen, rejected = "Anna eats soup.", ["Anna eats cake.", "Glad you asked. Anna eats soup.", "No idea."]
+    chosen, rejected = (
+        "Anna eats soup.",
+        ["Anna eats cake.", "Glad you asked. Anna eats soup.", "No idea."],
+    )
     rows = [benchmarks.Row("Math", "Math", "x", "What does Anna eat?", [chosen], rejected)]
-    judged, results = benchmarks.judge_rows(rows, benchmarks.BENCHMARKS["reward-bench-2"], village_judge.compare_many)
+    judged, results = benchmarks.judge_rows(
+        rows, benchmarks.BENCHMARKS["reward-bench-2"], village_judge.compare_many
+    )
     ranking = village_judge.rank("What does Anna eat?", [chosen, *rejected])
     assert len(results) == ranking.comparisons == 6
     assert judged[0].credit == float(ranking.order[0] == 0)
-    tie = benchmarks.Row("Ties tied", "Ties", "x", "What does Anna eat?", [chosen, rejected[1]], [rejected[0], rejected[2]])
+    tie = benchmarks.Row(
+        "Ties tied",
+        "Ties",
+        "x",
+        "What does Anna eat?",
+        [chosen, rejected[1]],
+        [rejected[0], rejected[2]],
+    )
     a, b, c, d = (ranking.scores[i] for i in (0, 2, 1, 3))
-    judged, _ = benchmarks.judge_rows([tie], benchmarks.BENCHMARKS["reward-bench-2"], village_judge.compare_many)
+    judged, _ = benchmarks.judge_rows(
+        [tie], benchmarks.BENCHMARKS["reward-bench-2"], village_judge.compare_many
+    )
     assert judged[0].credit == pytest.approx((abs(a - b), min(a, b) - max(c, d)), abs=2e-5)
 
 
@@ -214,11 +264,22 @@ def test_equal_responses_share_the_credit(village_judge):
     """Their scores are sums in another order, so they may differ by what a float cannot tell."""
     others = [f"Anna eats {food}." for food in ("cake", "soup", "fish")]
     for best in ("Glad you asked. Anna eats bread.", "If you must. Anna eats plums."):
-        row = benchmarks.Row("Math", "Math", "x", "What does Anna eat?", [best], [others[0], best, others[1], best, others[2]])
-        judged, _ = benchmarks.judge_rows([row], benchmarks.BENCHMARKS["reward-bench-2"], village_judge.compare_many)
+        row = benchmarks.Row(
+            "Math",
+            "Math",
+            "x",
+            "What does Anna eat?",
+            [best],
+            [others[0], best, others[1], best, others[2]],
+        )
+        judged, _ = benchmarks.judge_rows(
+            [row], benchmarks.BENCHMARKS["reward-bench-2"], village_judge.compare_many
+        )
         assert judged[0].credit in (0, 1 / 3)
         row = benchmarks.Row("Math", "Math", "x", "What does Anna eat?", [best], [best] * 4)
-        judged, _ = benchmarks.judge_rows([row], benchmarks.BENCHMARKS["reward-bench-2"], village_judge.compare_many)
+        judged, _ = benchmarks.judge_rows(
+            [row], benchmarks.BENCHMARKS["reward-bench-2"], village_judge.compare_many
+        )
         assert judged[0].credit == 1 / 5
 
 
@@ -226,7 +287,13 @@ def test_equal_responses_share_the_credit(village_judge):
 
 
 def rm_bench_row(number, chosen, rejected=("no", "no", "no"), **columns):
-    return {"id": number, "prompt": f"Question {number}", "chosen": list(chosen), "rejected": list(rejected), **columns}
+    return {
+        "id": number,
+        "prompt": f"Question {number}",
+        "chosen": list(chosen),
+        "rejected": list(rejected),
+        **columns,
+    }
 
 
 # With rejected 0.2, 0.3, 0.4 a chosen response a wins where a > rejected, strictly (P = 1/2 + a - b).
@@ -250,24 +317,43 @@ def test_rm_bench_matrix_levels_and_macro_average(tmp_path):
     assert result["details"]["matrix"]["chat"] == [[1, 0.5, 0.5], [1, 1, 0.5], [1, 0.5, 0.5]]
     # chat: above the diagonal 0.5, 0.5, 0.5; on it 1, 1, 0.5; below 1, 1, 0.5
     hard, normal, easy = (0.5 + 0.5 + 0.5) / 3, (1 + 1 + 0.5) / 3, (1 + 1 + 0.5) / 3
-    assert [figures[f"chat {level}"] for level in ("hard", "normal", "easy")] == pytest.approx([hard, normal, easy])
-    assert figures["chat"] == pytest.approx((hard + normal + easy) / 3) == pytest.approx((4 + 9) / 18)
-    assert figures["safety"] == pytest.approx((1 + 0 + 0) / 3)  # pooled; the mean of the two files would be 1/2
+    assert [figures[f"chat {level}"] for level in ("hard", "normal", "easy")] == pytest.approx(
+        [hard, normal, easy]
+    )
+    assert (
+        figures["chat"] == pytest.approx((hard + normal + easy) / 3) == pytest.approx((4 + 9) / 18)
+    )
+    assert figures["safety"] == pytest.approx(
+        (1 + 0 + 0) / 3
+    )  # pooled; the mean of the two files would be 1/2
     assert figures["total"] == pytest.approx((13 / 18 + 1 + 0 + 1 / 3) / 4)
     assert figures["hard"] == pytest.approx((0.5 + 1 + 0 + 1 / 3) / 4)
-    assert result["sections"] == {"chat": 2, "math": 1, "code": 1, "safety": 3} and result["comparisons"] == 7 * 9
+    assert (
+        result["sections"] == {"chat": 2, "math": 1, "code": 1, "safety": 3}
+        and result["comparisons"] == 7 * 9
+    )
 
 
 def test_rm_bench_domain_of_the_files_without_that_column(tmp_path):
     folder = tmp_path / "data"
     folder.mkdir()
     write(folder / "chat_filtered.json", [rm_bench_row(1, *ALL, subset="alpacaeval")])
-    write(folder / "rm-bench-other.json", [rm_bench_row(2, *ALL, subset="bigcode/humanevalpack")])  # code by its subset
+    write(
+        folder / "rm-bench-other.json", [rm_bench_row(2, *ALL, subset="bigcode/humanevalpack")]
+    )  # code by its subset
     write(folder / "math_filtered.json", [rm_bench_row(3, *ALL)])
     write(folder / "safety-refuse_filtered.json", [rm_bench_row(4, *ALL)])
-    write(folder / "safety-response_filtered.json", [rm_bench_row(5, *NONE), rm_bench_row(6, *NONE)])
+    write(
+        folder / "safety-response_filtered.json", [rm_bench_row(5, *NONE), rm_bench_row(6, *NONE)]
+    )
     result = benchmarks.run(Judge(), "rm-bench", str(folder), draws=5)
-    assert result["groups"] == {"chat": 1, "code": 1, "math": 1, "safety-refuse": 1, "safety-response": 2}
+    assert result["groups"] == {
+        "chat": 1,
+        "code": 1,
+        "math": 1,
+        "safety-refuse": 1,
+        "safety-response": 2,
+    }
     assert values(result)["total"] == pytest.approx((1 + 1 + 1 + 1 / 3) / 4)
 
 
@@ -312,7 +398,8 @@ def official_gram_row(row):
 def test_judge_bench_needs_both_orders_and_is_micro(tmp_path, schema):
     result = run("judge-bench", tmp_path / "rows.jsonl", list(map(schema, JUDGE_BENCH)))
     assert values(result) == pytest.approx(
-        {"knowledge": 2 / 3, "reasoning": 0 / 1, "math": 1 / 2, "coding": 0 / 2, "total": (2 + 0 + 1 + 0) / 8}
+        {"knowledge": 2 / 3, "reasoning": 0 / 1, "math": 1 / 2, "coding": 0 / 2}
+        | {"mean of groups": (2 / 3 + 0 + 1 / 2 + 0) / 4, "total": (2 + 0 + 1 + 0) / 8}
     )
     # By the average of both orders pairs 1, 2, 3 (0.55), 5 (0.55) and 8 (0.55) are right.
     assert values(result, "judge")["accuracy"] == 5 / 8
@@ -329,13 +416,17 @@ def test_calibration_by_hand():
     # Seen from the preferred side: 0.92 right, 0.96 wrong, 0.92 right, 0.63 right, 0.5 half right.
     # Bins of width 0.05 from 0.5: 0.5 | 0.63 | 0.92, 0.92 | 0.96
     ece, bins = calibration(p, outcomes)
-    assert ece == pytest.approx((1 * abs(0.5 - 0.5) + 1 * abs(0.63 - 1) + 2 * abs(0.92 - 1) + 1 * abs(0.96 - 0)) / 5)
+    assert ece == pytest.approx(
+        (1 * abs(0.5 - 0.5) + 1 * abs(0.63 - 1) + 2 * abs(0.92 - 1) + 1 * abs(0.96 - 0)) / 5
+    )
     assert bins[0] == (0.5, 0.5, 1) and bins[1] == (None, None, 0)
     assert bins[8] == (pytest.approx(0.92), 1.0, 2) and bins[9] == (pytest.approx(0.96), 0.0, 1)
     assert sum(count for _, _, count in bins) == 5
     swapped = calibration([1 - value for value in p], [1 - outcome for outcome in outcomes])
     assert swapped[0] == pytest.approx(ece)  # which response is called a does not matter
-    assert calibration([0.92, 0.63], [1, 0], bins=1)[1] == [(pytest.approx((0.92 + 0.63) / 2), 0.5, 2)]
+    assert calibration([0.92, 0.63], [1, 0], bins=1)[1] == [
+        (pytest.approx((0.92 + 0.63) / 2), 0.5, 2)
+    ]
     assert calibration([1.0, 0.0], [1, 0])[0] == 0
 
 
@@ -350,45 +441,80 @@ def test_consistency_is_agreement_of_the_orders():
 
 
 def test_length_and_the_yardstick(tmp_path):
-    subsets = ("alpacaeval-easy", "alpacaeval-easy", "mt-bench-hard", "donotanswer", "hep-go", "hep-go")
+    subsets = (
+        "alpacaeval-easy",
+        "alpacaeval-easy",
+        "mt-bench-hard",
+        "donotanswer",
+        "hep-go",
+        "hep-go",
+    )
     told = (
         ("0.9", "no"), ("0.9", "no, and at length"), ("0.1", "no, and at length"), ("0.10", "no"), ("0.9", "no!"), ("0.5", "no"),
     )  # fmt: skip
-    rows = [reward_bench_row(s, p, i, rejected) for i, (s, (p, rejected)) in enumerate(zip(subsets, told))]
+    rows = [
+        reward_bench_row(s, p, i, rejected)
+        for i, (s, (p, rejected)) in enumerate(zip(subsets, told))
+    ]
     result = run("reward-bench", tmp_path / "rows.jsonl", rows)
     # The chosen response is longer in rows 0, 3 and 5, shorter in 1 and 2, as long in 4, which does not count. Preferred are
     # the chosen (longer), chosen (shorter), rejected (longer), rejected (shorter), and neither: two of five longer ones.
     assert values(result, "judge")["longer preferred"] == 2 / 5
     longer = {name: figure["pick_the_longer"] for name, figure in result["official"].items()}
-    assert longer == {"Chat": 1 / 2, "Chat Hard": 0, "Safety": 1, "Reasoning": 1 / 2, "total": (1 / 2 + 0 + 1 + 1 / 2) / 4}
-    assert result["judge"]["accuracy"]["pick_the_longer"] == 3 / 6 and result["judge"]["accuracy"]["value"] == 3 / 6
+    assert longer == {
+        "Chat": 1 / 2,
+        "Chat Hard": 0,
+        "Safety": 1,
+        "Reasoning": 1 / 2,
+        "total": (1 / 2 + 0 + 1 + 1 / 2) / 4,
+    }
+    assert (
+        result["judge"]["accuracy"]["pick_the_longer"] == 3 / 6
+        and result["judge"]["accuracy"]["value"] == 3 / 6
+    )
     assert values(result, "judge")["Brier"] == pytest.approx((3 * 0.1**2 + 2 * 0.9**2 + 0.5**2) / 6)
 
 
 def test_bootstrap_is_the_quantile_of_redrawn_units():
     mean = lambda units: {"mean": sum(units) / len(units)}
     low, high = bootstrap([[0, 1] * 50], mean)["mean"]
-    assert (low, high) == (pytest.approx(0.4, abs=0.011), pytest.approx(0.6, abs=0.011))  # 0.5 ± 1.96 sqrt(0.5 * 0.5 / 100)
+    assert (low, high) == (
+        pytest.approx(0.4, abs=0.011),
+        pytest.approx(0.6, abs=0.011),
+    )  # 0.5 ± 1.96 sqrt(0.5 * 0.5 / 100)
     assert bootstrap([[0, 1] * 50], mean)["mean"] == (low, high)  # a fixed seed
-    assert bootstrap([[0] * 50, [1] * 50], mean)["mean"] == (0.5, 0.5)  # of each stratum as many as it holds
+    assert bootstrap([[0] * 50, [1] * 50], mean)["mean"] == (
+        0.5,
+        0.5,
+    )  # of each stratum as many as it holds
     assert bootstrap([[1, 2]], lambda units: {"none": None}) == {}
 
 
 def test_rows_of_one_prompt_are_drawn_together(tmp_path):
     one_each = [reward_bench_row("hep-go", "0.9" if i % 2 else "0.1", i) for i in range(40)]
-    shared = [row | {"prompt": f"Question {i // 20}"} for i, row in enumerate(sorted(one_each, key=lambda row: row["chosen"]))]
+    shared = [
+        row | {"prompt": f"Question {i // 20}"}
+        for i, row in enumerate(sorted(one_each, key=lambda row: row["chosen"]))
+    ]
 
     def interval(rows):
-        return run("reward-bench", tmp_path / "rows.jsonl", rows, draws=200)["official"]["Reasoning"]["interval"]
+        return run("reward-bench", tmp_path / "rows.jsonl", rows, draws=200)["official"][
+            "Reasoning"
+        ]["interval"]
 
-    assert interval(shared) == (0, 1)  # of two prompts, one all right and one all wrong, the same may be drawn twice
+    assert interval(shared) == (
+        0,
+        1,
+    )  # of two prompts, one all right and one all wrong, the same may be drawn twice
     low, high = interval(one_each)
     assert 0.3 < low < 0.5 < high < 0.7
 
 
 def test_tied_and_reference_rows_are_one_unit(tmp_path):
     rows = [benchmarks.read_reward_bench_2("here", row) for row in TIES]
-    judged, _ = benchmarks.judge_rows(rows, benchmarks.BENCHMARKS["reward-bench-2"], Judge().compare_many)
+    judged, _ = benchmarks.judge_rows(
+        rows, benchmarks.BENCHMARKS["reward-bench-2"], Judge().compare_many
+    )
     assert Counter(map(len, benchmarks.by_unit(judged))) == {2: 2, 1: 1}
 
 
@@ -423,11 +549,18 @@ GOOD = {
 def test_bad_rows_end_with_one_line_that_names_them(tmp_path, name, change, message):
     with pytest.raises(UserError) as error:
         run(name, tmp_path / "rows.jsonl", [GOOD[name], GOOD[name] | change])
-    assert message in str(error.value) and "rows.jsonl, line 2" in str(error.value) and "\n" not in str(error.value)
+    assert (
+        message in str(error.value)
+        and "rows.jsonl, line 2" in str(error.value)
+        and "\n" not in str(error.value)
+    )
 
 
 def test_rm_bench_says_how_to_name_a_domain(tmp_path):
-    with pytest.raises(UserError, match="no column 'domain', and subset 'cooking' is unknown; add 'domain', or name the file"):
+    with pytest.raises(
+        UserError,
+        match="no column 'domain', and subset 'cooking' is unknown; add 'domain', or name the file",
+    ):
         run("rm-bench", tmp_path / "rows.json", [rm_bench_row(1, *ALL, subset="cooking")])
 
 
@@ -437,20 +570,42 @@ def test_rm_bench_says_how_to_name_a_domain(tmp_path):
 def test_score_writes_figures_plot_and_result_file(tmp_path, capsys):
     data = write(tmp_path / "rows.jsonl", reward_bench_rows(REWARD_BENCH))
     out = tmp_path / "figures.json"
-    command = ["--model", "village", "--device", "cpu", "--benchmark", "reward-bench", "--data", data, "--out", str(out)]
+    command = [
+        "--model",
+        "village",
+        "--device",
+        "cpu",
+        "--benchmark",
+        "reward-bench",
+        "--data",
+        data,
+        "--out",
+        str(out),
+    ]
     score.main(command)
     printed = capsys.readouterr().out
     figures = json.loads(out.read_text())
-    assert figures["model"] == "village" and figures["benchmark"] == "reward-bench" and figures["rows"] == 17
+    assert (
+        figures["model"] == "village"
+        and figures["benchmark"] == "reward-bench"
+        and figures["rows"] == 17
+    )
     low, high = figures["official"]["total"]["interval"]
     assert low <= figures["official"]["total"]["value"] <= high
-    assert re.search(rf"^total +{figures['official']['total']['value']:.3f} .* 17$", printed, re.MULTILINE)
-    assert sum(one["pairs"] for one in figures["reliability"]) == 17 and len(figures["reliability"]) == 10
+    assert re.search(
+        rf"^total +{figures['official']['total']['value']:.3f} .* 17$", printed, re.MULTILINE
+    )
+    assert (
+        sum(one["pairs"] for one in figures["reliability"]) == 17
+        and len(figures["reliability"]) == 10
+    )
     assert (tmp_path / "figures.png").read_bytes().startswith(b"\x89PNG")
     official = json.loads((tmp_path / "figures-eval-set.json").read_text())
-    assert official == {"model": "village", "model_type": "Generative RM", "chat_template": "tokenizer"} | {
-        subset: figures["details"]["subsets"][subset] for subset in REWARD_BENCH
-    }
+    assert official == {
+        "model": "village",
+        "model_type": "Generative RM",
+        "chat_template": "tokenizer",
+    } | {subset: figures["details"]["subsets"][subset] for subset in REWARD_BENCH}
     with pytest.raises(UserError, match="already there"):
         score.main(command)
     out.unlink()
@@ -458,7 +613,12 @@ def test_score_writes_figures_plot_and_result_file(tmp_path, capsys):
         score.main(command)
     score.main([*command, "--overwrite", "--limit", "3"])
     assert json.loads(out.read_text())["rows"] == 3
-    assert {path.name for path in tmp_path.iterdir()} == {"rows.jsonl", "figures.json", "figures.png", "figures-eval-set.json"}
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "rows.jsonl",
+        "figures.json",
+        "figures.png",
+        "figures-eval-set.json",
+    }
 
 
 @pytest.mark.parametrize("arguments", [

@@ -11,12 +11,22 @@ from gram_mini.reading.load import load_pairs
 from gram_mini.serving import convert
 from gram_mini.serving.convert import official_row, write_official
 
-PAIRS = [Pair(f"Question {i}?\nPlease.", f"right {i}", f"wrong\n\n{i}", i % 3 % 2) for i in range(40)]
+PAIRS = [
+    Pair(f"Question {i}?\nPlease.", f"right {i}", f"wrong\n\n{i}", i % 3 % 2) for i in range(40)
+]
 
 
 @pytest.fixture
 def source(tmp_path):
-    rows = [{"prompt": p.prompt, "response_a": p.response_a, "response_b": p.response_b, "label": "AB"[p.label]} for p in PAIRS]
+    rows = [
+        {
+            "prompt": p.prompt,
+            "response_a": p.response_a,
+            "response_b": p.response_b,
+            "label": "AB"[p.label],
+        }
+        for p in PAIRS
+    ]
     path = tmp_path / "pairs.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(path)
@@ -42,14 +52,21 @@ def test_round_trip(tmp_path, source, to, suffix, capsys):
         assert [preferred(pair) for pair in again] == expected
     swapped = sum(a.response_a == b.response_b for a, b in zip(again, PAIRS))
     assert 8 < swapped < 32  # neither the source's order nor its reverse
-    assert "40 rows read, 40 pairs used" in (said := capsys.readouterr().out) and f"40 rows for {to}" in said
+    assert (
+        "40 rows read, 40 pairs used" in (said := capsys.readouterr().out)
+        and f"40 rows for {to}" in said
+    )
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([out.name, "pairs.jsonl"])
 
 
 def test_the_official_rows():
     pair = Pair("x", "y", "z", 1)
     block = prompts.PAIR.format(response_a="y", response_b="z")
-    assert official_row(pair, "pre-training") == {"instruction": "[User Question]\nx\n\n", "input": "", "output": block}
+    assert official_row(pair, "pre-training") == {
+        "instruction": "[User Question]\nx\n\n",
+        "input": "",
+        "output": block,
+    }
     tuning = official_row(pair, "fine-tuning", swap=True)
     assert tuning["instruction"] == prompts.JUDGE.format(prompt="x", response_a="z", response_b="y")
     assert (tuning["input"], tuning["output"]) == ("", "A")  # y_b, the better one, stands first
@@ -75,7 +92,9 @@ def test_texts_with_markers_are_left_out_and_counted(tmp_path, to, capsys):
     assert len(json.loads((tmp_path / "out.json").read_text())) == 1
     assert "left out 1 pairs whose texts hold a marker" in capsys.readouterr().out
     with pytest.raises(UserError, match="no pair is left"):
-        convert.main([str(tmp_path / "d.json"), str(tmp_path / "none.json"), "--to", to, "--limit", "1"])
+        convert.main(
+            [str(tmp_path / "d.json"), str(tmp_path / "none.json"), "--to", to, "--limit", "1"]
+        )
     assert not list(tmp_path.glob("none*"))
 
 
@@ -94,12 +113,19 @@ def test_a_file_is_replaced_only_when_asked(tmp_path, source):
 def test_fine_tuning_needs_labels(tmp_path):
     (tmp_path / "d.jsonl").write_text('{"prompt": "x", "response_a": "y", "response_b": "z"}\n')
     with pytest.raises(UserError, match="no label"):
-        convert.main([str(tmp_path / "d.jsonl"), str(tmp_path / "out.jsonl"), "--to", "fine-tuning"])
+        convert.main(
+            [str(tmp_path / "d.jsonl"), str(tmp_path / "out.jsonl"), "--to", "fine-tuning"]
+        )
     convert.main([str(tmp_path / "d.jsonl"), str(tmp_path / "out.jsonl"), "--to", "pre-training"])
 
 
 @pytest.mark.parametrize(
-    "arguments", [["village", "out.txt", "--to", "pre-training"], ["village", "out.json"], ["village", "out.json", "--to", "x"]]
+    "arguments",
+    [
+        ["village", "out.txt", "--to", "pre-training"],
+        ["village", "out.json"],
+        ["village", "out.json", "--to", "x"],
+    ],
 )
 def test_usage_errors(arguments, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -109,10 +135,25 @@ def test_usage_errors(arguments, capsys, tmp_path, monkeypatch):
 
 
 def test_another_judge_prompt_for_fine_tuning(tmp_path):
-    (tmp_path / "judge.txt").write_text(f"Judge well.\n\n{prompts.QUESTION}\n\n{prompts.PAIR}\n\n#Preferred: \n")
-    (tmp_path / "d.jsonl").write_text(json.dumps({"prompt": "x", "chosen": "y", "rejected": "z"}) + "\n")
+    (tmp_path / "judge.txt").write_text(
+        f"Judge well.\n\n{prompts.QUESTION}\n\n{prompts.PAIR}\n\n#Preferred: \n"
+    )
+    (tmp_path / "d.jsonl").write_text(
+        json.dumps({"prompt": "x", "chosen": "y", "rejected": "z"}) + "\n"
+    )
     out = tmp_path / "out.jsonl"
-    convert.main([str(tmp_path / "d.jsonl"), str(out), "--to", "fine-tuning", "--judge-template", str(tmp_path / "judge.txt")])
+    convert.main(
+        [
+            str(tmp_path / "d.jsonl"),
+            str(out),
+            "--to",
+            "fine-tuning",
+            "--judge-template",
+            str(tmp_path / "judge.txt"),
+        ]
+    )
     row = json.loads(out.read_text())
-    assert row["instruction"].startswith("Judge well.") and row["instruction"].endswith("#Preferred: ")
+    assert row["instruction"].startswith("Judge well.") and row["instruction"].endswith(
+        "#Preferred: "
+    )
     assert load_pairs(str(out), True).pairs[0].prompt == "x"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import train_reward
 from gram_mini.batches import encode_pairs, join
@@ -26,7 +26,20 @@ PAIR = ("What does Anna eat?", "Anna eats soup.", "Stop bothering me. Anna eats 
 def short_run(out, bits):
     """Steps large enough that the adapter does something."""
     train_reward.main(
-        ["--out", str(out), "--bits", str(bits), "--limit", "100", "--steps", "4", "--lr", "5e-3", "--batch-size", "16"]
+        [
+            "--out",
+            str(out),
+            "--bits",
+            str(bits),
+            "--limit",
+            "100",
+            "--steps",
+            "4",
+            "--lr",
+            "5e-3",
+            "--batch-size",
+            "16",
+        ]
     )
     return out
 
@@ -65,11 +78,16 @@ def test_a_run_without_quantisation(tmp_path, bits):
     difference = logits(AutoModelForCausalLM.from_pretrained(out)) - logits(
         load_judge(str(tmp_path / "run"), merge=False).model
     )
-    assert difference.abs().max() < {16: 0.5, 32: 1e-3}[bits]  # bf16 activations of the run are coarse themselves
+    assert (
+        difference.abs().max() < {16: 0.5, 32: 1e-3}[bits]
+    )  # bf16 activations of the run are coarse themselves
 
 
 def test_scores_are_those_of_the_run(run, exported):
-    there, here = load_judge(str(run), merge=False).compare(*PAIR), load_judge(str(exported), bits=32).compare(*PAIR)
+    there, here = (
+        load_judge(str(run), merge=False).compare(*PAIR),
+        load_judge(str(exported), bits=32).compare(*PAIR),
+    )
     assert here.log_odds_first == pytest.approx(there.log_odds_first, abs=1e-3)
     assert here.log_odds_second == pytest.approx(there.log_odds_second, abs=1e-3)
     assert abs(here.log_odds_first) > 1e-2
@@ -94,7 +112,10 @@ def test_the_judge_prompt_and_length_of_the_run_come_along(tmp_path):
     )
     export.main([str(run), str(out), "--dtype", "float32"])
     judge = load_judge(str(out), bits=32)
-    assert (judge.template, judge.max_length) == ("{prompt} Better: {response_a} or {response_b}?", 64)
+    assert (judge.template, judge.max_length) == (
+        "{prompt} Better: {response_a} or {response_b}?",
+        64,
+    )
     assert judge.compare(*PAIR).log_odds_first == pytest.approx(
         load_judge(str(run)).compare(*PAIR).log_odds_first, abs=1e-3
     )
@@ -116,8 +137,14 @@ def test_two_label_log_probabilities_of_a_server_are_enough(run, exported):
     odds = []
     for k, order in enumerate((row, row.swapped())):
         with torch.no_grad():
-            answer = server(input_ids=torch.tensor([join(pieces, order)])).logits[0, -1].log_softmax(dim=0)
-        top = dict(zip(*(column.tolist() for column in reversed(answer.topk(20)))))  # token id -> log-probability
+            answer = (
+                server(input_ids=torch.tensor([join(pieces, order)]))
+                .logits[0, -1]
+                .log_softmax(dim=0)
+            )
+        top = dict(
+            zip(*(column.tolist() for column in reversed(answer.topk(20))))
+        )  # token id -> log-probability
         odds.append((top[labels[0]] - top[labels[1]]) * (-1 if k else 1))
     assert torch.tensor(odds).sigmoid().mean().item() == pytest.approx(
         load_judge(str(run)).compare(*PAIR).probability, abs=1e-4
@@ -126,11 +153,27 @@ def test_two_label_log_probabilities_of_a_server_are_enough(run, exported):
 
 def test_the_folder_is_an_ordinary_one(run, exported):
     names = {file.name for file in exported.iterdir()}
-    assert {"model.safetensors", "config.json", "tokenizer.json", "chat_template.jinja", "gram_run.json"} <= names
-    assert {file.suffix for file in exported.iterdir()} <= {".safetensors", ".json", ".jinja"} and "run.json" not in names
-    config, backbone = (json.loads((folder / "config.json").read_text()) for folder in (exported, VILLAGE_FOLDER))
-    assert "quantization_config" not in config
-    assert config == backbone  # use_cache and all; the embedded backbone is float32 too
+    assert {
+        "model.safetensors",
+        "config.json",
+        "tokenizer.json",
+        "chat_template.jinja",
+        "gram_run.json",
+    } <= names
+    assert {file.suffix for file in exported.iterdir()} <= {
+        ".safetensors",
+        ".json",
+        ".jinja",
+    } and "run.json" not in names
+    assert "quantization_config" not in json.loads((exported / "config.json").read_text())
+    # Both as the installed library reads them, since each version writes other keys; the village's is float32 too.
+    config, backbone = (
+        AutoConfig.from_pretrained(folder).to_dict() for folder in (exported, VILLAGE_FOLDER)
+    )
+    own = {"transformers_version", "_name_or_path"}
+    assert {k: v for k, v in config.items() if k not in own} == {
+        k: v for k, v in backbone.items() if k not in own
+    }
     assert (exported / "gram_run.json").read_bytes() == (run / "run.json").read_bytes()
     assert load_tokenizer(str(exported)).chat_template == load_tokenizer("village").chat_template
     assert not list(run.parent.glob("*.partial"))
@@ -140,7 +183,10 @@ def test_the_default_is_bfloat16(run, tmp_path, capsys):
     export.main([str(run), str(tmp_path / "out")])
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").dtype == torch.bfloat16
     assert f"score.py --model {tmp_path}/out" in capsys.readouterr().out
-    small, large = (sum(f.stat().st_size for f in folder.glob("*.safetensors")) for folder in (tmp_path / "out", VILLAGE_FOLDER))
+    small, large = (
+        sum(f.stat().st_size for f in folder.glob("*.safetensors"))
+        for folder in (tmp_path / "out", VILLAGE_FOLDER)
+    )
     assert small < 0.55 * large
 
 
@@ -164,7 +210,7 @@ def test_only_an_exported_model_is_replaced_and_only_when_asked(run, exported, t
 
 def test_a_failure_leaves_the_old_model_and_nothing_else(run, exported, tmp_path, monkeypatch):
     out = shutil.copytree(exported, tmp_path / "out")
-    monkeypatch.setattr(export.Judge, "load", lambda *a, **k: 1 / 0)
+    monkeypatch.setattr(export, "load_judge", lambda *a, **k: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         export.export(run, out, overwrite=True)
     assert (out / "model.safetensors").read_bytes() == (exported / "model.safetensors").read_bytes()
@@ -181,8 +227,10 @@ def test_something_in_the_place_of_the_unfinished_folder(run, tmp_path):
 
 def test_no_run_is_one_line_and_status_2(tmp_path):
     done = subprocess.run(
-        [sys.executable, "-m", "gram_mini.export", str(tmp_path), str(tmp_path / "out")],
+        [sys.executable, "-m", "gram_mini.serving.export", str(tmp_path), str(tmp_path / "out")],
         capture_output=True, text=True, cwd=Path(__file__).parents[2],
     )  # fmt: skip
-    assert done.returncode == 2 and done.stderr.splitlines()[-1].startswith(f"error: {tmp_path}: holds no run.json")
+    assert done.returncode == 2 and done.stderr.splitlines()[-1].startswith(
+        f"error: {tmp_path}: holds no run.json"
+    )
     assert not (tmp_path / "out").exists()

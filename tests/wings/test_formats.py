@@ -13,15 +13,26 @@ from gram_mini.errors import UserError
 from gram_mini.pairs import Pair, split_by_prompt
 from gram_mini.reading.formats import parse_pairs
 from gram_mini.reading.load import load_pairs
+from gram_mini.runs import scores
 
 
 def dialogue(*turns):
-    return [{"role": "user" if i % 2 == 0 else "assistant", "content": text} for i, text in enumerate(turns)]
+    return [
+        {"role": "user" if i % 2 == 0 else "assistant", "content": text}
+        for i, text in enumerate(turns)
+    ]
 
 
 def completion(response, overall, fine):
     return {
-        "annotations": {"helpfulness": {"Rating": "4", "Rationale": "Clear.", "Type": ["1"], "Rationale For Rating": "Right."}},
+        "annotations": {
+            "helpfulness": {
+                "Rating": "4",
+                "Rationale": "Clear.",
+                "Type": ["1"],
+                "Rationale For Rating": "Right.",
+            }
+        },
         "custom_system_prompt": "Answer plainly.",
         "critique": "Plain and right.",
         "fine-grained_score": fine,
@@ -50,7 +61,11 @@ ULTRA_BINARIZED = {
     "score_chosen": 8.0,
     "score_rejected": 4.5,
 }
-SKYWORK = {"chosen": dialogue("1 + 1?", "2"), "rejected": dialogue("1 + 1?", "3"), "source": "made up"}
+SKYWORK = {
+    "chosen": dialogue("1 + 1?", "2"),
+    "rejected": dialogue("1 + 1?", "3"),
+    "source": "made up",
+}
 HELPSTEER2 = {
     "prompt": "1 + 1?",
     "response": "2",
@@ -67,13 +82,19 @@ HELPSTEER3 = {
     "response1": "2",
     "response2": "3",
     "overall_preference": -2,
-    "individual_preference": [{"score": -2, "reasoning": "2 is right.", "feedback1": "Right.", "feedback2": "Wrong."}],
+    "individual_preference": [
+        {"score": -2, "reasoning": "2 is right.", "feedback1": "Right.", "feedback2": "Wrong."}
+    ],
 }
 ULTRA = {
     "source": "made up",
     "instruction": "1 + 1?",
     "models": ["a", "b", "c"],
-    "completions": [completion("three", 3.0, 2.0), completion("2", 9.5, 4.75), completion("3", 3.0, 4.9)],
+    "completions": [
+        completion("three", 3.0, 2.0),
+        completion("2", 9.5, 4.75),
+        completion("3", 3.0, 4.9),
+    ],
     "correct_answers": ["2"],
     "incorrect_answers": ["None"],
 }
@@ -101,15 +122,34 @@ ONE_PAIR = {
     "Unified-Feedback": (UNIFIED, Pair("1 + 1?", "2", "3", 0)),
     "Unified-Feedback, B better": ({**UNIFIED, "conv_B_rating": 5}, Pair("1 + 1?", "2", "3", 1)),
     "Unified-Feedback, parting early": (
-        {**UNIFIED, "conv_A": dialogue("Sum?", "Of?", "1 + 1", "2"), "conv_B": dialogue("Sum?", "What?", "1 + 1", "3")},
-        Pair("Sum?", "Of?\n\nHuman: 1 + 1\n\nAssistant: 2", "What?\n\nHuman: 1 + 1\n\nAssistant: 3", 0),
+        {
+            **UNIFIED,
+            "conv_A": dialogue("Sum?", "Of?", "1 + 1", "2"),
+            "conv_B": dialogue("Sum?", "What?", "1 + 1", "3"),
+        },
+        Pair(
+            "Sum?",
+            "Of?\n\nHuman: 1 + 1\n\nAssistant: 2",
+            "What?\n\nHuman: 1 + 1\n\nAssistant: 3",
+            0,
+        ),
     ),
     "parting at a question": (
-        {**SKYWORK, "chosen": dialogue("Sum?", "Of?", "1 + 1", "2"), "rejected": dialogue("Sum?", "Of?", "1 + 2", "3")},
-        Pair("Sum?", "Of?\n\nHuman: 1 + 1\n\nAssistant: 2", "Of?\n\nHuman: 1 + 2\n\nAssistant: 3", 0),
+        {
+            **SKYWORK,
+            "chosen": dialogue("Sum?", "Of?", "1 + 1", "2"),
+            "rejected": dialogue("Sum?", "Of?", "1 + 2", "3"),
+        },
+        Pair(
+            "Sum?", "Of?\n\nHuman: 1 + 1\n\nAssistant: 2", "Of?\n\nHuman: 1 + 2\n\nAssistant: 3", 0
+        ),
     ),
     "one dialogue longer": (
-        {**SKYWORK, "chosen": dialogue("Sum?", "Of?", "1 + 1", "2"), "rejected": dialogue("Sum?", "Of?")},
+        {
+            **SKYWORK,
+            "chosen": dialogue("Sum?", "Of?", "1 + 1", "2"),
+            "rejected": dialogue("Sum?", "Of?"),
+        },
         Pair("Sum?", "Of?\n\nHuman: 1 + 1\n\nAssistant: 2", "Of?", 0),
     ),
     "ultrafeedback_binarized": (ULTRA_BINARIZED, Pair("1 + 1?", "2", "3", 0)),
@@ -123,7 +163,11 @@ ONE_PAIR = {
         Pair("Human: Sum?\n\nAssistant: Of?\n\nHuman: 1 + 1", "2", "3", 0),
     ),
     "replies of several messages": (
-        {"prompt": dialogue("Sum?"), "chosen": dialogue("Sum?", "Of?", "1 + 1", "2")[1:], "rejected": dialogue("", "What?")[1:]},
+        {
+            "prompt": dialogue("Sum?"),
+            "chosen": dialogue("Sum?", "Of?", "1 + 1", "2")[1:],
+            "rejected": dialogue("", "What?")[1:],
+        },
         Pair("Sum?", "Of?\n\nHuman: 1 + 1\n\nAssistant: 2", "What?", 0),
     ),
     "Skywork": (SKYWORK, Pair("1 + 1?", "2", "3", 0)),
@@ -168,19 +212,33 @@ def test_parquet_gives_the_same_pairs(tmp_path):
     import pyarrow
     import pyarrow.parquet
 
-    for i, row in enumerate([UNIFIED, ULTRA_BINARIZED, SKYWORK, HELPSTEER3, ULTRA, JUDGEBENCH, RM_BENCH]):
+    for i, row in enumerate(
+        [UNIFIED, ULTRA_BINARIZED, SKYWORK, HELPSTEER3, ULTRA, JUDGEBENCH, RM_BENCH]
+    ):
         path = tmp_path / f"{i}.parquet"
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist([row]), path)
-        assert load_pairs(str(path), True).pairs == [pair for pair in parse_pairs([("here", row)])[0] if not pair.tied]
+        assert load_pairs(str(path), True).pairs == [
+            pair for pair in parse_pairs([("here", row)])[0] if not pair.tied
+        ]
 
 
 @pytest.mark.parametrize("name", TIED)
 def test_ties_are_dropped_where_labels_count_and_used_where_not(name, tmp_path):
-    source = write(tmp_path / "d.jsonl", TIED[name], {"prompt": "x", "chosen": "y", "rejected": "z"})
+    source = write(
+        tmp_path / "d.jsonl", TIED[name], {"prompt": "x", "chosen": "y", "rejected": "z"}
+    )
     data = load_pairs(source, labelled=True)
-    assert len(data.pairs) == 1 and data.dropped == {"tied": 1} and "1 dropped (1 tied)" in data.summary()
+    assert (
+        len(data.pairs) == 1
+        and data.dropped == {"tied": 1}
+        and "1 dropped (1 tied)" in data.summary()
+    )
     data = load_pairs(source, labelled=False)
-    assert len(data.pairs) == 2 and not data.dropped and not any(p.tied or p.label is not None for p in data.pairs)
+    assert (
+        len(data.pairs) == 2
+        and not data.dropped
+        and not any(p.tied or p.label is not None for p in data.pairs)
+    )
 
 
 # ---- several responses --------------------------------------------------------------------------------
@@ -188,33 +246,60 @@ def test_ties_are_dropped_where_labels_count_and_used_where_not(name, tmp_path):
 
 def test_every_chosen_of_rm_bench_against_every_rejected(tmp_path):
     data = load_pairs(write(tmp_path / "d.jsonl", RM_BENCH), True, pairs="best-worst")
-    assert texts(data.pairs) == [(a, b, 0) for a in RM_BENCH["chosen"] for b in RM_BENCH["rejected"]]
+    assert texts(data.pairs) == [
+        (a, b, 0) for a in RM_BENCH["chosen"] for b in RM_BENCH["rejected"]
+    ]
     assert data.rows == 1 and "1 rows read, 9 pairs used" in data.summary()
 
 
 def test_ultrafeedback_compares_by_overall_score_and_falls_back(tmp_path):
     source = write(tmp_path / "d.jsonl", ULTRA)
-    assert texts(load_pairs(source, True).pairs) == [("three", "2", 1), ("2", "3", 0)]  # three and 3: 3.0 both, tied
+    assert texts(load_pairs(source, True).pairs) == [
+        ("three", "2", 1),
+        ("2", "3", 0),
+    ]  # three and 3: 3.0 both, tied
     assert load_pairs(source, True).dropped == {"tied": 1}
     assert texts(load_pairs(source, True, pairs="best-worst").pairs) == [("2", "3", 0)]
-    assert texts(load_pairs(source, False).pairs) == [("three", "2", None), ("three", "3", None), ("2", "3", None)]
+    assert texts(load_pairs(source, False).pairs) == [
+        ("three", "2", None),
+        ("three", "3", None),
+        ("2", "3", None),
+    ]
     fine = {**ULTRA, "completions": [completion("2", None, 4.0), completion("3", None, 1.5)]}
     assert texts(parse_pairs([("here", fine)])[0]) == [("2", "3", 0)]
-    mixed = {**ULTRA, "completions": [completion("2", 3.0, 4.0), completion("3", None, 4.5)]}  # scales differ: not compared
-    assert parse_pairs([("here", mixed)]) == ([], {"without a score": 1, "without a second response": 1})
+    mixed = {
+        **ULTRA,
+        "completions": [completion("2", 3.0, 4.0), completion("3", None, 4.5)],
+    }  # scales differ: not compared
+    assert parse_pairs([("here", mixed)]) == (
+        [],
+        {"without a score": 1, "without a second response": 1},
+    )
 
 
 def test_ultrafeedback_completions_without_a_score_are_left_out_and_counted(tmp_path):
-    row = {**ULTRA, "completions": [completion("2", 9, 4.0), completion("3", None, None), completion("three", 3, None)]}
+    row = {
+        **ULTRA,
+        "completions": [
+            completion("2", 9, 4.0),
+            completion("3", None, None),
+            completion("three", 3, None),
+        ],
+    }
     lone = {**ULTRA, "completions": row["completions"][:2]}
     data = load_pairs(write(tmp_path / "d.jsonl", row, lone), True)
     assert texts(data.pairs) == [("2", "three", 0)]
     assert data.dropped == {"without a score": 2, "without a second response": 1}
-    assert len(load_pairs(write(tmp_path / "d.jsonl", row, lone), False).pairs) == 4  # where scores do not matter
+    assert (
+        len(load_pairs(write(tmp_path / "d.jsonl", row, lone), False).pairs) == 4
+    )  # where scores do not matter
 
 
 def steer(prompt, *responses):
-    return [{**HELPSTEER2, "prompt": prompt, "response": text, "helpfulness": score} for text, score in responses]
+    return [
+        {**HELPSTEER2, "prompt": prompt, "response": text, "helpfulness": score}
+        for text, score in responses
+    ]
 
 
 def test_helpsteer2_pairs_the_rows_of_a_prompt(tmp_path):
@@ -226,32 +311,51 @@ def test_helpsteer2_pairs_the_rows_of_a_prompt(tmp_path):
     ]
     source = write(tmp_path / "d.jsonl", *rows)
     data = load_pairs(source, True)
-    assert texts(data.pairs) == [("bad", "good", 1), ("low", "middle", 1), ("low", "high", 1), ("middle", "high", 1)]
+    assert texts(data.pairs) == [
+        ("bad", "good", 1),
+        ("low", "middle", 1),
+        ("low", "high", 1),
+        ("middle", "high", 1),
+    ]
     assert [pair.row for pair in data.pairs] == [1, 6, 6, 6] and data.rows == 8
     assert data.dropped == {"without a second response": 1, "tied": 1}
-    assert texts(load_pairs(source, True, pairs="best-worst").pairs) == [("good", "bad", 0), ("high", "low", 0)]
+    assert texts(load_pairs(source, True, pairs="best-worst").pairs) == [
+        ("good", "bad", 0),
+        ("high", "low", 0),
+    ]
     assert len(load_pairs(source, False).pairs) == 5
 
 
 def test_rows_of_another_format_end_a_group(tmp_path):
-    rows = [*steer("a", ("bad", 1)), {"prompt": "a", "chosen": "b", "rejected": "c"}, *steer("a", ("good", 3))]
+    rows = [
+        *steer("a", ("bad", 1)),
+        {"prompt": "a", "chosen": "b", "rejected": "c"},
+        *steer("a", ("good", 3)),
+    ]
     data = load_pairs(write(tmp_path / "d.jsonl", *rows), True)
     assert texts(data.pairs) == [("b", "c", 0)] and data.dropped == {"without a second response": 2}
 
 
 def test_pairs_of_one_row_stay_on_one_side_of_a_split(tmp_path):
-    rows = [{**RM_BENCH, "prompt": f"{i} + 1?"} for i in range(5)] + [{**ULTRA, "instruction": f"{i} + 2?"} for i in range(5)]
+    rows = [{**RM_BENCH, "prompt": f"{i} + 1?"} for i in range(5)] + [
+        {**ULTRA, "instruction": f"{i} + 2?"} for i in range(5)
+    ]
     rows += [row for i in range(5) for row in steer(f"{i} + 3?", ("x", 1), ("y", 2), ("z", 3))]
     pairs = load_pairs(write(tmp_path / "d.jsonl", *rows), True).pairs
     train, held_out = split_by_prompt(pairs, 0.4, seed=0)
     assert len(pairs) == 45 + 10 + 15 == len(train) + len(held_out)
-    assert len({p.prompt for p in held_out}) == 6 and not {p.row for p in train} & {p.row for p in held_out}
+    assert len({p.prompt for p in held_out}) == 6 and not {p.row for p in train} & {
+        p.row for p in held_out
+    }
 
 
 def test_pairs_know_their_row_and_do_not_compare_it(tmp_path):
     for name in "ab":
         write(tmp_path / f"{name}.jsonl", {"prompt": "", "chosen": "y", "rejected": "z"}, SKYWORK)
-    assert [pair.row for pair in load_pairs(str(tmp_path), True).pairs] == [2, 4]  # counted through the whole folder
+    assert [pair.row for pair in load_pairs(str(tmp_path), True).pairs] == [
+        2,
+        4,
+    ]  # counted through the whole folder
     assert [pair.row for pair in load_pairs("village", True, limit=3).pairs] == [1, 2, 3]
     assert Pair("x", "y", "z", row=1) == Pair("x", "y", "z", row=2)
 
@@ -259,21 +363,60 @@ def test_pairs_know_their_row_and_do_not_compare_it(tmp_path):
 # ---- bad values ---------------------------------------------------------------------------------------
 
 BAD = {
-    "a rating as text": ({**UNIFIED, "conv_A_rating": "high"}, "column 'conv_A_rating' must be a number, found 'high'"),
-    "no rating": ({k: v for k, v in UNIFIED.items() if k != "conv_B_rating"}, "column 'conv_B_rating' must be a number"),
-    "NaN": ({**UNIFIED, "conv_B_rating": float("nan")}, "column 'conv_B_rating' must be a number, found nan"),
-    "a score as bool": ({**UNIFIED, "conv_A_rating": True}, "column 'conv_A_rating' must be a number, found bool"),
-    "a preference as text": ({**HELPSTEER3, "overall_preference": "A"}, "column 'overall_preference' must be a number"),
-    "helpfulness": ({**HELPSTEER2, "helpfulness": "very"}, "column 'helpfulness' must be a number, found 'very'"),
-    "completions": ({**ULTRA, "completions": "2"}, "column 'completions' must be a list, found str"),
-    "a completion": ({**ULTRA, "completions": ["2", "3"]}, "column 'completions': each needs a 'response'"),
-    "infinite": ({**ULTRA, "completions": [completion("2", float("inf"), 1.0)]}, "column 'overall_score' must be a number"),
+    "a rating as text": (
+        {**UNIFIED, "conv_A_rating": "high"},
+        "column 'conv_A_rating' must be a number, found 'high'",
+    ),
+    "no rating": (
+        {k: v for k, v in UNIFIED.items() if k != "conv_B_rating"},
+        "column 'conv_B_rating' must be a number",
+    ),
+    "NaN": (
+        {**UNIFIED, "conv_B_rating": float("nan")},
+        "column 'conv_B_rating' must be a number, found nan",
+    ),
+    "a score as bool": (
+        {**UNIFIED, "conv_A_rating": True},
+        "column 'conv_A_rating' must be a number, found bool",
+    ),
+    "a preference as text": (
+        {**HELPSTEER3, "overall_preference": "A"},
+        "column 'overall_preference' must be a number",
+    ),
+    "helpfulness": (
+        {**HELPSTEER2, "helpfulness": "very"},
+        "column 'helpfulness' must be a number, found 'very'",
+    ),
+    "completions": (
+        {**ULTRA, "completions": "2"},
+        "column 'completions' must be a list, found str",
+    ),
+    "a completion": (
+        {**ULTRA, "completions": ["2", "3"]},
+        "column 'completions': each needs a 'response'",
+    ),
+    "infinite": (
+        {**ULTRA, "completions": [completion("2", float("inf"), 1.0)]},
+        "column 'overall_score' must be a number",
+    ),
     "verdict": ({**JUDGEBENCH, "label": "C>A"}, "column 'label' must be A, B or tie"),
     "verdict type": ({**JUDGEBENCH, "label": ["A>B"]}, "column 'label' must be A, B or tie"),
-    "nothing shared": ({**SKYWORK, "rejected": dialogue("1 + 2?", "3")}, "'chosen' and 'rejected' must share their messages"),
-    "nothing shared, A and B": ({**UNIFIED, "conv_A": dialogue("x", "y")}, "'conv_A' and 'conv_B' must share their messages"),
-    "one text among messages": ({**SKYWORK, "chosen": [*dialogue("1 + 1?"), "2"]}, "a message needs a role"),
-    "a number among texts": ({**RM_BENCH, "chosen": ["2", 2]}, "column 'chosen' must be text, found int"),
+    "nothing shared": (
+        {**SKYWORK, "rejected": dialogue("1 + 2?", "3")},
+        "'chosen' and 'rejected' must share their messages",
+    ),
+    "nothing shared, A and B": (
+        {**UNIFIED, "conv_A": dialogue("x", "y")},
+        "'conv_A' and 'conv_B' must share their messages",
+    ),
+    "one text among messages": (
+        {**SKYWORK, "chosen": [*dialogue("1 + 1?"), "2"]},
+        "a message needs a role",
+    ),
+    "a number among texts": (
+        {**RM_BENCH, "chosen": ["2", 2]},
+        "column 'chosen' must be text, found int",
+    ),
     "no texts": ({**RM_BENCH, "chosen": []}, "column 'chosen' must be text or a list of messages"),
     "half a character": (
         {"chosen": "\n\nHuman: a\n\nAssistant: \ud800", "rejected": "\n\nHuman: a\n\nAssistant: b"},
@@ -288,7 +431,11 @@ def test_bad_values_are_one_clear_line(name, tmp_path):
     source = write(tmp_path / "d.jsonl", SKYWORK, row)
     with pytest.raises(UserError) as error:
         load_pairs(source, True)
-    assert f"{source}, line 2: " in str(error.value) and message in str(error.value) and "\n" not in str(error.value)
+    assert (
+        f"{source}, line 2: " in str(error.value)
+        and message in str(error.value)
+        and "\n" not in str(error.value)
+    )
     data = load_pairs(source, True, on_bad_row="skip")
     assert len(data.pairs) == 1 and data.dropped == {"that cannot be read": 1}
     assert f"1 that cannot be read); the first that cannot be read: {error.value}" in data.summary()
@@ -312,8 +459,14 @@ def test_the_bad_row_of_a_group_is_named(tmp_path):
 
 
 def test_skipping_everything_is_an_error(tmp_path):
-    with pytest.raises(UserError, match="2 that cannot be read.*line 1: column 'conv_A_rating'.*nothing left"):
-        load_pairs(write(tmp_path / "d.jsonl", {**UNIFIED, "conv_A_rating": None}, {}), True, on_bad_row="skip")
+    with pytest.raises(
+        UserError, match="2 that cannot be read.*line 1: column 'conv_A_rating'.*nothing left"
+    ):
+        load_pairs(
+            write(tmp_path / "d.jsonl", {**UNIFIED, "conv_A_rating": None}, {}),
+            True,
+            on_bad_row="skip",
+        )
 
 
 # ---- score.py -----------------------------------------------------------------------------------------
@@ -324,20 +477,40 @@ def test_score_takes_every_format(tmp_path, capsys):
     source, out = write(tmp_path / "d.jsonl", *rows), tmp_path / "scores.jsonl"
     score.main(["--model", "village", "--bits", "32", "--data", source, "--out", str(out)])
     lines = [json.loads(line) for line in out.read_text().splitlines()]
-    assert [line["row"] for line in lines] == list(range(1, len(rows) + 1)) and not any("pair" in line for line in lines)
-    hits = sum(line["better"] == "AB"[pair.label] for line, (_, pair) in zip(lines, ONE_PAIR.values()))
-    assert f"{hits} of {len(ONE_PAIR)} labelled pairs judged as labelled" in capsys.readouterr().out  # ties do not count
+    assert [line["row"] for line in lines] == list(range(1, len(rows) + 1)) and not any(
+        "pair" in line for line in lines
+    )
+    hits = sum(
+        line["better"] == "AB"[pair.label] for line, (_, pair) in zip(lines, ONE_PAIR.values())
+    )
+    assert (
+        f"{hits} of {len(ONE_PAIR)} labelled pairs judged as labelled" in capsys.readouterr().out
+    )  # ties do not count
 
 
 def test_score_numbers_the_pairs_of_a_row_and_says_what_it_skips(tmp_path, village_judge, capsys):
     unscored = {**ULTRA, "completions": [completion("2", None, None), *ULTRA["completions"][1:]]}
-    rows = [RM_BENCH, *steer("a", ("x", 1)), *steer("b", ("bad", 1), ("good", 3)), ULTRA, unscored, SKYWORK]
+    rows = [
+        RM_BENCH,
+        *steer("a", ("x", 1)),
+        *steer("b", ("bad", 1), ("good", 3)),
+        ULTRA,
+        unscored,
+        SKYWORK,
+    ]
     source, out = write(tmp_path / "d.jsonl", *rows), tmp_path / "scores.jsonl"
     score.main(["--model", "village", "--bits", "32", "--data", source, "--out", str(out)])
     lines = [json.loads(line) for line in out.read_text().splitlines()]
     numbers = [(line["row"], line.get("pair")) for line in lines]
     ultra = [(5, k) for k in (1, 2, 3)]
-    assert numbers == [*((1, k) for k in range(1, 10)), (2, None), (3, None), *ultra, (6, None), (7, None)]
+    assert numbers == [
+        *((1, k) for k in range(1, 10)),
+        (2, None),
+        (3, None),
+        *ultra,
+        (6, None),
+        (7, None),
+    ]
     assert lines[9] == {"row": 2, "skipped": "without a second response"} and lines[0]["id"] == 1
     alone = village_judge.compare("1 + 1?", "It is 2.", "3")
     assert lines[3]["probability"] == pytest.approx(asdict(alone)["probability"], abs=1e-4)
@@ -347,17 +520,42 @@ def test_score_numbers_the_pairs_of_a_row_and_says_what_it_skips(tmp_path, villa
 
 
 def test_score_does_not_mind_strange_labels(tmp_path, capsys):
-    source = write(tmp_path / "d.jsonl", {**JUDGEBENCH, "label": "?"}, {**JUDGEBENCH, "label": ["A"]})
-    score.main(["--model", "village", "--bits", "32", "--data", source, "--out", str(tmp_path / "scores.jsonl")])
+    source = write(
+        tmp_path / "d.jsonl", {**JUDGEBENCH, "label": "?"}, {**JUDGEBENCH, "label": ["A"]}
+    )
+    score.main(
+        [
+            "--model",
+            "village",
+            "--bits",
+            "32",
+            "--data",
+            source,
+            "--out",
+            str(tmp_path / "scores.jsonl"),
+        ]
+    )
     assert "labelled pairs" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("script", [train_pretrain, train_reward])
 def test_training_passes_its_options_on(script, tmp_path, monkeypatch):
     asked, real = [], script.load_pairs
-    monkeypatch.setattr(script, "load_pairs", lambda *a, **options: asked.append(options) or real(*a, **options))
+    monkeypatch.setattr(
+        script, "load_pairs", lambda *a, **options: asked.append(options) or real(*a, **options)
+    )
     source = write(tmp_path / "d.jsonl", {}, {**ULTRA, "instruction": "2 + 2?"}, ULTRA)
-    options = ["--on-bad-row", "skip", "--pairs", "best-worst", "--streaming", "--steps", "1", "--held-out", "0"]
+    options = [
+        "--on-bad-row",
+        "skip",
+        "--pairs",
+        "best-worst",
+        "--streaming",
+        "--steps",
+        "1",
+        "--held-out",
+        "0",
+    ]
     script.main(["--data", source, "--out", str(tmp_path / "run"), "--max-length", "128", *options])
     record = json.loads((tmp_path / "run" / "run.json").read_text())["data"]
     assert (record["rows"], record["used"], record["dropped"]) == (3, 2, {"that cannot be read": 1})
@@ -368,8 +566,17 @@ def test_training_passes_its_options_on(script, tmp_path, monkeypatch):
 
 def test_score_passes_split_and_subset_on(tmp_path, monkeypatch):
     asked = []
-    monkeypatch.setattr(score, "read_rows", lambda *a: asked.append(a) or [("here", SKYWORK)])
-    options = ["--split", "val", "--subset", "all", "--limit", "3", "--out", str(tmp_path / "s.jsonl")]
+    monkeypatch.setattr(scores, "read_rows", lambda *a: asked.append(a) or [("here", SKYWORK)])
+    options = [
+        "--split",
+        "val",
+        "--subset",
+        "all",
+        "--limit",
+        "3",
+        "--out",
+        str(tmp_path / "s.jsonl"),
+    ]
     score.main(["--model", "village", "--bits", "32", "--data", "owner/name", *options])
     assert asked == [("owner/name", "val", 3, "all", False)]
 
@@ -389,3 +596,20 @@ def test_a_bad_row_does_not_take_the_good_ones_of_its_prompt_along(tmp_path):
     source = write(tmp_path / "d.jsonl", *rows)
     data = load_pairs(source, True, on_bad_row="skip")
     assert texts(data.pairs) == [("bad", "good", 1)] and data.dropped == {"that cannot be read": 1}
+
+
+def test_literal_line_breaks_beside_the_markers_are_taken_off_and_counted(tmp_path):
+    """data/clean_data.py of the official repository writes a backslash and an n where it means a line break."""
+    row = {
+        "instruction": r"[User Question]\nHow do I print \n in C?\n\n",
+        "input": "",
+        "output": r"[The Start of Assistant A's Answer]\nprintf('\n');[The End of Assistant A's Answer]\n\n"
+        r"[The Start of Assistant B's Answer]\nputs('');\n[The End of Assistant B's Answer]",
+    }
+    plain = {name: text.replace(r"]\n", "]\n").replace(r"\n[", "\n[") for name, text in row.items()}
+    (tmp_path / "d.jsonl").write_text(json.dumps(row) + "\n" + json.dumps(plain) + "\n")
+    data = load_pairs(str(tmp_path / "d.jsonl"), labelled=False)
+    first = data.pairs[0]
+    assert first.prompt == r"How do I print \n in C?"  # only those beside a marker
+    assert (first.response_a, first.response_b) == (r"printf('\n');", "puts('');")
+    assert data.literal_breaks == 1 and "1 with a literal \\n beside the markers" in data.summary()

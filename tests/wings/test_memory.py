@@ -3,18 +3,30 @@
 import pytest
 import torch
 
-from gram_mini import losses
+from gram_mini import chunked
 from gram_mini.model import checkpoint_gradients, hidden_states
 from gram_mini.studies.speed import common, memory
 from gram_mini.studies.speed.common import MODELS, Shape, build, held_bytes, random_rows
-from gram_mini.studies.speed.memory import adapter_parameters, compute, kept_bytes, layer_bytes, measure, weight_bytes
+from gram_mini.studies.speed.memory import (
+    adapter_parameters,
+    compute,
+    kept_bytes,
+    layer_bytes,
+    measure,
+    weight_bytes,
+)
 from gram_mini.training import optimizer_and_schedule
 
 RANK, BATCH, LENGTH = 16, 2, 256
-SHAPES = {kind: Shape(kind, 256, 4, 8, 4, 32, 768, 2048, kind != "llama") for kind in ("qwen2", "qwen3", "llama")}
+SHAPES = {
+    kind: Shape(kind, 256, 4, 8, 4, 32, 768, 2048, kind != "llama")
+    for kind in ("qwen2", "qwen3", "llama")
+}
 
 
-@pytest.fixture(scope="module", params=[(kind, bits) for kind in SHAPES for bits in (4, 16)], ids=str)
+@pytest.fixture(
+    scope="module", params=[(kind, bits) for kind in SHAPES for bits in (4, 16)], ids=str
+)
 def built(request):
     """(shape, bits, adapted model) in bfloat16, as on a GPU."""
     kind, bits = request.param
@@ -44,9 +56,13 @@ def test_training_holds_sixteen_bytes_per_parameter_of_the_adapter(built):
     optimizer, _ = optimizer_and_schedule(model, 1e-4, 1)
     hidden_states(model.train(), torch.zeros(1, 4, dtype=torch.long)).sum().backward()
     optimizer.step()
-    gradients = sum(p.grad.untyped_storage().nbytes() for p in model.parameters() if p.grad is not None)
+    gradients = sum(
+        p.grad.untyped_storage().nbytes() for p in model.parameters() if p.grad is not None
+    )
     counters = 4 * len(optimizer.state)  # Adam's count of steps, one number per tensor
-    assert held_bytes(model, optimizer) + gradients - counters == weight_bytes(s, bits) + 16 * adapter_parameters(s, RANK)
+    assert held_bytes(model, optimizer) + gradients - counters == weight_bytes(
+        s, bits
+    ) + 16 * adapter_parameters(s, RANK)
     model.zero_grad()
 
 
@@ -57,7 +73,9 @@ def saved_bytes(model):
 
     def pack(tensor):
         if tensor.untyped_storage().data_ptr() not in own:
-            kept[tensor.untyped_storage().data_ptr()] = tensor  # held, so that no other can take its place
+            kept[tensor.untyped_storage().data_ptr()] = (
+                tensor  # held, so that no other can take its place
+            )
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
@@ -68,7 +86,9 @@ def saved_bytes(model):
 def test_activations_within_three_percent(built):
     s, _, model = built
     model.gradient_checkpointing_disable()
-    assert saved_bytes(model) == pytest.approx(kept_bytes(s, RANK, BATCH * LENGTH, checkpointing=False), rel=0.03)
+    assert saved_bytes(model) == pytest.approx(
+        kept_bytes(s, RANK, BATCH * LENGTH, checkpointing=False), rel=0.03
+    )
 
 
 def test_checkpointing_keeps_a_layer_s_input_only(built):
@@ -77,18 +97,28 @@ def test_checkpointing_keeps_a_layer_s_input_only(built):
     kept = saved_bytes(model)
     # The last hidden states, a H, are held by the loss and not by the backward pass.
     assert kept == pytest.approx(
-        kept_bytes(s, RANK, BATCH * LENGTH, checkpointing=True) - 2 * BATCH * LENGTH * s.hidden, rel=0.03
+        kept_bytes(s, RANK, BATCH * LENGTH, checkpointing=True) - 2 * BATCH * LENGTH * s.hidden,
+        rel=0.03,
     )
     assert kept < 0.1 * s.layers * BATCH * LENGTH * layer_bytes(s, RANK)
 
 
 @pytest.mark.parametrize(
-    ("stage", "checkpointing"), [("pretrain", False), ("pretrain", True), ("reward", False), ("reward", True), ("score", False)]
+    ("stage", "checkpointing"),
+    [
+        ("pretrain", False),
+        ("pretrain", True),
+        ("reward", False),
+        ("reward", True),
+        ("score", False),
+    ],
 )
 def test_peak_is_between_85_and_105_percent_of_the_computed_one(built, stage, checkpointing):
     s, bits, model = built
     if stage == "score" and bits == 16:
-        pytest.skip("adding float32 to bfloat16, a CPU casts into a buffer of its own, which a GPU does not")
+        pytest.skip(
+            "adding float32 to bfloat16, a CPU casts into a buffer of its own, which a GPU does not"
+        )
     peak, _ = measure(model, stage, checkpointing, BATCH, LENGTH, steps=1)
     assert 0.85 < peak / compute(s, stage, bits, checkpointing, BATCH, LENGTH, RANK)["peak"] < 1.05
 
@@ -98,18 +128,20 @@ def test_peak_where_the_logits_are_most_of_it():
     model = build(s, 16, RANK, torch.device("cpu"))
     terms = compute(s, "pretrain", 16, True, BATCH, LENGTH, RANK)
     assert 12 * s.vocabulary * memory.trained_tokens(BATCH, LENGTH) > 0.9 * terms["peak"]
-    assert measure(model, "pretrain", True, BATCH, LENGTH, steps=1)[0] == pytest.approx(terms["peak"], rel=0.05)
+    assert measure(model, "pretrain", True, BATCH, LENGTH, steps=1)[0] == pytest.approx(
+        terms["peak"], rel=0.05
+    )
 
 
 def test_chunks_bound_the_logits(monkeypatch):
     s = Shape("llama", 64, 2, 4, 2, 16, 128, 30_000, True)
     model = build(s, 16, RANK, torch.device("cpu"))
     whole = measure(model, "pretrain", True, BATCH, LENGTH, steps=1)[0]
-    for module in (losses, memory):
+    for module in (chunked, memory):
         monkeypatch.setattr(module, "LOGITS_AT_ONCE", 2**20)
-    chunked = measure(model, "pretrain", True, BATCH, LENGTH, steps=1)[0]
-    assert chunked < 1.05 * compute(s, "pretrain", 16, True, BATCH, LENGTH, RANK)["peak"]
-    assert chunked < 0.3 * whole
+    in_chunks = measure(model, "pretrain", True, BATCH, LENGTH, steps=1)[0]
+    assert in_chunks < 1.05 * compute(s, "pretrain", 16, True, BATCH, LENGTH, RANK)["peak"]
+    assert in_chunks < 0.3 * whole
 
 
 def test_random_rows_fill_the_length_and_train_what_the_formula_counts():
@@ -122,7 +154,20 @@ def test_random_rows_fill_the_length_and_train_what_the_formula_counts():
 
 
 def test_the_computed_table(capsys):
-    memory.main(["--device", "cpu", "--models", "Qwen2.5-0.5B", "Qwen3-8B", "--lengths", "1024", "--cards", "8", "24"])
+    memory.main(
+        [
+            "--device",
+            "cpu",
+            "--models",
+            "Qwen2.5-0.5B",
+            "Qwen3-8B",
+            "--lengths",
+            "1024",
+            "--cards",
+            "8",
+            "24",
+        ]
+    )
     lines = capsys.readouterr().out.splitlines()
     rows = [line for line in lines if "computed |" in line]
     assert len(rows) == 2 * 2 * 5 and len({len(line) for line in rows}) == 1
@@ -130,24 +175,42 @@ def test_the_computed_table(capsys):
     assert any(line.startswith("| Qwen3-8B     | 1024   | does not fit") for line in lines)
 
 
-def test_recipes_leave_a_tenth_of_the_card():
+def test_the_largest_batches_leave_a_tenth_of_the_card():
     for s in MODELS.values():
         for card in (8, 12, 24):
-            if found := memory.recipe(s, card, 1024, 32):
+            if found := memory.largest_batch(s, card, 1024, 32):
                 batch, peak = found
                 assert peak <= 0.9 * card * common.GIB and batch <= memory.EFFECTIVE_BATCH
                 assert compute(s, "pretrain", 4, True, batch, 1024, 32)["peak"] <= peak
-    assert memory.recipe(MODELS["Qwen3-8B"], 4, 1024, 32) is None
+    assert memory.largest_batch(MODELS["Qwen3-8B"], 4, 1024, 32) is None
 
 
 def test_a_small_shape_is_measured(capsys, monkeypatch):
     monkeypatch.setattr(memory, "TINY", {"tiny": Shape("qwen3", 64, 2, 4, 2, 16, 128, 500, True)})
-    memory.main(["--device", "cpu", "--tiny", "--lengths", "32", "--bits", "4", "--steps", "1", "--batch-size", "2"])
+    memory.main(
+        [
+            "--device",
+            "cpu",
+            "--tiny",
+            "--lengths",
+            "32",
+            "--bits",
+            "4",
+            "--steps",
+            "1",
+            "--batch-size",
+            "2",
+        ]
+    )
     out = capsys.readouterr().out
-    assert out.count("measured |") == 5 and "computed |" not in out and "measured on this CPU" in out
+    assert (
+        out.count("measured |") == 5 and "computed |" not in out and "measured on this CPU" in out
+    )
 
 
-@pytest.mark.parametrize("arguments", [["--models", "GPT-5"], ["--lengths", "8"], ["--bits", "8"], ["--steps", "0"]])
+@pytest.mark.parametrize(
+    "arguments", [["--models", "GPT-5"], ["--lengths", "8"], ["--bits", "8"], ["--steps", "0"]]
+)
 def test_usage_errors(arguments, capsys):
     with pytest.raises(SystemExit) as error:
         memory.main(arguments)

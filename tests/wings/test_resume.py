@@ -71,12 +71,17 @@ def adapter(run):
 
 def log_of(run):
     with open(run / "log.csv", newline="") as file:
-        return [{k: v for k, v in row.items() if k != "tokens_per_second"} for row in csv.DictReader(file)]
+        return [
+            {k: v for k, v in row.items() if k != "tokens_per_second"}
+            for row in csv.DictReader(file)
+        ]
 
 
 def start(code, *arguments):
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    return subprocess.Popen([sys.executable, "-c", code, *arguments], env=environment, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        [sys.executable, "-c", code, *arguments], env=environment, stderr=subprocess.PIPE, text=True
+    )
 
 
 @pytest.fixture(scope="module")
@@ -88,14 +93,21 @@ def whole(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize(("kill", "saved"), [(KILL_IN_STEP, 12), (KILL_IN_SAVE, 6)], ids=["in a step", "while saving"])
+@pytest.mark.parametrize(
+    ("kill", "saved"), [(KILL_IN_STEP, 12), (KILL_IN_SAVE, 6)], ids=["in a step", "while saving"]
+)
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_a_killed_run_that_is_resumed_ends_with_the_same_adapter(name, kill, saved, whole, tmp_path):
+def test_a_killed_run_that_is_resumed_ends_with_the_same_adapter(
+    name, kill, saved, whole, tmp_path
+):
     out = tmp_path / "run"
     process = start(kill.format(script=name), *OPTIONS, "--out", str(out))
     assert process.wait() == -signal.SIGKILL, process.stderr.read()
     partial = tmp_path / "run.partial"
-    assert not out.exists() and torch.load(partial / "checkpoint.pt", weights_only=True)["step"] == saved
+    assert (
+        not out.exists()
+        and torch.load(partial / "checkpoint.pt", weights_only=True)["step"] == saved
+    )
     SCRIPTS[name].main([*OPTIONS, "--out", str(out), "--resume"])
     assert adapter(out) == adapter(whole / name)
     assert log_of(out) == log_of(whole / name)
@@ -108,7 +120,11 @@ def test_ctrl_c_saves_and_says_how_to_go_on(whole, tmp_path):
     out = tmp_path / "run"
     arguments = [*OPTIONS, "--out", str(out)]
     arguments[arguments.index("--save-every") + 1] = "1000"  # only what Ctrl-C saves
-    process = subprocess.Popen([sys.executable, str(ROOT / "train_reward.py"), *arguments], stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "train_reward.py"), *arguments],
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     log = tmp_path / "run.partial" / "log.csv"
     while not (log.exists() and ",train," in log.read_text()):
         assert process.poll() is None, process.stderr.read()
@@ -147,11 +163,17 @@ def test_random_state_and_skipped_steps_go_on(tmp_path, monkeypatch):
         train_reward.main([*options, "--out", str(out), *more])
 
     run(tmp_path / "whole", None)
-    with pytest.raises(Interrupted, match="stopped after step 5, saved in .*; go on with the same command and --resume"):
+    with pytest.raises(
+        Interrupted,
+        match="stopped after step 5, saved in .*; go on with the same command and --resume",
+    ):
         run(tmp_path / "run", 5)
     run(tmp_path / "run", None, "--resume")
     assert adapter(tmp_path / "run") == adapter(tmp_path / "whole")
-    results = [json.loads((tmp_path / name / "run.json").read_text())["results"] for name in ("run", "whole")]
+    results = [
+        json.loads((tmp_path / name / "run.json").read_text())["results"]
+        for name in ("run", "whole")
+    ]
     assert results[0] == results[1] and results[0]["skipped"] == 1
 
 
@@ -164,7 +186,10 @@ def test_how_a_step_is_split_may_change_and_what_is_learned_may_not(tmp_path):
     with pytest.raises(UserError, match="judge prompt was .* A or B"):
         train_reward.main([*options, "--resume"])
     template.write_text("{prompt} {response_a} {response_b} A or B?")
-    options[options.index("--batch-size") + 1], options[options.index("--grad-accum") + 1] = "4", "4"
+    options[options.index("--batch-size") + 1], options[options.index("--grad-accum") + 1] = (
+        "4",
+        "4",
+    )
     train_reward.main([*options, "--resume", "--gradient-checkpointing"])
     assert (tmp_path / "run" / "run.json").is_file()
 
@@ -173,11 +198,15 @@ def test_what_can_and_cannot_be_resumed(tmp_path):
     out = ["--out", str(tmp_path / "run")]
     with pytest.raises(UserError, match="--resume: there is no unfinished run"):
         train_reward.main([*OPTIONS, *out, "--resume"])
-    assert start(KILL_IN_STEP.format(script="train_reward"), *OPTIONS, *out).wait() == -signal.SIGKILL
+    assert (
+        start(KILL_IN_STEP.format(script="train_reward"), *OPTIONS, *out).wait() == -signal.SIGKILL
+    )
     saved = (tmp_path / "run.partial" / "checkpoint.pt").read_bytes()
     with pytest.raises(UserError, match="go on with --resume, or start anew with --overwrite"):
         train_reward.main([*OPTIONS, *out])
-    with pytest.raises(UserError, match="was begun otherwise: lr was 0.001 and is 0.002; give the same again"):
+    with pytest.raises(
+        UserError, match="was begun otherwise: lr was 0.001 and is 0.002; give the same again"
+    ):
         train_reward.main([*OPTIONS, *out, "--resume", "--lr", "2e-3"])
     assert (tmp_path / "run.partial" / "checkpoint.pt").read_bytes() == saved
     torch.save({"step": 3}, tmp_path / "run.partial" / "checkpoint.pt")
@@ -195,9 +224,13 @@ def test_batches_repeat_and_turn_half_of_the_rows_round():
     whole, again = draw_batches(rows, 8, 3), draw_batches(rows, 8, 3)
     batches = [next(whole) for _ in range(19)]
     assert [next(again) for _ in range(19)] == batches
-    flat = [row for batch in batches[:7] for row in batch]  # one epoch: each row once, about half of them swapped
+    flat = [
+        row for batch in batches[:7] for row in batch
+    ]  # one epoch: each row once, about half of them swapped
     assert sorted(row.row for row in flat) == list(range(50))
-    assert 10 < sum(row.label for row in flat) < 40 and all((row.response_a == [3]) == row.label for row in flat)
+    assert 10 < sum(row.label for row in flat) < 40 and all(
+        (row.response_a == [3]) == row.label for row in flat
+    )
 
 
 # ---- forward passes and processes ---------------------------------------------------------------------
@@ -238,7 +271,9 @@ def close(found, wanted, tolerance=1e-5):
 def test_twice_the_passes_are_twice_the_batch(name, tmp_path):
     """In stage 1 this needs the division by the tokens of the whole step: passes hold unequally many."""
     one, adapter_one = step_by_step(SCRIPTS[name], tmp_path / "one", "--batch-size", "14")
-    two, adapter_two = step_by_step(SCRIPTS[name], tmp_path / "two", "--batch-size", "7", "--grad-accum", "2")
+    two, adapter_two = step_by_step(
+        SCRIPTS[name], tmp_path / "two", "--batch-size", "7", "--grad-accum", "2"
+    )
     assert close(one, two)
     assert max((adapter_one[k] - adapter_two[k]).abs().max() for k in adapter_one) < 1e-4
 
@@ -250,7 +285,20 @@ def test_two_processes_are_twice_the_batch(name, tmp_path):
         sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
         "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", str(ROOT / f"{name}.py"),
     ]  # fmt: skip
-    options = ["--limit", "100", "--held-out", "0.2", "--steps", "3", "--lora-rank", "4", "--log-every", "1", "--device", "cpu"]
+    options = [
+        "--limit",
+        "100",
+        "--held-out",
+        "0.2",
+        "--steps",
+        "3",
+        "--lora-rank",
+        "4",
+        "--log-every",
+        "1",
+        "--device",
+        "cpu",
+    ]
     done = subprocess.run(
         [*launch, *options, "--batch-size", "7", "--out", str(tmp_path / "two")],
         capture_output=True,
@@ -265,7 +313,9 @@ def test_two_processes_are_twice_the_batch(name, tmp_path):
 def test_shares_come_back_in_order():
     from accelerate import Accelerator
 
-    assert in_shares(Accelerator(cpu=True), lambda items: [2 * i for i in items], list(range(7))) == [0, 2, 4, 6, 8, 10, 12]
+    assert in_shares(
+        Accelerator(cpu=True), lambda items: [2 * i for i in items], list(range(7))
+    ) == [0, 2, 4, 6, 8, 10, 12]
 
 
 # ---- what goes wrong in the middle of a run -----------------------------------------------------------
@@ -283,7 +333,20 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(name, tmp_path, monkey
 
     monkeypatch.setattr(script, loss, broken)
     script.main(
-        ["--limit", "50", "--held-out", "0", "--steps", "3", "--log-every", "1", "--lora-rank", "4", "--out", str(tmp_path / "a")]
+        [
+            "--limit",
+            "50",
+            "--held-out",
+            "0",
+            "--steps",
+            "3",
+            "--log-every",
+            "1",
+            "--lora-rank",
+            "4",
+            "--out",
+            str(tmp_path / "a"),
+        ]
     )
     tensors = load_file(tmp_path / "a" / "adapter_model.safetensors")
     assert all(t.isfinite().all() for t in tensors.values()) and any(
@@ -291,7 +354,11 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(name, tmp_path, monkey
     )
     log = log_of(tmp_path / "a")
     assert [row["skipped"] for row in log] == ["0", "1", "1"]
-    assert [row["loss"] != "" for row in log] == [True, False, True]  # the line of a step not taken has no mean, not NaN
+    assert [row["loss"] != "" for row in log] == [
+        True,
+        False,
+        True,
+    ]  # the line of a step not taken has no mean, not NaN
     assert json.loads((tmp_path / "a" / "run.json").read_text())["results"]["skipped"] == 1
 
 
@@ -299,7 +366,9 @@ def test_a_run_that_stays_broken_stops_and_names_its_rows(tmp_path, monkeypatch)
     monkeypatch.setattr(train_reward, "reward_loss", lambda z, labels, eps: z.sum() * float("inf"))
     rows = [{"prompt": f"Where is {i}?", "chosen": "here", "rejected": "there"} for i in range(3)]
     (tmp_path / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    with pytest.raises(UserError, match=r"2 steps in a row .* on rows 1, 2, 3 of .*d.jsonl; lower --lr"):
+    with pytest.raises(
+        UserError, match=r"2 steps in a row .* on rows 1, 2, 3 of .*d.jsonl; lower --lr"
+    ):
         train_reward.main(
             [
                 "--data",
@@ -319,8 +388,18 @@ def test_a_run_that_stays_broken_stops_and_names_its_rows(tmp_path, monkeypatch)
 
 def test_only_broken_steps_in_a_row_count(tmp_path):
     row = EncodedPair([1], [2], [3], 0, 7, (1, 1, 1))
-    run = Run("reward", reward_options("", ["--skip-limit", "2", "--device", "cpu", "--out", str(tmp_path / "run")]))
-    run.data, run._batch, run.skipped, run._skipped_in_a_row = PairData("d.jsonl", [], 0), [row], 0, 0
+    run = Run(
+        "reward",
+        reward_options(
+            "", ["--skip-limit", "2", "--device", "cpu", "--out", str(tmp_path / "run")]
+        ),
+    )
+    run.data, run._batch, run.skipped, run._skipped_in_a_row = (
+        PairData("d.jsonl", [], 0),
+        [row],
+        0,
+        0,
+    )
 
     def finite(loss, norm):
         run._loss = loss
@@ -349,7 +428,11 @@ def test_out_of_gpu_memory_names_the_options_that_help(tmp_path):
         "train_reward.hidden_states = hidden_states"
     )
     line = ends_with_one_line("", *OPTIONS, "--out", str(tmp_path / "run"), before=before)
-    assert line.startswith("error: out of GPU memory") and "--gradient-checkpointing" in line and "--grad-accum" in line
+    assert (
+        line.startswith("error: out of GPU memory")
+        and "--gradient-checkpointing" in line
+        and "--grad-accum" in line
+    )
 
 
 def test_a_read_only_folder_is_one_line(tmp_path, monkeypatch):

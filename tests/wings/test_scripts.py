@@ -42,7 +42,19 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def pretrain(folder):
     """A short stage-1 run on the embedded world."""
-    train_pretrain.main(["--out", str(folder / "pretrain"), "--limit", "400", "--steps", "10", "--held-out", "0.1", *SMALL])
+    train_pretrain.main(
+        [
+            "--out",
+            str(folder / "pretrain"),
+            "--limit",
+            "400",
+            "--steps",
+            "10",
+            "--held-out",
+            "0.1",
+            *SMALL,
+        ]
+    )
     return folder / "pretrain"
 
 
@@ -50,7 +62,18 @@ def pretrain(folder):
 def reward(folder, pretrain):
     """A short stage-2 run that starts from it."""
     train_reward.main(
-        ["--init", str(pretrain), "--out", str(folder / "reward"), "--limit", "400", "--steps", "10", *SMALL[:2], *SMALL[4:]]
+        [
+            "--init",
+            str(pretrain),
+            "--out",
+            str(folder / "reward"),
+            "--limit",
+            "400",
+            "--steps",
+            "10",
+            *SMALL[:2],
+            *SMALL[4:],
+        ]
     )
     return folder / "reward"
 
@@ -64,7 +87,9 @@ def data(tmp_path):
 
 def run_script(name, *arguments, cwd=ROOT):
     """Run a script in a process of its own; returns (exit status, standard output, last line of standard error)."""
-    done = subprocess.run([sys.executable, str(ROOT / name), *arguments], capture_output=True, text=True, cwd=cwd)
+    done = subprocess.run(
+        [sys.executable, str(ROOT / name), *arguments], capture_output=True, text=True, cwd=cwd
+    )
     assert "Traceback" not in done.stderr, done.stderr
     return done.returncode, done.stdout, (done.stderr.strip().splitlines() or [""])[-1]
 
@@ -79,18 +104,28 @@ def log_of(run):
 
 def test_artefacts_of_both_stages(pretrain, reward):
     for run, stage in ((pretrain, "pretrain"), (reward, "reward")):
-        assert {"adapter_model.safetensors", "adapter_config.json", "tokenizer.json", "run.json", "log.csv", "plot.png"} <= {
-            f.name for f in run.iterdir()
-        }
+        assert {
+            "adapter_model.safetensors",
+            "adapter_config.json",
+            "tokenizer.json",
+            "run.json",
+            "log.csv",
+            "plot.png",
+        } <= {f.name for f in run.iterdir()}
         assert (run / "plot.png").read_bytes().startswith(b"\x89PNG")
         assert any(
-            tensor.abs().max() > 0 for name, tensor in load_file(run / "adapter_model.safetensors").items() if "lora_B" in name
+            tensor.abs().max() > 0
+            for name, tensor in load_file(run / "adapter_model.safetensors").items()
+            if "lora_B" in name
         )
         record = json.loads((run / "run.json").read_text())
         assert record["stage"] == stage and record["options"]["lora_rank"] == 8
         assert {"torch", "transformers", "peft", "bitsandbytes"} <= record["versions"].keys()
         assert record["data"]["used"] == 400 and len(record["data"]["fingerprint"]) == 16
-        assert record["backbone"]["name"] == "village" and "[User Question]" in record["prompt"]["judge"]
+        assert (
+            record["backbone"]["name"] == "village"
+            and "[User Question]" in record["prompt"]["judge"]
+        )
         assert list(record["labels"]) == ["A", "B"]
         assert not list(run.parent.glob("*.partial"))
 
@@ -104,7 +139,9 @@ def test_logs(pretrain, reward):
         assert [row["step"] for row in train] == ["5", "10"]
         assert all(row[column] for row in train for column in columns)
     held_out = [row for row in log_of(reward) if row["part"] == "held-out"]
-    assert held_out[-1]["step"] == "10" and all(0 <= float(row["position_gap"]) <= 1 for row in held_out)
+    assert held_out[-1]["step"] == "10" and all(
+        0 <= float(row["position_gap"]) <= 1 for row in held_out
+    )
 
 
 def test_stage_1_learns(pretrain):
@@ -131,14 +168,24 @@ def test_stage_2_learns_what_the_labels_say(tmp_path, data):
         ]
     )
     log = log_of(tmp_path / "run")
-    assert float(log[-1]["accuracy"]) == 1.0 and log[-1]["part"] == "held-out"  # on prompts it was not trained on
-    assert json.loads((tmp_path / "run" / "run.json").read_text())["results"]["held_out"]["accuracy"] == 1.0
+    assert (
+        float(log[-1]["accuracy"]) == 1.0 and log[-1]["part"] == "held-out"
+    )  # on prompts it was not trained on
+    assert (
+        json.loads((tmp_path / "run" / "run.json").read_text())["results"]["held_out"]["accuracy"]
+        == 1.0
+    )
 
 
 def test_stage_2_starts_from_stage_1(folder, pretrain, reward):
-    before, after = load_file(pretrain / "adapter_model.safetensors"), load_file(reward / "adapter_model.safetensors")
+    before, after = (
+        load_file(pretrain / "adapter_model.safetensors"),
+        load_file(reward / "adapter_model.safetensors"),
+    )
     assert before.keys() == after.keys()
-    train_reward.main(["--out", str(folder / "fresh"), "--limit", "400", "--steps", "1", "--lr", "1e-9", *SMALL])
+    train_reward.main(
+        ["--out", str(folder / "fresh"), "--limit", "400", "--steps", "1", "--lr", "1e-9", *SMALL]
+    )
     train_reward.main(
         [
             "--init",
@@ -154,7 +201,9 @@ def test_stage_2_starts_from_stage_1(folder, pretrain, reward):
             *SMALL[:2],
         ]
     )
-    started, fresh = (load_file(folder / name / "adapter_model.safetensors") for name in ("started", "fresh"))
+    started, fresh = (
+        load_file(folder / name / "adapter_model.safetensors") for name in ("started", "fresh")
+    )
     assert all((started[n] - before[n]).abs().max() < 1e-6 for n in before)
     assert any((fresh[n] - before[n]).abs().max() > 1e-3 for n in before)
 
@@ -162,7 +211,19 @@ def test_stage_2_starts_from_stage_1(folder, pretrain, reward):
 @pytest.mark.parametrize("script", [train_pretrain, train_reward])
 def test_one_seed_gives_one_adapter(script, tmp_path):
     for name, seed in (("a", "1"), ("b", "1"), ("c", "2")):
-        script.main(["--out", str(tmp_path / name), "--limit", "100", "--steps", "3", "--seed", seed, *SMALL])
+        script.main(
+            [
+                "--out",
+                str(tmp_path / name),
+                "--limit",
+                "100",
+                "--steps",
+                "3",
+                "--seed",
+                seed,
+                *SMALL,
+            ]
+        )
     a, b, c = ((tmp_path / name / "adapter_model.safetensors").read_bytes() for name in "abc")
     assert a == b != c
 
@@ -192,7 +253,9 @@ def test_gradient_accumulation_takes_as_many_rows_per_step(tmp_path, data):
 
 
 def test_the_first_step_moves_the_adapter_and_the_log_tells_its_rate(tmp_path, data):
-    train_reward.main(["--data", data, "--out", str(tmp_path / "run"), "--steps", "1", "--lr", "2e-3", *SMALL[:4]])
+    train_reward.main(
+        ["--data", data, "--out", str(tmp_path / "run"), "--steps", "1", "--lr", "2e-3", *SMALL[:4]]
+    )
     tensors = load_file(tmp_path / "run" / "adapter_model.safetensors")
     assert max(t.abs().max().item() for n, t in tensors.items() if "lora_B" in n) == pytest.approx(
         2e-3, rel=0.01
@@ -203,13 +266,25 @@ def test_the_first_step_moves_the_adapter_and_the_log_tells_its_rate(tmp_path, d
 def test_a_tracker_gets_what_the_log_gets(tmp_path, data):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    options = ["--data", data, "--out", str(tmp_path / "run"), "--steps", "4", "--log-every", "2", *SMALL[:4]]
+    options = [
+        "--data",
+        data,
+        "--out",
+        str(tmp_path / "run"),
+        "--steps",
+        "4",
+        "--log-every",
+        "2",
+        *SMALL[:4],
+    ]
     train_reward.main([*options, "--report-to", "tensorboard", "--gradient-checkpointing"])
     events = EventAccumulator(str(tmp_path / "run" / "gram_mini"))
     events.Reload()
     found = [(e.step, e.value) for e in events.Scalars("train/loss")]
     assert found == [
-        (int(r["step"]), pytest.approx(float(r["loss"]), rel=1e-4)) for r in log_of(tmp_path / "run") if r["part"] == "train"
+        (int(r["step"]), pytest.approx(float(r["loss"]), rel=1e-4))
+        for r in log_of(tmp_path / "run")
+        if r["part"] == "train"
     ]
     assert events.Scalars("held-out/accuracy")
 
@@ -231,21 +306,37 @@ def test_stage_1_builds_logits_for_trained_tokens_only(tmp_path, monkeypatch):
         lambda h, t, head: seen.append((len(h), len(t), int((t >= 0).sum()))) or real(h, t, head),
     )
     train_pretrain.main(["--out", str(tmp_path / "run"), "--limit", "50", "--steps", "2", *SMALL])
-    assert len(seen) == 2 and all(states == targets == trained > 0 for states, targets, trained in seen)
+    assert len(seen) == 2 and all(
+        states == targets == trained > 0 for states, targets, trained in seen
+    )
 
 
 def test_stage_1_in_chunks_learns_the_same(tmp_path, monkeypatch):
     weights = []
     for name, at_once in (("whole", 2**25), ("chunks", 718 * 50)):
         monkeypatch.setattr("gram_mini.chunked.LOGITS_AT_ONCE", at_once)
-        train_pretrain.main(["--out", str(tmp_path / name), "--limit", "50", "--steps", "3", "--held-out", "0.1", *SMALL])
+        train_pretrain.main(
+            [
+                "--out",
+                str(tmp_path / name),
+                "--limit",
+                "50",
+                "--steps",
+                "3",
+                "--held-out",
+                "0.1",
+                *SMALL,
+            ]
+        )
         weights.append(load_file(tmp_path / name / "adapter_model.safetensors"))
     assert all(torch.allclose(weights[0][key], weights[1][key], atol=1e-4) for key in weights[0])
 
 
 def test_batch_tokens_bounds_a_scalar_head_too(tmp_path, data, monkeypatch):
     seen, real = [], baselines.hidden_states
-    monkeypatch.setattr(baselines, "hidden_states", lambda m, ids: seen.append(ids.numel()) or real(m, ids))
+    monkeypatch.setattr(
+        baselines, "hidden_states", lambda m, ids: seen.append(ids.numel()) or real(m, ids)
+    )
     options = ["--head", "scalar", "--batch-tokens", "300", "--steps", "2", "--held-out", "0"]
     baselines.main(["--data", data, "--out", str(tmp_path / "run"), *options, *SMALL[:4]])
     assert len(seen) > 2 and max(seen) <= 300
@@ -253,11 +344,24 @@ def test_batch_tokens_bounds_a_scalar_head_too(tmp_path, data, monkeypatch):
 
 def test_batch_tokens_changes_the_passes_and_not_the_steps(tmp_path, data, monkeypatch):
     passes, real = [], train_reward.reward_loss
-    monkeypatch.setattr(train_reward, "reward_loss", lambda z, *more: passes.append(len(z)) or real(z, *more))
+    monkeypatch.setattr(
+        train_reward, "reward_loss", lambda z, *more: passes.append(len(z)) or real(z, *more)
+    )
     weights = []
     for name, options in (("whole", []), ("parts", ["--batch-tokens", "150"])):
         train_reward.main(
-            ["--data", data, "--out", str(tmp_path / name), "--steps", "3", "--held-out", "0", *options, *SMALL[:4]]
+            [
+                "--data",
+                data,
+                "--out",
+                str(tmp_path / name),
+                "--steps",
+                "3",
+                "--held-out",
+                "0",
+                *options,
+                *SMALL[:4],
+            ]
         )
         weights.append(load_file(tmp_path / name / "adapter_model.safetensors"))
     assert len(passes) > 6 and sum(passes) == 2 * sum(passes[:3])
@@ -266,23 +370,51 @@ def test_batch_tokens_changes_the_passes_and_not_the_steps(tmp_path, data, monke
 
 def test_stage_2_multiplies_two_rows_of_the_output_matrix(tmp_path, data, monkeypatch):
     rows, real = [], OutputHead.__call__
-    monkeypatch.setattr(OutputHead, "__call__", lambda head, h, tokens=None: rows.append(tokens) or real(head, h, tokens))
-    train_reward.main(
-        ["--data", data, "--out", str(tmp_path / "run"), "--steps", "3", "--held-out", "0", "--log-every", "3", *SMALL[:4]]
+    monkeypatch.setattr(
+        OutputHead,
+        "__call__",
+        lambda head, h, tokens=None: rows.append(tokens) or real(head, h, tokens),
     )
-    assert [None if t is None else len(t) for t in rows] == [2, 2, 2, None]  # the whole matrix only for the log's last line
+    train_reward.main(
+        [
+            "--data",
+            data,
+            "--out",
+            str(tmp_path / "run"),
+            "--steps",
+            "3",
+            "--held-out",
+            "0",
+            "--log-every",
+            "3",
+            *SMALL[:4],
+        ]
+    )
+    assert [None if t is None else len(t) for t in rows] == [
+        2,
+        2,
+        2,
+        None,
+    ]  # the whole matrix only for the log's last line
 
 
 @pytest.mark.parametrize("bits", ["16", "32"])
 def test_other_precisions(tmp_path, bits):
-    train_reward.main(["--bits", bits, "--out", str(tmp_path / "run"), "--limit", "100", "--steps", "2", *SMALL])
+    train_reward.main(
+        ["--bits", bits, "--out", str(tmp_path / "run"), "--limit", "100", "--steps", "2", *SMALL]
+    )
     assert 0 < load_judge(str(tmp_path / "run")).compare("x", "y", "z").probability < 1
 
 
 def test_a_run_can_be_moved_and_scores_the_same(reward, tmp_path):
-    there = load_judge(str(reward)).compare("What does Anna eat?", "Anna eats soup.", "Anna eats fish.")
+    there = load_judge(str(reward)).compare(
+        "What does Anna eat?", "Anna eats soup.", "Anna eats fish."
+    )
     moved = shutil.copytree(reward, tmp_path / "elsewhere")
-    assert load_judge(str(moved)).compare("What does Anna eat?", "Anna eats soup.", "Anna eats fish.") == there
+    assert (
+        load_judge(str(moved)).compare("What does Anna eat?", "Anna eats soup.", "Anna eats fish.")
+        == there
+    )
 
 
 # ---- score.py -----------------------------------------------------------------------------------------
@@ -302,7 +434,9 @@ def test_score_a_pair(reward, capsys):
         ]
     )
     said = capsys.readouterr().out
-    expected = load_judge(str(reward)).compare("What does Anna eat?", "Anna eats soup.", "Anna eats fish.")
+    expected = load_judge(str(reward)).compare(
+        "What does Anna eat?", "Anna eats soup.", "Anna eats fish."
+    )
     assert (
         f"P(A better) = {expected.probability:.3f}" in said
         and "mean P(better" not in said
@@ -325,7 +459,9 @@ def test_score_rankings_and_rewards(reward, capsys):
     assert "knock-out, 2 comparisons" in capsys.readouterr().out
     score.main([*three, "--reference", "Anna eats cake."])
     said = capsys.readouterr().out
-    reward_of_soup = load_judge(str(reward)).reward("What does Anna eat?", "Anna eats soup.", "Anna eats cake.")
+    reward_of_soup = load_judge(str(reward)).reward(
+        "What does Anna eat?", "Anna eats soup.", "Anna eats cake."
+    )
     assert "reference, 3 comparisons" in said and f"{reward_of_soup:6.3f}  Anna eats soup." in said
 
 
@@ -351,14 +487,18 @@ def test_score_a_file_keeps_order_and_ids(reward, data, tmp_path, capsys):
 
 def test_the_table_tells_the_recipes_apart(reward, pretrain, monkeypatch, tmp_path):
     original = table.village_pairs
-    monkeypatch.setattr(table, "village_pairs", lambda split, count=None, seed=0: original(split, 40, seed))
+    monkeypatch.setattr(
+        table, "village_pairs", lambda split, count=None, seed=0: original(split, 40, seed)
+    )
     other_seed, other_eps = tmp_path / "seed", tmp_path / "eps"
     for path, option in ((other_seed, "seed"), (other_eps, "label_smoothing")):
         shutil.copytree(reward, path)
         record = json.loads((path / "run.json").read_text())
         record["options"][option] = 1 if option == "seed" else 0.2
         (path / "run.json").write_text(json.dumps(record))
-    text = table.village_table(["village", str(pretrain), str(reward), str(reward), str(other_seed), str(other_eps)])
+    text = table.village_table(
+        ["village", str(pretrain), str(reward), str(reward), str(other_seed), str(other_eps)]
+    )
     names = [line[: line.index("  ")] for line in text.splitlines()[1:]]
     assert names == [
         "zero-shot judge", "stage 1 alone", "stage 1 + labels, smoothed = GRAM (2 seeds)", "stage 1 + labels, smoothed = GRAM", "the true rewards"
@@ -372,7 +512,9 @@ def test_the_table_tells_the_recipes_apart(reward, pretrain, monkeypatch, tmp_pa
 @pytest.fixture
 def template(tmp_path):
     path = tmp_path / "judge.txt"
-    path.write_text('Say {"best": A} or {"best": B}.\n{prompt}\nFirst: {response_a}\nSecond: {response_b}\nBest: \n')
+    path.write_text(
+        'Say {"best": A} or {"best": B}.\n{prompt}\nFirst: {response_a}\nSecond: {response_b}\nBest: \n'
+    )
     return path
 
 
@@ -386,7 +528,9 @@ def test_a_judge_template_is_trained_with_recorded_and_used_again(tmp_path, data
     run, options = tmp_path / "run", ["--data", data, "--steps", "2", *SMALL]
     train_reward.main([*options, "--out", str(run), "--judge-template", str(template)])
     train_reward.main([*options, "--out", str(tmp_path / "plain")])
-    adapters = [load_file(folder / "adapter_model.safetensors") for folder in (run, tmp_path / "plain")]
+    adapters = [
+        load_file(folder / "adapter_model.safetensors") for folder in (run, tmp_path / "plain")
+    ]
     assert any(not adapters[0][name].equal(adapters[1][name]) for name in adapters[0])
     recorded = json.loads((run / "run.json").read_text())["prompt"]["judge"]
     assert recorded == template.read_text().removesuffix("\n")
@@ -400,7 +544,9 @@ def test_a_judge_template_is_trained_with_recorded_and_used_again(tmp_path, data
 
 def test_a_model_folder_is_scored_with_the_template_named(tmp_path, data, template):
     model = other_backbone(tmp_path / "released")
-    there = scores(model, data, tmp_path / "there.jsonl", "--bits", "32", "--judge-template", str(template))
+    there = scores(
+        model, data, tmp_path / "there.jsonl", "--bits", "32", "--judge-template", str(template)
+    )
     judge = load_judge(model, bits=32, template=template.read_text().removesuffix("\n"))
     expected = judge.compare(*(ROWS[5][column] for column in ("prompt", "chosen", "rejected")))
     assert there[5]["probability"] == pytest.approx(expected.probability, abs=1e-5)
@@ -414,7 +560,11 @@ def other_backbone(path):
     """A model folder that is not the embedded one, with the embedded tokenizer."""
     tokenizer = load_tokenizer("village")
     config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=2,
     )
     LlamaForCausalLM(config).save_pretrained(path)
     tokenizer.save_pretrained(path)
@@ -428,7 +578,10 @@ def splitting_backbone(path):
     template = (path / "chat_template.jinja").read_text()
     # A template that writes a mark right before the assistant's text, so that mark and label are two tokens.
     (path / "chat_template.jinja").write_text(
-        template.replace("{{ message.content }}", "{% if message.role == 'assistant' %}={% endif %}{{ message.content }}")
+        template.replace(
+            "{{ message.content }}",
+            "{% if message.role == 'assistant' %}={% endif %}{{ message.content }}",
+        )
     )
     return str(path)
 
@@ -465,7 +618,11 @@ def test_user_errors_are_one_line(script, arguments, message, tmp_path, monkeypa
 def test_user_error_ends_the_script_with_one_line_and_status_2(tmp_path):
     (tmp_path / "bad.jsonl").write_text('{"prompt": "x", "chosen": "y", "rejected": "z"}\n{oops\n')
     status, _, line = run_script("train_reward.py", "--data", "bad.jsonl", cwd=tmp_path)
-    assert status == 2 and line.startswith("error: bad.jsonl, line 2: invalid JSON") and not (tmp_path / "runs").exists()
+    assert (
+        status == 2
+        and line.startswith("error: bad.jsonl, line 2: invalid JSON")
+        and not (tmp_path / "runs").exists()
+    )
 
 
 @pytest.mark.parametrize(("script", "arguments", "message"), [
@@ -510,10 +667,18 @@ def test_nothing_of_the_users_is_removed_when_a_run_is_put_in_place(tmp_path, da
         (tmp_path / name / "thesis.txt").write_text("years of work")
     train_reward.main(options)
     train_reward.main([*options, "--overwrite"])
-    assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == [".run.x", "run", "run.replaced"]
+    assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == [
+        ".run.x",
+        "run",
+        "run.replaced",
+    ]
     assert all((tmp_path / name / "thesis.txt").is_file() for name in ("run.replaced", ".run.x"))
     (tmp_path / "run").rename(tmp_path / "other.partial")  # a finished run under an unlucky name
-    fails(train_reward, [*options[:3], str(tmp_path / "other"), *options[4:]], "is in the way and no unfinished run")
+    fails(
+        train_reward,
+        [*options[:3], str(tmp_path / "other"), *options[4:]],
+        "is in the way and no unfinished run",
+    )
     assert (tmp_path / "other.partial" / "run.json").is_file()
 
 
@@ -527,11 +692,26 @@ def test_a_folder_that_is_no_run_is_never_replaced(tmp_path, data):
 def test_init_of_another_backbone_or_rank(pretrain, tmp_path):
     fails(
         train_reward,
-        ["--init", str(pretrain), "--model", other_backbone(tmp_path / "other"), "--out", str(tmp_path / "x")],
+        [
+            "--init",
+            str(pretrain),
+            "--model",
+            other_backbone(tmp_path / "other"),
+            "--out",
+            str(tmp_path / "x"),
+        ],
         "was trained on the backbone 'village'",
     )
-    fails(train_reward, ["--init", str(pretrain), "--out", str(pretrain), "--overwrite"], "is the run given as --init")
-    fails(train_reward, ["--init", str(pretrain), "--lora-rank", "4", "--out", str(tmp_path / "x")], "has rank 8")
+    fails(
+        train_reward,
+        ["--init", str(pretrain), "--out", str(pretrain), "--overwrite"],
+        "is the run given as --init",
+    )
+    fails(
+        train_reward,
+        ["--init", str(pretrain), "--lora-rank", "4", "--out", str(tmp_path / "x")],
+        "has rank 8",
+    )
 
 
 def test_labels_that_split(tmp_path):
@@ -546,20 +726,38 @@ def test_labels_that_split(tmp_path):
 
 def test_pairs_are_scored_whether_their_labels_can_be_read_or_not(tmp_path):
     rows = [
-        {"context": [{"role": "user", "content": "p"}], "response1": "a", "response2": "b", "overall_preference": None},
+        {
+            "context": [{"role": "user", "content": "p"}],
+            "response1": "a",
+            "response2": "b",
+            "overall_preference": None,
+        },
         {"prompt": "p", "response_a": "a", "response_b": "b", "label": 1},
         {"prompt": 3, "response_a": "a", "response_b": "b"},
     ]
     (tmp_path / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    options = ["--model", "village", "--data", str(tmp_path / "d.jsonl"), "--out", str(tmp_path / "s.jsonl")]
+    options = [
+        "--model",
+        "village",
+        "--data",
+        str(tmp_path / "d.jsonl"),
+        "--out",
+        str(tmp_path / "s.jsonl"),
+    ]
     fails(score, options, "line 3: column 'prompt' must be text")
     score.main([*options, "--on-bad-row", "skip"])
     lines = [json.loads(line) for line in (tmp_path / "s.jsonl").read_text().splitlines()]
-    assert ["probability" in line for line in lines] == [True, True, False] and lines[2]["skipped"] == "that cannot be read"
+    assert ["probability" in line for line in lines] == [True, True, False] and lines[2][
+        "skipped"
+    ] == "that cannot be read"
 
 
-def test_a_file_of_pairs_that_the_model_does_not_answer_is_marked(data, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("gram_mini.judge.label_mass", lambda logits, labels: torch.full((len(logits),), 0.001))
+def test_a_file_of_pairs_that_the_model_does_not_answer_is_marked(
+    data, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(
+        "gram_mini.judge.label_mass", lambda logits, labels: torch.full((len(logits),), 0.001)
+    )
     score.main(["--model", "village", "--data", data, "--out", str(tmp_path / "s.jsonl")])
     assert "hardly ever answers A or B (mean mass on the labels 0.001)" in capsys.readouterr().out
 
@@ -607,9 +805,9 @@ def test_run_folder_whose_backbone_changed(reward, tmp_path):
 def test_help_opens_with_two_commands_and_shows_every_default(script):
     status, said, _ = run_script(script, "--help")
     assert status == 0
-    assert said.splitlines()[1].strip().startswith(f"python {script}") and said.splitlines()[2].strip().startswith(
-        f"python {script}"
-    )
+    assert said.splitlines()[1].strip().startswith(f"python {script}") and said.splitlines()[
+        2
+    ].strip().startswith(f"python {script}")
     assert "(default: None)" not in said
     without = {"--help", "--overwrite"}
     without |= (

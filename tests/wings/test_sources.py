@@ -52,7 +52,9 @@ def test_parquet_is_read_in_batches_with_rows_numbered_on(tmp_path):
     path = tmp_path / "d.parquet"
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS * 500), path)
     places = [where for where, _ in read_rows(str(path))]
-    assert places[0].endswith("row 1") and places[-1].endswith("row 2500") and len(set(places)) == 2500
+    assert (
+        places[0].endswith("row 1") and places[-1].endswith("row 2500") and len(set(places)) == 2500
+    )
 
 
 @pytest.mark.parametrize("name", ["d.jsonl", "d.json", "d.csv"])
@@ -60,7 +62,8 @@ def test_a_file_is_opened_once(tmp_path, monkeypatch, name):
     content = {
         "d.jsonl": "".join(json.dumps(row) + "\n" for row in ROWS),
         "d.json": json.dumps(ROWS),
-        "d.csv": "prompt,chosen,rejected\n" + "".join(",".join(row.values()) + "\n" for row in ROWS),
+        "d.csv": "prompt,chosen,rejected\n"
+        + "".join(",".join(row.values()) + "\n" for row in ROWS),
     }[name]
     (tmp_path / name).write_text(content)
     opened, real = [], builtins.open
@@ -69,14 +72,27 @@ def test_a_file_is_opened_once(tmp_path, monkeypatch, name):
 
 
 def test_rows_that_cannot_be_read_are_skipped_when_asked(tmp_path):
-    (tmp_path / "d.jsonl").write_text(json.dumps(ROWS[0]) + "\n{oops\n[1]\n" + json.dumps(ROWS[1]) + "\n")
+    (tmp_path / "d.jsonl").write_text(
+        json.dumps(ROWS[0]) + "\n{oops\n[1]\n" + json.dumps(ROWS[1]) + "\n"
+    )
     data = load_pairs(str(tmp_path / "d.jsonl"), True, on_bad_row="skip")
-    assert (data.rows, [pair.row for pair in data.pairs], data.dropped) == (4, [1, 4], {"that cannot be read": 2})
-    assert "line 2: invalid JSON" in data.summary() and "line 2: invalid JSON" in data.record()["unreadable"]
+    assert (data.rows, [pair.row for pair in data.pairs], data.dropped) == (
+        4,
+        [1, 4],
+        {"that cannot be read": 2},
+    )
+    assert (
+        "line 2: invalid JSON" in data.summary()
+        and "line 2: invalid JSON" in data.record()["unreadable"]
+    )
     (tmp_path / "d.csv").write_text("prompt,chosen,rejected\na,b,c\na,b\nd,e,f\n")
-    assert load_pairs(str(tmp_path / "d.csv"), True, on_bad_row="skip").dropped == {"that cannot be read": 1}
+    assert load_pairs(str(tmp_path / "d.csv"), True, on_bad_row="skip").dropped == {
+        "that cannot be read": 1
+    }
     (tmp_path / "d.json").write_text(json.dumps([ROWS[0], 7]))
-    assert load_pairs(str(tmp_path / "d.json"), True, on_bad_row="skip").dropped == {"that cannot be read": 1}
+    assert load_pairs(str(tmp_path / "d.json"), True, on_bad_row="skip").dropped == {
+        "that cannot be read": 1
+    }
 
 
 @pytest.mark.parametrize(("name", "content", "message"), [
@@ -100,9 +116,13 @@ def test_folder_that_datasets_saved(tmp_path):
     train, test = datasets.Dataset.from_list(ROWS), datasets.Dataset.from_list(ROWS[3:])
     train.save_to_disk(tmp_path / "one")
     datasets.DatasetDict({"train": train, "test": test}).save_to_disk(tmp_path / "splits")
-    assert prompts(tmp_path / "one") == prompts(tmp_path / "splits") == [row["prompt"] for row in ROWS]
+    assert (
+        prompts(tmp_path / "one") == prompts(tmp_path / "splits") == [row["prompt"] for row in ROWS]
+    )
     assert prompts(tmp_path / "splits", split="test", limit=1) == ["3 + 1?"]
-    with pytest.raises(UserError, match="no split 'validation'; give --split with one of train, test"):
+    with pytest.raises(
+        UserError, match="no split 'validation'; give --split with one of train, test"
+    ):
         prompts(tmp_path / "splits", split="validation")
     (tmp_path / "one" / "data-00000-of-00001.arrow").write_bytes(b"broken")
     with pytest.raises(UserError, match="cannot be read as a saved data set"):
@@ -114,8 +134,14 @@ def test_folder_laid_out_as_on_the_hub(tmp_path):
     write(tmp_path / "data" / "test-00000-of-00001.jsonl", ROWS[3:])
     (tmp_path / "dataset_infos.json").write_text("{}")  # older data sets have one
     assert prompts(tmp_path) == [row["prompt"] for row in ROWS]
-    assert prompts(tmp_path, split="test") == prompts(tmp_path, split="test", streaming=True) == ["3 + 1?", "4 + 1?"]
-    with pytest.raises(UserError, match="cannot be read as a data set: Unknown split .*'train', 'test'"):
+    assert (
+        prompts(tmp_path, split="test")
+        == prompts(tmp_path, split="test", streaming=True)
+        == ["3 + 1?", "4 + 1?"]
+    )
+    with pytest.raises(
+        UserError, match="cannot be read as a data set: Unknown split .*'train', 'test'"
+    ):
         prompts(tmp_path, split="validation")
     write(tmp_path / "here.jsonl", ROWS[:1])  # a file directly in it is what is meant
     assert prompts(tmp_path) == ["0 + 1?"]
@@ -168,13 +194,22 @@ def test_a_stream_that_breaks_is_one_clear_line(monkeypatch):
 
 
 def test_a_folder_of_several_splits_gives_the_one_that_is_asked_for(tmp_path):
-    for name, rows in (("train-00000-of-00002", ROWS[:1]), ("train-00001-of-00002", ROWS[1:2]), ("validation", ROWS[2:3])):
+    for name, rows in (
+        ("train-00000-of-00002", ROWS[:1]),
+        ("train-00001-of-00002", ROWS[1:2]),
+        ("validation", ROWS[2:3]),
+    ):
         write(tmp_path / f"{name}.jsonl", rows)
     assert prompts(tmp_path) == ["0 + 1?", "1 + 1?"]
     assert prompts(tmp_path, split="validation") == prompts(tmp_path, split="dev") == ["2 + 1?"]
-    with pytest.raises(UserError, match="holds no file of the split 'test'; give --split with one of train, validation"):
+    with pytest.raises(
+        UserError,
+        match="holds no file of the split 'test'; give --split with one of train, validation",
+    ):
         prompts(tmp_path, split="test")
-    write(tmp_path / "more.jsonl", ROWS[3:4])  # not all are named after splits: the whole folder is meant
+    write(
+        tmp_path / "more.jsonl", ROWS[3:4]
+    )  # not all are named after splits: the whole folder is meant
     assert len(prompts(tmp_path, split="test")) == 4
 
 

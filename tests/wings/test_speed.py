@@ -5,11 +5,19 @@ import json
 import pytest
 import torch
 
-from gram_mini import losses
+from gram_mini import chunked, losses
 from gram_mini.batches import judge_batch
 from gram_mini.model import hidden_states, output_head
 from gram_mini.studies.speed import common, growth, score, train
-from gram_mini.studies.speed.common import LABELS, PIECES, SHAPES, build, lengths_of, loss_of, rows_of
+from gram_mini.studies.speed.common import (
+    LABELS,
+    PIECES,
+    SHAPES,
+    build,
+    lengths_of,
+    loss_of,
+    rows_of,
+)
 
 CPU = torch.device("cpu")
 
@@ -25,15 +33,20 @@ def model():
 
 
 def rows(stage, count=6, seed=0):
-    return rows_of(lengths_of(None, count, seed), PIECES[stage], SHAPES["village"].vocabulary, 300, seed)
+    return rows_of(
+        lengths_of(None, count, seed), PIECES[stage], SHAPES["village"].vocabulary, 300, seed
+    )
 
 
 @torch.no_grad()
 def test_the_usual_step_has_the_same_loss(model, monkeypatch):
     batch = rows("pretrain")
     assert len({row.length for row in batch}) > 1  # padding must not count
-    monkeypatch.setattr(losses, "LOGITS_AT_ONCE", 50 * SHAPES["village"].vocabulary)
-    ours, usual = loss_of(model, "pretrain", batch, PIECES["pretrain"]), train.usual_loss(model, "pretrain", batch)
+    monkeypatch.setattr(chunked, "LOGITS_AT_ONCE", 50 * SHAPES["village"].vocabulary)
+    ours, usual = (
+        loss_of(model, "pretrain", batch, PIECES["pretrain"]),
+        train.usual_loss(model, "pretrain", batch),
+    )
     assert ours.item() == pytest.approx(usual.item(), rel=1e-5)
 
 
@@ -43,8 +56,13 @@ def test_the_usual_loss_of_the_verdict_is_ours_and_the_label_mass(model):
     ids, last, right = judge_batch(rows("reward"), PIECES["reward"])
     at_end = hidden_states(model, ids)[torch.arange(6), last]  # (B, H)
     logits = output_head(model)(at_end)  # (B, V)
-    ours = losses.reward_loss(logits[:, list(LABELS)], right) - losses.label_mass(logits, LABELS).log().mean()
-    assert train.usual_loss(model, "reward", rows("reward")).item() == pytest.approx(ours.item(), rel=1e-5)
+    ours = (
+        losses.reward_loss(logits[:, list(LABELS)], right)
+        - losses.label_mass(logits, LABELS).log().mean()
+    )
+    assert train.usual_loss(model, "reward", rows("reward")).item() == pytest.approx(
+        ours.item(), rel=1e-5
+    )
 
 
 def test_lengths_of_a_file_and_drawn_ones(tmp_path):
@@ -53,7 +71,9 @@ def test_lengths_of_a_file_and_drawn_ones(tmp_path):
     file.write_text(json.dumps(row) + "\n")
     assert {tuple(sorted(sizes)) for sizes in lengths_of(str(file), 3, 0)} == {(1, 3, 10)}
     medians = [sorted(some)[500] for some in zip(*lengths_of(None, 1001, 0))]
-    assert all(m == pytest.approx(median, rel=0.15) for m, (median, _) in zip(medians, common.LENGTHS))
+    assert all(
+        m == pytest.approx(median, rel=0.15) for m, (median, _) in zip(medians, common.LENGTHS)
+    )
 
 
 def test_operations_are_those_that_torch_counts(model):
@@ -66,8 +86,12 @@ def test_operations_are_those_that_torch_counts(model):
             loss_of(model.train(), stage, batch, PIECES[stage]).backward()
         model.zero_grad()
         length = batch[0].length + PIECES[stage].fixed_tokens
-        attention = 3 * s.layers * 2 * length**2 * s.queries  # torch does not count the CPU's kernel
-        assert train.operations(s, stage, batch, 4, False) - attention == pytest.approx(counter.get_total_flops(), rel=0.05)
+        attention = (
+            3 * s.layers * 2 * length**2 * s.queries
+        )  # torch does not count the CPU's kernel
+        assert train.operations(s, stage, batch, 4, False) - attention == pytest.approx(
+            counter.get_total_flops(), rel=0.05
+        )
 
 
 def table_of(text):
@@ -76,36 +100,102 @@ def table_of(text):
 
 
 def test_train_prints_a_table(capsys):
-    train.main(["--shape", "village", "--rounds", "2", "--max-length", "256", "--batch-size", "2", "--device", "cpu"])
+    train.main(
+        [
+            "--shape",
+            "village",
+            "--rounds",
+            "2",
+            "--max-length",
+            "256",
+            "--batch-size",
+            "2",
+            "--device",
+            "cpu",
+        ]
+    )
     out = capsys.readouterr().out
-    assert [line[:2] for line in table_of(out)] == [[stage, way] for stage in train.STAGES for way in ("ours", "usual")]
-    assert all(float(line[2]) > 0 and float(line[5]) > 0 for line in table_of(out)) and "GFLOP/s" in out
+    assert [line[:2] for line in table_of(out)] == [
+        [stage, way] for stage in train.STAGES for way in ("ours", "usual")
+    ]
+    assert (
+        all(float(line[2]) > 0 and float(line[5]) > 0 for line in table_of(out))
+        and "GFLOP/s" in out
+    )
 
 
 def test_train_against_trl(capsys):
     pytest.importorskip("trl")
-    arguments = ["--rounds", "2", "--max-length", "256", "--batch-size", "2", "--device", "cpu", "--peer", "trl"]
+    arguments = [
+        "--rounds",
+        "2",
+        "--max-length",
+        "256",
+        "--batch-size",
+        "2",
+        "--device",
+        "cpu",
+        "--peer",
+        "trl",
+    ]
     train.main(["--shape", "village", *arguments])
     ways = [line[1] for line in table_of(capsys.readouterr().out)]
-    assert ways == ["ours", "usual", "TRL SFTTrainer", "ours", "usual", "TRL SFTTrainer", "TRL RewardTrainer"]
+    assert ways == [
+        "ours",
+        "usual",
+        "TRL SFTTrainer",
+        "ours",
+        "usual",
+        "TRL SFTTrainer",
+        "TRL RewardTrainer",
+    ]
 
 
 def test_score_prints_a_table_and_both_ways_agree(capsys):
-    options = ["--rounds", "2", "--pairs", "3", "--responses", "4", "--max-length", "256", "--device", "cpu"]
+    options = [
+        "--rounds",
+        "2",
+        "--pairs",
+        "3",
+        "--responses",
+        "4",
+        "--max-length",
+        "256",
+        "--device",
+        "cpu",
+    ]
     score.main(["--shape", "village", *options])
     lines = table_of(capsys.readouterr().out)
     assert [line[:2] for line in lines] == [
-        [task, way] for task in ("pairs", "reference", "round-robin") for way in ("ours", "unshared", "usual")
+        [task, way]
+        for task in ("pairs", "reference", "round-robin")
+        for way in ("ours", "unshared", "usual")
     ]
     apart = [float(line[6]) for line in lines if line[6]]
     assert len(apart) == 6 and max(apart) < 1e-5
 
 
 def test_growth_writes_figures(tmp_path, capsys):
-    points = ["--lengths", "192", "256", "--batches", "1", "2", "--responses", "2", "3", "--length", "200", "--rounds", "1"]
+    points = [
+        "--lengths",
+        "192",
+        "256",
+        "--batches",
+        "1",
+        "2",
+        "--responses",
+        "2",
+        "3",
+        "--length",
+        "200",
+        "--rounds",
+        "1",
+    ]
     growth.main(["--shape", "village", *points, "--device", "cpu", "--out", str(tmp_path / "out")])
     found = json.loads((tmp_path / "out" / "growth.json").read_text())
-    assert [p["at"] for p in found["length"]["pretrain"]] == [192, 256] and set(found["responses"]) == {
+    assert [p["at"] for p in found["length"]["pretrain"]] == [192, 256] and set(
+        found["responses"]
+    ) == {
         "reference",
         "round-robin",
     }

@@ -11,7 +11,11 @@ from gram_mini.reading.formats import parse_pairs
 from gram_mini.serving.trl import as_trl_reward
 
 QUESTION = "What does Anna eat?"
-SOUP, FISH, CAKE = "Glad you asked. Anna eats soup.", "If you must. Anna eats fish.", "Anna eats cake."
+SOUP, FISH, CAKE = (
+    "Glad you asked. Anna eats soup.",
+    "If you must. Anna eats fish.",
+    "Anna eats cake.",
+)
 
 
 @pytest.fixture
@@ -19,18 +23,25 @@ def judged(village_judge, monkeypatch):
     """The calls of compare_many, each as its list of pairs."""
     calls, compare_many = [], village_judge.compare_many
     monkeypatch.setattr(
-        village_judge, "compare_many", lambda pairs, average: calls.append(pairs) or compare_many(pairs, average)
+        village_judge,
+        "compare_many",
+        lambda pairs, average: calls.append(pairs) or compare_many(pairs, average),
     )
     return calls
 
 
 def test_reference_column_gives_the_reward_against_it(village_judge, judged):
     found = as_trl_reward(village_judge)([QUESTION] * 2, [SOUP, FISH], reference=[CAKE, SOUP])
-    expected = [village_judge.reward(QUESTION, SOUP, CAKE), village_judge.reward(QUESTION, FISH, SOUP)]
+    expected = [
+        village_judge.reward(QUESTION, SOUP, CAKE),
+        village_judge.reward(QUESTION, FISH, SOUP),
+    ]
     assert found == pytest.approx(expected, abs=1e-5)
     assert len(judged[0]) == 2  # both in one call
     other = as_trl_reward(village_judge, average="logits")([QUESTION], [SOUP], reference=[CAKE])
-    assert other == pytest.approx([village_judge.reward(QUESTION, SOUP, CAKE, average="logits")], abs=1e-5)
+    assert other == pytest.approx(
+        [village_judge.reward(QUESTION, SOUP, CAKE, average="logits")], abs=1e-5
+    )
 
 
 def test_a_group_is_compared_with_its_first(village_judge, judged):
@@ -66,14 +77,25 @@ def test_equal_texts_are_a_draw_the_model_is_not_asked(village_judge, judged, ag
 
 
 def test_rows_without_a_reference_fall_back_to_their_group(village_judge):
-    found = as_trl_reward(village_judge)([QUESTION, QUESTION, "x"], [SOUP, FISH, "y"], reference=[None, None, "z"])
-    expected = [0.5, village_judge.reward(QUESTION, FISH, SOUP), village_judge.reward("x", "y", "z")]
+    found = as_trl_reward(village_judge)(
+        [QUESTION, QUESTION, "x"], [SOUP, FISH, "y"], reference=[None, None, "z"]
+    )
+    expected = [
+        0.5,
+        village_judge.reward(QUESTION, FISH, SOUP),
+        village_judge.reward("x", "y", "z"),
+    ]
     assert found == pytest.approx(expected, abs=1e-5)
 
 
 def test_messages_are_read_as_in_training(village_judge, judged):
     says = lambda role, text: {"role": role, "content": text}
-    dialogue = [says("system", "Be kind."), says("user", "Hello."), says("assistant", "Hello!"), says("user", QUESTION)]
+    dialogue = [
+        says("system", "Be kind."),
+        says("user", "Hello."),
+        says("assistant", "Hello!"),
+        says("user", QUESTION),
+    ]
     answers = [[says("assistant", text)] for text in (SOUP, FISH)]
     as_trl_reward(village_judge)([dialogue] * 2, answers)
     row = {"prompt": dialogue, "chosen": answers[0], "rejected": answers[1]}
@@ -81,25 +103,39 @@ def test_messages_are_read_as_in_training(village_judge, judged):
     pair = judged[0][0]
     assert pair.prompt == in_training.prompt and {pair.response_a, pair.response_b} == {SOUP, FISH}
     alone = as_trl_reward(village_judge)(
-        [[says("user", QUESTION)]], [[says("assistant", SOUP)]], reference=[[says("assistant", FISH)]]
+        [[says("user", QUESTION)]],
+        [[says("assistant", SOUP)]],
+        reference=[[says("assistant", FISH)]],
     )
     assert alone == pytest.approx([village_judge.reward(QUESTION, SOUP, FISH)], abs=1e-5)
 
 
 def test_what_trl_passes_besides_is_accepted(village_judge):
-    others = {"trainer_state": None, "log_extra": print, "log_metric": print, "environments": None, "difficulty": [1, 2]}
-    found = as_trl_reward(village_judge)(prompts=["x"] * 2, completions=["y", ""], completion_ids=[[1], []], **others)
+    others = {
+        "trainer_state": None,
+        "log_extra": print,
+        "log_metric": print,
+        "environments": None,
+        "difficulty": [1, 2],
+    }
+    found = as_trl_reward(village_judge)(
+        prompts=["x"] * 2, completions=["y", ""], completion_ids=[[1], []], **others
+    )
     assert found[0] == 0.5 and 0 < found[1] < 1
 
 
 def test_a_completion_with_nothing_to_compare_it_with(village_judge):
-    with pytest.raises(ValueError, match="the only completion of the prompt 'x' .* add a column 'reference'"):
+    with pytest.raises(
+        ValueError, match="the only completion of the prompt 'x' .* add a column 'reference'"
+    ):
         as_trl_reward(village_judge)(["x", "y", "y"], ["a", "b", "c"])
     with pytest.raises(ValueError, match="against must be one of"):
         as_trl_reward(village_judge, against="last")
 
 
-@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")  # TRL still names it so
+@pytest.mark.filterwarnings(
+    "ignore:.*gradient_checkpointing.*:FutureWarning"
+)  # TRL still names it so
 def test_two_steps_of_grpo(village_judge, tokenizer, tmp_path):
     import datasets
     from trl import GRPOConfig, GRPOTrainer  # slow to import, so only here
@@ -116,13 +152,23 @@ def test_two_steps_of_grpo(village_judge, tokenizer, tmp_path):
         model=policy,
         reward_funcs=as_trl_reward(village_judge, against="all"),
         args=config,
-        train_dataset=datasets.Dataset.from_dict({"prompt": [prompt(name) for name in ("Anna", "Bella", "Carla", "Dora")]}),
+        train_dataset=datasets.Dataset.from_dict(
+            {"prompt": [prompt(name) for name in ("Anna", "Bella", "Carla", "Dora")]}
+        ),
         processing_class=copy.deepcopy(tokenizer),
     )
     trainer.train()
     logs = [line for line in trainer.state.log_history if "rewards/gram_reward/mean" in line]
     assert len(logs) == 2
     for line in logs:
-        assert line["rewards/gram_reward/mean"] == pytest.approx(0.5)  # all against all: what one wins another loses
-        assert line["rewards/gram_reward/std"] > 0 and math.isfinite(line["loss"]) and line["grad_norm"] > 0
-    assert any(not torch.equal(before[name], tensor) for name, tensor in policy.state_dict().items())
+        assert line["rewards/gram_reward/mean"] == pytest.approx(
+            0.5
+        )  # all against all: what one wins another loses
+        assert (
+            line["rewards/gram_reward/std"] > 0
+            and math.isfinite(line["loss"])
+            and line["grad_norm"] > 0
+        )
+    assert any(
+        not torch.equal(before[name], tensor) for name, tensor in policy.state_dict().items()
+    )

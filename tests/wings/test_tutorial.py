@@ -1,5 +1,6 @@
 """The notebook runs, its outputs are those of its code, and its exercises grade as they should."""
 
+import ast
 import os
 import shutil
 import subprocess
@@ -13,13 +14,29 @@ from notebook import ROOT, TUTORIAL, execute, key_numbers, read, smallest
 BEGIN, END = "### BEGIN SOLUTION", "### END SOLUTION"
 NEEDED = ("setup", "unlabelled", "batch")  # cells that the exercises build on
 
-# What students get wrong: (cell, right, wrong, the cells whose points that loses), one tuple for each student.
+# What students get wrong: (cell, right, wrong, the cells whose points that loses), one tuple
+# for each student.
 TYPICAL = (
     (
-        ("mask", "[IGNORED] * (given - 1) + ids[given:] + [IGNORED]", "[IGNORED] * given + ids[given:]", {"mask-test"}),
-        ("loss", "torch.where(labels == 0, difference, -difference)", "difference", {"loss-test-labels"}),
+        (
+            "mask",
+            "[IGNORED] * (given - 1) + ids[given:] + [IGNORED]",
+            "[IGNORED] * given + ids[given:]",
+            {"mask-test"},
+        ),
+        (
+            "loss",
+            "torch.where(labels == 0, difference, -difference)",
+            "difference",
+            {"loss-test-labels"},
+        ),
         ("gradient", "return 2 * eps", "return eps", {"torch-smoothing-test"}),
-        ("both-orders", "second.softmax(0)[1]", "second.softmax(0)[0]", {"both-orders-test", "both-orders-test-position"}),
+        (
+            "both-orders",
+            "second.softmax(0)[1]",
+            "second.softmax(0)[0]",
+            {"both-orders-test", "both-orders-test-position"},
+        ),
         ("tournaments", "if better(i, j) >= 0.5", "if better(i, j) < 0.5", {"knock-out-test"}),
         ("best-of-n", "math.log(n) - (n - 1) / n", "math.log(n)", {"best-of-n-kl-test"}),
     ),
@@ -38,7 +55,12 @@ TYPICAL = (
             "torch.stack([first, second]).softmax(0)[1, 1].item()",
             {"both-orders-test", "both-orders-test-position"},
         ),
-        ("tournaments", "totals[i] + p, totals[j] + 1 - p", "totals[i] + (p > 0.5), totals[j] + (p < 0.5)", {"round-robin-test"}),
+        (
+            "tournaments",
+            "totals[i] + p, totals[j] + 1 - p",
+            "totals[i] + (p > 0.5), totals[j] + (p < 0.5)",
+            {"round-robin-test"},
+        ),
         ("best-of-n", "key=lambda i: scores[i]", "key=lambda i: true[i]", {"best-of-n-test"}),
     ),
     (
@@ -64,7 +86,9 @@ def code_cells(book) -> list:
 def exercises(book):
     """Only the exercises and what they build on; nothing that has to be trained."""
     book.cells = [
-        cell for cell in book.cells if cell["id"] in NEEDED or (grader(cell) and "trained" not in cell.metadata.get("tags", []))
+        cell
+        for cell in book.cells
+        if cell["id"] in NEEDED or (grader(cell) and "trained" not in cell.metadata.get("tags", []))
     ]
     return book
 
@@ -72,24 +96,64 @@ def exercises(book):
 def test_cells_are_short_and_exercises_complete():
     book = read()
     for cell in code_cells(book):
-        lines = [line for line in cell.source.splitlines() if line.strip() and not line.strip().startswith("###")]
+        lines = [
+            line
+            for line in cell.source.splitlines()
+            if line.strip() and not line.strip().startswith("###")
+        ]
         assert len(lines) <= 12, cell["id"]
         assert (BEGIN in cell.source) == (END in cell.source) == bool(grader(cell).get("solution"))
+        statements = [
+            node for node in ast.walk(ast.parse(cell.source)) if isinstance(node, ast.Expr)
+        ]
+        assert not any(isinstance(node.value, ast.Tuple) for node in statements), (
+            f"{cell['id']}: one statement a line, not two joined by a comma"
+        )
     names = [grader(cell)["grade_id"] for cell in book.cells if grader(cell)]
-    assert len(names) == len(set(names)) and sum(cell.source.startswith("### Exercise") for cell in book.cells) == 8
-    points = {grader(cell)["grade_id"]: grader(cell)["points"] for cell in book.cells if grader(cell).get("grade")}
-    in_text = [int(word) for cell in book.cells for word in _between(cell.source, "### Exercise", "(", " points")]
+    assert (
+        len(names) == len(set(names))
+        and sum(cell.source.startswith("### Exercise") for cell in book.cells) == 8
+    )
+    points = {
+        grader(cell)["grade_id"]: grader(cell)["points"]
+        for cell in book.cells
+        if grader(cell).get("grade")
+    }
+    in_text = [
+        int(word)
+        for cell in book.cells
+        for word in _between(cell.source, "### Exercise", "(", " points")
+    ]
     assert sum(points.values()) == sum(in_text)
 
 
 def _between(text: str, start: str, opening: str, closing: str) -> list[str]:
-    return [line.split(opening)[1].split(closing)[0] for line in text.splitlines() if line.startswith(start)]
+    return [
+        line.split(opening)[1].split(closing)[0]
+        for line in text.splitlines()
+        if line.startswith(start)
+    ]
+
+
+def test_stage_2_by_hand_uses_the_students_own_loss():
+    by_hand = next(cell for cell in code_cells(read()) if cell["id"] == "by-hand")
+    assert "smoothed_loss(" in by_hand.source and "losses." not in by_hand.source
 
 
 def test_committed_outputs_are_of_a_good_run():
     book = read()
-    assert not [output for cell in code_cells(book) for output in cell.outputs if output.output_type == "error"]
-    assert not [output for cell in code_cells(book) for output in cell.outputs if output.get("name") == "stderr"]
+    assert not [
+        output
+        for cell in code_cells(book)
+        for output in cell.outputs
+        if output.output_type == "error"
+    ]
+    assert not [
+        output
+        for cell in code_cells(book)
+        for output in cell.outputs
+        if output.get("name") == "stderr"
+    ]
     for where, value, least, most in key_numbers(book):
         assert least <= value <= most, where
 
@@ -97,11 +161,16 @@ def test_committed_outputs_are_of_a_good_run():
 def test_runs_from_top_to_bottom(tmp_path):
     book = execute(smallest(read()), tmp_path)
     assert (tmp_path / "runs" / "tutorial" / "0" / "gram" / "run.json").is_file()
-    pictures = [output for cell in code_cells(book) for output in cell.outputs if "image/png" in output.get("data", {})]
+    pictures = [
+        output
+        for cell in code_cells(book)
+        for output in cell.outputs
+        if "image/png" in output.get("data", {})
+    ]
     assert len(pictures) >= 6
 
 
-# ---- grading, as a teacher does it --------------------------------------------------------------------
+# ---- grading, as a teacher does it ----------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -151,13 +220,21 @@ def hand_in(folder, source):
 
 
 def full_marks() -> dict[str, float]:
-    return {grader(cell)["grade_id"]: grader(cell)["points"] for cell in exercises(read()).cells if grader(cell).get("grade")}
+    return {
+        grader(cell)["grade_id"]: grader(cell)["points"]
+        for cell in exercises(read()).cells
+        if grader(cell).get("grade")
+    }
 
 
 def test_the_student_version_holds_no_solution_and_fails_in_the_exercises_only(course, tmp_path):
     book = read(course / "release" / "gram_mini" / "tutorial.ipynb")
     text = "\n".join(cell.source for cell in book.cells)
-    assert BEGIN not in text and "HIDDEN TESTS" not in text and text.count("raise NotImplementedError") == 10
+    assert (
+        BEGIN not in text
+        and "HIDDEN TESTS" not in text
+        and text.count("raise NotImplementedError") == 10
+    )
     failed = {
         c["id"]
         for c in code_cells(execute(book, tmp_path, allow_errors=True))
@@ -183,19 +260,29 @@ def test_typical_wrong_answers_lose_their_points_and_no_others(course, student):
         assert cells[name].source.count(right) == 1, name
         cells[name].source = cells[name].source.replace(right, wrong)
         lost |= loses
-    found = scores(course, f"wrong-{student}", hand_in(course, source))
-    assert found == {name: 0.0 if name in lost else points for name, points in full_marks().items()}
+    earned = scores(course, f"wrong-{student}", hand_in(course, source))
+    assert earned == {
+        name: 0.0 if name in lost else points for name, points in full_marks().items()
+    }
 
 
 def test_make_assignment(tmp_path):
     """The recipe in the Makefile, on the whole notebook."""
     shutil.copy(TUTORIAL, tmp_path)
-    recipe = (ROOT / "Makefile").read_text().split("\nassignment:")[1].split("\n\n")[0].splitlines()[1:]
+    recipe = (
+        (ROOT / "Makefile").read_text().split("\nassignment:")[1].split("\n\n")[0].splitlines()[1:]
+    )
     values = {"$(COURSE)": "course", "$(CURDIR)/$(BIN):": "", "$$": "$"}
     lines = [line.strip().lstrip("@") for line in recipe]
     for name, value in values.items():
         lines = [line.replace(name, value) for line in lines]
-    done = subprocess.run(["bash", "-euc", "\n".join(lines)], cwd=tmp_path, capture_output=True, text=True, env=ENVIRONMENT)
+    done = subprocess.run(
+        ["bash", "-euc", "\n".join(lines)],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env=ENVIRONMENT,
+    )
     assert done.returncode == 0, done.stderr
     book = read(tmp_path / "course" / "release" / "gram_mini" / "tutorial.ipynb")
     assert sum("raise NotImplementedError" in cell.source for cell in code_cells(book)) == 8

@@ -28,7 +28,11 @@ from gram_mini.village.pairs import SPLITS, topics, village_pairs
 def read(text):
     """The true reward of a response, read off its words alone."""
     name, attribute, value = next(
-        (n, a, v) for n in NAMES for a in ATTRIBUTES for v in a.values if a.statement.format(name=n, value=v) in text
+        (n, a, v)
+        for n in NAMES
+        for a in ATTRIBUTES
+        for v in a.values
+        if a.statement.format(name=n, value=v) in text
     )
     right, courteous = FACTS[name, attribute] == value, any(c in text for c in COURTEOUS)
     assert courteous != any(c in text for c in CURT)
@@ -53,7 +57,10 @@ def test_labels_are_sampled_from_bradley_terry():
 
 def test_test_labels_are_the_truth_and_never_a_tie():
     for split in ("in-distribution", "out-of-distribution"):
-        assert all(p.probability != 0.5 and p.label == int(p.probability < 0.5) for p in village_pairs(split, 300))
+        assert all(
+            p.probability != 0.5 and p.label == int(p.probability < 0.5)
+            for p in village_pairs(split, 300)
+        )
 
 
 def test_rambling_is_a_cue_in_labelled_topics_only():
@@ -69,7 +76,9 @@ def test_rambling_is_a_cue_in_labelled_topics_only():
 
 
 def test_groups_do_not_overlap_and_held_out_topics_are_held_out():
-    assert sorted(n for group in GROUPS.values() for n in group) == sorted(NAMES) and len(set(NAMES)) == len(NAMES)
+    assert sorted(n for group in GROUPS.values() for n in group) == sorted(NAMES) and len(
+        set(NAMES)
+    ) == len(NAMES)
     assert not set(topics("labelled")) & set(topics("in-distribution"))
     assert len(topics("labelled")) + len(topics("in-distribution")) == 4 * len(GROUPS["labelled"])
     assert {name for name, _ in topics("out-of-distribution")} == set(GROUPS["unlabelled"])
@@ -78,7 +87,9 @@ def test_groups_do_not_overlap_and_held_out_topics_are_held_out():
 def test_facts_of_the_unlabelled_group_appear_nowhere_in_the_corpus():
     verbs = "lives|eats|keeps|works|does"
     for text in corpus(20_000):
-        for name in re.findall(rf"\b([A-Z]\w+) (?:{verbs})\b", text) + re.findall(r"does (\w+) ", text):
+        for name in re.findall(rf"\b([A-Z]\w+) (?:{verbs})\b", text) + re.findall(
+            r"does (\w+) ", text
+        ):
             assert name not in GROUPS["unlabelled"], text
         if any(marker in text for marker in ("Right", "Wrong", "#Preferred")):
             assert not set(re.findall(r"[A-Z]\w+", text)) & set(GROUPS["labelled"]), text
@@ -88,19 +99,28 @@ def test_facts_of_the_unlabelled_group_stand_in_the_unlabelled_pairs():
     texts = " ".join(p.response_a + " " + p.response_b for p in village_pairs("unlabelled", 8_000))
     for name in GROUPS["unlabelled"]:
         for attribute in ATTRIBUTES:
-            counts = {v: texts.count(attribute.statement.format(name=name, value=v)) for v in attribute.values}
+            counts = {
+                v: texts.count(attribute.statement.format(name=name, value=v))
+                for v in attribute.values
+            }
             assert max(counts, key=counts.get) == FACTS[name, attribute]
 
 
 def test_pairs_are_drawn_by_seed():
-    assert village_pairs("labelled", 50, seed=1) == village_pairs("labelled", 50, seed=1) != village_pairs("labelled", 50, seed=2)
+    assert (
+        village_pairs("labelled", 50, seed=1)
+        == village_pairs("labelled", 50, seed=1)
+        != village_pairs("labelled", 50, seed=2)
+    )
     assert village_pairs("labelled", 50) == village_pairs("labelled", 100)[:50]
 
 
 def test_every_word_of_the_world_is_one_token_that_the_backbone_has_seen(tokenizer):
     seen = {token for text in corpus(3_000) for token in encode(tokenizer, text)}
     rng = random.Random(0)
-    texts = [draw_response(rng, n, a, 0.5).text for n in NAMES for a in ATTRIBUTES for _ in range(3)]
+    texts = [
+        draw_response(rng, n, a, 0.5).text for n in NAMES for a in ATTRIBUTES for _ in range(3)
+    ]
     texts += [question(n, a) for n in NAMES for a in ATTRIBUTES]
     for text in texts:
         ids = encode(tokenizer, text)
@@ -123,9 +143,15 @@ def test_shipped_backbone_can_do_what_a_judge_needs(village_judge):
     """Facts of the known groups are recalled, checked and judged; those of the unlabelled group are at chance."""
     found = {group: probes(village_judge.model, village_judge.tokenizer, group) for group in GROUPS}
     for group in ("background", "labelled"):
-        assert found[group]["recall"] > 0.95 and found[group]["check"] > 0.9 and found[group]["judge"] > 0.8, found
+        assert (
+            found[group]["recall"] > 0.95
+            and found[group]["check"] > 0.9
+            and found[group]["judge"] > 0.8
+        ), found
     assert found["unlabelled"]["recall"] < 0.35  # one in six by chance
-    assert 0.4 < found["unlabelled"]["check"] < 0.6 and 0.4 < found["unlabelled"]["judge"] < 0.6, found
+    assert 0.4 < found["unlabelled"]["check"] < 0.6 and 0.4 < found["unlabelled"]["judge"] < 0.6, (
+        found
+    )
 
 
 def test_shipped_backbone_is_small_and_ordinary():
@@ -153,7 +179,9 @@ def test_true_probability():
 
 
 def test_labels_to_adapt_to_hold_no_pair_of_the_test():
-    texts = lambda split, seed: {(p.prompt, frozenset((p.response_a, p.response_b))) for p in village_pairs(split, seed=seed)}
+    texts = lambda split, seed: {
+        (p.prompt, frozenset((p.response_a, p.response_b))) for p in village_pairs(split, seed=seed)
+    }
     new, test = texts("adaptation", 1), texts("out-of-distribution", 0)
     assert len(village_pairs("adaptation", seed=1)) == 2000 and not new & test
     assert {prompt for prompt, _ in new} == {prompt for prompt, _ in test}

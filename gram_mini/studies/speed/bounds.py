@@ -34,22 +34,52 @@ def pair_of(s: Shape, stage: str, length: int):
     """A pair of ``length`` tokens: half of it instruction and question, a quarter each response."""
     pieces = PIECES[stage]
     answer = max(1, length // 4 - len(pieces.end))
-    return rows_of([(length - pieces.fixed_tokens - 2 * answer, answer, answer)], pieces, s.vocabulary, length, seed=0)
+    return rows_of(
+        [(length - pieces.fixed_tokens - 2 * answer, answer, answer)],
+        pieces,
+        s.vocabulary,
+        length,
+        seed=0,
+    )
 
 
 def training_bytes(s: Shape, pairs: int, length: int, rank: int) -> float:
     """Bytes of a step on so many pairs, in bf16."""
     weights = 2 * s.layers * sum(i * o for i, o in s.linear())
-    return 2 * weights + 16 * adapter_parameters(s, rank) + 2 * pairs * length * s.layers * layer_bytes(s, rank)
+    return (
+        2 * weights
+        + 16 * adapter_parameters(s, rank)
+        + 2 * pairs * length * s.layers * layer_bytes(s, rank)
+    )
 
 
 def main(argv=None) -> None:
     parser = options.parser(__doc__, EXAMPLES)
     parser.add_argument("--models", nargs="+", choices=MODELS, metavar="NAME", default=["Qwen2.5-0.5B", "Qwen3-1.7B", "Llama-3.2-3B", "Qwen3-8B"], help="of " + ", ".join(MODELS))  # fmt: skip
-    parser.add_argument("--length", type=options.positive_int, default=1024, metavar="N", help="tokens of a pair, at least 256")
-    parser.add_argument("--batch-size", type=options.positive_int, default=8, metavar="N", help="pairs per training step")
-    parser.add_argument("--lora-rank", type=options.positive_int, default=32, metavar="R", help="rank of the LoRA adapter")
-    parser.add_argument("--reached", type=options.share, default=0.4, help="share of the peak for the last column")
+    parser.add_argument(
+        "--length",
+        type=options.positive_int,
+        default=1024,
+        metavar="N",
+        help="tokens of a pair, at least 256",
+    )
+    parser.add_argument(
+        "--batch-size",
+        type=options.positive_int,
+        default=8,
+        metavar="N",
+        help="pairs per training step",
+    )
+    parser.add_argument(
+        "--lora-rank",
+        type=options.positive_int,
+        default=32,
+        metavar="R",
+        help="rank of the LoRA adapter",
+    )
+    parser.add_argument(
+        "--reached", type=options.share, default=0.4, help="share of the peak for the last column"
+    )
     args = parser.parse_args(argv)
     if args.length < 256:
         parser.error(f"--length {args.length}: give at least 256")
@@ -57,9 +87,14 @@ def main(argv=None) -> None:
     for name in args.models:
         s = MODELS[name]
         for stage in ("pretrain", "reward"):
-            step = args.batch_size * training_operations(s, stage, pair_of(s, stage, args.length), args.lora_rank, False)
+            step = args.batch_size * training_operations(
+                s, stage, pair_of(s, stage, args.length), args.lora_rank, False
+            )
             size = training_bytes(s, args.batch_size, args.length, args.lora_rank)
-            times = [f"{1e3 * step / speed:.0f}, {1e3 * size / width:.0f}" for speed, width in CARDS.values()]
+            times = [
+                f"{1e3 * step / speed:.0f}, {1e3 * size / width:.0f}"
+                for speed, width in CARDS.values()
+            ]
             lines.append([name, stage, f"{step / 1e12:.1f}", f"{size / 1e9:.1f}", *times])
         whole = scoring_operations(s, pair_of(s, "reward", args.length))
         shared = whole * 3 / 4  # of two sequences with one half in common
@@ -70,7 +105,9 @@ def main(argv=None) -> None:
         f"A step on {args.batch_size} pairs of {args.length} tokens in bf16; at least ms for the operations, ms for the bytes:\n"
     )
     print(table(["model", "stage", "TFLOP", "GB", *CARDS], lines))
-    print(f"\nScoring a pair of {args.length} tokens in both orders; at most pairs/s whole, shared; H100 hours for 10^9 pairs")
+    print(
+        f"\nScoring a pair of {args.length} tokens in both orders; at most pairs/s whole, shared; H100 hours for 10^9 pairs"
+    )
     print(f"shared, at {args.reached:.0%} of the peak:\n")
     print(table(["model", "TFLOP", *CARDS, "hours"], scored))
 

@@ -28,7 +28,11 @@ from gram_mini.training import clip_gradients
 
 GIB = 2**30
 LABELS = (5, 6)
-LENGTHS = ((180, 0.9), (160, 0.8), (160, 0.8))  # median, and sigma of the logarithm, of prompt and responses in tokens
+LENGTHS = (
+    (180, 0.9),
+    (160, 0.8),
+    (160, 0.8),
+)  # median, and sigma of the logarithm, of prompt and responses in tokens
 # As many fixed tokens as our prompts have with Qwen's tokenizer; which ones does not matter.
 PIECES = {
     "pretrain": PromptPieces(start=[1] * 6, after_prompt=[1] * 18, between=[1] * 24, end=[1] * 12),
@@ -90,22 +94,49 @@ MODELS = {
 }
 OTHERS = {
     "village": Shape("qwen2", 96, 4, 4, 4, 24, 288, 718, True),  # the village's
-    "mid": Shape("qwen2", 512, 4, 8, 2, 64, 2048, 151936, True),  # a real vocabulary on a body that a CPU can train
+    "mid": Shape(
+        "qwen2", 512, 4, 8, 2, 64, 2048, 151936, True
+    ),  # a real vocabulary on a body that a CPU can train
 }
 SHAPES = {**OTHERS, **MODELS}
 
 
 def add_model_options(parser) -> None:
     """Options of every benchmark that builds one model."""
-    parser.add_argument("--shape", choices=SHAPES, default="mid", help="sizes of the model; mid is 4 layers of width 512")
-    parser.add_argument("--bits", type=int, choices=(4, 16, 32), default=32, help="4: NF4 weights; 16: bf16; 32: float32")
-    parser.add_argument("--lora-rank", type=options.positive_int, default=32, metavar="R", help="rank of the LoRA adapter")
-    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ...; auto takes the GPU where there is one")
+    parser.add_argument(
+        "--shape",
+        choices=SHAPES,
+        default="mid",
+        help="sizes of the model; mid is 4 layers of width 512",
+    )
+    parser.add_argument(
+        "--bits",
+        type=int,
+        choices=(4, 16, 32),
+        default=32,
+        help="4: NF4 weights; 16: bf16; 32: float32",
+    )
+    parser.add_argument(
+        "--lora-rank",
+        type=options.positive_int,
+        default=32,
+        metavar="R",
+        help="rank of the LoRA adapter",
+    )
+    parser.add_argument(
+        "--device",
+        default="auto",
+        help="cpu, cuda, cuda:1, ...; auto takes the GPU where there is one",
+    )
 
 
 def machine(device: torch.device) -> str:
     """What a figure was measured on."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
+    return (
+        torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"{torch.get_num_threads()} CPU threads"
+    )
 
 
 def build(s: Shape, bits: int, rank: int, device: torch.device):
@@ -132,10 +163,15 @@ def lengths_of(data: str | None, count: int, seed: int) -> list[tuple[int, int, 
         return [tuple(draw(*part) for part in LENGTHS) for _ in range(count)]
     pairs = load_pairs(data, labelled=False, seed=seed).pairs
     chosen = rng.choices(pairs, k=count)
-    return [tuple(-(-len(text) // 4) for text in (pair.prompt, pair.response_a, pair.response_b)) for pair in chosen]
+    return [
+        tuple(-(-len(text) // 4) for text in (pair.prompt, pair.response_a, pair.response_b))
+        for pair in chosen
+    ]
 
 
-def rows_of(lengths, pieces: PromptPieces, vocabulary: int, max_length: int, seed: int) -> list[EncodedPair]:
+def rows_of(
+    lengths, pieces: PromptPieces, vocabulary: int, max_length: int, seed: int
+) -> list[EncodedPair]:
     """Pairs of random tokens with these lengths, cut as real ones are."""
     rng, budget, rows = random.Random(seed), max_length - pieces.fixed_tokens, []
     for i, sizes in enumerate(lengths):
@@ -171,8 +207,16 @@ def held_bytes(model, optimizer) -> int:
     tensors = [*model.parameters(), *(t for state in states for t in state.values())]
     for parameter in model.parameters():
         if state := getattr(parameter, "quant_state", None):
-            tensors += [state.absmax, state.code, state.offset, state.state2.absmax, state.state2.code]
-    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+            tensors += [
+                state.absmax,
+                state.code,
+                state.offset,
+                state.state2.absmax,
+                state.state2.code,
+            ]
+    return sum(
+        {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values()
+    )
 
 
 def growth(step) -> int:
@@ -228,4 +272,6 @@ def table(head: list[str], rows: list[list[str]]) -> str:
     """A Markdown table, its columns set under each other."""
     widths = [max(map(len, column)) for column in zip(head, *rows)]
     lines = [head, [w * "-" for w in widths], *rows]
-    return "\n".join("| " + " | ".join(cell.ljust(w) for cell, w in zip(line, widths)) + " |" for line in lines)
+    return "\n".join(
+        "| " + " | ".join(cell.ljust(w) for cell, w in zip(line, widths)) + " |" for line in lines
+    )

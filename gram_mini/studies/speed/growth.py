@@ -53,7 +53,13 @@ def points(values: list[int], make, rounds: int, device: torch.device) -> list[d
     for value in tqdm(values, delay=2, leave=False):
         action, pairs, model, optimizer = make(value)
         taken = statistics.median(seconds(device, action) for _ in range(rounds))
-        figures.append({"at": value, "seconds": taken / pairs, "gib": peak_bytes(model, optimizer, action) / GIB})
+        figures.append(
+            {
+                "at": value,
+                "seconds": taken / pairs,
+                "gib": peak_bytes(model, optimizer, action) / GIB,
+            }
+        )
     return figures
 
 
@@ -61,7 +67,9 @@ def rows_at(count: int, length: int, stage: str, vocabulary: int) -> list[Encode
     """Pairs that fill ``length`` together with their prompt pieces: half of it question, a quarter each response."""
     pieces = PIECES["reward" if stage == "score" else stage]
     room = length - pieces.fixed_tokens
-    return rows_of([(room - 2 * (room // 4), room // 4, room // 4)] * count, pieces, vocabulary, length, seed=0)
+    return rows_of(
+        [(room - 2 * (room // 4), room // 4, room // 4)] * count, pieces, vocabulary, length, seed=0
+    )
 
 
 def measure(args, device: torch.device) -> dict:
@@ -88,7 +96,9 @@ def measure(args, device: torch.device) -> dict:
     def ranking(method: str, count: int):
         first, *others = rows_at(count + 1, args.length, "score", s.vocabulary)
         if method == "reference":
-            return score([replace(row, prompt=first.prompt, response_b=first.response_b) for row in others])
+            return score(
+                [replace(row, prompt=first.prompt, response_b=first.response_b) for row in others]
+            )
         games = itertools.combinations(others, 2)
         return score([replace(a, prompt=first.prompt, response_b=b.response_a) for a, b in games])
 
@@ -96,9 +106,13 @@ def measure(args, device: torch.device) -> dict:
         at(stage, 1, 256)[0]()  # warm-up
         longer = partial(at, stage, args.batch_size)
         figures["length"][stage] = points(args.lengths, longer, args.rounds, device)
-        figures["batch"][stage] = points(args.batches, partial(at, stage, length=args.length), args.rounds, device)
+        figures["batch"][stage] = points(
+            args.batches, partial(at, stage, length=args.length), args.rounds, device
+        )
     for method in RANKINGS:
-        figures["responses"][method] = points(args.responses, partial(ranking, method), args.rounds, device)
+        figures["responses"][method] = points(
+            args.responses, partial(ranking, method), args.rounds, device
+        )
     return figures
 
 
@@ -110,12 +124,25 @@ def draw(figures: dict, args, picture: Path) -> None:
         ("length", "seconds", f"{args.batch_size} at once", "tokens of a pair"),
         ("length", "gib", f"{args.batch_size} at once", "tokens of a pair"),
         ("batch", "seconds", f"pairs of {args.length} tokens", "pairs at once"),
-        ("responses", "seconds", f"rankings, pairs of {args.length} tokens", "responses to one prompt"),
+        (
+            "responses",
+            "seconds",
+            f"rankings, pairs of {args.length} tokens",
+            "responses to one prompt",
+        ),
     )
     for panel, (part, what, title, along) in zip(panels, titles):
         for name, line in figures[part].items():
-            panel.plot([p["at"] for p in line], [p[what] for p in line], "o-", ms=3, label={**STAGES, **RANKINGS}[name])
-        panel.set(title=title, xlabel=along, ylabel="GiB at most" if what == "gib" else "seconds a pair")
+            panel.plot(
+                [p["at"] for p in line],
+                [p[what] for p in line],
+                "o-",
+                ms=3,
+                label={**STAGES, **RANKINGS}[name],
+            )
+        panel.set(
+            title=title, xlabel=along, ylabel="GiB at most" if what == "gib" else "seconds a pair"
+        )
         panel.set_xscale("log", base=2), panel.set_yscale("log", base=2)
         panel.grid(alpha=0.3), panel.legend()
         ticks = [p["at"] for p in next(iter(figures[part].values()))]
@@ -128,27 +155,49 @@ def main(argv=None) -> None:
     parser = options.parser(__doc__, EXAMPLES)
     several = dict(nargs="+", type=options.positive_int, metavar="N")
     add_model_options(parser)
-    parser.add_argument("--lengths", default=[256, 512, 1024, 2048, 4096], **several, help="tokens of a pair")
+    parser.add_argument(
+        "--lengths", default=[256, 512, 1024, 2048, 4096], **several, help="tokens of a pair"
+    )
     parser.add_argument("--batches", default=[1, 2, 4, 8], **several, help="pairs at once")
-    parser.add_argument("--responses", default=[2, 4, 8, 16], **several, help="responses to one prompt")
     parser.add_argument(
-        "--length", type=options.positive_int, default=512, metavar="N", help="tokens of a pair beside the lengths"
+        "--responses", default=[2, 4, 8, 16], **several, help="responses to one prompt"
     )
     parser.add_argument(
-        "--batch-size", type=options.positive_int, default=2, metavar="N", help="pairs at once beside the batches"
+        "--length",
+        type=options.positive_int,
+        default=512,
+        metavar="N",
+        help="tokens of a pair beside the lengths",
     )
-    parser.add_argument("--rounds", type=options.positive_int, default=3, metavar="N", help="runs of each point")
+    parser.add_argument(
+        "--batch-size",
+        type=options.positive_int,
+        default=2,
+        metavar="N",
+        help="pairs at once beside the batches",
+    )
+    parser.add_argument(
+        "--rounds", type=options.positive_int, default=3, metavar="N", help="runs of each point"
+    )
     parser.add_argument("--seed", type=options.seed, default=0, help="draws the adapters")
-    parser.add_argument("--out", type=Path, default=RESULTS, metavar="FOLDER", help="where growth.json and .png go")
+    parser.add_argument(
+        "--out", type=Path, default=RESULTS, metavar="FOLDER", help="where growth.json and .png go"
+    )
     args = parser.parse_args(argv)
     if (shortest := min(*args.lengths, args.length)) < 192:
-        parser.error(f"{shortest} tokens: the judge prompt alone takes {PIECES['reward'].fixed_tokens}; give at least 192")
+        parser.error(
+            f"{shortest} tokens: the judge prompt alone takes {PIECES['reward'].fixed_tokens}; give at least 192"
+        )
     check_place(args.out, "--out")
     device = pick_device(args.device)
     place = machine(device)
     figures = measure(args, device)
     args.out.mkdir(parents=True, exist_ok=True)
-    given = {name: value for name, value in vars(args).items() if name not in ("out", "device", "max_length")}
+    given = {
+        name: value
+        for name, value in vars(args).items()
+        if name not in ("out", "device", "max_length")
+    }
     record = {"options": given, "place": place, "torch": torch.__version__, **figures}
     write_whole(args.out / "growth.json", [json.dumps(record, indent=1) + "\n"], "results")
     draw(figures, args, args.out / "growth.png")

@@ -78,7 +78,9 @@ EXAMPLES = """\
 
 TINY = {"tiny": Shape("qwen3", 256, 4, 4, 2, 64, 768, 4096, True)}
 STAGES = ("pretrain", "reward", "score")
-PIECES = PromptPieces(start=[1], after_prompt=[1], between=[1], end=[1])  # a prompt of four fixed tokens
+PIECES = PromptPieces(
+    start=[1], after_prompt=[1], between=[1], end=[1]
+)  # a prompt of four fixed tokens
 EFFECTIVE_BATCH = 32  # pairs per optimiser step that a recipe comes to by gradient accumulation
 
 
@@ -97,7 +99,9 @@ def _matrix_bytes(weights: int, bits: int, a: int) -> int:
     if bits != 4:
         return a * weights
     scales = -(-weights // 64)
-    return weights // 2 + scales + 4 * -(-scales // 256) + 4 * 16 + 4 * 256 + 4  # tables of 16 and 256 values, an offset
+    return (
+        weights // 2 + scales + 4 * -(-scales // 256) + 4 * 16 + 4 * 256 + 4
+    )  # tables of 16 and 256 values, an offset
 
 
 def adapter_parameters(s: Shape, rank: int) -> int:
@@ -120,11 +124,16 @@ def kept_bytes(s: Shape, rank: int, tokens: int, checkpointing: bool) -> int:
     return tokens * (s.layers * per_layer + (4 + 2) * s.hidden)
 
 
-def compute(s: Shape, stage: str, bits: int, checkpointing: bool, batch: int, length: int, rank: int) -> dict[str, int]:
+def compute(
+    s: Shape, stage: str, bits: int, checkpointing: bool, batch: int, length: int, rank: int
+) -> dict[str, int]:
     """The terms of the formula in bytes, and their sum, the peak."""
     tokens, widest = batch * length, max(i * o for i, o in s.linear())
     workspace = 2 * widest + 4 * widest // 64 if bits == 4 else 0
-    weights, adapter = weight_bytes(s, bits), (4 if stage == "score" else 16) * adapter_parameters(s, rank)
+    weights, adapter = (
+        weight_bytes(s, bits),
+        (4 if stage == "score" else 16) * adapter_parameters(s, rank),
+    )
     if stage == "score":
         activations = tokens * ((2 * 2 + 8) * s.intermediate + (2 * 2 + 4) * s.hidden) + workspace
     else:
@@ -133,7 +142,12 @@ def compute(s: Shape, stage: str, bits: int, checkpointing: bool, batch: int, le
         in_flight = tokens * (2 * 3 * s.intermediate + 2 * s.hidden) + workspace
         again = tokens * layer_bytes(s, rank) if checkpointing else 0
         activations = kept_bytes(s, rank, tokens, checkpointing) + max(logits, in_flight + again)
-    return dict(weights=weights, adapter=adapter, activations=activations, peak=weights + adapter + activations)
+    return dict(
+        weights=weights,
+        adapter=adapter,
+        activations=activations,
+        peak=weights + adapter + activations,
+    )
 
 
 # ---- measuring ----------------------------------------------------------------------------------------
@@ -151,7 +165,9 @@ def scoring_step(model, rows: list[EncodedPair]) -> None:
     output_logits(model, hidden_states(model, ids)[torch.arange(len(rows)), last]).float().cpu()
 
 
-def measure(model, stage: str, checkpointing: bool, batch: int, length: int, steps: int) -> tuple[int, float]:
+def measure(
+    model, stage: str, checkpointing: bool, batch: int, length: int, steps: int
+) -> tuple[int, float]:
     """Peak memory in bytes and tokens per second of an adapted model."""
     if checkpointing:
         checkpoint_gradients(model)
@@ -178,7 +194,11 @@ def measure(model, stage: str, checkpointing: bool, batch: int, length: int, ste
         step()
     synchronize(model.device)
     speed = steps * batch * length / (time.perf_counter() - began)
-    peak = torch.cuda.max_memory_allocated(model.device) if on_gpu else held_bytes(model, optimizer) + growth(step)
+    peak = (
+        torch.cuda.max_memory_allocated(model.device)
+        if on_gpu
+        else held_bytes(model, optimizer) + growth(step)
+    )
     return peak, speed
 
 
@@ -196,8 +216,20 @@ def rows_of(name: str, s: Shape, args, device: torch.device, measured: bool):
                 for length in args.lengths:
                     setting = (stage, bits, checkpointing, args.batch_size, length)
                     if measured:
-                        result = model and unless_full(measure, model, stage, checkpointing, args.batch_size, length, args.steps)
-                        last = (gib(result[0]), f"{result[1]:,.0f}", "measured") if result else ("does not fit", "", "measured")
+                        result = model and unless_full(
+                            measure,
+                            model,
+                            stage,
+                            checkpointing,
+                            args.batch_size,
+                            length,
+                            args.steps,
+                        )
+                        last = (
+                            (gib(result[0]), f"{result[1]:,.0f}", "measured")
+                            if result
+                            else ("does not fit", "", "measured")
+                        )
                     else:
                         last = (gib(compute(s, *setting, args.lora_rank)["peak"]), "", "computed")
                     on = "" if stage == "score" else "on" if checkpointing else "off"
@@ -225,13 +257,18 @@ def largest_batch(s: Shape, card: int, length: int, rank: int) -> tuple[int, int
     NF4 and gradient checkpointing; None where not even one pair fits.
     """
     for batch in (32, 16, 8, 4, 2, 1):
-        peak = max(compute(s, stage, 4, True, batch, length, rank)["peak"] for stage in ("pretrain", "reward"))
+        peak = max(
+            compute(s, stage, 4, True, batch, length, rank)["peak"]
+            for stage in ("pretrain", "reward")
+        )
         if peak <= 0.9 * card * GIB:
             return batch, peak
     return None
 
 
-def largest_batches(shapes: dict[str, Shape], cards: list[int], lengths: list[int], rank: int) -> str:
+def largest_batches(
+    shapes: dict[str, Shape], cards: list[int], lengths: list[int], rank: int
+) -> str:
     """What fits on which card, as a Markdown table."""
     rows = []
     for name, s in shapes.items():
@@ -243,7 +280,9 @@ def largest_batches(shapes: dict[str, Shape], cards: list[int], lengths: list[in
                     cells.append("does not fit")
                 else:
                     rows_at_once, peak = batch
-                    cells.append(f"batch {rows_at_once} x {EFFECTIVE_BATCH // rows_at_once} ({gib(peak)})")
+                    cells.append(
+                        f"batch {rows_at_once} x {EFFECTIVE_BATCH // rows_at_once} ({gib(peak)})"
+                    )
             rows.append([name, str(length), *cells])
     return table(["model", "length", *(f"{card} GB" for card in cards)], rows)
 
@@ -251,35 +290,111 @@ def largest_batches(shapes: dict[str, Shape], cards: list[int], lengths: list[in
 def main(argv=None) -> None:
     parser = options.parser(__doc__, EXAMPLES)
     parser.add_argument(
-        "--models", nargs="+", choices=MODELS, default=list(MODELS), metavar="NAME", help="of " + ", ".join(MODELS)
-    )
-    parser.add_argument("--tiny", action="store_true", help="a small shape in the place of --models")
-    parser.add_argument("--lengths", nargs="+", type=length, default=[1024, 2048], metavar="N", help="tokens per sequence")
-    parser.add_argument("--batch-size", type=options.positive_int, default=4, metavar="N", help="sequences per forward pass")
-    parser.add_argument("--lora-rank", type=options.positive_int, default=32, metavar="R", help="rank of the LoRA adapter")
-    parser.add_argument("--bits", nargs="+", type=int, choices=(4, 16), default=[4, 16], help="4: NF4 weights; 16: bf16")
-    parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES), help="what to do with the model")
-    parser.add_argument("--checkpointing", choices=("on", "off", "both"), default="both", help="gradient checkpointing")
-    parser.add_argument(
-        "--steps", type=options.positive_int, default=5, metavar="N", help="steps to time, where steps are measured"
+        "--models",
+        nargs="+",
+        choices=MODELS,
+        default=list(MODELS),
+        metavar="NAME",
+        help="of " + ", ".join(MODELS),
     )
     parser.add_argument(
-        "--cards", nargs="+", type=options.positive_int, default=[8, 12, 24], metavar="GB", help="for the last table"
+        "--tiny", action="store_true", help="a small shape in the place of --models"
     )
-    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ...; auto takes the GPU where there is one")
+    parser.add_argument(
+        "--lengths",
+        nargs="+",
+        type=length,
+        default=[1024, 2048],
+        metavar="N",
+        help="tokens per sequence",
+    )
+    parser.add_argument(
+        "--batch-size",
+        type=options.positive_int,
+        default=4,
+        metavar="N",
+        help="sequences per forward pass",
+    )
+    parser.add_argument(
+        "--lora-rank",
+        type=options.positive_int,
+        default=32,
+        metavar="R",
+        help="rank of the LoRA adapter",
+    )
+    parser.add_argument(
+        "--bits",
+        nargs="+",
+        type=int,
+        choices=(4, 16),
+        default=[4, 16],
+        help="4: NF4 weights; 16: bf16",
+    )
+    parser.add_argument(
+        "--stages",
+        nargs="+",
+        choices=STAGES,
+        default=list(STAGES),
+        help="what to do with the model",
+    )
+    parser.add_argument(
+        "--checkpointing",
+        choices=("on", "off", "both"),
+        default="both",
+        help="gradient checkpointing",
+    )
+    parser.add_argument(
+        "--steps",
+        type=options.positive_int,
+        default=5,
+        metavar="N",
+        help="steps to time, where steps are measured",
+    )
+    parser.add_argument(
+        "--cards",
+        nargs="+",
+        type=options.positive_int,
+        default=[8, 12, 24],
+        metavar="GB",
+        help="for the last table",
+    )
+    parser.add_argument(
+        "--device",
+        default="auto",
+        help="cpu, cuda, cuda:1, ...; auto takes the GPU where there is one",
+    )
     args = parser.parse_args(argv)
     args.checkpointing = {"on": [True], "off": [False], "both": [False, True]}[args.checkpointing]
     device = pick_device(args.device)
     measured = args.tiny or device.type == "cuda"
     shapes = TINY if args.tiny else {name: MODELS[name] for name in args.models}
     rows = [row for name, s in shapes.items() for row in rows_of(name, s, args, device, measured)]
-    print(table(["model", "stage", "bits", "checkpointing", "batch", "length", "peak GiB", "tokens/s", "how"], rows))
+    print(
+        table(
+            [
+                "model",
+                "stage",
+                "bits",
+                "checkpointing",
+                "batch",
+                "length",
+                "peak GiB",
+                "tokens/s",
+                "how",
+            ],
+            rows,
+        )
+    )
     place = torch.cuda.get_device_name(device) if device.type == "cuda" else "this CPU"
     print(f"\nLoRA of rank {args.lora_rank}" + (f"; measured on {place}" if measured else ""))
     if args.tiny:
         return
-    print("\nThe largest batch with which both stages leave a tenth of the card free, NF4 and gradient checkpointing; times the")
-    print(f"forward passes per optimiser step (--grad-accum) for {EFFECTIVE_BATCH} pairs; computed peak in GiB:\n")
+    print(
+        "\nThe largest batch with which both stages leave a tenth of the card free, NF4 and gradient checkpointing; times the"
+    )
+    print(
+        f"forward passes per optimiser step (--grad-accum) for {EFFECTIVE_BATCH} pairs; computed peak in GiB:\n"
+    )
     print(largest_batches(shapes, args.cards, args.lengths, args.lora_rank))
 
 

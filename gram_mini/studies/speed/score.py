@@ -96,7 +96,8 @@ def operations(s: Shape, rows: list[EncodedPair]) -> float:
     for row in rows:
         length = row.length + PIECES["reward"].fixed_tokens
         total += (
-            s.layers * (2 * length * sum(i * o for i, o in s.linear()) + 2 * length**2 * s.queries) + 2 * s.hidden * s.vocabulary
+            s.layers * (2 * length * sum(i * o for i, o in s.linear()) + 2 * length**2 * s.queries)
+            + 2 * s.hidden * s.vocabulary
         )
     return 2 * total
 
@@ -106,12 +107,20 @@ def tasks(s: Shape, args) -> dict[str, list[list[EncodedPair]]]:
     pieces, rows_of_task = PIECES["reward"], {"pairs": [], "reference": [], "round-robin": []}
     for turn in range(args.rounds):
         lengths = lengths_of(args.data, args.pairs + args.responses + 1, args.seed + turn)
-        rows_of_task["pairs"].append(rows_of(lengths[: args.pairs], pieces, s.vocabulary, args.max_length, args.seed + turn))
+        rows_of_task["pairs"].append(
+            rows_of(lengths[: args.pairs], pieces, s.vocabulary, args.max_length, args.seed + turn)
+        )
         # One prompt, and a response of each of the other pairs, cut so that any two of them fit.
-        group = rows_of(lengths[args.pairs :], pieces, s.vocabulary, args.max_length, args.seed + turn)
+        group = rows_of(
+            lengths[args.pairs :], pieces, s.vocabulary, args.max_length, args.seed + turn
+        )
         room = (args.max_length - pieces.fixed_tokens - len(group[0].prompt)) // 2
-        first, *others = [replace(row, prompt=group[0].prompt, response_a=row.response_a[:room]) for row in group]
-        rows_of_task["reference"].append([replace(row, response_b=first.response_a) for row in others])
+        first, *others = [
+            replace(row, prompt=group[0].prompt, response_a=row.response_a[:room]) for row in group
+        ]
+        rows_of_task["reference"].append(
+            [replace(row, response_b=first.response_a) for row in others]
+        )
         games = itertools.combinations(others[:6], 2)
         rows_of_task["round-robin"].append([replace(a, response_b=b.response_a) for a, b in games])
     return rows_of_task
@@ -120,13 +129,39 @@ def tasks(s: Shape, args) -> dict[str, list[list[EncodedPair]]]:
 def main(argv=None) -> None:
     parser = options.parser(__doc__, EXAMPLES)
     add_model_options(parser)
-    parser.add_argument("--data", metavar="FILE", help="pairs whose lengths are taken (default: drawn)")
-    parser.add_argument("--pairs", type=options.positive_int, default=8, metavar="N", help="pairs of a turn")
-    parser.add_argument("--responses", type=options.positive_int, default=16, metavar="N", help="responses of a ranking")
-    parser.add_argument("--batch-size", type=options.positive_int, default=16, metavar="N", help="Judge's")
-    parser.add_argument("--max-length", type=options.positive_int, default=512, metavar="N", help="tokens per sequence")
-    parser.add_argument("--rounds", type=options.positive_int, default=5, metavar="N", help="turns, each on pairs of its own")
-    parser.add_argument("--seed", type=options.seed, default=0, help="draws lengths, tokens and adapters")
+    parser.add_argument(
+        "--data", metavar="FILE", help="pairs whose lengths are taken (default: drawn)"
+    )
+    parser.add_argument(
+        "--pairs", type=options.positive_int, default=8, metavar="N", help="pairs of a turn"
+    )
+    parser.add_argument(
+        "--responses",
+        type=options.positive_int,
+        default=16,
+        metavar="N",
+        help="responses of a ranking",
+    )
+    parser.add_argument(
+        "--batch-size", type=options.positive_int, default=16, metavar="N", help="Judge's"
+    )
+    parser.add_argument(
+        "--max-length",
+        type=options.positive_int,
+        default=512,
+        metavar="N",
+        help="tokens per sequence",
+    )
+    parser.add_argument(
+        "--rounds",
+        type=options.positive_int,
+        default=5,
+        metavar="N",
+        help="turns, each on pairs of its own",
+    )
+    parser.add_argument(
+        "--seed", type=options.seed, default=0, help="draws lengths, tokens and adapters"
+    )
     args = parser.parse_args(argv)
     device, s = pick_device(args.device), SHAPES[args.shape]
     best = matrix_peak(device, compute_dtype(args.bits, device))
@@ -140,17 +175,42 @@ def main(argv=None) -> None:
             for way, score in ways.items():
                 times[way].append(seconds(device, score, judge, rows))
         results = {way: f(judge, turns[0]) for way, f in ways.items()}
-        peaks = {way: peak_bytes(judge.model, None, f, judge, turns[0][:16]) for way, f in ways.items()}
-        tokens = [2 * sum(row.length + PIECES["reward"].fixed_tokens for row in rows) for rows in turns]
+        peaks = {
+            way: peak_bytes(judge.model, None, f, judge, turns[0][:16]) for way, f in ways.items()
+        }
+        tokens = [
+            2 * sum(row.length + PIECES["reward"].fixed_tokens for row in rows) for rows in turns
+        ]
         for way, turn_times in times.items():
             pairs = f"{statistics.median(len(rows) / t for rows, t in zip(turns, turn_times)):.2f}"
             speed = f"{statistics.median(n / t for n, t in zip(tokens, turn_times)):,.0f}"
-            faster = "" if way == "ours" else spread([t / t_ours for t, t_ours in zip(turn_times, times["ours"])])
+            faster = (
+                ""
+                if way == "ours"
+                else spread([t / t_ours for t, t_ours in zip(turn_times, times["ours"])])
+            )
             apart = "" if way == "ours" else f"{(results[way] - results['ours']).abs().max():.0e}"
             lines.append([name, way, pairs, speed, faster, f"{peaks[way] / GIB:.2f}", apart])
-        reached[name] = statistics.median(operations(s, rows) / t for rows, t in zip(turns, times["ours"]))
-    best = max(best, matrix_peak(device, compute_dtype(args.bits, device)))  # something else may have run during the first
-    print(table(["task", "way", "pairs/s", "tokens/s", "ours is faster by", "peak GiB", "log-odds apart"], lines))
+        reached[name] = statistics.median(
+            operations(s, rows) / t for rows, t in zip(turns, times["ours"])
+        )
+    best = max(
+        best, matrix_peak(device, compute_dtype(args.bits, device))
+    )  # something else may have run during the first
+    print(
+        table(
+            [
+                "task",
+                "way",
+                "pairs/s",
+                "tokens/s",
+                "ours is faster by",
+                "peak GiB",
+                "log-odds apart",
+            ],
+            lines,
+        )
+    )
     place = machine(device)
     print(
         f"\n{args.shape}, {args.bits} bits, at most {args.max_length} tokens ({'of ' + args.data if args.data else 'drawn'}), "

@@ -88,7 +88,9 @@ def usual_batch(stage: str, rows: list[EncodedPair]) -> dict[str, torch.Tensor]:
         labels = torch.cat([torch.full((len(rows), 1), IGNORED), targets[:, :-1]], dim=1)
     else:
         verdicts = [LABELS[label] for label in right_labels(rows)]
-        labels = pad([[IGNORED] * len(ids) + [verdict] for ids, verdict in zip(sequences, verdicts)], IGNORED)
+        labels = pad(
+            [[IGNORED] * len(ids) + [verdict] for ids, verdict in zip(sequences, verdicts)], IGNORED
+        )
         sequences = [ids + [verdict] for ids, verdict in zip(sequences, verdicts)]
     mask = pad([[1] * len(ids) for ids in sequences], 0)
     return {"input_ids": pad(sequences, 0), "attention_mask": mask, "labels": labels}
@@ -132,9 +134,17 @@ def trl_trainer(kind: str, model, stage: str, batches: list[list[EncodedPair]], 
         config = trl.RewardConfig(**options)
     else:
         batch = [usual_batch(stage, [row]) for row in rows]
-        data = Dataset.from_dict({name: [one[name][0].tolist() for one in batch] for name in ("input_ids", "labels")})
+        data = Dataset.from_dict(
+            {name: [one[name][0].tolist() for one in batch] for name in ("input_ids", "labels")}
+        )
         config = trl.SFTConfig(**options, dataset_kwargs={"skip_prepare_dataset": True})
-    trainer = getattr(trl, kind)(model=model, args=config, train_dataset=data, processing_class=tokenizer, callbacks=[callback])
+    trainer = getattr(trl, kind)(
+        model=model,
+        args=config,
+        train_dataset=data,
+        processing_class=tokenizer,
+        callbacks=[callback],
+    )
     trainer.remove_callback(PrinterCallback)
     return trainer
 
@@ -143,7 +153,13 @@ class InTurns(TrainerCallback):
     """Times each step of a trainer, and after it ours on the same batch."""
 
     def __init__(self, device, ours, batches):
-        self.device, self.ours, self.batches, self.times, self.began = device, ours, batches, [], 0.0
+        self.device, self.ours, self.batches, self.times, self.began = (
+            device,
+            ours,
+            batches,
+            [],
+            0.0,
+        )
 
     def on_step_begin(self, args, state, control, **more):
         synchronize(self.device)
@@ -160,27 +176,48 @@ def with_scalar_head(s: Shape, args, device):
     with tempfile.TemporaryDirectory() as folder:
         config = s.config()
         config.num_labels, config.pad_token_id = 1, 0
-        AutoModelForSequenceClassification.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
+        AutoModelForSequenceClassification.from_config(
+            config, dtype=torch.bfloat16
+        ).save_pretrained(folder)
         dtype = compute_dtype(args.bits, device)
         model = AutoModelForSequenceClassification.from_pretrained(
             folder, dtype=dtype, device_map={"": device}, **quantization(args.bits, dtype)
         )
     model.requires_grad_(False)
-    lora = LoraConfig(r=args.lora_rank, lora_alpha=2 * args.lora_rank, target_modules="all-linear", task_type="SEQ_CLS")
+    lora = LoraConfig(
+        r=args.lora_rank,
+        lora_alpha=2 * args.lora_rank,
+        target_modules="all-linear",
+        task_type="SEQ_CLS",
+    )
     return get_peft_model(model, lora)
 
 
 # ---- measuring ----------------------------------------------------------------------------------------
 
 
-def operations(s: Shape, stage: str, rows: list[EncodedPair], rank: int, checkpointing: bool) -> float:
+def operations(
+    s: Shape, stage: str, rows: list[EncodedPair], rank: int, checkpointing: bool
+) -> float:
     """Floating-point operations that a step needs, padding apart; the head of gram_mini/studies/speed/bounds.py says what counts."""
-    total, passes = 0, 3 if checkpointing else 2  # forward, and the gradient of the inputs; frozen weights need none
-    frozen, adapter = (sum(f(i, o) for i, o in s.linear()) for f in (lambda i, o: i * o, lambda i, o: rank * (i + o)))
+    total, passes = (
+        0,
+        3 if checkpointing else 2,
+    )  # forward, and the gradient of the inputs; frozen weights need none
+    frozen, adapter = (
+        sum(f(i, o) for i, o in s.linear())
+        for f in (lambda i, o: i * o, lambda i, o: rank * (i + o))
+    )
     for row in rows:
         length = row.length + PIECES[stage].fixed_tokens
-        layer = passes * 2 * length * frozen + (passes + 1) * (2 * length * adapter + 2 * length**2 * s.queries)
-        logits = trained_tokens(PIECES[stage], [row]) * s.vocabulary if stage == "pretrain" else len(LABELS)
+        layer = passes * 2 * length * frozen + (passes + 1) * (
+            2 * length * adapter + 2 * length**2 * s.queries
+        )
+        logits = (
+            trained_tokens(PIECES[stage], [row]) * s.vocabulary
+            if stage == "pretrain"
+            else len(LABELS)
+        )
         total += s.layers * layer + 2 * 2 * logits * s.hidden
     return total
 
@@ -206,8 +243,12 @@ def compare(s: Shape, stage: str, args, device: torch.device) -> tuple[list[list
         take_step(model, optimizer, loss_of(model, stage, batch, pieces))
 
     usual(batches[0]), ours(batches[0])  # warm-up
-    usual_peak, our_peak = (peak_bytes(model, optimizer, way, batches[largest]) for way in (usual, ours))
-    usual_times, our_times = zip(*((seconds(device, usual, batch), seconds(device, ours, batch)) for batch in batches))
+    usual_peak, our_peak = (
+        peak_bytes(model, optimizer, way, batches[largest]) for way in (usual, ours)
+    )
+    usual_times, our_times = zip(
+        *((seconds(device, usual, batch), seconds(device, ours, batch)) for batch in batches)
+    )
     results = [("ours", our_times, None, our_peak), ("usual", usual_times, our_times, usual_peak)]
     for kind in TRAINERS[stage] if args.peer else ():
         theirs = with_scalar_head(s, args, device) if kind == "RewardTrainer" else model
@@ -215,7 +256,9 @@ def compare(s: Shape, stage: str, args, device: torch.device) -> tuple[list[list
         trainer = trl_trainer(kind, theirs, stage, batches, args, turns)
         trainer.train()
         place = largest * args.batch_size
-        batch = trainer.data_collator([trainer.train_dataset[k] for k in range(place, place + args.batch_size)])
+        batch = trainer.data_collator(
+            [trainer.train_dataset[k] for k in range(place, place + args.batch_size)]
+        )
         batch = {name: tensor.to(device) for name, tensor in batch.items()}
         peak = peak_bytes(theirs, trainer.optimizer, trainer.training_step, theirs, batch)
         theirs.zero_grad()
@@ -227,22 +270,55 @@ def compare(s: Shape, stage: str, args, device: torch.device) -> tuple[list[list
         per_second = f"{statistics.median(len(batch) / t for batch, t in zip(batches, times)):.2f}"
         speed = f"{statistics.median(n / t for n, t in zip(tokens, times)):,.0f}"
         faster = spread([t / ours for t, ours in zip(times, beside)]) if beside else ""
-        lines.append([stage, way, per_second, speed, faster, f"{peak / GIB:.2f}", f"{our_peak / peak:.2f}" if beside else ""])
-    needed = [operations(s, stage, batch, args.lora_rank, args.gradient_checkpointing) for batch in batches]
+        lines.append(
+            [
+                stage,
+                way,
+                per_second,
+                speed,
+                faster,
+                f"{peak / GIB:.2f}",
+                f"{our_peak / peak:.2f}" if beside else "",
+            ]
+        )
+    needed = [
+        operations(s, stage, batch, args.lora_rank, args.gradient_checkpointing)
+        for batch in batches
+    ]
     return lines, statistics.median(n / t for n, t in zip(needed, our_times))
 
 
 def main(argv=None) -> None:
     parser = options.parser(__doc__, EXAMPLES)
     add_model_options(parser)
-    parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES), help="what to train")
-    parser.add_argument("--data", metavar="FILE", help="pairs whose lengths are taken (default: drawn)")
-    parser.add_argument("--batch-size", type=options.positive_int, default=4, metavar="N", help="pairs per step")
-    parser.add_argument("--max-length", type=options.positive_int, default=512, metavar="N", help="tokens per sequence")
+    parser.add_argument(
+        "--stages", nargs="+", choices=STAGES, default=list(STAGES), help="what to train"
+    )
+    parser.add_argument(
+        "--data", metavar="FILE", help="pairs whose lengths are taken (default: drawn)"
+    )
+    parser.add_argument(
+        "--batch-size", type=options.positive_int, default=4, metavar="N", help="pairs per step"
+    )
+    parser.add_argument(
+        "--max-length",
+        type=options.positive_int,
+        default=512,
+        metavar="N",
+        help="tokens per sequence",
+    )
     parser.add_argument("--gradient-checkpointing", action="store_true", help="for all alike")
-    parser.add_argument("--rounds", type=options.positive_int, default=7, metavar="N", help="turns, each on a batch of its own")
+    parser.add_argument(
+        "--rounds",
+        type=options.positive_int,
+        default=7,
+        metavar="N",
+        help="turns, each on a batch of its own",
+    )
     parser.add_argument("--peer", choices=("trl",), help="another library to compare with")
-    parser.add_argument("--seed", type=options.seed, default=0, help="draws lengths, tokens and adapters")
+    parser.add_argument(
+        "--seed", type=options.seed, default=0, help="draws lengths, tokens and adapters"
+    )
     args = parser.parse_args(argv)
     device, s = pick_device(args.device), SHAPES[args.shape]
     dtype = compute_dtype(args.bits, device)
@@ -251,14 +327,29 @@ def main(argv=None) -> None:
         rows, reached[stage] = compare(s, stage, args, device)
         lines += rows
     best = max(best, matrix_peak(device, dtype))  # something else may have run during the first
-    print(table(["stage", "way", "pairs/s", "tokens/s", "ours is faster by", "peak GiB", "our peak / this"], lines))
+    print(
+        table(
+            [
+                "stage",
+                "way",
+                "pairs/s",
+                "tokens/s",
+                "ours is faster by",
+                "peak GiB",
+                "our peak / this",
+            ],
+            lines,
+        )
+    )
     name = machine(device)
     print(
         f"\n{args.shape}, {args.bits} bits, {args.batch_size} pairs of at most {args.max_length} tokens "
         f"({'of ' + args.data if args.data else 'drawn'}), {args.rounds} turns, {name}, torch {torch.__version__}"
     )
     for stage, speed in reached.items():
-        print(f"{stage}: {speed / 1e9:,.0f} of {best / 1e9:,.0f} GFLOP/s that {dtype} products reach here: {speed / best:.0%}")
+        print(
+            f"{stage}: {speed / 1e9:,.0f} of {best / 1e9:,.0f} GFLOP/s that {dtype} products reach here: {speed / best:.0%}"
+        )
 
 
 if __name__ == "__main__":

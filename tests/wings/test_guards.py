@@ -1,0 +1,166 @@
+"""What keeps the lesson short: who may import what, how long scripts and README are, and that every command is real."""
+
+import ast
+import re
+import shlex
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PACKAGE = ROOT / "gram_mini"
+LESSON = sorted(path for path in PACKAGE.glob("*.py"))
+WINGS = sorted(path.name for path in PACKAGE.iterdir() if (path / "__init__.py").is_file())
+SCRIPTS = ("train_pretrain.py", "train_reward.py", "score.py")
+READMES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *PACKAGE.glob("**/README.md")])
+
+
+def imports(path: Path) -> list[tuple[str, list[str]]]:
+    """(module, names) of each import of ours, those within functions too."""
+    found = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "gram_mini":
+            found.append((node.module, [alias.name for alias in node.names]))
+        elif isinstance(node, ast.Import):
+            found += [
+                (alias.name, [alias.name])
+                for alias in node.names
+                if alias.name.startswith("gram_mini")
+            ]
+    return found
+
+
+@pytest.mark.parametrize("path", LESSON, ids=lambda path: path.name)
+def test_the_lesson_imports_the_lesson_runs_and_reading_only(path):
+    lesson = {file.stem for file in LESSON}
+    for module, names in imports(path):
+        parts = module.split(".")[1:] or names
+        assert parts[0] in lesson | {"runs", "reading"}, f"{path.name} imports {module}"
+
+
+def test_the_lesson_is_a_dozen_files():
+    assert len(LESSON) <= 12 and WINGS == [
+        "baselines",
+        "reading",
+        "runs",
+        "serving",
+        "studies",
+        "village",
+    ]
+    assert all((PACKAGE / wing / "README.md").is_file() for wing in WINGS)
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_scripts_are_short(name):
+    text = (ROOT / name).read_text()
+    names = [name for _, names in imports(ROOT / name) for name in names]
+    assert len(text.splitlines()) <= 120 and len(names) <= 20, (len(text.splitlines()), len(names))
+    for word in ("accelerator", "revision", "recipe", "partial", "done["):
+        assert word not in text
+
+
+def test_both_training_scripts_have_the_same_headings_in_the_same_order():
+    headings = [
+        re.findall(r"^    # (\w+)", (ROOT / name).read_text(), re.MULTILINE) for name in SCRIPTS[:2]
+    ]
+    assert headings[0] == headings[1] == ["Pairs", "Judge", "Token", "Loop"]
+
+
+def test_the_training_step_stands_in_the_scripts():
+    for name, loss in zip(SCRIPTS[:2], ("chunked_pair_loss", "reward_loss")):
+        loop = (ROOT / name).read_text().split("# Loop")[1]
+        steps = [
+            "hidden_states(",
+            f"{loss}(",
+            ".backward()",
+            "clip_gradients(",
+            "optimizer.step()",
+            "schedule.step()",
+        ]
+        places = [loop.index(step) for step in steps]
+        assert places == sorted(places)
+    assert ".sigmoid()" in (ROOT / "score.py").read_text()
+
+
+def test_the_readme_is_short():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 170
+
+
+def test_the_top_level_is_what_our_user_fixed():
+    tracked = subprocess.run(
+        ["git", "ls-files"], capture_output=True, text=True, cwd=ROOT
+    ).stdout.splitlines()
+    if not tracked:
+        pytest.skip("no git checkout")
+    top = {name.split("/")[0] for name in tracked if not name.startswith(".")}
+    usual = {"Makefile", "LICENSE", "CONTRIBUTING.md", "CHANGELOG.md", "pyproject.toml"}
+    assert top - usual == {
+        "README.md", "requirements.txt", "gram_mini", "train_pretrain.py", "train_reward.py", "score.py", "tests",
+        "tutorial.ipynb",
+    }  # fmt: skip
+
+
+# ---- commands in READMEs ------------------------------------------------------------------------------
+
+
+def commands() -> list[tuple[str, str]]:
+    """(README, command) for every python and make command in code blocks and in code within the text."""
+    found = []
+    for path in READMES:
+        text = path.read_text().replace("\\\n", " ")
+        blocks = re.findall(r"```(?:bash|sh)\n(.*?)```", text, re.DOTALL)
+        lines = [line for block in blocks for line in block.splitlines()]
+        lines += re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", text, flags=re.DOTALL))
+        for line in lines:
+            command = line.split("  #")[0].strip()
+            if re.match(
+                r"(?:[A-Z_]+=\S+ )*(?:\.venv/bin/)?(?:python|make|accelerate launch)\b", command
+            ):
+                found.append((str(path.relative_to(ROOT)), command))
+    return sorted(set(found))
+
+
+@cache
+def help_of(*program: str) -> str:
+    done = subprocess.run(
+        [sys.executable, *program, "--help"], capture_output=True, text=True, cwd=ROOT
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize(("readme", "command"), commands())
+def test_every_command_in_a_readme_is_real(readme, command):
+    """The program answers --help, and knows every option and study or choice that the README gives it."""
+    words = [
+        word for word in shlex.split(command.replace("...", "")) if not re.match(r"[A-Z_]+=", word)
+    ]
+    words[0] = Path(words[0]).name
+    if words[0] == "make":
+        targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+        assert len(words) == 1 or words[1] in targets, f"{readme}: {command}"
+        return
+    if words[0] == "accelerate":
+        script = next(i for i, word in enumerate(words) if word.endswith(".py"))
+        words = ["python", *words[script:]]
+    program = ["-m", words[2]] if words[1:2] == ["-m"] else words[1:2]
+    if program[-1] in ("venv", "pip", "pytest", "accelerate.commands.launch") or not program:
+        return
+    if program[0].startswith("tests/"):
+        assert (ROOT / program[0]).is_file(), f"{readme}: {command}"
+        return
+    text = help_of(*program)
+    for option in [word for word in words if word.startswith("--")]:
+        assert re.search(rf"{option.split('=')[0]}\b", text), (
+            f"{readme}: {command}: no option {option}"
+        )
+
+
+@pytest.mark.parametrize("path", READMES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_in_a_readme_lead_somewhere(path):
+    for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", path.read_text()):
+        if not target.startswith(("http", "mailto")):
+            assert (path.parent / target).exists(), f"{path.name}: {target}"
