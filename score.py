@@ -1,20 +1,25 @@
-"""Score responses with a judge: which of two is better, a reward against a reference, a ranking of n.
+"""Score responses with a judge: which of two is better, a reward against a reference, a ranking of
+n.
 
-Every comparison is made in both orders. On the command line two responses give a comparison, more (or --rank)
-a ranking, --reference the reward of each. With --data, every row of a file becomes a line of JSON (a row that
-gives several pairs one line each, numbered by "pair"; a row that gives none a line with "skipped", the reason):
+Every comparison is made in both orders. On the command line two responses give a comparison, more
+(or --rank) a ranking, --reference the reward of each. With --data, every row of a file becomes a
+line of JSON (a row that gives several pairs one line each, numbered by "pair"; a row that gives
+none a line with "skipped", the reason):
 
   prompt, chosen, rejected (or any other format of gram_mini/reading/README.md)    -> a comparison
       probability    P(the first response, A, is better), the average of both orders
-      a_first, a_second    the same with A shown first, with A shown second; position_gap = how far they differ
+      a_first, a_second    the same with A shown first, with A shown second
+      position_gap   how far these two differ
       label_mass     how likely the model is to answer A or B at all
       truncated      whether the texts were cut to fit --max-length
       better         "A", "B", or null for a draw
   prompt, responses (a list) and perhaps reference                 -> a ranking
       order          numbers of the responses, from 0, best first
-      scores         one for each response, as given; comparisons = how many pairs were compared, truncated = cut
+      scores         one for each response, as given
+      comparisons    how many pairs were compared; truncated: how many of them were cut
 
-With --benchmark, --data holds a public benchmark, and --out gets its official figures (gram_mini/studies/README.md).
+With --benchmark, --data holds a public benchmark, and --out gets its official figures
+(gram_mini/studies/README.md).
 """
 
 from tqdm import tqdm
@@ -28,13 +33,18 @@ from gram_mini.runs.options import score_options
 from gram_mini.runs.scores import SELDOM, read_questions, write_scores
 from gram_mini.studies.benchmarks import score_benchmark
 
+SCORES = {  # what a ranking's scores are
+    "reference": "score = reward = P(better than the reference {!r})",
+    "round-robin": "score = mean P(better than another response)",
+    "knock-out": "score = rounds survived + P in the last one; only the first place is certain",
+}
+
 
 def main(argv=None):
     args = score_options(__doc__, argv)
     template = read_template(args.judge_template) if args.judge_template else None
-    judge = load_judge(
-        args.model, args.bits, args.device, args.max_length, args.batch_size, template
-    )
+    sizes = args.max_length, args.batch_size
+    judge = load_judge(args.model, args.bits, args.device, *sizes, template)
     if args.benchmark:
         score_benchmark(judge, args)
     elif args.data:
@@ -46,32 +56,25 @@ def main(argv=None):
 
 
 def score_pair(judge, args):
-    """Two responses: which is better? Every step from the label logits to the verdict; judge.compare is the same."""
+    """Which of two responses is better? Each step from log-odds to verdict, as in judge.compare."""
     rows = judge.encode([Pair(args.prompt, *args.response)])  # token ids, cut to --max-length
-    odds, mass, cut = judge.log_odds(
-        rows
-    )  # (1, 2): Z_a - Z_b where a is shown as A, and where a is shown as B
-    first, second = (
-        odds[0].sigmoid().tolist()
-    )  # P(a better) in each order: two labels, so their softmax is a sigmoid
-    if args.average == "probabilities":
-        p = (first + second) / 2
-    else:
-        p = odds[0].mean().sigmoid().item()
+    # Z_a - Z_b in both orders, (1, 2): where a is shown as A, and where a is shown as B
+    odds, mass, cut = judge.log_odds(rows)
+    # P(a better) in each order: of two labels the softmax is the sigmoid of their difference
+    first, second = odds[0].sigmoid().tolist()
+    p = (first + second) / 2 if args.average == "probabilities" else odds.mean().sigmoid().item()
 
     print(f"prompt  {args.prompt}\n  A     {args.response[0]}\n  B     {args.response[1]}")
-    print(
-        f"P(A better) = {p:.3f}, from {first:.3f} with A shown first and {second:.3f} with B shown first"
-    )
+    orders = f"{first:.3f} with A shown first and {second:.3f} with B shown first"
+    print(f"P(A better) = {p:.3f}, from {orders}")
     print(f"position gap {abs(first - second):.3f}; mass on the labels {mass.mean():.3f}")
     if mass.mean() < SELDOM:
         print("The model hardly answers A or B here: do not rely on what follows.")
     if cut.any():
         print(f"the texts were cut to {judge.max_length} tokens")
     if preferred(p):
-        print(
-            f"Response {'A' if preferred(p) > 0 else 'B'} is better, with probability {max(p, 1 - p):.3f}."
-        )
+        better = "A" if preferred(p) > 0 else "B"
+        print(f"Response {better} is better, with probability {max(p, 1 - p):.3f}.")
     else:
         print("Neither is better.")
 
@@ -80,18 +83,13 @@ def score_responses(judge, args):
     """Several responses, best first. A reward is P(better than the reference)."""
     ranking = rank(judge, args.prompt, args.response, args.reference, args)
     print(f"prompt  {args.prompt}")
-    print(
-        f"ranked by {ranking.method}, {ranking.comparisons} comparisons, each in both orders; best first:"
-    )
+    comparisons = f"{ranking.comparisons} comparisons, each in both orders"
+    print(f"ranked by {ranking.method}, {comparisons}; best first:")
     if ranking.truncated:
         print(f"in {ranking.truncated} of them the texts were cut to {judge.max_length} tokens")
     for place, i in enumerate(ranking.order, start=1):
         print(f"  {place}. {ranking.scores[i]:6.3f}  {args.response[i]}")
-    print({
-        "reference": f"score = reward = P(better than the reference {args.reference!r})",
-        "round-robin": "score = mean P(better than another response)",
-        "knock-out": "score = rounds survived + P in the last one; only the first place is decided by comparing",
-    }[ranking.method])  # fmt: skip
+    print(SCORES[ranking.method].format(args.reference))
 
 
 def rank(judge, prompt, responses, reference, args):
@@ -100,21 +98,16 @@ def rank(judge, prompt, responses, reference, args):
 
 
 def score_rows(judge, args):
-    """The rows of a file: all pairs are compared in one go, so that what they share is computed once."""
+    """The rows of a file. All pairs go in one call, so that shared beginnings are computed once."""
     questions = read_questions(args)
-    compared = iter(
-        judge.compare_many(
-            [p for q in questions for p in q.pairs], args.average, progress="scoring"
-        )
-    )
+    pairs = [pair for question in questions for pair in question.pairs]
+    compared = iter(judge.compare_many(pairs, args.average, progress="scoring"))
     answers = []
     for q in tqdm(questions, desc="scoring", delay=2, leave=False):
-        ranked = q.responses is not None
-        answers.append(
-            rank(judge, q.prompt, q.responses, q.reference, args)
-            if ranked
-            else [next(compared) for _ in q.pairs]
-        )
+        if q.responses is None:
+            answers.append([next(compared) for _ in q.pairs])
+        else:
+            answers.append(rank(judge, q.prompt, q.responses, q.reference, args))
     write_scores(args, questions, answers, judge.max_length)
 
 

@@ -1,5 +1,6 @@
-"""Stage 1 of GRAM: learn to generate the pair of responses, -log pi(y_a, y_b | x), from pairs that nobody labelled.
+"""Stage 1 of GRAM: learn to generate a pair of responses, from pairs that nobody labelled.
 
+The loss is -log pi(y_a, y_b | x), the next-token loss on both responses y_a, y_b after the prompt x.
 Any preference data will do: labels are dropped, and which response comes first is drawn at random.
 """
 
@@ -12,10 +13,9 @@ from gram_mini.evaluation import pair_losses
 from gram_mini.model import add_lora, hidden_states, load_model, load_tokenizer, output_head
 from gram_mini.pairs import split_by_prompt
 from gram_mini.prompts import label_tokens, pair_prompt
-from gram_mini.reading.load import load_pairs
-from gram_mini.runs.options import pretrain_options, reading
+from gram_mini.runs.options import pretrain_options
 from gram_mini.runs.run import Run
-from gram_mini.training import clip_gradients, draw_batches, number_of_steps, optimizer_and_schedule
+from gram_mini.training import clip_gradients, draw_batches, optimizer_and_schedule
 
 
 def main(argv=None):
@@ -23,9 +23,8 @@ def main(argv=None):
     run = Run("pretrain", args)
 
     # Pairs
-    data = load_pairs(args.data, labelled=False, seed=args.seed, **reading(args))
-    run.say(data.summary())
-    train_pairs, held_out_pairs = split_by_prompt(data.pairs, args.held_out, args.seed)
+    pairs = run.load_pairs(labelled=False)
+    train_pairs, held_out_pairs = split_by_prompt(pairs, args.held_out, args.seed)
 
     # Judge: no judge yet, but the model that will be one, with an adapter to train
     tokenizer = load_tokenizer(run.backbone)
@@ -37,27 +36,22 @@ def main(argv=None):
     # Token ids
     train = encode_pairs(train_pairs, prompt, tokenizer, args.max_length)
     held_out = encode_pairs(held_out_pairs, prompt, tokenizer, args.max_length)
-    run.describe(data, train, held_out, prompt)
+    run.describe(train, held_out, prompt)
 
     # Loop
-    steps = number_of_steps(len(train), run.rows_per_step, args.epochs, args.steps)
+    steps = run.number_of_steps(len(train))
     optimizer, schedule = optimizer_and_schedule(model, args.lr, steps)
     batches = draw_batches(
         train, run.rows_per_step, args.seed
-    )  # the order of the responses is drawn too
+    )  # y_a and y_b change places at random
     for batch in run.steps(batches, steps, model, optimizer, schedule):
         for part in run.passes(batch):  # all at once, or as many rows as fit
-            ids, targets = pair_batch(
-                part, prompt, run.device
-            )  # (B, T), (B, T): the next token, IGNORED on x
+            ids, targets = pair_batch(part, prompt, run.device)  # (B, T), (B, T): the next token
             hidden = hidden_states(model, ids)  # (B, T, H)
-            pair = targets != IGNORED  # (B, T): where a token of y_a, y_b or a marker follows
-            loss = chunked_pair_loss(
-                hidden[pair], targets[pair], output_head(model)
-            )  # -log pi(y_a, y_b | x) per token
-            share = trained_tokens(prompt, part) / trained_tokens(
-                prompt, batch
-            )  # the step's loss is a mean over tokens
+            pair = targets != IGNORED  # (B, T): where a token of y_a, y_b or a marker comes next
+            head = output_head(model)  # logits are made of these hidden states alone
+            loss = chunked_pair_loss(hidden[pair], targets[pair], head)  # -log pi(y_a, y_b | x)
+            share = trained_tokens(prompt, part) / trained_tokens(prompt, batch)  # mean over tokens
             (loss * share).backward()
             run.note(share, ids.numel(), loss=loss)
         if run.finite(clip_gradients(model)):
@@ -65,13 +59,10 @@ def main(argv=None):
         optimizer.zero_grad()
         schedule.step()
         if held_out and run.evaluation_due():
-            judged = run.in_shares(
-                lambda rows: pair_losses(model, rows, prompt, args.batch_size, args.batch_tokens),
-                held_out,
-            )
-            run.log_held_out(
-                {"loss": sum(loss for loss, _ in judged) / sum(tokens for _, tokens in judged)}
-            )
+            sizes = args.batch_size, args.batch_tokens
+            losses = run.in_shares(lambda rows: pair_losses(model, rows, prompt, *sizes), held_out)
+            nats, tokens = map(sum, zip(*losses))
+            run.log_held_out({"loss": nats / tokens})
 
     if run.evaluation:
         run.say(f"held-out loss {run.evaluation['loss']:.3f} nats per token")

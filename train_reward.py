@@ -22,10 +22,9 @@ from gram_mini.model import (
     output_logits,
 )
 from gram_mini.pairs import split_by_prompt
-from gram_mini.reading.load import load_pairs
-from gram_mini.runs.options import reading, reward_options
+from gram_mini.runs.options import reward_options
 from gram_mini.runs.run import Run
-from gram_mini.training import clip_gradients, draw_batches, number_of_steps, optimizer_and_schedule
+from gram_mini.training import clip_gradients, draw_batches, optimizer_and_schedule
 
 
 def main(argv=None):
@@ -33,51 +32,42 @@ def main(argv=None):
     run = Run("reward", args)
 
     # Pairs
-    data = load_pairs(args.data, labelled=True, seed=args.seed, **reading(args))
-    run.say(data.summary())
-    train_pairs, held_out_pairs = split_by_prompt(data.pairs, args.held_out, args.seed)
+    pairs = run.load_pairs(labelled=True)
+    train_pairs, held_out_pairs = split_by_prompt(pairs, args.held_out, args.seed)
 
     # Judge: the model, with the adapter of stage 1 or a fresh one, and the judge's question
     tokenizer = load_tokenizer(run.backbone)
     torch.manual_seed(args.seed)
     model = load_model(run.backbone, args.bits, run.device, args.gradient_checkpointing)
     model = load_lora(model, args.init) if args.init else add_lora(model, args.lora_rank)
-    judge = Judge(
-        model, tokenizer, args.max_length, args.batch_size, run.template, args.batch_tokens
-    )
-    prompt, labels = (
-        judge.prompt,
-        judge.labels,
-    )  # the question around x, y_a and y_b; the tokens of A and B
+    sizes = args.max_length, args.batch_size
+    judge = Judge(model, tokenizer, *sizes, run.template, args.batch_tokens)
+    prompt = judge.prompt  # the fixed words around x, y_a and y_b
+    labels = judge.labels  # the tokens of A and B
 
     # Token ids
     train, held_out = judge.encode(train_pairs), judge.encode(held_out_pairs)
-    run.describe(data, train, held_out, prompt)
+    run.describe(train, held_out, prompt)
 
     # Loop
-    steps = number_of_steps(len(train), run.rows_per_step, args.epochs, args.steps)
+    steps = run.number_of_steps(len(train))
     optimizer, schedule = optimizer_and_schedule(model, args.lr, steps)
     batches = draw_batches(
         train, run.rows_per_step, args.seed
-    )  # the order of the responses is drawn too
+    )  # y_a and y_b change places at random
     for batch in run.steps(batches, steps, model, optimizer, schedule):
         for part in run.passes(batch):  # all at once, or as many rows as fit
-            ids, last, right = judge_batch(
-                part, prompt, run.device
-            )  # (B, T), (B,), (B,): 0 where A is better, 1 where B
+            ids, last, right = judge_batch(part, prompt, run.device)  # (B, T), (B,), (B,)
             hidden = hidden_states(model, ids)  # (B, T, H)
             verdict = hidden[torch.arange(len(part)), last]  # (B, H), where A or B would come next
-            z = output_logits(
-                model, verdict, labels
-            )  # (B, 2): Z_A, Z_B, two rows of the output matrix
+            z = output_logits(model, verdict, labels)  # (B, 2): Z_A, Z_B
             loss = reward_loss(z, right, args.label_smoothing)  # -log sigmoid(m) + eps m
-            share = len(part) / len(batch)  # the step's loss is a mean over pairs
+            share = len(part) / len(batch)  # mean over pairs
             (loss * share).backward()
             m = margins(z, right)  # (B,): Z_w - Z_l
-            run.note(
-                share, ids.numel(), loss=loss, accuracy=(m > 0).float().mean(), margin=m.mean()
-            )
-            if run.logs():  # this needs the whole output matrix, so only now and then
+            accuracy = (m > 0).float().mean()
+            run.note(share, ids.numel(), loss=loss, accuracy=accuracy, margin=m.mean())
+            if run.logs():  # step 7 of losses.py; it needs all logits, so only now and then
                 run.note(share, label_mass=judge.label_mass(verdict.detach()).mean())
         if run.finite(clip_gradients(model)):
             optimizer.step()

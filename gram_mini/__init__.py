@@ -1,9 +1,11 @@
 """gram_mini: a generative foundation reward model, small enough to read.
 
-Data flows one way:
+The lesson is the three scripts at the top level and the files in this folder. Read them in this order:
 
-    data -> prompts -> batches -> backbone -> losses -> (the loop, in the scripts) -> reward_model -> evaluation
+    pairs -> prompts -> batches -> model -> losses -> training -> judge -> evaluation
 
-world/ is the embedded village that all of it can be tried on; training holds what surrounds a loop;
-options and errors are what the scripts share.
+chunked and prefixes are the fast twins of losses and judge; errors says how a user is told what is wrong.
+
+What is not the lesson has a folder, and a README in it: village/ (the tiny world whose truth is known),
+reading/ (files and formats), runs/ (what surrounds a run), baselines/, serving/, studies/.
 """

@@ -1,7 +1,7 @@
 """From pairs of text to padded tensors: encode, cut to length, put in order, collate.
 
-One row is one pair in one order: y_a stands in the place of assistant A, y_b in the place of assistant B.
-``row.swapped()`` is the other order, with the label turned round.
+One row is one pair in one order: y_a stands in the place of assistant A, y_b in the place of
+assistant B. ``row.swapped()`` is the other order, with the label turned round.
 """
 
 from __future__ import annotations
@@ -59,13 +59,14 @@ class EncodedPair:
         )
 
 
-# ---- encode and cut -----------------------------------------------------------------------------------
+# ---- encode and cut ------------------------------------------------------------------
 
 
 def encode_pairs(
     pairs: list[Pair], pieces: PromptPieces, tokenizer, max_length: int
 ) -> list[EncodedPair]:
-    """Tokenise pairs and cut each so that it fits ``max_length`` tokens together with its prompt pieces.
+    """Tokenise pairs and cut each so that it fits ``max_length`` tokens together with its prompt
+    pieces.
 
     Raises:
         UserError: if ``max_length`` leaves no room for the three texts.
@@ -86,15 +87,15 @@ def encode_pairs(
             for pair in chunk
             for text in (pair.prompt, pair.response_a, pair.response_b)
         ]
-        # A response that spells out "<|im_end|>" must not end the user's turn: inside a text it is only text.
+        # A response that spells out "<|im_end|>" must not end the user's turn: inside a text it is
+        # only text.
         ids = tokenizer(texts, add_special_tokens=False, split_special_tokens=True, verbose=False)[
             "input_ids"
         ]
         for pair, prompt, a, b in zip(chunk, ids[0::3], ids[1::3], ids[2::3]):
             uncut = (len(prompt), len(a), len(b))
-            cut = (
-                array("i", text) for text in truncate(prompt, a, b, budget)
-            )  # 4 bytes a token; a list takes 36
+            # 4 bytes a token; a list takes 36
+            cut = (array("i", text) for text in truncate(prompt, a, b, budget))
             encoded.append(EncodedPair(*cut, pair.label, pair.row, uncut))
     return encoded
 
@@ -104,9 +105,9 @@ def truncate(
 ) -> tuple[list[int], list[int], list[int]]:
     """Cut three token lists to ``budget`` tokens in all, without favour to either response.
 
-    The prompt gives way first, from its beginning (its end holds the question), down to a third of the
-    budget. Then both responses lose the same share of their tokens, from their ends. Exchanging a and b
-    exchanges the results.
+    The prompt gives way first, from its beginning (its end holds the question), down to a third of
+    the budget. Then both responses lose the same share of their tokens, from their ends. Exchanging
+    a and b exchanges the results.
     """
     if len(prompt) + len(a) + len(b) <= budget:
         return prompt, a, b
@@ -121,14 +122,14 @@ def truncate(
     return prompt[len(prompt) - keep :], a, b
 
 
-# ---- order --------------------------------------------------------------------------------------------
+# ---- order ---------------------------------------------------------------------------
 
 
 def batch_order(lengths: list[int], batch_size: int, rng: random.Random) -> list[list[int]]:
     """One epoch as lists of row numbers: random order, but rows of similar length together.
 
-    Rows are shuffled, sorted by length within blocks of 16 batches, and the batches shuffled again. So
-    little is padded and no epoch resembles another.
+    Rows are shuffled, sorted by length within blocks of 16 batches, and the batches shuffled again.
+    So little is padded and no epoch resembles another.
     """
     order = rng.sample(range(len(lengths)), len(lengths))
     block = 16 * batch_size
@@ -149,10 +150,11 @@ def split_by_tokens(
 ):
     """Yield slices of consecutive sequences, each for one forward pass.
 
-    Padded, the sequences of a slice take ``tokens`` at most, and they are ``most`` at most (None: no limit). A
-    sequence that is too long for ``tokens`` comes by itself. A slice ends, too, where more than the share
-    ``padding`` of it would be padding, if it is large enough to keep a processor busy (ENOUGH). That never
-    happens within one of the ``groups``, whose sequences may share their beginning.
+    Padded, the sequences of a slice take ``tokens`` at most, and they are ``most`` at most (None:
+    no limit). A sequence that is too long for ``tokens`` comes by itself. A slice ends, too, where
+    more than the share ``padding`` of it would be padding, if it is large enough to keep a
+    processor busy (ENOUGH). That never happens within one of the ``groups``, whose sequences may
+    share their beginning.
     """
     start, longest, total, tokens = 0, 0, 0, tokens or math.inf
     for i, length in enumerate(lengths):
@@ -168,7 +170,7 @@ def split_by_tokens(
         yield slice(start, len(lengths))
 
 
-# ---- collate ------------------------------------------------------------------------------------------
+# ---- collate -------------------------------------------------------------------------
 
 
 def join(pieces: PromptPieces, row: EncodedPair) -> list[int]:
@@ -185,8 +187,8 @@ def pair_segments(pieces: PromptPieces, row: EncodedPair) -> Segments:
 def pad(rows: Sequence[Sequence[int]], value: int = 0) -> torch.Tensor:
     """Right-pad token lists to a tensor (B, T).
 
-    Which token pads does not matter, and no attention mask is needed: attention is causal, so what stands to
-    the right of a token cannot change it.
+    Which token pads does not matter, and no attention mask is needed: attention is causal, so what
+    stands to the right of a token cannot change it.
     """
     length = max(map(len, rows))
     return torch.tensor([[*row, *[value] * (length - len(row))] for row in rows])  # (B, T)
@@ -206,14 +208,14 @@ def next_tokens(ids: list[int], given: int) -> list[int]:
 def pair_batch(
     rows: list[EncodedPair], pieces: PromptPieces, device="cpu"
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Stage 1: sequences, and as targets the next token wherever it belongs to the assistant's turn.
+    """Stage 1: sequences, and as targets the next token wherever it belongs to the assistant's
+    turn.
 
     Returns ids (B, T) and targets (B, T), IGNORED on the prompt and on padding.
     """
     sequences = [join(pieces, row) for row in rows]
-    given = [
-        len(pieces.start) + len(row.prompt) + pieces.untrained for row in rows
-    ]  # tokens that are not trained on
+    # tokens that are not trained on
+    given = [len(pieces.start) + len(row.prompt) + pieces.untrained for row in rows]
     targets = pad([next_tokens(*pair) for pair in zip(sequences, given)], IGNORED)
     return pad(sequences).to(device), targets.to(device)
 
@@ -223,8 +225,8 @@ def judge_batch(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Stage 2 and scoring: judge prompts, where each ends, and which label is right.
 
-    Returns ids (B, T); last (B,), the position of the last token, after which the verdict stands; and right (B,),
-    0 where A is the better response, 1 where B is, -1 where there is no label.
+    Returns ids (B, T); last (B,), the position of the last token, after which the verdict stands;
+    and right (B,), 0 where A is the better response, 1 where B is, -1 where there is no label.
     """
     sequences = [join(pieces, row) for row in rows]
     last = torch.tensor([len(ids) - 1 for ids in sequences])

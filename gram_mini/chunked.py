@@ -1,9 +1,10 @@
 """The fast twin of losses.pair_loss: the same number and the same gradient, with little memory.
 
-Logits are what fills the memory in stage 1. With 151,936 tokens in the vocabulary they take 0.6 MB for each trained
-token, more than all layers keep for it. Here the logits of a few hundred tokens are made, turned into their gradient
-in place, and dropped, before the next ones are made. That works because the output matrix is frozen: only the
-gradient of the hidden states, (N, H), has to be kept. tests/lesson/test_losses.py holds both twins together.
+Logits are what fills the memory in stage 1. With 151,936 tokens in the vocabulary they take 0.6 MB
+for each trained token, more than all layers keep for it. Here the logits of a few hundred tokens
+are made, turned into their gradient in place, and dropped, before the next ones are made. That
+works because the output matrix is frozen: only the gradient of the hidden states, (N, H), has to be
+kept. tests/lesson/test_losses.py holds both twins together.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ def rows_at_once(head) -> int:
 
 
 def chunked_pair_loss(hidden: torch.Tensor, targets: torch.Tensor, head) -> torch.Tensor:
-    """``pair_loss(head(hidden), targets)`` without holding the logits of more than a few hundred tokens at once.
+    """``pair_loss(head(hidden), targets)`` without holding the logits of more than a few hundred
+    tokens at once.
 
     Args:
         hidden: (N, H), the last hidden states where a trained token follows.
@@ -36,10 +38,11 @@ def chunked_pair_loss(hidden: torch.Tensor, targets: torch.Tensor, head) -> torc
 
 
 class _InChunks(torch.autograd.Function):
-    """Makes the gradient of each chunk right after its loss, so that the logits of one chunk are all that is ever there.
+    """Makes the gradient of each chunk right after its loss, so that the logits of one chunk are
+    all that is ever there.
 
-    torch 2.13 has F.linear_cross_entropy, which does the same, but in bfloat16 it adds up the loss in bfloat16 (with 100 chunks
-    it was off by 2%), and it knows no cap.
+    torch 2.13 has F.linear_cross_entropy, which does the same, but in bfloat16 it adds up the loss
+    in bfloat16 (with 100 chunks it was off by 2%), and it knows no cap.
     """
 
     @staticmethod
@@ -59,10 +62,8 @@ def _chunk(
     hidden: torch.Tensor, targets: torch.Tensor, head, with_gradient: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Summed negative log-likelihood of a few tokens, and its gradient (n, H), in the memory of one (n, V) of logits."""
-    hidden, targets = (
-        hidden.detach().requires_grad_(with_gradient),
-        targets[:, None],
-    )  # (n, H), (n, 1)
+    # (n, H), (n, 1)
+    hidden, targets = (hidden.detach().requires_grad_(with_gradient), targets[:, None])
     with torch.enable_grad():
         logits = head(hidden)  # (n, V)
     z = logits.detach().to(torch.promote_types(logits.dtype, torch.float32), copy=bool(head.cap))
@@ -72,18 +73,16 @@ def _chunk(
     loss = (sums.log() + largest - right).sum()
     if not with_gradient:
         return loss, None
-    z.div_(sums).scatter_add_(
-        1, targets, -torch.ones_like(sums)
-    )  # d loss / d logits: probabilities, less 1 at the target
+    # d loss / d logits: probabilities, less 1 at the target
+    z.div_(sums).scatter_add_(1, targets, -torch.ones_like(sums))
     return loss, torch.autograd.grad(logits, hidden, z.to(logits.dtype))[0]
 
 
 @torch.no_grad()
 def token_losses(hidden: torch.Tensor, targets: torch.Tensor, head) -> torch.Tensor:
     """Negative log-likelihood (N,) of each token, in nats, for evaluation; arguments as above."""
-    chunks = zip(
-        hidden.split(rows_at_once(head)), targets.split(rows_at_once(head))
-    )  # (n, H), (n,)
+    # (n, H), (n,)
+    chunks = zip(hidden.split(rows_at_once(head)), targets.split(rows_at_once(head)))
     return torch.cat(
         [F.cross_entropy(at_least_float32(head(h)), t, reduction="none") for h, t in chunks]
     )

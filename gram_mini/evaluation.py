@@ -18,7 +18,7 @@ from gram_mini.model import evaluating, hidden_states, output_head
 from gram_mini.pairs import Pair
 from gram_mini.prompts import PromptPieces
 
-# ---- stage 1 ------------------------------------------------------------------------------------------
+# ---- stage 1 -------------------------------------------------------------------------
 
 
 def pair_losses(
@@ -35,15 +35,16 @@ def pair_losses(
         for part in split_by_tokens(lengths, batch_tokens, most=batch_size):
             ids, targets = pair_batch(rows[part], prompt, model.device)  # (B, T), (B, T)
             trained = targets != IGNORED
+            # (N,)
             losses = token_losses(
                 hidden_states(model, ids)[trained], targets[trained], output_head(model)
-            )  # (N,)
+            )
             counts = trained.sum(dim=1).tolist()  # (B,)
             results += [(float(of_pair.sum()), len(of_pair)) for of_pair in losses.split(counts)]
     return results
 
 
-# ---- stage 2 and scoring ------------------------------------------------------------------------------
+# ---- stage 2 and scoring -------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,7 @@ def _softplus(x: float) -> float:
     return max(x, 0.0) + math.log1p(math.exp(-abs(x)))
 
 
-# ---- calibration, agreement of the orders, bootstrap --------------------------------------------------
+# ---- calibration, agreement of the orders, bootstrap ---------------------------------
 
 
 def calibration(
@@ -125,10 +126,11 @@ def calibration(
 ) -> tuple[float, list[tuple[float | None, float | None, int]]]:
     """Expected calibration error (Guo et al. 2017, arXiv 1706.04599), and how reliable each bin is.
 
-    A pair is seen from the side of the response that the judge prefers, so it does not matter which of the two is called a.
-    The P of that response, 1/2 to 1, falls into one of ``bins`` bins of equal width; ECE is the mean over the pairs of
-    |mean P - share of preferred responses that are better|, both taken over the pair's bin. At P = 1/2 neither response is
-    preferred and the pair counts as half right.
+    A pair is seen from the side of the response that the judge prefers, so it does not matter which
+    of the two is called a. The P of that response, 1/2 to 1, falls into one of ``bins`` bins of
+    equal width; ECE is the mean over the pairs of |mean P - share of preferred responses that are
+    better|, both taken over the pair's bin. At P = 1/2 neither response is preferred and the pair
+    counts as half right.
 
     Args:
         probabilities: (N,) P(a better).
@@ -136,17 +138,17 @@ def calibration(
 
     Returns the ECE and (mean P, share right, count) of each bin; without pairs (None, None, 0).
     """
+    # (N,)
     p, better = (
         torch.as_tensor(values, dtype=torch.float64) for values in (probabilities, outcomes)
-    )  # (N,)
+    )
     confidence = torch.maximum(p, 1 - p)  # P of the response that the judge prefers
     right = torch.where(p > 0.5, better, 1 - better)
     right[(p - 0.5).abs() <= TIE] = 0.5
     place = ((2 * confidence - 1) * bins).long().clamp(max=bins - 1)  # number of the bin
     counts = torch.bincount(place, minlength=bins)  # (bins,)
-    total_p, total_right = (
-        torch.bincount(place, values, bins) for values in (confidence, right)
-    )  # (bins,)
+    # (bins,)
+    total_p, total_right = (torch.bincount(place, values, bins) for values in (confidence, right))
     ece = float((total_p - total_right).abs().sum() / len(p))
     return ece, [
         (float(a / n), float(b / n), int(n)) if n else (None, None, 0)
@@ -155,13 +157,15 @@ def calibration(
 
 
 def brier(probabilities, outcomes) -> float:
-    """Brier score: the mean of (P(a better) - outcome)^2; 0 is perfect, always saying 1/2 gives 1/4.
+    """Brier score: the mean of (P(a better) - outcome)^2; 0 is perfect, always saying 1/2 gives
+    1/4.
 
     Takes the same as :func:`calibration`; which response is called a does not matter here either.
     """
+    # (N,)
     p, better = (
         torch.as_tensor(values, dtype=torch.float64) for values in (probabilities, outcomes)
-    )  # (N,)
+    )
     return float(((p - better) ** 2).mean())
 
 
@@ -203,7 +207,7 @@ def bootstrap(
     return intervals
 
 
-# ---- intervals over seeds ------------------------------------------------------------------------------
+# ---- intervals over seeds ------------------------------------------------------------
 
 
 def with_interval(runs: list[Evaluation]) -> str:

@@ -1,16 +1,17 @@
 """From label logits to preferences, rewards and rankings.
 
-A judge prompt shows two responses in one order, and a judge may favour a place. So every pair is judged in both
-orders. With Z_A and Z_B for the logits of the two labels, the log-odds that response a is better are
+A judge prompt shows two responses in one order, and a judge may favour a place. So every pair is
+judged in both orders. With Z_A and Z_B for the logits of the two labels, the log-odds that response
+a is better are
 
     a shown as A:   Z_A - Z_B
     a shown as B:   Z_B - Z_A
 
-The sigmoid of each is P(a better) in that order, and their mean is the judge's P(a better). The reward of a response
-is P(better than a reference response).
+The sigmoid of each is P(a better) in that order, and their mean is the judge's P(a better). The
+reward of a response is P(better than a reference response).
 
-:meth:`Judge.plain_log_odds` is that in a few lines. :meth:`Judge.log_odds`, which everything else calls, gives the
-same numbers faster (gram_mini/prefixes.py).
+:meth:`Judge.plain_log_odds` is that in a few lines. :meth:`Judge.log_odds`, which everything else
+calls, gives the same numbers faster (gram_mini/prefixes.py).
 """
 
 from __future__ import annotations
@@ -62,9 +63,8 @@ class Comparison:
 class Ranking:
     """Responses from best to worst."""
 
-    order: list[
-        int
-    ]  # positions in the list of responses, best first; equal scores in the order they were given
+    # positions in the list of responses, best first; equal scores in the order they were given
+    order: list[int]
     scores: list[float]  # one per response, in the order they were given
     comparisons: int  # pairs compared, each in both orders
     truncated: int  # how many of them had their texts cut to fit max_length
@@ -78,8 +78,8 @@ class Judge:
         model: causal language model, with or without an adapter.
         tokenizer: its tokenizer; the label tokens are looked up in it.
         max_length: tokens per judge prompt; longer texts are cut (see batches.truncate).
-        batch_size: judge prompts of max_length per forward pass; of shorter ones as many more as have the same number
-            of tokens.
+        batch_size: judge prompts of max_length per forward pass; of shorter ones as many more as
+            have the same number of tokens.
         template: the judge prompt, with placeholders as in prompts.JUDGE.
         batch_tokens: fewer tokens per forward pass than these.
 
@@ -100,7 +100,7 @@ class Judge:
         self.prompt = judge_prompt(tokenizer, template)
         self.labels = label_tokens(tokenizer, template)
 
-    # ---- log-odds -------------------------------------------------------------------------------------
+    # ---- log-odds --------------------------------------------------------------------
 
     def encode(self, pairs: list[Pair]) -> list[EncodedPair]:
         """Tokenise pairs, cut to ``max_length``."""
@@ -113,22 +113,21 @@ class Judge:
             for order in (rows, [row.swapped() for row in rows]):
                 ids, last, _ = judge_batch(order, self.prompt)  # (N, T), (N,)
                 hidden = hidden_states(self.model, ids)  # (N, T, H)
-                verdict = hidden[
-                    torch.arange(len(order)), last
-                ]  # (N, H), where A or B would come next
+                # where A or B would come next
+                verdict = hidden[torch.arange(len(order)), last]  # (N, H)
                 z.append(self.label_logits(verdict).float())  # (N, 2): Z_A, Z_B
         first, second = z
-        return torch.stack(
-            [first[:, 0] - first[:, 1], second[:, 1] - second[:, 0]], dim=1
-        ).cpu()  # (N, 2)
+        # (N, 2)
+        return torch.stack([first[:, 0] - first[:, 1], second[:, 1] - second[:, 0]], dim=1).cpu()
 
     def log_odds(
         self, rows: list[EncodedPair], progress: str | None = None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Judge encoded pairs in both orders: :meth:`plain_log_odds`, computed the fast way.
 
-        Returns log-odds (N, 2) that a is better, with a shown as A and with a shown as B; the mass (N, 2) on the two
-        labels; and which pairs (N,) were cut. ``progress`` names a progress bar, if there is to be one.
+        Returns log-odds (N, 2) that a is better, with a shown as A and with a shown as B; the mass
+        (N, 2) on the two labels; and which pairs (N,) were cut. ``progress`` names a progress bar,
+        if there is to be one.
         """
         orders = [order for row in rows for order in (row, row.swapped())]
         z, mass = torch.zeros(len(orders), 2), torch.ones(len(orders))
@@ -136,9 +135,8 @@ class Judge:
             for places, verdict in self.verdict_states(orders, progress):  # (B,), (B, H)
                 z[places] = self.label_logits(verdict).float().cpu()
                 mass[places] = self.label_mass(verdict).cpu()
-        odds = (z[:, 0] - z[:, 1]).view(-1, 2) * torch.tensor(
-            [1, -1]
-        )  # shown second, a is called B
+        # shown second, a is called B
+        odds = (z[:, 0] - z[:, 1]).view(-1, 2) * torch.tensor([1, -1])
         return (
             odds,
             mass.view(-1, 2),
@@ -165,7 +163,7 @@ class Judge:
             [label_mass(head(states), self.labels) for states in verdict.split(rows_at_once(head))]
         )
 
-    # ---- comparisons ----------------------------------------------------------------------------------
+    # ---- comparisons -----------------------------------------------------------------
 
     def compare_many(
         self, pairs: list[Pair], average: str = "probabilities", progress: str | None = None
@@ -173,8 +171,9 @@ class Judge:
         """Compare the two responses of each pair in both orders.
 
         Args:
-            average: "probabilities" takes the mean of the two probabilities, as the official evaluation does
-                (NiuTrans/GRAM, evaluation/gram_eval.py); "logits" the sigmoid of the mean of the log-odds.
+            average: "probabilities" takes the mean of the two probabilities, as the official
+                evaluation does (NiuTrans/GRAM, evaluation/gram_eval.py); "logits" the sigmoid of
+                the mean of the log-odds.
             progress: the name of a progress bar, if there is to be one.
 
         Raises:
@@ -190,9 +189,8 @@ class Judge:
             raise ValueError(f"average must be one of {AVERAGES}, got {average!r}")
         odds, mass, truncated = self.log_odds(rows, progress)
         each = odds.sigmoid()  # (N, 2)
-        mean = (
-            each.mean(dim=1) if average == "probabilities" else odds.mean(dim=1).sigmoid()
-        )  # (N,)
+        # (N,)
+        mean = each.mean(dim=1) if average == "probabilities" else odds.mean(dim=1).sigmoid()
         columns = (mean, *each.T, *odds.T, mass.mean(dim=1), truncated)  # seven of (N,)
         return [Comparison(*row) for row in zip(*(column.tolist() for column in columns))]
 
@@ -208,7 +206,7 @@ class Judge:
         """P(better than the reference response), 0 to 1, 1/2 is a draw (NiuTrans/GRAM, README.md, "PPO")."""
         return self.compare(prompt, response, reference, average).probability
 
-    # ---- rankings -------------------------------------------------------------------------------------
+    # ---- rankings --------------------------------------------------------------------
 
     def rank(
         self,
@@ -218,11 +216,14 @@ class Judge:
         reference: str | None = None,
         average: str = "probabilities",
     ) -> Ranking:
-        """Order n responses to one prompt from best to worst. Equal texts are judged once and get one score.
+        """Order n responses to one prompt from best to worst. Equal texts are judged once and get
+        one score.
 
-        round-robin: all against all, n (n - 1) / 2 comparisons; score = mean P(better than another one).
+        round-robin: all against all, n (n - 1) / 2 comparisons; score = mean P(better than another
+        one).
         knock-out:   winners meet until one is left, n - 1 comparisons; score = rounds survived plus the
-                     probability in the last comparison. Only the first place is decided by comparing.
+                     probability in the last comparison. Only the first place is decided by
+                     comparing.
         reference:   each against ``reference``, n comparisons; score = the reward.
 
         Raises:
@@ -241,9 +242,8 @@ class Judge:
             comparisons.extend(results)
             return [result.probability for result in results]
 
-        texts = [
-            response.strip() for response in responses
-        ]  # white space around a text does not count
+        # white space around a text does not count
+        texts = [response.strip() for response in responses]
         if method == "round-robin":
             scores = round_robin(texts, compare)
         else:
@@ -263,8 +263,9 @@ def round_robin(
 ) -> list[float]:
     """Mean P(better than another one) of each text.
 
-    ``compare`` takes pairs of texts and gives P(the first is better) of each. Equal texts are a draw and are not
-    compared. Their scores are equal to the last bit: the same numbers are added, and fsum does not mind the order.
+    ``compare`` takes pairs of texts and gives P(the first is better) of each. Equal texts are a
+    draw and are not compared. Their scores are equal to the last bit: the same numbers are added,
+    and fsum does not mind the order.
     """
     games = list(itertools.combinations(dict.fromkeys(texts), 2))
     better = {}

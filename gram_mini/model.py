@@ -1,17 +1,20 @@
-"""The language model under the judge: weights in 4 bits (NF4), a LoRA adapter on them, hidden states, logits.
+"""The language model under the judge: weights in 4 bits (NF4), a LoRA adapter on them, hidden
+states, logits.
 
-NF4. A weight matrix W is stored as 4-bit numbers. Each block of 64 weights is divided by its largest absolute
-value; each quotient is rounded to the nearest of 16 fixed levels, which are the quantiles of a normal distribution,
-because weights are nearly normal. The blocks' scales are quantised too (double quantisation), so a weight takes
-4.13 bits. Before a product the matrix is turned back into floating point. The rounding is never undone and the
-stored weights are never trained. Source: Dettmers et al., QLoRA, arXiv 2305.14314, sections 2 and 3.
+NF4. A weight matrix W is stored as 4-bit numbers. Each block of 64 weights is divided by its
+largest absolute value; each quotient is rounded to the nearest of 16 fixed levels, which are the
+quantiles of a normal distribution, because weights are nearly normal. The blocks' scales are
+quantised too (double quantisation), so a weight takes 4.13 bits. Before a product the matrix is
+turned back into floating point. The rounding is never undone and the stored weights are never
+trained. Source: Dettmers et al., QLoRA, arXiv 2305.14314, sections 2 and 3.
 
-LoRA. Beside each frozen matrix W (out, in) stand two thin ones, A (r, in) and B (out, r), and the layer computes
+LoRA. Beside each frozen matrix W (out, in) stand two thin ones, A (r, in) and B (out, r), and the
+layer computes
 
     y = W x + (alpha / r) B A x,        here alpha = 2 r.
 
-Only A and B are trained: r (in + out) numbers in the place of in * out. B begins as zero, so training begins at
-the model as it was. Source: Hu et al., arXiv 2106.09685, section 4.
+Only A and B are trained: r (in + out) numbers in the place of in * out. B begins as zero, so
+training begins at the model as it was. Source: Hu et al., arXiv 2106.09685, section 4.
 
 The village's model and one from the hub take the same way through this file.
 """
@@ -27,12 +30,10 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-logging.getLogger("bitsandbytes").setLevel(
-    logging.ERROR
-)  # it announces at import that an optional kernel is missing
-warnings.filterwarnings(
-    "ignore", message=".*gradient_checkpointing.*", category=FutureWarning
-)  # peft, and 5.x names below
+# it announces at import that an optional kernel is missing
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+# peft, and 5.x names below
+warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*", category=FutureWarning)
 
 from peft import LoraConfig, PeftModel, get_peft_model  # noqa: E402
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig  # noqa: E402
@@ -47,7 +48,7 @@ VILLAGE_FOLDER = Path(__file__).parent / "village" / "backbone"
 transformers_logging.disable_progress_bar()
 
 
-# ---- names --------------------------------------------------------------------------------------------
+# ---- names ---------------------------------------------------------------------------
 
 
 def local_folder(name: str) -> Path | None:
@@ -82,11 +83,12 @@ def _from_pretrained(kind, name: str, folder: Path | None, **options):
         raise UserError(f"{name!r} cannot be loaded: {reason}") from None
 
 
-# ---- loading ------------------------------------------------------------------------------------------
+# ---- loading -------------------------------------------------------------------------
 
 
 def load_tokenizer(name: str):
-    """The tokenizer of a model or a run folder, with a padding token (or None where no token ends texts either).
+    """The tokenizer of a model or a run folder, with a padding token (or None where no token ends
+    texts either).
 
     Raises:
         UserError: if there is none under this name.
@@ -101,8 +103,8 @@ def load_tokenizer(name: str):
 def compute_dtype(bits: int, device: torch.device) -> torch.dtype:
     """Type of activations and unquantised weights: bf16 on a GPU that has it, float32 elsewhere.
 
-    ``bits=16`` is half precision everywhere: float16 on a GPU without bf16. NF4 computes in float32 there, which is
-    slower, but never overflows.
+    ``bits=16`` is half precision everywhere: float16 on a GPU without bf16. NF4 computes in float32
+    there, which is slower, but never overflows.
     """
     if bits == 32 or (device.type == "cpu" and bits == 4):
         return torch.float32
@@ -122,10 +124,12 @@ def quantization(bits: int, dtype: torch.dtype) -> dict:
 def load_model(
     name: str, bits: int = 4, device: torch.device | str = "cpu", checkpointing: bool = False
 ):
-    """Load a causal language model with frozen weights; ``bits=4`` is NF4 with double quantisation (QLoRA).
+    """Load a causal language model with frozen weights; ``bits=4`` is NF4 with double quantisation
+    (QLoRA).
 
-    ``name`` is a folder, "village", or a name on the hub, which may end in @COMMIT. ``checkpointing`` keeps only each
-    layer's input for the backward pass and computes the rest again: less memory, up to half more time.
+    ``name`` is a folder, "village", or a name on the hub, which may end in @COMMIT.
+    ``checkpointing`` keeps only each layer's input for the backward pass and computes the rest
+    again: less memory, up to half more time.
 
     Raises:
         UserError: if there is no such model.
@@ -142,8 +146,9 @@ def load_model(
         **quantization(bits, dtype),
     )
     for module in model.modules():
-        # On CPUs with AVX512-BF16 bitsandbytes repacks the weights at the first forward pass in eval mode.
-        # Gradients computed after that are wrong, silently. This keeps it from repacking.
+        # On CPUs with AVX512-BF16 bitsandbytes repacks the weights at the first forward pass in
+        # eval mode. Gradients computed after that are wrong, silently. This keeps it from
+        # repacking.
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
     if checkpointing:
@@ -180,7 +185,7 @@ def load_lora(model, folder: Path, trainable: bool = True) -> PeftModel:
         ) from None
 
 
-# ---- hidden states ------------------------------------------------------------------------------------
+# ---- hidden states -------------------------------------------------------------------
 
 
 def hidden_states(model, ids: torch.Tensor) -> torch.Tensor:
@@ -202,7 +207,8 @@ def evaluating(model):
 
 
 def half_precision(model):
-    """Context in which the adapter computes in bfloat16 like its model, and not, input by input, in float32.
+    """Context in which the adapter computes in bfloat16 like its model, and not, input by input, in
+    float32.
 
     Its parameters and their gradients stay float32. Nothing changes on a float32 model.
     """
@@ -220,7 +226,7 @@ def without_adapter(model):
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
-# ---- logits -------------------------------------------------------------------------------------------
+# ---- logits --------------------------------------------------------------------------
 
 
 def output_logits(
@@ -240,9 +246,11 @@ class OutputHead:
     cap: float | None  # Gemma 2 bends the logits so that they stay within +-cap
 
     def __call__(self, hidden: torch.Tensor, tokens: tuple[int, ...] | None = None) -> torch.Tensor:
-        """Logits as in :func:`output_logits`; only the rows of the matrix that are asked for are multiplied.
+        """Logits as in :func:`output_logits`; only the rows of the matrix that are asked for are
+        multiplied.
 
-        A few tokens' logits are at least float32: bfloat16 would round a logit of 10 to the next sixteenth.
+        A few tokens' logits are at least float32: bfloat16 would round a logit of 10 to the next
+        sixteenth.
         """
         weight, bias = self.weight, self.bias
         if tokens is not None:

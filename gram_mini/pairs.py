@@ -10,9 +10,10 @@ from dataclasses import dataclass, field
 class Pair:
     """A prompt x with two responses y_a and y_b.
 
-    ``label`` is 0 where y_a is preferred, 1 where y_b is, None where nobody said. ``probability`` is the
-    true P(y_a preferred) and ``differs`` names what the responses differ in; only the village knows them.
-    ``tied`` says that both responses are equally good. ``row`` is the number of the row in the source, from 1.
+    ``label`` is 0 where y_a is preferred, 1 where y_b is, None where nobody said. ``probability``
+    is the true P(y_a preferred) and ``differs`` names what the responses differ in; only the
+    village knows them. ``tied`` says that both responses are equally good. ``row`` is the number of
+    the row in the source, from 1.
     """
 
     prompt: str
@@ -39,8 +40,8 @@ def unusable(pair: Pair) -> str | None:
 def split_by_prompt(pairs: list[Pair], share: float, seed: int) -> tuple[list[Pair], list[Pair]]:
     """Hold out about ``share`` of the pairs; all pairs of one prompt fall on the same side.
 
-    Returns (training pairs, held-out pairs), each in the order of ``pairs``. Nothing is held out where
-    ``share`` is 0 or there is one prompt only.
+    Returns (training pairs, held-out pairs), each in the order of ``pairs``. Nothing is held out
+    where ``share`` is 0 or there is one prompt only.
     """
     prompts = sorted({pair.prompt for pair in pairs})
     if share <= 0 or len(prompts) < 2:

@@ -1,7 +1,9 @@
-"""The fast twin of judge.plain_log_odds: what sequences begin with is computed once, and its keys and values used again.
+"""The fast twin of judge.plain_log_odds: what sequences begin with is computed once, and its keys
+and values used again.
 
-The two orders of a pair share the instruction and the question. The comparisons of a ranking share these too, and
-those with the same first response share that as well. tests/lesson/test_prefixes.py holds both twins together.
+The two orders of a pair share the instruction and the question. The comparisons of a ranking share
+these too, and those with the same first response share that as well. tests/lesson/test_prefixes.py
+holds both twins together.
 """
 
 from __future__ import annotations
@@ -18,7 +20,8 @@ from transformers import DynamicCache
 from gram_mini.batches import EncodedPair, Segments, pad, split_by_tokens
 from gram_mini.model import decoder, half_precision, hidden_states, without_adapter
 
-WORTH_IT = 0.8  # more and smaller matrix products cost time of their own, so a fifth of the tokens must be spared
+# more and smaller matrix products cost time of their own, so a fifth of the tokens must be spared
+WORTH_IT = 0.8
 
 
 @dataclass(frozen=True)
@@ -35,14 +38,14 @@ class Level:
 
 
 def tree(sequences: list[Segments]) -> tuple[list[Level], list[int]]:
-    """The sequences with each distinct beginning once, and for each sequence its place on the last level.
+    """The sequences with each distinct beginning once, and for each sequence its place on the last
+    level.
 
     Levels end after those segments at which sequences part.
     """
     segments = len(sequences[0])
-    distinct = [
-        len({s[:k] for s in sequences}) for k in range(segments + 1)
-    ]  # beginnings of k segments
+    # beginnings of k segments
+    distinct = [len({s[:k] for s in sequences}) for k in range(segments + 1)]
     ends = [k for k in range(1, segments) if distinct[k] < distinct[k + 1]] + [segments]
     levels, before, start = [], {(): 0}, 0
     for end in ends:
@@ -59,8 +62,9 @@ def tree(sequences: list[Segments]) -> tuple[list[Level], list[int]]:
 def can_share(model) -> bool:
     """Whether the keys and values of a right-padded beginning can be gone on from.
 
-    They can where all layers attend to everything before them, in a way that torch's attention kernel knows (others, like
-    MPT's, may count the padding), and where positions do not depend on the length of the text.
+    They can where all layers attend to everything before them, in a way that torch's attention
+    kernel knows (others, like MPT's, may count the padding), and where positions do not depend on
+    the length of the text.
     """
     base = without_adapter(model)
     config = base.config.get_text_config()
@@ -77,7 +81,7 @@ def can_share(model) -> bool:
 
 def cache_argument(model) -> str:
     """What the installed transformers calls the keys and values of before: newer versions say ``cache``."""
-    parameters = inspect.signature(decoder(model).forward).parameters
+    parameters = inspect.signature(without_adapter(model).get_decoder().forward).parameters
     return "cache" if "cache" in parameters else "past_key_values"
 
 
@@ -95,9 +99,11 @@ def end_states_in_passes(
     tokens: float,
     progress: str | None = None,
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Yield (places (B,) in ``rows``, last hidden states (B, H) of their sequences), ``tokens`` in a pass at most.
+    """Yield (places (B,) in ``rows``, last hidden states (B, H) of their sequences), ``tokens`` in
+    a pass at most.
 
-    Sequences of similar length go together, so that little is padded, and those that begin alike, so that it is shared.
+    Sequences of similar length go together, so that little is padded, and those that begin alike,
+    so that it is shared.
     """
     lengths = [sum(map(len, segments(row))) for row in rows]
     questions = [bytes(array("i", row.prompt)) for row in rows]
@@ -139,9 +145,8 @@ def end_states(model, sequences: list[Segments]) -> torch.Tensor:
             cache.batch_select_indices(torch.tensor(level.parents, device=model.device))
         begun = seen[level.parents]  # (R, T so far)
         positions = begun.sum(dim=1, keepdim=True) + torch.arange(ids.shape[1])  # (R, T)
-        seen = torch.cat(
-            [begun, torch.arange(ids.shape[1]) < lengths[:, None]], dim=1
-        )  # True where no padding stands
+        # True where no padding stands
+        seen = torch.cat([begun, torch.arange(ids.shape[1]) < lengths[:, None]], dim=1)
         with half_precision(model):
             hidden = decoder(model)(
                 input_ids=ids.to(model.device),

@@ -5,9 +5,10 @@ Two texts wrap a prompt x and its two responses y_a, y_b:
     stage 1   user: QUESTION     assistant: PAIR              (the pair is generated)
     stage 2   user: JUDGE        assistant: "A" or "B"        (the verdict is generated)
 
-The markers are those of the official data (NiuTrans/GRAM, README.md, "Datasets"), so files in the official
-format can be read. The judge's instruction is our own wording. Another judge prompt, for example that of a
-released checkpoint, can take the place of JUDGE: a template with the same three placeholders.
+The markers are those of the official data (NiuTrans/GRAM, README.md, "Datasets"), so files in the
+official format can be read. The judge's instruction is our own wording. Another judge prompt, for
+example that of a released checkpoint, can take the place of JUDGE: a template with the same three
+placeholders.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ JUDGE = f"{INSTRUCTION}\n\n{QUESTION}\n\n{PAIR}\n\n{PREFERRED}"
 
 LABELS = ("A", "B")
 
-# The fixed parts. The village's tokenizer knows each as one token, so that its sequences stay short.
+# The fixed parts. The village's tokenizer knows each as one token, so that its sequences stay
+# short.
 MARKERS = (INSTRUCTION, USER_QUESTION, START_A, END_A, START_B, END_B, PREFERRED)
 
 # Private-use characters stand for the three texts while a chat template is rendered around them.
@@ -61,8 +63,9 @@ class PromptPieces:
     ``untrained`` counts the leading tokens of after_prompt that belong to the user's turn: stage 1
     trains on everything after them (the markers and the two responses).
 
-    Pieces and texts are tokenised one by one. A tokenizer that would merge across their seams (a full
-    stop with the line break after it, for example) splits there instead, alike in training and scoring.
+    Pieces and texts are tokenised one by one. A tokenizer that would merge across their seams (a
+    full stop with the line break after it, for example) splits there instead, alike in training and
+    scoring.
     """
 
     start: list[int]
@@ -83,11 +86,13 @@ def encode(tokenizer, text: str) -> list[int]:
 
 
 def read_template(path: Path) -> str:
-    """A judge prompt from a UTF-8 file that holds {prompt}, {response_a} and {response_b}, once each, in this order.
+    """A judge prompt from a UTF-8 file that holds {prompt}, {response_a} and {response_b}, once
+    each, in this order.
 
-    The text is taken as it stands, with its other braces and its white space. Only one line break at the very
-    end is dropped, because editors put one there: a prompt that must end with a line break ends with two in the
-    file. (Windows' line breaks are read as \\n, and a chat template may trim the whole.)
+    The text is taken as it stands, with its other braces and its white space. Only one line break
+    at the very end is dropped, because editors put one there: a prompt that must end with a line
+    break ends with two in the file. (Windows' line breaks are read as \\n, and a chat template may
+    trim the whole.)
 
     Raises:
         UserError: no such file, not UTF-8, or a placeholder is missing, doubled or out of order.
@@ -148,8 +153,9 @@ def judge_prompt(tokenizer, template: str = JUDGE) -> PromptPieces:
 def label_tokens(tokenizer, template: str = JUDGE) -> tuple[int, int]:
     """Token ids of the verdicts A and B, exactly as they stand after the judge prompt.
 
-    Whether that is "A" or " A" depends on the chat template, so it is read off the rendered prompt. Without a
-    chat template the verdict follows the judge prompt directly, after its white space or else one space.
+    Whether that is "A" or " A" depends on the chat template, so it is read off the rendered prompt.
+    Without a chat template the verdict follows the judge prompt directly, after its white space or
+    else one space.
 
     Raises:
         UserError: if a label is not one token there (names what it splits into).
@@ -180,10 +186,12 @@ def _judge_texts(tokenizer, template: str) -> list[str]:
 
 
 def _user_turn(tokenizer, content: str, plain_end: str = "") -> str:
-    """One user turn up to where the assistant's text begins; thinking is switched off where there is a switch.
+    """One user turn up to where the assistant's text begins; thinking is switched off where there
+    is a switch.
 
-    ``plain_end`` ends the turn where there is no chat template. A space at its very end is left to the text
-    that follows, because most tokenizers hold it with the word after it: " A" is one token.
+    ``plain_end`` ends the turn where there is no chat template. A space at its very end is left to
+    the text that follows, because most tokenizers hold it with the word after it: " A" is one
+    token.
     """
     if not tokenizer.chat_template:
         return (content + plain_end).removesuffix(" ")
@@ -230,7 +238,8 @@ def with_bos(tokenizer, ids: list[int]) -> list[int]:
 
 
 def split_at_slots(text: str, slots: list[str]) -> list[str]:
-    """The texts around the SLOTS of these names, which must stand in ``text`` once each and in this order.
+    """The texts around the SLOTS of these names, which must stand in ``text`` once each and in this
+    order.
 
     Raises:
         UserError: if one does not.

@@ -11,9 +11,8 @@ import torch
 
 from gram_mini.batches import EncodedPair, batch_order
 
-warnings.filterwarnings(
-    "ignore", message=".*lr_scheduler.step.. before .optimizer.step"
-)  # a first step may be skipped
+# a first step may be skipped
+warnings.filterwarnings("ignore", message=".*lr_scheduler.step.. before .optimizer.step")
 
 
 def draw_batches(
@@ -21,8 +20,8 @@ def draw_batches(
 ) -> Iterator[list[EncodedPair]]:
     """Yield the rows of one optimiser step after the other, epoch after epoch, without end.
 
-    The responses of a pair change places with probability 1/2, drawn anew each time the pair is seen. So their order
-    says nothing about which is better.
+    The responses of a pair change places with probability 1/2, drawn anew each time the pair is
+    seen. So their order says nothing about which is better.
     """
     rng = random.Random(seed)
     lengths = [row.length for row in rows]

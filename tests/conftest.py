@@ -1,13 +1,11 @@
-"""Shared fixtures: the embedded backbone, and small backbones of real architectures built from their configs."""
+"""Shared fixtures: the village's tokenizer and model."""
 
 import os
 
-os.environ.setdefault(
-    "HF_HUB_OFFLINE", "1"
-)  # tests need no network: a missing model is an error at once
-os.environ.setdefault(
-    "OMP_NUM_THREADS", "1"
-)  # the models are tiny; also for the scripts that tests start
+# tests need no network: a missing model is an error at once
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# the models are tiny; also for the scripts that tests start
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch

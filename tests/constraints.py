@@ -1,4 +1,4 @@
-"""Write constraints.txt: the versions that are installed, so that both README commands hold on any day (make constraints)."""
+"""Write constraints.txt, the versions that are installed, so that both README commands hold on any day (make constraints)."""
 
 from importlib.metadata import distributions
 from pathlib import Path
@@ -14,10 +14,8 @@ NOT_OURS = {"pip", "setuptools", "wheel", "gram-mini", "gram_mini"}
 def main() -> None:
     lines = []
     for package in distributions():
-        name, version = (
-            package.metadata["Name"],
-            package.version.split("+")[0],
-        )  # 2.13.0+cpu is 2.13.0
+        # 2.13.0+cpu is 2.13.0
+        name, version = (package.metadata["Name"], package.version.split("+")[0])
         if name.lower() in NOT_OURS:
             continue
         python = (package.metadata["Requires-Python"] or "").replace(" ", "")

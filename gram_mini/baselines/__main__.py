@@ -1,13 +1,15 @@
-"""The reward models that the paper compares with, each a variation of stage 2, on the same data and budget.
+"""The reward models that the paper compares with, each a variation of stage 2, on the same data and
+budget.
 
   --head scalar                     D-Baseline: a linear layer gives each response a reward; plain Bradley-Terry
   --head scalar --freeze            D-Freeze: the scalar head alone is trained
   --head scalar --text-weight 0.1   D-Regularisation: and a text loss on the preferred response, which keeps the hidden
-                                    states as they were (Generalizable Reward Model, Yang et al., NeurIPS 2024)
+                                    states as they were (Generalizable Reward Model, Yang et al.,
+                                    NeurIPS 2024)
   --head labels --freeze            G-Freeze: a copy of the two label rows alone is trained
 
-The loss is -log sigmoid(m) + eps m, as in train_reward.py. From a scalar head m = r_w - r_l, the difference of two
-rewards, and with --label-smoothing 0 that is the Bradley-Terry loss itself.
+The loss is -log sigmoid(m) + eps m, as in train_reward.py. From a scalar head m = r_w - r_l, the
+difference of two rewards, and with --label-smoothing 0 that is the Bradley-Terry loss itself.
 """
 
 from dataclasses import asdict
@@ -31,11 +33,10 @@ from gram_mini.model import (
 )
 from gram_mini.pairs import split_by_prompt
 from gram_mini.prompts import label_tokens
-from gram_mini.reading.load import load_pairs
-from gram_mini.runs.options import add_reward_options, parser, reading, weight
+from gram_mini.runs.options import add_reward_options, parser, weight
 from gram_mini.runs.record import HEAD
 from gram_mini.runs.run import Run
-from gram_mini.training import clip_gradients, draw_batches, number_of_steps, optimizer_and_schedule
+from gram_mini.training import clip_gradients, draw_batches, optimizer_and_schedule
 
 EXAMPLES = """\
   python -m gram_mini.baselines --head scalar --lr 3e-4 --label-smoothing 0 --out runs/d-baseline
@@ -70,9 +71,8 @@ def main(argv=None):
     run = Run("reward", args)
 
     # Pairs
-    data = load_pairs(args.data, labelled=True, seed=args.seed, **reading(args))
-    run.say(data.summary())
-    train_pairs, held_out_pairs = split_by_prompt(data.pairs, args.held_out, args.seed)
+    pairs = run.load_pairs(labelled=True)
+    train_pairs, held_out_pairs = split_by_prompt(pairs, args.held_out, args.seed)
 
     # Judge
     tokenizer = load_tokenizer(run.backbone)
@@ -92,7 +92,7 @@ def main(argv=None):
 
     # Token ids
     train, held_out = judge.encode(train_pairs), judge.encode(held_out_pairs)
-    run.describe(data, train, held_out, prompt)
+    run.describe(train, held_out, prompt)
 
     def tokens(row):
         """Tokens of a row in a pass: its judge prompt, or both responses after their prompts, and the text loss's one."""
@@ -104,7 +104,7 @@ def main(argv=None):
         return longer * (3 if args.text_weight else 2)
 
     # Loop
-    steps = number_of_steps(len(train), run.rows_per_step, args.epochs, args.steps)
+    steps = run.number_of_steps(len(train))
     optimizer, schedule = optimizer_and_schedule(model, args.lr, steps)
     batches = draw_batches(train, run.rows_per_step, args.seed)
     for batch in run.steps(batches, steps, model, optimizer, schedule):
@@ -114,9 +114,8 @@ def main(argv=None):
             else:
                 ids, last, right = response_batch(part, prompt, run.device)  # (2B, T), (2B,), (B,)
             hidden = hidden_states(model, ids)  # (B, T, H), or (2B, T, H)
-            states = hidden[
-                torch.arange(len(ids)), last
-            ]  # (B, H), or (2B, H), where a response is over
+            # or (2B, H), where a response is over
+            states = hidden[torch.arange(len(ids)), last]  # (B, H)
             if args.head == "labels":
                 z = judge.label_logits(states)  # (B, 2): Z_A, Z_B
             else:

@@ -38,7 +38,8 @@ def response_batch(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Each response after its prompt: all first ones, then all second ones.
 
-    Returns ids (2B, T); last (2B,), the position of the last token; and right (B,), as batches.judge_batch.
+    Returns ids (2B, T); last (2B,), the position of the last token; and right (B,), as
+    batches.judge_batch.
     """
     orders = [*rows, *(row.swapped() for row in rows)]
     sequences = [_sequence(pieces, row) for row in orders]

@@ -4,9 +4,10 @@ A format is recognised by its columns and their types; other columns do not matt
 
     columns                                      format
     prompt, chosen, rejected                     text, or lists of {"role", "content"} messages (TRL); a list may repeat
-                                                 the prompt (HuggingFaceH4/ultrafeedback_binarized; equal score_chosen
-                                                 and score_rejected are a tie); where chosen and rejected are lists of
-                                                 texts, each chosen is paired with each rejected (RM-Bench)
+                                                 the prompt (HuggingFaceH4/ultrafeedback_binarized;
+                                                 equal score_chosen and score_rejected are a tie);
+                                                 where chosen and rejected are lists of texts, each
+                                                 chosen is paired with each rejected (RM-Bench)
     chosen, rejected                             whole dialogues with a shared beginning, as text (hh-rlhf) or as messages
                                                  (TRL implicit prompt, Skywork-Reward-Preference)
     conversations, chosen, rejected              ShareGPT: {"from", "value"}
@@ -17,7 +18,8 @@ A format is recognised by its columns and their types; other columns do not matt
         overall_preference                       (nvidia/HelpSteer3)
     prompt, response, helpfulness                one response a row, those of one prompt next to each other (nvidia/HelpSteer2)
     instruction, completions                     several responses a row, compared by overall_score, where none
-                                                 has one by fine-grained_score (openbmb/UltraFeedback)
+                                                 has one by fine-grained_score
+                                                 (openbmb/UltraFeedback)
     instruction, input, output                   the official GRAM files, pre-training and fine-tuning
 
 Where whole dialogues part before their last message, a response is all that follows.
@@ -52,13 +54,15 @@ ONE_RESPONSE = {"prompt", "response", "helpfulness"}
 SEVERAL_RESPONSES = {"instruction", "completions"}
 
 
-# ---- rows -> pairs ------------------------------------------------------------------------------------
+# ---- rows -> pairs -------------------------------------------------------------------
 
 
 def group_rows(rows):
-    """Put rows together that hold one response each to the same prompt; every other row stays alone.
+    """Put rows together that hold one response each to the same prompt; every other row stays
+    alone.
 
-    Takes (where, row) as read_rows yields them; yields (number of the first row, from 1, and list of (where, row)).
+    Takes (where, row) as read_rows yields them; yields (number of the first row, from 1, and list
+    of (where, row)).
     """
     group, first, key = [], 0, None
     for number, (where, row) in enumerate(rows, start=1):
@@ -83,7 +87,8 @@ def parse_pairs(
         labelled: whether to read ratings and labels; without, they may hold anything.
         pairs: of several scored responses "all" pairs, or only the "best-worst".
 
-    Returns the pairs, ties and all, and the reasons for which rows or responses are in none, counted.
+    Returns the pairs, ties and all, and the reasons for which rows or responses are in none,
+    counted.
 
     Raises:
         UserError: columns missing or of the wrong type; names the place and the column.
@@ -108,7 +113,7 @@ def parse_pairs(
                 return read(row, where, labelled), Counter()
         raise UserError(
             f"{where}: columns {sorted(map(str, row))} are of no known format; give 'prompt', 'chosen' and 'rejected' "
-            "(the README lists the others)"
+            "(gram_mini/reading/README.md lists the others)"
         )
     left_out = Counter()
     if scores_needed:
@@ -139,8 +144,9 @@ def _compared(prompt: str, a: str, b: str, score_a: float | None, score_b: float
     )
 
 
-# ---- the formats --------------------------------------------------------------------------------------
-# Each reader takes (row, where, labelled) and returns a list of pairs.
+# ---- the formats
+# -------------------------------------------------------------------------------------- Each reader
+# takes (row, where, labelled) and returns a list of pairs.
 
 
 def _chosen_rejected(row: dict, where: str, labelled: bool) -> list[Pair]:
@@ -373,7 +379,7 @@ FORMATS = (
 )
 
 
-# ---- values -------------------------------------------------------------------------------------------
+# ---- values --------------------------------------------------------------------------
 
 
 def read_prompt(value, where: str, column: str) -> str:

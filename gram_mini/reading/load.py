@@ -83,19 +83,21 @@ def load_pairs(
     on_bad_row: str = "error",
     pairs: str = "all",
 ) -> PairData:
-    """Read pairs for stage 1 (``labelled=False``: labels are dropped, ties used) or stage 2 (``labelled=True``).
+    """Read pairs for stage 1 (``labelled=False``: labels are dropped, ties used) or stage 2
+    (``labelled=True``).
 
     Args:
         source: see sources.py; "village" gives the unlabelled or the labelled pairs of the village.
         limit: use the first ``limit`` rows only.
-        split, subset, streaming: which split and configuration of a hub data set, and whether to download
-            no more of it than is read.
+        split, subset, streaming: which split and configuration of a hub data set, and whether to
+            download no more of it than is read.
         seed: draws the pairs of the village; files are read as they are.
         on_bad_row: "error", or "skip" to drop and count rows that cannot be read.
         pairs: "all" or "best-worst", of rows with several scored responses.
 
     Raises:
-        UserError: no such source, a row that cannot be read (names file and line), or no usable row left.
+        UserError: no such source, a row that cannot be read (names file and line), or no usable row
+            left.
     """
     if source == VILLAGE:
         drawn = village_pairs("labelled" if labelled else "unlabelled", seed=seed)[:limit]

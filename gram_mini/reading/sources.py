@@ -1,7 +1,8 @@
 """Rows out of files, folders and the hub, each with the place it stands at, for error messages.
 
-A source is a file (.jsonl, .json, .csv, .parquet, each also .gz but the last), a folder of such files, a folder
-that datasets saved or that is laid out as on the hub, or the name of a hub data set.
+A source is a file (.jsonl, .json, .csv, .parquet, each also .gz but the last), a folder of such
+files, a folder that datasets saved or that is laid out as on the hub, or the name of a hub data
+set.
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ def read_rows(
 ):
     """Yield (where, row) for the first ``limit`` rows of a source; ``where`` names file and line.
 
-    A row is a dictionary by column. One that cannot be read comes as the UserError that says why, so
-    that the caller may go on with the next. Only a .json list is held in memory as a whole.
+    A row is a dictionary by column. One that cannot be read comes as the UserError that says why,
+    so that the caller may go on with the next. Only a .json list is held in memory as a whole.
 
     Args:
         split, subset: split and configuration of a hub data set, or of a folder that holds several.
@@ -93,7 +94,7 @@ def _read(source: str, split: str, subset: str | None, streaming: bool):
     return (item for file in files for item in _read_file(file))
 
 
-# ---- files --------------------------------------------------------------------------------------------
+# ---- files ---------------------------------------------------------------------------
 
 
 def _suffix(path: Path) -> str:
@@ -244,7 +245,7 @@ def _empty(path: Path) -> UserError:
     return UserError(f"{path}: the file is empty; give a file with at least one row")
 
 
-# ---- the datasets library -----------------------------------------------------------------------------
+# ---- the datasets library ------------------------------------------------------------
 
 
 def _is_saved(folder: Path) -> bool:

@@ -17,32 +17,43 @@ from gram_mini.runs.record import HEAD
 class RunFolder:
     """The folder of a run.
 
-    Until it is complete the run is in NAME.partial, with a checkpoint to resume from. So a run folder is always a
-    finished run, and a run that fails leaves what was there before untouched.
+    Until it is complete the run is in NAME.partial, with a checkpoint to resume from. So a run
+    folder is always a finished run, and a run that fails leaves what was there before untouched.
 
     Raises:
-        UserError: if the folder holds a run and ``overwrite`` is off, holds something else, or cannot be written;
-            if there is an unfinished run and neither ``resume`` nor ``overwrite`` is on; if there is none to resume.
+        UserError: if the folder holds a run and ``overwrite`` is off, holds something else, or
+            cannot be written; if there is an unfinished run and neither ``resume`` nor
+            ``overwrite`` is on; if there is none to resume.
     """
 
     def __init__(self, folder: Path, overwrite: bool, resume: bool = False):
         self.folder, self.resume = folder.resolve(), resume
         if not self.folder.name:
-            raise UserError(f"--out {folder}: is the root of the file system; give the name of a folder")
+            raise UserError(
+                f"--out {folder}: is the root of the file system; give the name of a folder"
+            )
         self.partial = self.folder.with_name(self.folder.name + ".partial")
         self.checkpoint = self.partial / "checkpoint.pt"
         if folder.exists() and not folder.is_dir():
             raise UserError(f"--out {folder}: is a file; give the name of a folder")
         if folder.is_dir() and any(folder.iterdir()):
             if not (folder / "run.json").is_file():
-                raise UserError(f"--out {folder}: holds files that are not a run; give another folder")
+                raise UserError(
+                    f"--out {folder}: holds files that are not a run; give another folder"
+                )
             if not overwrite:
-                raise UserError(f"--out {folder}: already holds a run; give another folder, or --overwrite to replace it")
+                raise UserError(
+                    f"--out {folder}: already holds a run; give another folder, or --overwrite to replace it"
+                )
         check_place(folder, "--out")
         if resume and not (self.partial / "log.csv").is_file():
-            raise UserError(f"--resume: there is no unfinished run {folder}.partial; leave the option out to start one")
+            raise UserError(
+                f"--resume: there is no unfinished run {folder}.partial; leave the option out to start one"
+            )
         if self.checkpoint.is_file() and not (resume or overwrite):
-            raise UserError(f"--out {folder}: an unfinished run is there; go on with --resume, or start anew with --overwrite")
+            raise UserError(
+                f"--out {folder}: an unfinished run is there; go on with --resume, or start anew with --overwrite"
+            )
 
     @property
     def resumes(self) -> bool:
@@ -56,10 +67,17 @@ class RunFolder:
             UserError: if something else has its name, or it cannot be made.
         """
         if not self.resumes:
-            # Killed while it was put in place, a run is complete under this name and still has its checkpoint.
-            names = {file.name for file in self.partial.iterdir()} if self.partial.is_dir() else set()
-            if names and ("log.csv" not in names or "run.json" in names and "checkpoint.pt" not in names):
-                raise UserError(f"{self.partial}: is in the way and no unfinished run; rename it, or give another --out")
+            # Killed while it was put in place, a run is complete under this name and still has its
+            # checkpoint.
+            names = (
+                {file.name for file in self.partial.iterdir()} if self.partial.is_dir() else set()
+            )
+            if names and (
+                "log.csv" not in names or "run.json" in names and "checkpoint.pt" not in names
+            ):
+                raise UserError(
+                    f"{self.partial}: is in the way and no unfinished run; rename it, or give another --out"
+                )
             shutil.rmtree(self.partial, ignore_errors=True)
         try:
             self.partial.mkdir(parents=True, exist_ok=True)

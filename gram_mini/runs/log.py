@@ -16,21 +16,29 @@ LOG_COLUMNS = ("step", "part", *MEANS, "position_gap", "lr", "skipped", "tokens_
 class Log:
     """log.csv: a line for every ``args.log_every`` training steps, and one for each evaluation.
 
-    A training line holds means over what its steps saw, in all processes. ``after`` and ``state`` are those of the
-    checkpoint that a run goes on from. tokens_per_second counts the tokens that the model computes, padding included,
-    without the time of evaluations. Only the main process writes. The trackers of the accelerator get the same numbers.
+    A training line holds means over what its steps saw, in all processes. ``after`` and ``state``
+    are those of the checkpoint that a run goes on from. tokens_per_second counts the tokens that
+    the model computes, padding included, without the time of evaluations. Only the main process
+    writes. The trackers of the accelerator get the same numbers.
     """
 
-    def __init__(self, path: Path, args, steps: int, accelerator, after: int = 0, state: dict | None = None):
+    def __init__(
+        self, path: Path, args, steps: int, accelerator, after: int = 0, state: dict | None = None
+    ):
         self.every, self.steps, self.accelerator = args.log_every, steps, accelerator
         self._csv = None
         self._restart()
         kept = []
         if state is not None:
-            self._sums, self._weights, self._tokens = state["sums"], state["weights"], state["tokens"]
+            self._sums, self._weights, self._tokens = (
+                state["sums"],
+                state["weights"],
+                state["tokens"],
+            )
         if accelerator.is_main_process:
             if state is not None:
-                with open(path, newline="") as file:  # lines written after the checkpoint will be written again
+                # lines written after the checkpoint will be written again
+                with open(path, newline="") as file:
                     kept = [row for row in csv.DictReader(file) if int(row["step"]) <= after]
             self._file = open(path, "w", newline="")
             self._csv = csv.DictWriter(self._file, LOG_COLUMNS)
@@ -38,7 +46,9 @@ class Log:
             self._csv.writerows(kept)
             self._file.flush()
         if args.report_to:
-            accelerator.init_trackers("gram_mini", {name: str(value) for name, value in vars(args).items()})
+            accelerator.init_trackers(
+                "gram_mini", {name: str(value) for name, value in vars(args).items()}
+            )
 
     def due(self, step: int) -> bool:
         """Whether this step ends a line."""
@@ -47,7 +57,9 @@ class Log:
     def note(self, tokens: int, share: float, **values: torch.Tensor) -> None:
         """Note one forward pass that is ``share`` of its step; tensors stay on their device until a line is written."""
         self._tokens += tokens
-        self._in_this_step += [(name, value.detach().float() * share, share) for name, value in values.items()]
+        self._in_this_step += [
+            (name, value.detach().float() * share, share) for name, value in values.items()
+        ]
 
     def train(self, step: int, lr: float, applied: bool, skipped: int) -> dict[str, float]:
         """End an optimiser step; returns the means where it ends a line, else nothing. A skipped step is in no mean."""
@@ -57,12 +69,16 @@ class Log:
         self._in_this_step = []
         if not self.due(step):
             return {}
-        table = [[float(self._sums.get(n, 0.0)), self._weights.get(n, 0.0)] for n in MEANS] + [[self._tokens, 0.0]]
+        table = [[float(self._sums.get(n, 0.0)), self._weights.get(n, 0.0)] for n in MEANS] + [
+            [self._tokens, 0.0]
+        ]
         table = torch.tensor(table, dtype=torch.float32, device=self.accelerator.device)
         *rows, (tokens, _) = self.accelerator.reduce(table, "sum").tolist()
         means = {name: total / weight for name, (total, weight) in zip(MEANS, rows) if weight > 0}
         speed = round(tokens / (time.perf_counter() - self._since))
-        self._write(step=step, part="train", lr=lr, skipped=skipped, tokens_per_second=speed, **means)
+        self._write(
+            step=step, part="train", lr=lr, skipped=skipped, tokens_per_second=speed, **means
+        )
         self._restart()
         return means
 
@@ -76,16 +92,27 @@ class Log:
 
     def state(self) -> dict:
         """What a checkpoint keeps: this process's sums since the last line."""
-        return {"sums": {n: float(v) for n, v in self._sums.items()}, "weights": self._weights, "tokens": self._tokens}
+        return {
+            "sums": {n: float(v) for n, v in self._sums.items()},
+            "weights": self._weights,
+            "tokens": self._tokens,
+        }
 
     def _restart(self):
         self._sums, self._weights, self._in_this_step = {}, {}, []
         self._tokens, self._since = 0, time.perf_counter()
 
     def _write(self, step, part, **values):
-        values = {name: value for name, value in values.items() if name in LOG_COLUMNS and value is not None}
+        values = {
+            name: value
+            for name, value in values.items()
+            if name in LOG_COLUMNS and value is not None
+        }
         if self._csv:
-            figures = {name: f"{value:.6g}" if isinstance(value, float) else value for name, value in values.items()}
+            figures = {
+                name: f"{value:.6g}" if isinstance(value, float) else value
+                for name, value in values.items()
+            }
             self._csv.writerow({"step": step, "part": part, **figures})
             self._file.flush()
         self.accelerator.log({f"{part}/{name}": value for name, value in values.items()}, step=step)
@@ -93,7 +120,8 @@ class Log:
 
 def plot(log: Path, picture: Path, title: str) -> None:
     """Loss, and accuracy where there is one, over the steps of a log.csv."""
-    from matplotlib.figure import Figure  # not pyplot, whose state belongs to the notebook that calls us
+    # not pyplot, whose state belongs to the notebook that calls us
+    from matplotlib.figure import Figure
 
     with open(log, newline="") as file:
         rows = list(csv.DictReader(file))
@@ -107,7 +135,11 @@ def plot(log: Path, picture: Path, title: str) -> None:
             "held-out": "held out (plain loss, both orders)" if judged else "held out",
         }
         for part, style in (("train", "-"), ("held-out", "o")):
-            points = [(int(row["step"]), float(row[column])) for row in rows if row["part"] == part and row[column]]
+            points = [
+                (int(row["step"]), float(row[column]))
+                for row in rows
+                if row["part"] == part and row[column]
+            ]
             points = [point for point in points if math.isfinite(point[1])]
             if points:
                 axis.plot(*zip(*points), style, label=legend[part])

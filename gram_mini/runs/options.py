@@ -34,7 +34,7 @@ WITHOUT_EFFECT = (
 )  # fmt: skip
 
 
-# ---- the three scripts --------------------------------------------------------------------------------
+# ---- the three scripts ---------------------------------------------------------------
 
 
 def pretrain_options(description: str, argv=None) -> argparse.Namespace:
@@ -63,22 +63,55 @@ def score_options(description: str, argv=None) -> argparse.Namespace:
     p = parser(description, SCORE_EXAMPLES)
     g = p.add_argument_group("what to score")
     g.add_argument("--prompt", metavar="TEXT", help="the prompt that the responses answer")
-    g.add_argument("--response", action="append", default=[], metavar="TEXT", help="a response; give it once for each")
-    g.add_argument("--reference", metavar="TEXT", help="reference response: each response gets P(better than it) as reward")
-    g.add_argument("--data", type=data_name, metavar="SOURCE", help="score the rows of a file, folder or hub data set instead")
     g.add_argument(
-        "--benchmark", choices=benchmarks.BENCHMARKS, help="--data is this benchmark: give its official figures (default: score each row)"
+        "--response",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="a response; give it once for each",
+    )
+    g.add_argument(
+        "--reference",
+        metavar="TEXT",
+        help="reference response: each response gets P(better than it) as reward",
+    )
+    g.add_argument(
+        "--data",
+        type=data_name,
+        metavar="SOURCE",
+        help="score the rows of a file, folder or hub data set instead",
+    )
+    g.add_argument(
+        "--benchmark",
+        choices=benchmarks.BENCHMARKS,
+        help="--data is this benchmark: give its official figures (default: score each row)",
     )
     add_reading_options(g)
-    g.add_argument("--out", type=Path, metavar="FILE.jsonl", help="file to write the scores of --data to, one line a row")
+    g.add_argument(
+        "--out",
+        type=Path,
+        metavar="FILE.jsonl",
+        help="file to write the scores of --data to, one line a row",
+    )
     g.add_argument("--overwrite", action="store_true", help="replace a file that is already there")
     g = p.add_argument_group("how")
     g.add_argument(
-        "--model", type=model_name, default=DEFAULT_JUDGE, metavar="NAME", help="run folder, model folder, hub name, or 'village'"
+        "--model",
+        type=model_name,
+        default=DEFAULT_JUDGE,
+        metavar="NAME",
+        help="run folder, model folder, hub name, or 'village'",
     )
-    g.add_argument("--rank", choices=METHODS, help="how to rank (default: reference where there is one, else round-robin)")
     g.add_argument(
-        "--average", choices=AVERAGES, default="probabilities", help="average of the two orders: of probabilities or log-odds"
+        "--rank",
+        choices=METHODS,
+        help="how to rank (default: reference where there is one, else round-robin)",
+    )
+    g.add_argument(
+        "--average",
+        choices=AVERAGES,
+        default="probabilities",
+        help="average of the two orders: of probabilities or log-odds",
     )
     g.add_argument(
         "--batch-size", type=positive_int, default=32, metavar="N",
@@ -98,7 +131,9 @@ def _check_scoring(p: argparse.ArgumentParser, args: argparse.Namespace) -> None
         p.error("give either --prompt with --response, or --data with --out")
     if args.data is not None:
         if args.data == VILLAGE:
-            raise UserError("--data village: is for training; python -m gram_mini.village.table judges its test sets")
+            raise UserError(
+                "--data village: is for training; python -m gram_mini.village.table judges its test sets"
+            )
         if args.out is None:
             p.error("--data needs --out FILE.jsonl")
         if args.benchmark and args.out.suffix != ".json":
@@ -113,7 +148,9 @@ def _check_scoring(p: argparse.ArgumentParser, args: argparse.Namespace) -> None
         if not args.prompt or not args.response:
             p.error("give --prompt and at least one --response")
         if len(args.response) == 1 and args.reference is None:
-            p.error("one response alone cannot be compared; give another --response or a --reference")
+            p.error(
+                "one response alone cannot be compared; give another --response or a --reference"
+            )
         if args.rank == "reference" and args.reference is None:
             p.error("--rank reference needs --reference")
     if args.benchmark and (args.rank or args.reference is not None):
@@ -121,13 +158,21 @@ def _check_scoring(p: argparse.ArgumentParser, args: argparse.Namespace) -> None
     if args.reference is not None and args.rank not in (None, "reference"):
         p.error(f"--reference does not go with --rank {args.rank}")
     for text in (args.prompt, args.reference, *args.response):
-        if text is not None and not text.isprintable() and any("\ud800" <= c <= "\udfff" for c in text):
-            raise UserError("a text on the command line is not UTF-8; give it in a file with --data")
+        if (
+            text is not None
+            and not text.isprintable()
+            and any("\ud800" <= c <= "\udfff" for c in text)
+        ):
+            raise UserError(
+                "a text on the command line is not UTF-8; give it in a file with --data"
+            )
     if args.model == DEFAULT_JUDGE and not Path(args.model).is_dir():
-        raise UserError(f"{args.model}: not trained yet; run train_reward.py, or give --model (runs/demo/reward after make demo)")
+        raise UserError(
+            f"{args.model}: not trained yet; run train_reward.py, or give --model (runs/demo/reward after make demo)"
+        )
 
 
-# ---- groups of options --------------------------------------------------------------------------------
+# ---- groups of options ---------------------------------------------------------------
 
 
 def parser(description: str, examples: str) -> argparse.ArgumentParser:
@@ -145,44 +190,107 @@ class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescription
         super().__init__(prog, max_help_position=30, width=110)
 
     def _get_help_string(self, action):
-        # Every default, but not "(default: None)" or that a switch is off; a computed default stands in the help text.
+        # Every default, but not "(default: None)" or that a switch is off; a computed default
+        # stands in the help text.
         silent = action.default is None or action.default is False or action.default == []
         return action.help if silent else super()._get_help_string(action)
 
 
 def add_training_options(
-    p: argparse.ArgumentParser, out: str, lr: float, epochs: float, held_out: float, lora_rank: int | None, data_help: str
+    p: argparse.ArgumentParser,
+    out: str,
+    lr: float,
+    epochs: float,
+    held_out: float,
+    lora_rank: int | None,
+    data_help: str,
 ) -> None:
     """Options of both stages; ``out`` to ``lora_rank`` are the stage's defaults."""
     g = p.add_argument_group("what to train on what")
-    g.add_argument("--model", type=model_name, default=VILLAGE, metavar="NAME", help="backbone: hub name or folder, or 'village'")
+    g.add_argument(
+        "--model",
+        type=model_name,
+        default=VILLAGE,
+        metavar="NAME",
+        help="backbone: hub name or folder, or 'village'",
+    )
     g.add_argument("--data", type=data_name, default=VILLAGE, metavar="SOURCE", help=data_help)
     add_reading_options(g)
-    g.add_argument("--held-out", type=share, default=held_out, metavar="SHARE", help="share of the prompts kept for evaluation")
-    g = p.add_argument_group("where to put it")
-    g.add_argument("--out", type=Path, default=Path(out), metavar="FOLDER", help="run folder to write")
-    g.add_argument("--overwrite", action="store_true", help="replace a run that is already there, once the new one is done")
-    g.add_argument("--save-every", type=positive_int, default=100, metavar="N", help="steps between checkpoints to resume from")
-    g.add_argument("--resume", action="store_true", help="go on with the unfinished run of --out; give the same options again")
-    g.add_argument("--log-every", type=positive_int, default=20, metavar="N", help="steps per line of log.csv")
     g.add_argument(
-        "--report-to", choices=("tensorboard", "wandb"), help="a tracker that gets what log.csv gets (default: log.csv alone)"
+        "--held-out",
+        type=share,
+        default=held_out,
+        metavar="SHARE",
+        help="share of the prompts kept for evaluation",
+    )
+    g = p.add_argument_group("where to put it")
+    g.add_argument(
+        "--out", type=Path, default=Path(out), metavar="FOLDER", help="run folder to write"
+    )
+    g.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="replace a run that is already there, once the new one is done",
+    )
+    g.add_argument(
+        "--save-every",
+        type=positive_int,
+        default=100,
+        metavar="N",
+        help="steps between checkpoints to resume from",
+    )
+    g.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on with the unfinished run of --out; give the same options again",
+    )
+    g.add_argument(
+        "--log-every", type=positive_int, default=20, metavar="N", help="steps per line of log.csv"
+    )
+    g.add_argument(
+        "--report-to",
+        choices=("tensorboard", "wandb"),
+        help="a tracker that gets what log.csv gets (default: log.csv alone)",
     )
     g = p.add_argument_group("optimisation")
     g.add_argument(
-        "--lr", type=positive_float, default=lr, help="peak learning rate (warmed up over 5%% of the steps, then cosine)"
+        "--lr",
+        type=positive_float,
+        default=lr,
+        help="peak learning rate (warmed up over 5%% of the steps, then cosine)",
     )
-    g.add_argument("--batch-size", type=positive_int, default=64, metavar="N", help="pairs per forward pass and process")
+    g.add_argument(
+        "--batch-size",
+        type=positive_int,
+        default=64,
+        metavar="N",
+        help="pairs per forward pass and process",
+    )
     g.add_argument(
         "--batch-tokens", type=positive_int, metavar="N",
         help="at most so many tokens in a forward pass, padding included: long pairs go through in smaller batches, and an "
         "optimiser step is what it was (default: no limit but --batch-size)",
     )  # fmt: skip
-    g.add_argument("--grad-accum", type=positive_int, default=1, metavar="N", help="forward passes per optimiser step")
+    g.add_argument(
+        "--grad-accum",
+        type=positive_int,
+        default=1,
+        metavar="N",
+        help="forward passes per optimiser step",
+    )
     duration = g.add_mutually_exclusive_group()
-    duration.add_argument("--epochs", type=positive_float, default=epochs, help="passes over the data")
-    duration.add_argument("--steps", type=positive_int, metavar="N", help="optimiser steps, in the place of --epochs")
-    g.add_argument("--seed", type=seed, default=0, help="draws the adapter, the order of rows and responses, the village's pairs")
+    duration.add_argument(
+        "--epochs", type=positive_float, default=epochs, help="passes over the data"
+    )
+    duration.add_argument(
+        "--steps", type=positive_int, metavar="N", help="optimiser steps, in the place of --epochs"
+    )
+    g.add_argument(
+        "--seed",
+        type=seed,
+        default=0,
+        help="draws the adapter, the order of rows and responses, the village's pairs",
+    )
     g.add_argument(
         "--skip-limit", type=positive_int, default=5, metavar="N",
         help="stop after N steps in a row whose loss or gradient is not finite; such steps are skipped and counted",
@@ -206,7 +314,12 @@ def add_reward_options(p: argparse.ArgumentParser, out: str) -> None:
         data_help="labelled pairs: file, folder, hub name, or 'village'",
     )  # fmt: skip
     g = p.add_argument_group("stage 2")
-    g.add_argument("--init", type=Path, metavar="RUN", help="run to start from, of stage 1 as a rule (default: the plain backbone)")
+    g.add_argument(
+        "--init",
+        type=Path,
+        metavar="RUN",
+        help="run to start from, of stage 1 as a rule (default: the plain backbone)",
+    )
     g.add_argument(
         "--label-smoothing", type=smoothing, default=0.05, metavar="EPS",
         help="eps of the loss above, 0 <= eps < 0.5; half of torch's label_smoothing: 0.05 is the official 0.1 there",
@@ -217,23 +330,36 @@ def add_reward_options(p: argparse.ArgumentParser, out: str) -> None:
 def add_reading_options(group) -> None:
     """Options of everything that reads pairs by load_pairs."""
     group.add_argument("--split", default="train", help="split of a hub data set")
-    group.add_argument("--subset", metavar="NAME", help="configuration of a hub data set (default: its default)")
-    group.add_argument("--limit", type=positive_int, metavar="N", help="use the first N rows only (default: all)")
+    group.add_argument(
+        "--subset", metavar="NAME", help="configuration of a hub data set (default: its default)"
+    )
+    group.add_argument(
+        "--limit", type=positive_int, metavar="N", help="use the first N rows only (default: all)"
+    )
     group.add_argument(
         "--streaming", action="store_true",
         help="download no more rows of a hub data set than --limit needs (default: all of them, once)",
     )  # fmt: skip
     group.add_argument(
-        "--on-bad-row", choices=("error", "skip"), default="error", help="what to do with a row that cannot be read"
+        "--on-bad-row",
+        choices=("error", "skip"),
+        default="error",
+        help="what to do with a row that cannot be read",
     )
     group.add_argument(
-        "--pairs", choices=("all", "best-worst"), default="all", help="which pairs of a row with several scored responses"
+        "--pairs",
+        choices=("all", "best-worst"),
+        default="all",
+        help="which pairs of a row with several scored responses",
     )
 
 
 def reading(args) -> dict:
     """What add_reading_options added, as arguments of load_pairs."""
-    return {name: getattr(args, name) for name in ("split", "subset", "limit", "streaming", "on_bad_row", "pairs")}
+    return {
+        name: getattr(args, name)
+        for name in ("split", "subset", "limit", "streaming", "on_bad_row", "pairs")
+    }
 
 
 def add_model_options(group, bits_default: int | None, max_length_default: int | None) -> None:
@@ -247,7 +373,11 @@ def add_model_options(group, bits_default: int | None, max_length_default: int |
         help="tokens per sequence; longer texts are cut, prompt first, then both responses by the same share"
         + ("" if max_length_default else " (default: as in training, else 512)"),
     )  # fmt: skip
-    group.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ...; auto takes the GPU where there is one")
+    group.add_argument(
+        "--device",
+        default="auto",
+        help="cpu, cuda, cuda:1, ...; auto takes the GPU where there is one",
+    )
 
 
 def add_judge_template(group, default: str) -> None:
@@ -261,10 +391,12 @@ def add_judge_template(group, default: str) -> None:
 
 def as_record(args: argparse.Namespace) -> dict:
     """The options as run.json keeps them."""
-    return {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+    return {
+        name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()
+    }
 
 
-# ---- types --------------------------------------------------------------------------------------------
+# ---- types ---------------------------------------------------------------------------
 
 
 def model_name(text: str) -> str:

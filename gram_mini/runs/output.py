@@ -15,12 +15,17 @@ def check_output(path: Path, overwrite: bool, name: str) -> None:
     """See before the work begins that a file can be written; ``name`` is what the user calls it.
 
     Raises:
-        UserError: the file is there already and may not be replaced, or its folder cannot be written to.
+        UserError: the file is there already and may not be replaced, or its folder cannot be
+            written to.
     """
     if path.exists() and not overwrite:
-        raise UserError(f"{name} {path}: already there; give another file, or --overwrite to replace it")
+        raise UserError(
+            f"{name} {path}: already there; give another file, or --overwrite to replace it"
+        )
     if path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
-        raise UserError(f"{name} {path}: give the name of a file in a folder that exists and can be written to")
+        raise UserError(
+            f"{name} {path}: give the name of a file in a folder that exists and can be written to"
+        )
 
 
 def write_whole(path: Path, parts: Iterable[str], name: str) -> None:

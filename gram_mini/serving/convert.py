@@ -1,4 +1,5 @@
-"""Write any data that load_pairs reads as a file of the official GRAM code, for pre-training or for fine-tuning.
+"""Write any data that load_pairs reads as a file of the official GRAM code, for pre-training or for
+fine-tuning.
 
   --to pre-training    instruction: the question; output: both answers between their markers; labels are not needed
   --to fine-tuning     instruction: the judge's question with both answers; output: A or B
@@ -30,7 +31,8 @@ STAGES = ("pre-training", "fine-tuning")
 def official_row(
     pair: Pair, to: str, swap: bool = False, template: str = prompts.JUDGE
 ) -> dict[str, str]:
-    """One row of the official format (NiuTrans/GRAM, README.md, "Datasets"); ``swap`` puts y_b first.
+    """One row of the official format (NiuTrans/GRAM, README.md, "Datasets"); ``swap`` puts y_b
+    first.
 
     ``template`` is the judge prompt of a fine-tuning row.
 
@@ -57,10 +59,11 @@ def official_row(
 def write_official(
     pairs: list[Pair], out: Path, to: str, seed: int = 0, template: str = prompts.JUDGE
 ) -> int:
-    """Write pairs as a JSON list (``out`` ends in .json) or as lines of JSON (.jsonl), the order drawn by ``seed``.
+    """Write pairs as a JSON list (``out`` ends in .json) or as lines of JSON (.jsonl), the order
+    drawn by ``seed``.
 
-    Pairs whose own texts hold a marker that would be taken for the format's are left out. Returns how
-    many rows were written.
+    Pairs whose own texts hold a marker that would be taken for the format's are left out. Returns
+    how many rows were written.
 
     Raises:
         UserError: the file cannot be written, or no pair is left.

@@ -1,11 +1,13 @@
-"""Merge the adapter of a run into its backbone: an ordinary model folder, for vLLM, transformers or any other server.
+"""Merge the adapter of a run into its backbone: an ordinary model folder, for vLLM, transformers or
+any other server.
 
-The backbone is dequantised first and merged then, all of it in float32: the merged model computes what the NF4 backbone
-with its adapter computes, to 1e-5 of a logit. (Adding the adapter to the 4-bit weights themselves would round it away.)
-Only at the end are the weights rounded to --dtype. The default is bfloat16, in which models of today are published and
-served; a server casts to it, or to float16, anyway. On the village's backbone that moves log-odds by 0.03 and probabilities
-by 0.006 at most (300 test pairs); float32 keeps both to 1e-5 and takes twice the room. float16 is finer than bfloat16 (0.002
-and 0.0005), but large models overflow in it.
+The backbone is dequantised first and merged then, all of it in float32: the merged model computes
+what the NF4 backbone with its adapter computes, to 1e-5 of a logit. (Adding the adapter to the
+4-bit weights themselves would round it away.) Only at the end are the weights rounded to --dtype.
+The default is bfloat16, in which models of today are published and served; a server casts to it, or
+to float16, anyway. On the village's backbone that moves log-odds by 0.03 and probabilities by 0.006
+at most (300 test pairs); float32 keeps both to 1e-5 and takes twice the room. float16 is finer than
+bfloat16 (0.002 and 0.0005), but large models overflow in it.
 """
 
 from __future__ import annotations
@@ -55,7 +57,8 @@ def export(
     """Write the merged model of ``run`` to ``out``, under another name until it is complete.
 
     Raises:
-        UserError: no finished run, its backbone is missing or another version, or ``out`` is in the way.
+        UserError: no finished run, its backbone is missing or another version, or ``out`` is in the
+            way.
     """
     out = out.resolve()
     partial = out.with_name(out.name + ".partial")

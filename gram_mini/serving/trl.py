@@ -12,23 +12,27 @@ AGAINST = ("first", "all")
 
 
 def as_trl_reward(judge: Judge, against: str = "first", average: str = "probabilities"):
-    """The judge as a reward function for TRL (GRPOTrainer(reward_funcs=...) and the trainers that take the same).
+    """The judge as a reward function for TRL (GRPOTrainer(reward_funcs=...) and the trainers that
+    take the same).
 
-    A completion's reward is P(better than its reference), 0 to 1, where the data set has a column ``reference``.
-    Without it (or where it is None) the completions of one prompt are compared with each other:
+    A completion's reward is P(better than its reference), 0 to 1, where the data set has a column
+    ``reference``. Without it (or where it is None) the completions of one prompt are compared with
+    each other:
 
         first   reward = P(better than the first of them); the first one itself gets 1/2
         all     reward = mean P(better than another one), n (n - 1) / 2 comparisons for n completions
 
-    Equal texts are a draw, 1/2, and are not shown to the model. All that one call needs is judged in one go.
-    Each process sees its own completions only; where TRL spreads those of one prompt over several processes,
-    add ``reference``, so that all are measured by the same thing.
+    Equal texts are a draw, 1/2, and are not shown to the model. All that one call needs is judged
+    in one go. Each process sees its own completions only; where TRL spreads those of one prompt
+    over several processes, add ``reference``, so that all are measured by the same thing.
 
-    Returns f(prompts, completions, completion_ids=None, reference=None, **others) -> one reward for each completion.
-    Texts and lists of messages are read as in training, by reading.formats.parse_pairs; tool messages are not taken.
+    Returns f(prompts, completions, completion_ids=None, reference=None, **others) -> one reward for
+    each completion. Texts and lists of messages are read as in training, by
+    reading.formats.parse_pairs; tool messages are not taken.
 
     Raises:
-        ValueError: for another ``against``; from f, where a completion has nothing to be compared with.
+        ValueError: for another ``against``; from f, where a completion has nothing to be compared
+            with.
     """
     if against not in AGAINST:
         raise ValueError(f"against must be one of {AGAINST}, got {against!r}")
@@ -62,7 +66,8 @@ def as_trl_reward(judge: Judge, against: str = "first", average: str = "probabil
             return parse_pairs([(f"row {i}", row)])[0][0]
 
         games = [[pair_of(i, rival) for rival in rivals(i)] for i in range(len(completions))]
-        # P(b better) = 1 - P(a better), so two texts meet once, whichever is asked about, and however often.
+        # P(b better) = 1 - P(a better), so two texts meet once, whichever is asked about, and
+        # however often.
         meetings = dict.fromkeys(
             Pair(game.prompt, *sorted((game.response_a, game.response_b)))
             for row in games
@@ -73,9 +78,8 @@ def as_trl_reward(judge: Judge, against: str = "first", average: str = "probabil
         for pair, result in zip(meetings, judge.compare_many(list(meetings), average)):
             better[pair.prompt, pair.response_a, pair.response_b] = result.probability
             better[pair.prompt, pair.response_b, pair.response_a] = 1 - result.probability
-        reward = lambda game: better.get(
-            (game.prompt, game.response_a, game.response_b), 0.5
-        )  # equal texts: a draw
+        # equal texts: a draw
+        reward = lambda game: better.get((game.prompt, game.response_a, game.response_b), 0.5)
         return [math.fsum(map(reward, row)) / len(row) for row in games]
 
     return gram_reward

@@ -1,6 +1,6 @@
 """The claims of the paper, each as an experiment with a figure. On the village the truth is known.
 
-  table       every method on labelled topics, unlabelled topics, and by what the responses differ in
+  table       every method in and out of distribution, and by what the responses differ in
   bon         best of n: the judge's own score and the true reward, over KL
   adapt       a new topic with few labels, from each starting point
   smoothing   eps from 0 to 0.4: accuracy, margin, calibration
@@ -9,9 +9,9 @@
   rl          a policy trained against the judge: the judge's reward and the true one, over KL
   all         these seven
 
-Each study writes STUDY.json and STUDY.png to gram_mini/studies/results (--quick to runs/quick). Trained models stay in
-runs/studies and are used again, by other studies too, so a study goes on where it stopped. If you change a study, delete
-its files in runs/studies/rows.
+Each study writes STUDY.json and STUDY.png to gram_mini/studies/results (--quick to runs/quick).
+Trained models stay in runs/studies and are used again, by other studies too, so a study goes on
+where it stopped. If you change a study, delete its files in runs/studies/rows.
 """
 
 import shlex

@@ -1,28 +1,33 @@
 """Public benchmarks: their rows in, their official figures out.
 
-A row is a prompt with better (chosen) and worse (rejected) responses. Every chosen response is compared with every
-rejected one, in both orders; P is the average of both. What the official figures are, and where they are defined:
+A row is a prompt with better (chosen) and worse (rejected) responses. Every chosen response is
+compared with every rejected one, in both orders; P is the average of both. What the official
+figures are, and where they are defined:
 
 reward-bench    allenai/reward-bench, scripts/run_rm.py, rewardbench/constants.py and calculate_scores_per_section in
-                rewardbench/utils.py. A row is right where P > 1/2, strictly, as a reward model must give the chosen
-                response the higher score. (scripts/run_generative.py gives half a point where a judge's words name no
-                winner; ours always says a number.) A subset's score is its share of right rows, a section's the mean over
-                its subsets, weighted by EXAMPLE_COUNTS, the total the plain mean of the four sections.
+                rewardbench/utils.py. A row is right where P > 1/2, strictly, as a reward model must
+                give the chosen response the higher score. (scripts/run_generative.py gives half a
+                point where a judge's words name no winner; ours always says a number.) A subset's
+                score is its share of right rows, a section's the mean over its subsets, weighted by
+                EXAMPLE_COUNTS, the total the plain mean of the four sections.
 reward-bench-2  allenai/reward-bench, scripts/run_v2.py; reroll_and_score_dataset and process_single_model in
-                rewardbench/utils.py. Best of four: a response needs a score of its own, and as our judge compares pairs,
-                that is its mean P(better than another response of the row), as Judge.rank gives it (round robin). The
-                chosen response must have the highest score; where k share the highest, it gets 1/k. The subset Ties has
-                a formula of its own, see ties(). The total is the plain mean of the six subsets.
+                rewardbench/utils.py. Best of four: a response needs a score of its own, and as our
+                judge compares pairs, that is its mean P(better than another response of the row),
+                as Judge.rank gives it (round robin). The chosen response must have the highest
+                score; where k share the highest, it gets 1/k. The subset Ties has a formula of its
+                own, see ties(). The total is the plain mean of the six subsets.
 rm-bench        THU-KEG/RM-Bench, README.md, "how to compute the accuracy". Three chosen and three rejected responses, from
-                concise to detailed to formatted, make a 3 x 3 matrix of accuracies, P > 1/2 strictly: [chosen style,
-                rejected style]. Hard is the mean above its diagonal, normal on it, easy below. A domain's score is the
-                mean of all nine, the total the plain mean of the four domains, as in the paper's table (arXiv 2410.16184);
-                the two files of safety are pooled.
+                concise to detailed to formatted, make a 3 x 3 matrix of accuracies, P > 1/2
+                strictly: [chosen style, rejected style]. Hard is the mean above its diagonal,
+                normal on it, easy below. A domain's score is the mean of all nine, the total the
+                plain mean of the four domains, as in the paper's table (arXiv 2410.16184); the two
+                files of safety are pooled.
 judge-bench     ScalerLab/JudgeBench, utils/metrics.py. Both orders are a verdict each, and a pair is right where more of
-                them are right than wrong: both, or one beside a P of 1/2. A split verdict is not right. The total is over
-                all pairs (micro). The mean of groups is the plain mean of the four categories: it is the figure that the
-                GRAM paper's evaluation publishes (71.4 for its 71.43, where the total over pairs is 68.3). "accuracy"
-                in the judge's own figures is by the average of both orders instead.
+                them are right than wrong: both, or one beside a P of 1/2. A split verdict is not
+                right. The total is over all pairs (micro). The mean of groups is the plain mean of
+                the four categories: it is what the GRAM paper's evaluation publishes
+                (71.4 for its 71.43, where the total over pairs is 68.3). "accuracy" in the judge's
+                own figures is by the average of both orders instead.
 
 The judge's own figures are over all pairs of a chosen and a rejected response, each counted once:
 
@@ -31,8 +36,9 @@ orders agree        share in which both orders prefer the same response
 ECE, Brier          see evaluation.calibration and evaluation.brier
 longer preferred    share in which the judge prefers the longer response, of pairs of different length (in characters)
 
-"Pick the longer" is a judge that always prefers the longer response: a yardstick for every figure that it has. Intervals
-are 95%, by bootstrap over the prompts, drawn anew within each subset; that of a small ECE lies too high, as chance adds to it.
+"Pick the longer" is a judge that always prefers the longer response: a yardstick for every figure
+that it has. Intervals are 95%, by bootstrap over the prompts, drawn anew within each subset; that
+of a small ECE lies too high, as chance adds to it.
 """
 
 from __future__ import annotations
@@ -75,15 +81,17 @@ class Judged:
 
     row: Row
     credit: object  # what the official figures are made of
-    pairs: torch.Tensor  # (chosen x rejected, 3): P(chosen better), orders agree, sign of how much longer the chosen one is
+    # P(chosen better), orders agree, sign of how much longer the chosen one is
+    pairs: torch.Tensor  # (chosen x rejected, 3)
 
 
 @dataclass(frozen=True)
 class Benchmark:
     """How to read a row, what to make of its comparisons, and of all rows.
 
-    ``credit`` gets the row and {(i, j): comparison of responses i and j}, chosen responses numbered before rejected ones.
-    ``aggregate`` gets the units, lists of rows, and returns the official figures and details for the JSON file.
+    ``credit`` gets the row and {(i, j): comparison of responses i and j}, chosen responses numbered
+    before rejected ones. ``aggregate`` gets the units, lists of rows, and returns the official
+    figures and details for the JSON file.
     """
 
     read: Callable[[str, dict], Row]
@@ -95,10 +103,10 @@ class Benchmark:
     )
 
 
-# ---- RewardBench --------------------------------------------------------------------------------------
+# ---- RewardBench ---------------------------------------------------------------------
 
-# How much each subset weighs in its section: its number of rows, but for math-prm, which has 447 and shall weigh as much
-# as the six subsets of code together (rewardbench/constants.py).
+# How much each subset weighs in its section: its number of rows, but for math-prm, which has 447
+# and shall weigh as much as the six subsets of code together (rewardbench/constants.py).
 EXAMPLE_COUNTS = {
     "Chat": {"alpacaeval-easy": 100, "alpacaeval-length": 95, "alpacaeval-hard": 95, "mt-bench-easy": 28, "mt-bench-med": 40},
     "Chat Hard": {
@@ -143,7 +151,7 @@ def aggregate_reward_bench(units: list[list[Judged]]) -> tuple[dict, dict]:
     return figures | {"total": _mean(list(figures.values()))}, {"subsets": subsets}
 
 
-# ---- RewardBench 2 ------------------------------------------------------------------------------------
+# ---- RewardBench 2 -------------------------------------------------------------------
 
 SUBSETS_2 = ("Factuality", "Precise IF", "Math", "Safety", "Focus", "Ties")
 
@@ -167,15 +175,16 @@ def read_reward_bench_2(where: str, row: dict) -> Row:
 
 
 def best_of(row: Row, results: dict) -> float | tuple[float, float]:
-    """1/k where the chosen response is one of k with the highest score, else 0; of Ties spread and gap.
+    """1/k where the chosen response is one of k with the highest score, else 0; of Ties spread and
+    gap.
 
-    spread: how far apart the scores of the correct responses are; gap: how far the worst correct one is above the best
-    wrong one. Equal responses have equal scores; so have others whose scores differ by less than judge.TIE.
+    spread: how far apart the scores of the correct responses are; gap: how far the worst correct
+    one is above the best wrong one. Equal responses have equal scores; so have others whose scores
+    differ by less than judge.TIE.
     """
     responses = [text.strip() for text in row.chosen + row.rejected]
-    places = {
-        text: i for i, text in reversed(list(enumerate(responses)))
-    }  # where each text stands first
+    # where each text stands first
+    places = {text: i for i, text in reversed(list(enumerate(responses)))}
 
     def compare(games: list[tuple[str, str]]) -> list[float]:
         return [results[places[a], places[b]].probability for a, b in games]
@@ -208,19 +217,19 @@ def aggregate_reward_bench_2(units: list[list[Judged]]) -> tuple[dict, dict]:
 def ties(prompts: list[dict[str, tuple[float, float]]]) -> tuple[float | None, dict[str, float]]:
     """The score of the subset Ties, and its parts (rewardbench/utils.py, process_single_model).
 
-    Each prompt has (spread, gap) of its row "Ties tied" with several correct responses and "Ties ref" with one.
+    Each prompt has (spread, gap) of its row "Ties tied" with several correct responses and "Ties
+    ref" with one.
 
-        0.3 * share of tied rows, and 0.3 * share of ref rows, whose gap is above 0
-        0.2 * share of prompts whose tied gap is above the tied spread
-        0.2 * share of prompts whose lower gap, of tied and ref, is above the tied spread
-        0.01 * mean over the prompts of tanh(lower gap / tied spread - 1); of no spread, the sign of the gap
+        0.3 * share of tied rows, and 0.3 * share of ref rows, whose gap is above 0 0.2 * share of
+        prompts whose tied gap is above the tied spread 0.2 * share of prompts whose lower gap, of
+        tied and ref, is above the tied spread 0.01 * mean over the prompts of tanh(lower gap / tied
+        spread - 1); of no spread, the sign of the gap
 
     Returns None and nothing where no prompt has both rows.
     """
     ref, tied = ([p[kind] for p in prompts if kind in p] for kind in ("Ties ref", "Ties tied"))
-    both = [
-        (*p["Ties tied"], p["Ties ref"][1]) for p in prompts if len(p) == 2
-    ]  # spread, tied gap, ref gap
+    # spread, tied gap, ref gap
+    both = [(*p["Ties tied"], p["Ties ref"][1]) for p in prompts if len(p) == 2]
     if not both:
         return None, {}
     parts = {
@@ -239,7 +248,7 @@ def _margin(gap: float, spread: float) -> float:
     return math.tanh(gap / spread - 1) if spread else float((gap > 0) - (gap < 0))
 
 
-# ---- RM-Bench -----------------------------------------------------------------------------------------
+# ---- RM-Bench ------------------------------------------------------------------------
 
 DOMAINS = {
     "chat": "chat",
@@ -248,11 +257,11 @@ DOMAINS = {
     "safety-refuse": "safety",
     "safety-response": "safety",
 }
-# The file of one domain has no column 'domain'. Some say by 'subset' where their rows are from, all by their name.
+# The file of one domain has no column 'domain'. Some say by 'subset' where their rows are from, all
+# by their name.
 DOMAIN_OF_SUBSET = {"alpacaeval": "chat", "bigcode/humanevalpack": "code"}
-STYLES = tuple(
-    product(range(3), repeat=2)
-)  # (style of the chosen response, style of the rejected one)
+# (style of the chosen response, style of the rejected one)
+STYLES = tuple(product(range(3), repeat=2))
 LEVELS = {"hard": lambda i, j: i < j, "normal": lambda i, j: i == j, "easy": lambda i, j: i > j}
 
 
@@ -285,9 +294,8 @@ def aggregate_rm_bench(units: list[list[Judged]]) -> tuple[dict, dict]:
         hits[judged.row.section].append(judged.credit)
     figures, details = {}, {}
     for domain in dict.fromkeys(DOMAINS.values()):
-        matrix = [
-            sum(column) / len(column) for column in zip(*hits[domain])
-        ]  # nine, in the order of STYLES
+        # nine, in the order of STYLES
+        matrix = [sum(column) / len(column) for column in zip(*hits[domain])]
         figures[domain] = _mean(matrix)
         for level, belongs in LEVELS.items():
             figures[f"{domain} {level}"] = _mean(
@@ -301,7 +309,7 @@ def aggregate_rm_bench(units: list[list[Judged]]) -> tuple[dict, dict]:
     return figures | {"total": _mean([figures[domain] for domain in domains])}, {"matrix": details}
 
 
-# ---- JudgeBench ---------------------------------------------------------------------------------------
+# ---- JudgeBench ----------------------------------------------------------------------
 
 CATEGORIES = {
     "mmlu-pro-": "knowledge",
@@ -345,7 +353,7 @@ def aggregate_judge_bench(units: list[list[Judged]]) -> tuple[dict, dict]:
     return figures, {"sources": _means(units, lambda row: row.group)}
 
 
-# ---- all of them --------------------------------------------------------------------------------------
+# ---- all of them ---------------------------------------------------------------------
 
 BENCHMARKS = {
     "reward-bench": Benchmark(
@@ -526,7 +534,7 @@ def _means(units: list[list[Judged]], key: Callable[[Row], str]) -> dict[str, fl
     return {name: sum(some) / len(some) for name, some in credits.items()}
 
 
-# ---- columns ------------------------------------------------------------------------------------------
+# ---- columns -------------------------------------------------------------------------
 
 
 def _known(row: dict, column: str, known, where: str) -> str:
@@ -557,7 +565,7 @@ def _texts(row: dict, column: str, where: str, count: int | None = None) -> list
     return [read_prompt(text, where, column) for text in value]
 
 
-# ---- what is shown and written ------------------------------------------------------------------------
+# ---- what is shown and written -------------------------------------------------------
 
 
 def score_benchmark(judge: Judge, args) -> None:
@@ -633,9 +641,8 @@ def save(result: dict, model: str, out: Path) -> None:
 
 def plot_reliability(result: dict, picture: Path) -> None:
     """Share right over P of the preferred response, and how many pairs stand behind each point."""
-    from matplotlib.figure import (
-        Figure,
-    )  # not pyplot, whose state belongs to the notebook that calls us
+    # not pyplot, whose state belongs to the notebook that calls us
+    from matplotlib.figure import Figure
 
     bins = result["reliability"]
     figure = Figure(figsize=(5, 5))

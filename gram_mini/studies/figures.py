@@ -54,9 +54,8 @@ def draw(
     means: list[dict], x: str | None, shown: tuple[str, ...], picture: Path, title: str
 ) -> None:
     """Lines over x with their intervals, one panel for each figure; bars where there is no x."""
-    from matplotlib.figure import (
-        Figure,
-    )  # not pyplot, whose state belongs to the notebook that calls us
+    # not pyplot, whose state belongs to the notebook that calls us
+    from matplotlib.figure import Figure
 
     shown = [name for name in shown if any(name in row for row in means)]
     methods = list(dict.fromkeys(row["method"] for row in means))

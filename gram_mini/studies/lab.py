@@ -24,12 +24,8 @@ from gram_mini.runs.output import write_whole
 from gram_mini.village.pairs import village_pairs
 
 PLAIN = ["--label-smoothing", "0"]
-SCALAR = [
-    "--head",
-    "scalar",
-    "--lr",
-    "3e-4",
-]  # learning rates, and the weight of the text loss, were chosen on seed 0
+# learning rates, and the weight of the text loss, were chosen on seed 0
+SCALAR = ["--head", "scalar", "--lr", "3e-4"]
 METHODS = {  # name: (starts from stage 1?, script, its options)
     "D-Baseline": (False, baselines, SCALAR + PLAIN),
     "D-Freeze": (False, baselines, ["--head", "scalar", "--freeze", "--lr", "0.1", *PLAIN]),
@@ -42,22 +38,19 @@ METHODS = {  # name: (starts from stage 1?, script, its options)
     "G from stage 1, eps = 0": (True, train_reward, PLAIN),
     "GRAM": (True, train_reward, []),
 }
-MAIN = (
-    "D-Baseline",
-    "D from stage 1",
-    "G-Baseline",
-    "GRAM",
-)  # the methods of the studies that are not about methods
+# the methods of the studies that are not about methods
+MAIN = ("D-Baseline", "D from stage 1", "G-Baseline", "GRAM")
 
 
 class Lab:
-    """Data, trained models and their figures, of one backbone on one source of data, kept in a folder.
+    """Data, trained models and their figures, of one backbone on one source of data, kept in a
+    folder.
 
     ``loading`` are the options of training and judging alike: bits, max_length, device.
 
     Raises:
-        UserError: if the folder is that of another backbone, other data or other options; if the data cannot be read, or
-            all its pairs have one prompt.
+        UserError: if the folder is that of another backbone, other data or other options; if the
+            data cannot be read, or all its pairs have one prompt.
     """
 
     def __init__(
@@ -189,7 +182,8 @@ class Lab:
         pairs = self.pairs(split, 0)
         results = self.judge(model).compare_many(pairs, progress=split)
         figures = summarise(pairs, results)
-        # The village's test labels name the truly better response; how often a rater would agree is what P is about.
+        # The village's test labels name the truly better response; how often a rater would agree is
+        # what P is about.
         truth = [float(p.label == 0) if p.probability is None else p.probability for p in pairs]
         error = calibration([r.probability for r in results], truth)[0]
         row = {

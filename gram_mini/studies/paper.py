@@ -143,9 +143,8 @@ def unlabelled(lab: Lab, seed: int):
     domains = ["in domain"]
     if lab.village:
         tested = {pair.prompt for pair in lab.pairs(lab.target, 0)}
-        elsewhere = [
-            pair for pair in everything if pair.prompt not in tested
-        ]  # half of them, within half a percent
+        # half of them, within half a percent
+        elsewhere = [pair for pair in everything if pair.prompt not in tested]
         parts.append(("out of domain", 1 / 2, elsewhere[: len(everything) // 2]))
         domains.append("out of domain")
     for domain in domains:

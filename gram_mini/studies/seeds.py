@@ -59,15 +59,15 @@ def run_side_by_side(names: list[str], lab: Lab, seeds: list[int], jobs: int) ->
             ) from None
         except Exception:
             for process in multiprocessing.active_children():
-                process.terminate()  # training saves what it has; after Ctrl-C all have been told already
+                # training saves what it has; after Ctrl-C all have been told already
+                process.terminate()
             raise
 
 
 def _begin_worker(threads: int) -> None:
     torch.set_num_threads(threads)
-    sys.stderr = open(
-        os.devnull, "w"
-    )  # progress bars would write over each other; errors go to the parent
+    # progress bars would write over each other; errors go to the parent
+    sys.stderr = open(os.devnull, "w")
 
 
 def run_study(name: str, lab: Lab, seeds: list[int], results: Path) -> None:

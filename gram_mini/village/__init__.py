@@ -1,4 +1,5 @@
-"""A tiny village whose true rewards are known, so that every claim can be checked against the truth.
+"""A tiny village whose true rewards are known, so that every claim can be checked against the
+truth.
 
 Each villager has a home, a food, a pet and a trade, drawn once at random. A response to a question
 about one of them is right or wrong, courteous or curt, and rambling or to the point:
@@ -16,9 +17,9 @@ The villagers fall into three groups:
     unlabelled   the backbone knows their names; their facts appear nowhere but in the unlabelled
                  pairs of stage 1                                              (out-of-distribution)
 
-In stage 1's pairs 70% of the answers are right and a wrong one is any of the five other values: nobody marks
-which is which, but the truth is the commonest answer. In stage 2's labels, and in the in-distribution test,
-rambling goes with being right (a spurious cue); elsewhere it does not.
+In stage 1's pairs 70% of the answers are right and a wrong one is any of the five other values:
+nobody marks which is which, but the truth is the commonest answer. In stage 2's labels, and in the
+in-distribution test, rambling goes with being right (a spurious cue); elsewhere it does not.
 """
 
 from __future__ import annotations
@@ -67,10 +68,8 @@ ATTRIBUTES = (
     ),
 )
 
-COURTEOUS = (
-    "Glad you asked.",
-    "Happy to help.",
-)  # as long as the curt ones: courtesy is no cue for length
+# as long as the curt ones: courtesy is no cue for length
+COURTEOUS = ("Glad you asked.", "Happy to help.")
 CURT = ("If you must.", "Stop bothering me.")
 RAMBLING = (
     "By the way, the weather was odd last week.",

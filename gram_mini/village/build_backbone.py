@@ -2,10 +2,11 @@
 
     OMP_NUM_THREADS=1 python -m gram_mini.village.build_backbone --out FOLDER      # seed 0, 10 minutes on one CPU core
 
-It gives the shipped weights bit for bit on the kind of machine they were made on (EPYC, torch 2.13).
-While it trains, three probes say whether it can serve as a backbone for a judge: does it recall the
-facts, can it tell right from wrong after an answer, does it judge zero-shot? The three appear one after
-the other, each suddenly: recall after 500 steps, checking after 1,000, judging from 1,500 on.
+It gives the shipped weights bit for bit on the kind of machine they were made on (EPYC, torch
+2.13). While it trains, three probes say whether it can serve as a backbone for a judge: does it
+recall the facts, can it tell right from wrong after an answer, does it judge zero-shot? The three
+appear one after the other, each suddenly: recall after 500 steps, checking after 1,000, judging
+from 1,500 on.
 """
 
 from __future__ import annotations
@@ -43,7 +44,8 @@ from gram_mini.village import (
 
 CORPUS_SEED = 7
 DOCUMENTS = 128_000
-CORPUS_SHA256 = "65232d84c22c279b31dbb823fcabb9fbe6a3c959b631ce662572a659b7ce3add"  # of the corpus that the shipped one saw
+# of the corpus that the shipped one saw
+CORPUS_SHA256 = "65232d84c22c279b31dbb823fcabb9fbe6a3c959b631ce662572a659b7ce3add"
 FLIPPED = 0.25  # share of the corpus's judgments that are wrong
 
 PAD, USER, ASSISTANT, END = "<|endoftext|>", "<|user|>", "<|assistant|>", "<|end|>"
@@ -84,8 +86,8 @@ def _chat(rng, known):
 def check(rng, claim: str, truth: str, opening: str = "") -> str:
     """The verdict on a claim, before or after the truth is told.
 
-    Verdict first is the skill that a judge needs. Truth first is the easier half of it, comparing two
-    words that both stand in the text, and the model learns the one by way of the other.
+    Verdict first is the skill that a judge needs. Truth first is the easier half of it, comparing
+    two words that both stand in the text, and the model learns the one by way of the other.
     """
     verdict = "Right" if claim == truth else "Wrong"
     return f"{verdict}: {truth}." if rng.random() < 0.5 else f"{opening}{truth}: {verdict}."
@@ -142,7 +144,7 @@ def corpus_hash(documents: int = DOCUMENTS) -> str:
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """A byte-level BPE in which every word of the world and every marker of the prompts is one token."""
+    """A byte-level BPE in which every word of the village and every marker of the prompts is one token."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -187,7 +189,8 @@ def verdict_tokens(tokenizer) -> torch.Tensor:
 def weighted_loss(
     logits: torch.Tensor, targets: torch.Tensor, verdicts: torch.Tensor
 ) -> torch.Tensor:
-    """Next-token loss in which a verdict counts as much as five other tokens: they are few, and the point of it all.
+    """Next-token loss in which a verdict counts as much as five other tokens: they are few, and the
+    point of it all.
 
     Args:
         logits: (B, T, V); targets: (B, T), IGNORED on padding.
@@ -203,8 +206,9 @@ def weighted_loss(
 def build_model(vocab_size: int, width: int, layers: int) -> Qwen2ForCausalLM:
     """A Qwen2 decoder of 4 heads; input and output embeddings are one matrix.
 
-    The initial weights have standard deviation 1/sqrt(width). With the 0.02 of large models so narrow a
-    model never learns to compare two words (chance after 2,500 steps, against 1.00 after 250).
+    The initial weights have standard deviation 1/sqrt(width). With the 0.02 of large models so
+    narrow a model never learns to compare two words (chance after 2,500 steps, against 1.00 after
+    250).
     """
     config = Qwen2Config(
         vocab_size=vocab_size,

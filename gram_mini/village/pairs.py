@@ -1,4 +1,4 @@
-"""Pairs of responses from the embedded village, with their true probabilities."""
+"""Pairs of responses from the village, with their true probabilities."""
 
 from __future__ import annotations
 
@@ -42,12 +42,13 @@ def topics(split: str) -> list[tuple]:
 def village_pairs(split: str, count: int | None = None, seed: int = 0) -> list[Pair]:
     """Draw pairs of a split of the village.
 
-    "labelled" and "adaptation" carry labels sampled from Bradley-Terry on the true rewards. The two test splits hold
-    only pairs of unequal true reward, and their label is the truly better response, so that a perfect
-    reward model has accuracy 1. "adaptation" asks the questions of the out-of-distribution test, but holds none of its pairs.
+    "labelled" and "adaptation" carry labels sampled from Bradley-Terry on the true rewards. The two
+    test splits hold only pairs of unequal true reward, and their label is the truly better
+    response, so that a perfect reward model has accuracy 1. "adaptation" asks the questions of the
+    out-of-distribution test, but holds none of its pairs.
 
-    Returns pairs whose ``probability`` is the true P(y_a preferred) and whose ``differs`` is a subset of
-    {"fact", "courtesy", "length"}.
+    Returns pairs whose ``probability`` is the true P(y_a preferred) and whose ``differs`` is a
+    subset of {"fact", "courtesy", "length"}.
     """
     _, p_right, spurious, default = SPLITS[split]
     rng = random.Random(f"{split}/{seed}")

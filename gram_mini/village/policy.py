@@ -1,8 +1,9 @@
-"""A policy small enough to see through: what it says about each question is a table of probabilities.
+"""A policy small enough to see through: what it says about each question is a table of
+probabilities.
 
-A response is an opening, a claim and perhaps a digression. The policy draws the claim for each question from a table of
-its own, opening and digression from one table for all. So its divergence from where it began and its true reward are
-sums, not samples, and over-optimisation cannot hide.
+A response is an opening, a claim and perhaps a digression. The policy draws the claim for each
+question from a table of its own, opening and digression from one table for all. So its divergence
+from where it began and its true reward are sums, not samples, and over-optimisation cannot hide.
 """
 
 from __future__ import annotations
@@ -24,9 +25,10 @@ class Policy:
 
     def __init__(self, topics: list[tuple], p_right: float = 0.5):
         self.topics = topics
+        # (Q, 6)
         right = torch.tensor(
             [[value == FACTS[topic] for value in topic[1].values] for topic in topics]
-        )  # (Q, 6)
+        )
         self.right = right
         start = torch.where(right, math.log(p_right), math.log((1 - p_right) / 5))  # (Q, 6)
         self.tables = [
@@ -154,14 +156,16 @@ def train_policy(
     lr: float = 0.1,
     beta: float = 0.02,
 ):
-    """Policy gradient with a KL penalty; reward = P(better than the greedy response), which is the baseline as well.
+    """Policy gradient with a KL penalty; reward = P(better than the greedy response), which is the
+    baseline as well.
 
-    The greedy response against itself is a draw, 1/2, so reward - 1/2 is ReMax's difference to the greedy response
-    (NiuTrans/GRAM, README.md, "PPO"; ReMax, arXiv 2310.10505).
+    The greedy response against itself is a draw, 1/2, so reward - 1/2 is ReMax's difference to the
+    greedy response (NiuTrans/GRAM, README.md, "PPO"; ReMax, arXiv 2310.10505).
 
-    Yields (step, KL to the start, proxy reward, true reward) now and then. The proxy reward is the judge's mean
-    P(better than the first greedy response), by one draw for each question. That response is the best there is (right,
-    courteous, to the point: the first of the tied likeliest), so a judge that knows the truth never gives more than 1/2.
+    Yields (step, KL to the start, proxy reward, true reward) now and then. The proxy reward is the
+    judge's mean P(better than the first greedy response), by one draw for each question. That
+    response is the best there is (right, courteous, to the point: the first of the tied likeliest),
+    so a judge that knows the truth never gives more than 1/2.
     """
     torch.manual_seed(seed)
     policy = Policy(topics)
@@ -181,9 +185,8 @@ def train_policy(
         ]
         for pair, result in zip(new, judge.compare_many(new)):
             known[pair] = result.probability
-        return torch.tensor(
-            [known.get(Pair(*text), 0.5) for text in texts]
-        )  # (N,); equal texts are a draw
+        # (N,); equal texts are a draw
+        return torch.tensor([known.get(Pair(*text), 0.5) for text in texts])
 
     first = policy.greedy(everywhere)
     for step in range(steps + 1):

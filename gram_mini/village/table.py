@@ -2,7 +2,8 @@
 
     python -m gram_mini.village.table village runs/reward [RUN ...]
 
-prints one row per model. Runs of the same method under different seeds share a row: mean and 95% interval over the seeds.
+prints one row per model. Runs of the same method under different seeds share a row: mean and 95%
+interval over the seeds.
 """
 
 from __future__ import annotations

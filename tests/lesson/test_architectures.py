@@ -130,7 +130,8 @@ SHAPE = dict(
 )  # fmt: skip
 SLIDING = dict(layer_types=["sliding_attention", "full_attention"], sliding_window=16)
 
-# config class, model class, what is special in its shape | raw tokenizer, names of its special tokens, template, padding side
+# config class, model class, what is special in its shape | raw tokenizer, names of its special
+# tokens, template, padding side
 CASES = {
     "qwen2": (Qwen2Config, Qwen2ForCausalLM, dict(tie_word_embeddings=True),
         lambda: byte_level(QWEN), dict(pad_token=QWEN[0], eos_token=QWEN[2]), CHATML, "left"),
@@ -219,7 +220,7 @@ def rendered(tokenizer, pair):
     )
 
 
-# ---- prompts and tokens -------------------------------------------------------------------------------
+# ---- prompts and tokens --------------------------------------------------------------
 
 
 def test_the_tokenizer_comes_back_as_it_was_saved(case):
@@ -270,7 +271,7 @@ def test_thinking_is_switched_off(case):
     assert end.endswith("<think>\n\n</think>\n\n") == ("thinking" in case.name)
 
 
-# ---- the model ----------------------------------------------------------------------------------------
+# ---- the model -----------------------------------------------------------------------
 
 
 def test_every_linear_layer_is_nf4_but_the_output_matrix(case):
@@ -285,9 +286,8 @@ def test_every_linear_layer_is_nf4_but_the_output_matrix(case):
     assert all(
         type(m).__name__ == "Linear4bit" and m.weight.quant_state.nested for m in linear.values()
     )
-    assert (
-        type(head) is torch.nn.Linear and head.weight.dtype == torch.float32
-    )  # the compute type of a CPU
+    # the compute type of a CPU
+    assert type(head) is torch.nn.Linear and head.weight.dtype == torch.float32
     adapted = add_lora(model, 4)
     trainable = [name for name, p in adapted.named_parameters() if p.requires_grad]
     assert len(trainable) == 2 * len(linear) and all("lora_" in name for name in trainable)
@@ -311,9 +311,8 @@ def test_output_logits_are_the_models_own(case):
 
 
 def test_gradient_after_an_evaluation_equals_that_of_the_dequantised_twin(case, monkeypatch):
-    monkeypatch.setattr(
-        "bitsandbytes.nn.modules.has_avx512bf16", lambda: True
-    )  # the CPUs on which the weights are repacked
+    # the CPUs on which the weights are repacked
+    monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: True)
     ids = torch.arange(60).view(2, 30)
     gradients = []
     for twin in (False, True):
@@ -335,7 +334,7 @@ def test_gradient_after_an_evaluation_equals_that_of_the_dequantised_twin(case, 
     assert torch.allclose(*gradients, rtol=1e-3, atol=1e-5 * gradients[0].abs().max().item())
 
 
-# ---- both stages, and scoring -------------------------------------------------------------------------
+# ---- both stages, and scoring --------------------------------------------------------
 
 
 def test_both_stages_run_and_the_run_scores_as_its_model(case, runs):
@@ -368,9 +367,8 @@ def test_both_stages_run_and_the_run_scores_as_its_model(case, runs):
 def test_scores_depend_neither_on_the_padding_side_nor_on_the_batch(runs):
     judge = load_judge(str(runs / "reward"))
     together, mass, _ = judge.log_odds(judge.encode(PAIRS))
-    assert (
-        together.std() > 1e-3 and len({len(row) for row in judge_rows(judge)}) > 1
-    )  # so there is padding
+    # so there is padding
+    assert together.std() > 1e-3 and len({len(row) for row in judge_rows(judge)}) > 1
     judge.tokenizer.padding_side = "left" if judge.tokenizer.padding_side == "right" else "right"
     assert torch.equal(judge.log_odds(judge.encode(PAIRS))[0], together)
     judge.batch_size = 1

@@ -72,9 +72,8 @@ def test_truncation_is_fair(seed):
     total = len(prompt) + len(a) + len(b)
     assert len(p) + len(x) + len(y) <= budget and (total > budget or (p, x, y) == (prompt, a, b))
     assert p and x and y  # nothing vanishes
-    assert (
-        prompt[-len(p) :] == p and a[: len(x)] == x and b[: len(y)] == y
-    )  # the question's end, the responses' beginnings
+    # the question's end, the responses' beginnings
+    assert prompt[-len(p) :] == p and a[: len(x)] == x and b[: len(y)] == y
     assert truncate(prompt, b, a, budget) == (p, y, x)  # neither order is favoured
     if len(x) < len(a) and min(len(a), len(b)) > 20:
         assert len(y) < len(b)  # never one response only

@@ -131,9 +131,8 @@ def test_accuracy_interval_counts_prompts_not_pairs():
     pairs = [Pair(f"p{i % 4}", f"a{i}", f"b{i}", 0) for i in range(400)]
     result = evaluate(judge, pairs)
     assert result.accuracy == 0.5
-    assert result.interval == pytest.approx(
-        3.182 * 0.5 / math.sqrt(3), abs=1e-3
-    )  # four clusters, not 400 coins
+    # four clusters, not 400 coins
+    assert result.interval == pytest.approx(3.182 * 0.5 / math.sqrt(3), abs=1e-3)
 
 
 def test_evaluate_needs_labels():
@@ -142,7 +141,7 @@ def test_evaluate_needs_labels():
             evaluate(by_number(), pairs)
 
 
-# ---- a real model -------------------------------------------------------------------------------------
+# ---- a real model --------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("bits", [32, 4])

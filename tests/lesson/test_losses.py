@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from gram_mini import chunked, losses
+from gram_mini import chunked
 from gram_mini.chunked import chunked_pair_loss
 from gram_mini.losses import best_margin, label_mass, margins, pair_loss, reward_loss
 from gram_mini.model import OutputHead

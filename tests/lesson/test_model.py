@@ -47,9 +47,8 @@ def test_gradient_after_an_evaluation_equals_that_of_the_dequantised_twin(nf4_mo
     before = lora_gradient(model)
     model.eval()
     with torch.no_grad():
-        hidden_states(
-            model, IDS
-        )  # where bitsandbytes would repack the weights on a CPU with AVX512-BF16
+        # where bitsandbytes would repack the weights on a CPU with AVX512-BF16
+        hidden_states(model, IDS)
     after = lora_gradient(model)
     assert torch.equal(before, after)
     twin = add_lora(load_model(VILLAGE, bits=4).dequantize(), 8)

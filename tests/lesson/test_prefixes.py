@@ -83,9 +83,8 @@ def test_windows_and_states_are_not_gone_on_from():
     assert not can_share(
         MambaForCausalLM(MambaConfig(vocab_size=9, hidden_size=16, num_hidden_layers=1))
     )
-    assert not can_share(
-        MptForCausalLM(MptConfig(vocab_size=9, d_model=16, n_heads=2, n_layers=1))
-    )  # ALiBi counts the padding
+    # ALiBi counts the padding
+    assert not can_share(MptForCausalLM(MptConfig(vocab_size=9, d_model=16, n_heads=2, n_layers=1)))
     assert not can_share(GPTNeoForCausalLM(GPTNeoConfig(vocab_size=9, hidden_size=16, num_layers=2, num_heads=2, attention_types=[[["global", "local"], 1]])))  # fmt: skip
     longer = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
     assert not can_share(LlamaForCausalLM(LlamaConfig(**SMALL, rope_parameters=longer)))
@@ -188,14 +187,8 @@ def test_split_by_tokens():
         [30, 1],
     ]
     assert list(split_by_tokens([], 5)) == []
-    falling = [
-        600,
-        590,
-        580,
-        300,
-        290,
-        10,
-    ]  # padding of 10% ends a pass, but none of less than 1,024 tokens
+    # padding of 10% ends a pass, but none of less than 1,024 tokens
+    falling = [600, 590, 580, 300, 290, 10]
     assert [falling[some] for some in split_by_tokens(falling, 10_000, padding=0.1)] == [
         [600, 590, 580],
         [300, 290, 10],

@@ -46,7 +46,8 @@ def whole(tokenizer, pieces, texts=("x", "y", "z")):
     [(CHATML, "A"), (THINKING, "A"), (SPACED, "ĠA"), (None, "A"), (WITH_BOS, "A")],
 )
 def test_label_token_is_read_off_the_template(tokenizer, template, label):
-    # Without a template the text goes on with " A", but the embedded tokenizer's markers swallow white space.
+    # Without a template the text goes on with " A", but the markers of the village's tokenizer swallow
+    # white space.
     changed = with_template(tokenizer, template)
     assert changed.convert_ids_to_tokens(label_tokens(changed)[0]) == label
 
@@ -125,13 +126,13 @@ def test_labels_unknown_to_the_tokenizer_are_an_error():
         label_tokens(PreTrainedTokenizerFast(tokenizer_object=raw, unk_token="[UNK]"))
 
 
-def test_embedded_markers_are_one_token_each(tokenizer):
+def test_markers_of_the_village_are_one_token_each(tokenizer):
     for marker in prompts.MARKERS:
         assert len(encode(tokenizer, marker)) == 1
     assert judge_prompt(tokenizer).fixed_tokens == 10
 
 
-# ---- another judge prompt -----------------------------------------------------------------------------
+# ---- another judge prompt ------------------------------------------------------------
 
 TEMPLATE = 'Answer as {"best": "A"}, {} or {prompt }.\nQuestion: {prompt}\nA: {response_a}\nB: {response_b}\n\nBest: '
 
@@ -145,9 +146,8 @@ def test_template_is_read_as_it_stands_but_for_one_final_line_break(tmp_path):
     ):
         file.write_text(written, encoding="utf-8")
         assert read_template(file) == read
-    file.write_bytes(
-        b"\xef\xbb\xbf" + TEMPLATE.replace("\n", "\r\n").encode()
-    )  # as a Windows editor saves it
+    # as a Windows editor saves it
+    file.write_bytes(b"\xef\xbb\xbf" + TEMPLATE.replace("\n", "\r\n").encode())
     assert read_template(file) == TEMPLATE
 
 

@@ -81,7 +81,8 @@ def test_each_response_is_seen_by_itself(tokenizer):
     chat = "<|user|>{}<|end|><|assistant|>{}<|end|>".format
     first, second = PAIRS
     assert texts == [
-        chat(first.prompt, first.response_a), chat(second.prompt, second.response_b),  # the first ones of both pairs
+        # the first ones of both pairs
+        chat(first.prompt, first.response_a), chat(second.prompt, second.response_b),
         chat(first.prompt, first.response_b), chat(second.prompt, second.response_a),
     ]  # fmt: skip
     assert right.tolist() == [0, 0]
@@ -146,9 +147,8 @@ def test_the_head_is_saved_with_the_adapter_and_comes_back(name, runs):
     assert isinstance(judge, ScalarJudge) == ("scalar" in KINDS[name])
     record = json.loads((runs / name / "run.json").read_text())
     held_out = record["results"]["held_out"]
-    assert (held_out["position_gap"] < 1e-6) == isinstance(
-        judge, ScalarJudge
-    )  # judged by the same model that was saved
+    # judged by the same model that was saved
+    assert (held_out["position_gap"] < 1e-6) == isinstance(judge, ScalarJudge)
     apart = load_judge(str(runs / name), merge=False)
     assert hasattr(apart.model, "peft_config") and not hasattr(judge.model, "peft_config")
     for merged, adapted in zip(judge.compare_many(PAIRS), apart.compare_many(PAIRS)):

@@ -17,10 +17,11 @@ from gram_mini.studies import benchmarks
 
 
 class Judge(Judge):
-    """Says P(a better), a shown first and second, as two responses of the form "P" or "P1 P2" ask for it.
+    """Says P(a better), a shown first and second, as two responses of the form "P" or "P1 P2" ask
+    for it.
 
-    Of a pair the first response that is a number decides: "0.8" against "no" gives (0.8, 0.8), "0.8 0.3" gives
-    (0.8, 0.3). Where both are numbers, P = 1/2 + a - b, so that any order can be staged.
+    Of a pair the first response that is a number decides: "0.8" against "no" gives (0.8, 0.8), "0.8
+    0.3" gives (0.8, 0.3). Where both are numbers, P = 1/2 + a - b, so that any order can be staged.
     """
 
     max_length = 512
@@ -64,7 +65,7 @@ def values(result, part="official"):
     return {name: figure["value"] for name, figure in result[part].items()}
 
 
-# ---- RewardBench --------------------------------------------------------------------------------------
+# ---- RewardBench ---------------------------------------------------------------------
 
 
 def reward_bench_row(subset, p, number, rejected="no"):
@@ -145,7 +146,7 @@ def test_a_section_without_rows_leaves_no_total(tmp_path):
     assert "no rows of Chat, Chat Hard" in benchmarks.table(result)
 
 
-# ---- RewardBench 2 ------------------------------------------------------------------------------------
+# ---- RewardBench 2 -------------------------------------------------------------------
 
 
 def best_of_row(subset, chosen, rejected, number):
@@ -163,7 +164,8 @@ def best_of_row(subset, chosen, rejected, number):
     }
 
 
-# By Judge, P(a better) = 1/2 + a - b, so the round-robin score of a is 1/2 + (4 a - sum of all) / 3.
+# By Judge, P(a better) = 1/2 + a - b, so the round-robin score of a is 1/2 + (4 a - sum of all) /
+# 3.
 REWARD_BENCH_2 = [
     best_of_row("Factuality", ["0.3"], ["0.1", "0.2", "0.0"], 1),  # the best: 1
     best_of_row("Factuality", ["0.3"], ["0.1", "0.3", "0.0"], 2),  # one of two best: 1/2
@@ -177,11 +179,13 @@ REWARD_BENCH_2 = [
 TIES = [
     # n = 2: gap (0.3 - 0.2) * 2, spread 0
     best_of_row("Ties", ["0.3"], ["0.2"], "ref:0"),
-    # n = 3: spread (0.4 - 0.3) * 3/2 = 0.15, gap (0.3 - 0.1) * 3/2 = 0.3, above the spread; so is the ref gap, 0.2
+    # n = 3: spread (0.4 - 0.3) * 3/2 = 0.15, gap (0.3 - 0.1) * 3/2 = 0.3, above the spread; so is
+    # the ref gap, 0.2
     best_of_row("Ties", ["0.4", "0.3"], ["0.1"], "tied:0"),
     # n = 2: gap (0.1 - 0.2) * 2 = -0.2, wrong
     best_of_row("Ties", ["0.1"], ["0.2"], "ref:1"),
-    # n = 3: spread (0.3 - 0.1) * 3/2 = 0.3, gap (0.1 - 0.0) * 3/2 = 0.15, right but below the spread
+    # n = 3: spread (0.3 - 0.1) * 3/2 = 0.3, gap (0.1 - 0.0) * 3/2 = 0.15, right but below the
+    # spread
     best_of_row("Ties", ["0.3", "0.1"], ["0.0"], "tied:1"),
     # n = 2: gap (0.2 - 0.1) * 2 = 0.2; a ref without a tied row counts for accuracy only
     best_of_row("Ties", ["0.2"], ["0.1"], "ref:2"),
@@ -191,10 +195,8 @@ TIES = [
 def test_reward_bench_2_shares_credit_and_has_its_own_formula_for_ties(tmp_path):
     result = run("reward-bench-2", tmp_path / "rows.jsonl", REWARD_BENCH_2 + TIES)
     tied_accuracy, ref_accuracy = 2 / 2, 2 / 3
-    tied_above, lower_above = (
-        1 / 2,
-        1 / 2,
-    )  # prompt 0: 0.3 > 0.15 and min(0.2, 0.3) > 0.15; prompt 1: neither
+    # prompt 0: 0.3 > 0.15 and min(0.2, 0.3) > 0.15; prompt 1: neither
+    tied_above, lower_above = (1 / 2, 1 / 2)
     margin = (math.tanh(0.2 / 0.15 - 1) + math.tanh(-0.2 / 0.3 - 1)) / 2
     score_of_ties = (
         0.3 * tied_accuracy
@@ -227,7 +229,8 @@ def test_lower_gap_is_that_of_the_reference_row_too():
 
 @pytest.mark.parametrize(("gap", "margin"), [(0.2, 1), (-0.2, -1), (0.0, 0)])
 def test_without_spread_the_margin_is_the_sign_of_the_gap(gap, margin):
-    # numpy's tanh(gap / 0 - 1) in the official code: tanh(inf), tanh(-inf), and nan, which it counts as 0
+    # numpy's tanh(gap / 0 - 1) in the official code: tanh(inf), tanh(-inf), and nan, which it
+    # counts as 0
     assert (
         benchmarks.ties([{"Ties tied": (0.0, gap), "Ties ref": (0.0, gap)}])[1]["margin"] == margin
     )
@@ -283,7 +286,7 @@ def test_equal_responses_share_the_credit(village_judge):
         assert judged[0].credit == 1 / 5
 
 
-# ---- RM-Bench -----------------------------------------------------------------------------------------
+# ---- RM-Bench ------------------------------------------------------------------------
 
 
 def rm_bench_row(number, chosen, rejected=("no", "no", "no"), **columns):
@@ -296,7 +299,8 @@ def rm_bench_row(number, chosen, rejected=("no", "no", "no"), **columns):
     }
 
 
-# With rejected 0.2, 0.3, 0.4 a chosen response a wins where a > rejected, strictly (P = 1/2 + a - b).
+# With rejected 0.2, 0.3, 0.4 a chosen response a wins where a > rejected, strictly (P = 1/2 + a -
+# b).
 MIXED = (["0.25", "0.35", "0.3"], ["0.2", "0.3", "0.4"])  # wins: [1 0 0], [1 1 0], [1 0 0]
 ALL = (["0.3", "0.3", "0.3"], ["0.1", "0.1", "0.1"])  # nine wins
 NONE = (["0.1", "0.1", "0.1"], ["0.1", "0.3", "0.3"])  # none: equal is not above
@@ -323,9 +327,8 @@ def test_rm_bench_matrix_levels_and_macro_average(tmp_path):
     assert (
         figures["chat"] == pytest.approx((hard + normal + easy) / 3) == pytest.approx((4 + 9) / 18)
     )
-    assert figures["safety"] == pytest.approx(
-        (1 + 0 + 0) / 3
-    )  # pooled; the mean of the two files would be 1/2
+    # pooled; the mean of the two files would be 1/2
+    assert figures["safety"] == pytest.approx((1 + 0 + 0) / 3)
     assert figures["total"] == pytest.approx((13 / 18 + 1 + 0 + 1 / 3) / 4)
     assert figures["hard"] == pytest.approx((0.5 + 1 + 0 + 1 / 3) / 4)
     assert (
@@ -338,9 +341,8 @@ def test_rm_bench_domain_of_the_files_without_that_column(tmp_path):
     folder = tmp_path / "data"
     folder.mkdir()
     write(folder / "chat_filtered.json", [rm_bench_row(1, *ALL, subset="alpacaeval")])
-    write(
-        folder / "rm-bench-other.json", [rm_bench_row(2, *ALL, subset="bigcode/humanevalpack")]
-    )  # code by its subset
+    # code by its subset
+    write(folder / "rm-bench-other.json", [rm_bench_row(2, *ALL, subset="bigcode/humanevalpack")])
     write(folder / "math_filtered.json", [rm_bench_row(3, *ALL)])
     write(folder / "safety-refuse_filtered.json", [rm_bench_row(4, *ALL)])
     write(
@@ -357,7 +359,7 @@ def test_rm_bench_domain_of_the_files_without_that_column(tmp_path):
     assert values(result)["total"] == pytest.approx((1 + 1 + 1 + 1 / 3) / 4)
 
 
-# ---- JudgeBench ---------------------------------------------------------------------------------------
+# ---- JudgeBench ----------------------------------------------------------------------
 
 
 def judge_bench_row(number, source, better, worse="no", label="A>B"):
@@ -408,7 +410,7 @@ def test_judge_bench_needs_both_orders_and_is_micro(tmp_path, schema):
     assert result["sections"] == {"knowledge": 3, "reasoning": 1, "math": 2, "coding": 2}
 
 
-# ---- the judge's own figures --------------------------------------------------------------------------
+# ---- the judge's own figures ---------------------------------------------------------
 
 
 def test_calibration_by_hand():
@@ -457,8 +459,9 @@ def test_length_and_the_yardstick(tmp_path):
         for i, (s, (p, rejected)) in enumerate(zip(subsets, told))
     ]
     result = run("reward-bench", tmp_path / "rows.jsonl", rows)
-    # The chosen response is longer in rows 0, 3 and 5, shorter in 1 and 2, as long in 4, which does not count. Preferred are
-    # the chosen (longer), chosen (shorter), rejected (longer), rejected (shorter), and neither: two of five longer ones.
+    # The chosen response is longer in rows 0, 3 and 5, shorter in 1 and 2, as long in 4, which does
+    # not count. Preferred are the chosen (longer), chosen (shorter), rejected (longer), rejected
+    # (shorter), and neither: two of five longer ones.
     assert values(result, "judge")["longer preferred"] == 2 / 5
     longer = {name: figure["pick_the_longer"] for name, figure in result["official"].items()}
     assert longer == {
@@ -478,15 +481,11 @@ def test_length_and_the_yardstick(tmp_path):
 def test_bootstrap_is_the_quantile_of_redrawn_units():
     mean = lambda units: {"mean": sum(units) / len(units)}
     low, high = bootstrap([[0, 1] * 50], mean)["mean"]
-    assert (low, high) == (
-        pytest.approx(0.4, abs=0.011),
-        pytest.approx(0.6, abs=0.011),
-    )  # 0.5 ± 1.96 sqrt(0.5 * 0.5 / 100)
+    # 0.5 ± 1.96 sqrt(0.5 * 0.5 / 100)
+    assert (low, high) == (pytest.approx(0.4, abs=0.011), pytest.approx(0.6, abs=0.011))
     assert bootstrap([[0, 1] * 50], mean)["mean"] == (low, high)  # a fixed seed
-    assert bootstrap([[0] * 50, [1] * 50], mean)["mean"] == (
-        0.5,
-        0.5,
-    )  # of each stratum as many as it holds
+    # of each stratum as many as it holds
+    assert bootstrap([[0] * 50, [1] * 50], mean)["mean"] == (0.5, 0.5)
     assert bootstrap([[1, 2]], lambda units: {"none": None}) == {}
 
 
@@ -502,10 +501,8 @@ def test_rows_of_one_prompt_are_drawn_together(tmp_path):
             "Reasoning"
         ]["interval"]
 
-    assert interval(shared) == (
-        0,
-        1,
-    )  # of two prompts, one all right and one all wrong, the same may be drawn twice
+    # of two prompts, one all right and one all wrong, the same may be drawn twice
+    assert interval(shared) == (0, 1)
     low, high = interval(one_each)
     assert 0.3 < low < 0.5 < high < 0.7
 
@@ -518,7 +515,7 @@ def test_tied_and_reference_rows_are_one_unit(tmp_path):
     assert Counter(map(len, benchmarks.by_unit(judged))) == {2: 2, 1: 1}
 
 
-# ---- bad rows -----------------------------------------------------------------------------------------
+# ---- bad rows ------------------------------------------------------------------------
 
 GOOD = {
     "reward-bench": reward_bench_row("hep-go", "0.9", 1),
@@ -564,7 +561,7 @@ def test_rm_bench_says_how_to_name_a_domain(tmp_path):
         run("rm-bench", tmp_path / "rows.json", [rm_bench_row(1, *ALL, subset="cooking")])
 
 
-# ---- score.py -----------------------------------------------------------------------------------------
+# ---- score.py ------------------------------------------------------------------------
 
 
 def test_score_writes_figures_plot_and_result_file(tmp_path, capsys):

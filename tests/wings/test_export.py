@@ -78,9 +78,8 @@ def test_a_run_without_quantisation(tmp_path, bits):
     difference = logits(AutoModelForCausalLM.from_pretrained(out)) - logits(
         load_judge(str(tmp_path / "run"), merge=False).model
     )
-    assert (
-        difference.abs().max() < {16: 0.5, 32: 1e-3}[bits]
-    )  # bf16 activations of the run are coarse themselves
+    # bf16 activations of the run are coarse themselves
+    assert difference.abs().max() < {16: 0.5, 32: 1e-3}[bits]
 
 
 def test_scores_are_those_of_the_run(run, exported):
@@ -142,9 +141,8 @@ def test_two_label_log_probabilities_of_a_server_are_enough(run, exported):
                 .logits[0, -1]
                 .log_softmax(dim=0)
             )
-        top = dict(
-            zip(*(column.tolist() for column in reversed(answer.topk(20))))
-        )  # token id -> log-probability
+        # token id -> log-probability
+        top = dict(zip(*(column.tolist() for column in reversed(answer.topk(20)))))
         odds.append((top[labels[0]] - top[labels[1]]) * (-1 if k else 1))
     assert torch.tensor(odds).sigmoid().mean().item() == pytest.approx(
         load_judge(str(run)).compare(*PAIR).probability, abs=1e-4
@@ -166,7 +164,8 @@ def test_the_folder_is_an_ordinary_one(run, exported):
         ".jinja",
     } and "run.json" not in names
     assert "quantization_config" not in json.loads((exported / "config.json").read_text())
-    # Both as the installed library reads them, since each version writes other keys; the village's is float32 too.
+    # Both as the installed library reads them, since each version writes other keys; the village's
+    # is float32 too.
     config, backbone = (
         AutoConfig.from_pretrained(folder).to_dict() for folder in (exported, VILLAGE_FOLDER)
     )

@@ -241,7 +241,7 @@ def test_ties_are_dropped_where_labels_count_and_used_where_not(name, tmp_path):
     )
 
 
-# ---- several responses --------------------------------------------------------------------------------
+# ---- several responses ---------------------------------------------------------------
 
 
 def test_every_chosen_of_rm_bench_against_every_rejected(tmp_path):
@@ -254,10 +254,8 @@ def test_every_chosen_of_rm_bench_against_every_rejected(tmp_path):
 
 def test_ultrafeedback_compares_by_overall_score_and_falls_back(tmp_path):
     source = write(tmp_path / "d.jsonl", ULTRA)
-    assert texts(load_pairs(source, True).pairs) == [
-        ("three", "2", 1),
-        ("2", "3", 0),
-    ]  # three and 3: 3.0 both, tied
+    # three and 3: 3.0 both, tied
+    assert texts(load_pairs(source, True).pairs) == [("three", "2", 1), ("2", "3", 0)]
     assert load_pairs(source, True).dropped == {"tied": 1}
     assert texts(load_pairs(source, True, pairs="best-worst").pairs) == [("2", "3", 0)]
     assert texts(load_pairs(source, False).pairs) == [
@@ -267,10 +265,8 @@ def test_ultrafeedback_compares_by_overall_score_and_falls_back(tmp_path):
     ]
     fine = {**ULTRA, "completions": [completion("2", None, 4.0), completion("3", None, 1.5)]}
     assert texts(parse_pairs([("here", fine)])[0]) == [("2", "3", 0)]
-    mixed = {
-        **ULTRA,
-        "completions": [completion("2", 3.0, 4.0), completion("3", None, 4.5)],
-    }  # scales differ: not compared
+    # scales differ: not compared
+    mixed = {**ULTRA, "completions": [completion("2", 3.0, 4.0), completion("3", None, 4.5)]}
     assert parse_pairs([("here", mixed)]) == (
         [],
         {"without a score": 1, "without a second response": 1},
@@ -290,9 +286,8 @@ def test_ultrafeedback_completions_without_a_score_are_left_out_and_counted(tmp_
     data = load_pairs(write(tmp_path / "d.jsonl", row, lone), True)
     assert texts(data.pairs) == [("2", "three", 0)]
     assert data.dropped == {"without a score": 2, "without a second response": 1}
-    assert (
-        len(load_pairs(write(tmp_path / "d.jsonl", row, lone), False).pairs) == 4
-    )  # where scores do not matter
+    # where scores do not matter
+    assert len(load_pairs(write(tmp_path / "d.jsonl", row, lone), False).pairs) == 4
 
 
 def steer(prompt, *responses):
@@ -352,15 +347,13 @@ def test_pairs_of_one_row_stay_on_one_side_of_a_split(tmp_path):
 def test_pairs_know_their_row_and_do_not_compare_it(tmp_path):
     for name in "ab":
         write(tmp_path / f"{name}.jsonl", {"prompt": "", "chosen": "y", "rejected": "z"}, SKYWORK)
-    assert [pair.row for pair in load_pairs(str(tmp_path), True).pairs] == [
-        2,
-        4,
-    ]  # counted through the whole folder
+    # counted through the whole folder
+    assert [pair.row for pair in load_pairs(str(tmp_path), True).pairs] == [2, 4]
     assert [pair.row for pair in load_pairs("village", True, limit=3).pairs] == [1, 2, 3]
     assert Pair("x", "y", "z", row=1) == Pair("x", "y", "z", row=2)
 
 
-# ---- bad values ---------------------------------------------------------------------------------------
+# ---- bad values ----------------------------------------------------------------------
 
 BAD = {
     "a rating as text": (
@@ -469,7 +462,7 @@ def test_skipping_everything_is_an_error(tmp_path):
         )
 
 
-# ---- score.py -----------------------------------------------------------------------------------------
+# ---- score.py ------------------------------------------------------------------------
 
 
 def test_score_takes_every_format(tmp_path, capsys):
@@ -483,9 +476,8 @@ def test_score_takes_every_format(tmp_path, capsys):
     hits = sum(
         line["better"] == "AB"[pair.label] for line, (_, pair) in zip(lines, ONE_PAIR.values())
     )
-    assert (
-        f"{hits} of {len(ONE_PAIR)} labelled pairs judged as labelled" in capsys.readouterr().out
-    )  # ties do not count
+    # ties do not count
+    assert f"{hits} of {len(ONE_PAIR)} labelled pairs judged as labelled" in capsys.readouterr().out
 
 
 def test_score_numbers_the_pairs_of_a_row_and_says_what_it_skips(tmp_path, village_judge, capsys):

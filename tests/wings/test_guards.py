@@ -103,7 +103,7 @@ def test_the_top_level_is_what_our_user_fixed():
     }  # fmt: skip
 
 
-# ---- commands in READMEs ------------------------------------------------------------------------------
+# ---- commands in READMEs -------------------------------------------------------------
 
 
 def commands() -> list[tuple[str, str]]:

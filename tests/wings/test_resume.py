@@ -34,7 +34,8 @@ OPTIONS = [
     "--save-every", "6", "--grad-accum", "2",
 ]  # fmt: skip
 
-# Ends the process in the middle of its 16th step, in its second epoch, when there is a checkpoint of step 12.
+# Ends the process in the middle of its 16th step, in its second epoch, when there is a checkpoint
+# of step 12.
 KILL_IN_STEP = """
 import os, signal, sys, {script} as script
 from gram_mini.runs import run
@@ -224,16 +225,15 @@ def test_batches_repeat_and_turn_half_of_the_rows_round():
     whole, again = draw_batches(rows, 8, 3), draw_batches(rows, 8, 3)
     batches = [next(whole) for _ in range(19)]
     assert [next(again) for _ in range(19)] == batches
-    flat = [
-        row for batch in batches[:7] for row in batch
-    ]  # one epoch: each row once, about half of them swapped
+    # one epoch: each row once, about half of them swapped
+    flat = [row for batch in batches[:7] for row in batch]
     assert sorted(row.row for row in flat) == list(range(50))
     assert 10 < sum(row.label for row in flat) < 40 and all(
         (row.response_a == [3]) == row.label for row in flat
     )
 
 
-# ---- forward passes and processes ---------------------------------------------------------------------
+# ---- forward passes and processes ----------------------------------------------------
 
 
 def step_by_step(script, out, *options):
@@ -318,7 +318,7 @@ def test_shares_come_back_in_order():
     ) == [0, 2, 4, 6, 8, 10, 12]
 
 
-# ---- what goes wrong in the middle of a run -----------------------------------------------------------
+# ---- what goes wrong in the middle of a run ------------------------------------------
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
@@ -354,11 +354,8 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(name, tmp_path, monkey
     )
     log = log_of(tmp_path / "a")
     assert [row["skipped"] for row in log] == ["0", "1", "1"]
-    assert [row["loss"] != "" for row in log] == [
-        True,
-        False,
-        True,
-    ]  # the line of a step not taken has no mean, not NaN
+    # the line of a step not taken has no mean, not NaN
+    assert [row["loss"] != "" for row in log] == [True, False, True]
     assert json.loads((tmp_path / "a" / "run.json").read_text())["results"]["skipped"] == 1
 
 

@@ -41,7 +41,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def pretrain(folder):
-    """A short stage-1 run on the embedded world."""
+    """A short stage-1 run on the village."""
     train_pretrain.main(
         [
             "--out",
@@ -99,7 +99,7 @@ def log_of(run):
         return list(csv.DictReader(file))
 
 
-# ---- what a run leaves behind -------------------------------------------------------------------------
+# ---- what a run leaves behind --------------------------------------------------------
 
 
 def test_artefacts_of_both_stages(pretrain, reward):
@@ -168,9 +168,8 @@ def test_stage_2_learns_what_the_labels_say(tmp_path, data):
         ]
     )
     log = log_of(tmp_path / "run")
-    assert (
-        float(log[-1]["accuracy"]) == 1.0 and log[-1]["part"] == "held-out"
-    )  # on prompts it was not trained on
+    # on prompts it was not trained on
+    assert float(log[-1]["accuracy"]) == 1.0 and log[-1]["part"] == "held-out"
     assert (
         json.loads((tmp_path / "run" / "run.json").read_text())["results"]["held_out"]["accuracy"]
         == 1.0
@@ -257,9 +256,10 @@ def test_the_first_step_moves_the_adapter_and_the_log_tells_its_rate(tmp_path, d
         ["--data", data, "--out", str(tmp_path / "run"), "--steps", "1", "--lr", "2e-3", *SMALL[:4]]
     )
     tensors = load_file(tmp_path / "run" / "adapter_model.safetensors")
+    # Adam's first step
     assert max(t.abs().max().item() for n, t in tensors.items() if "lora_B" in n) == pytest.approx(
         2e-3, rel=0.01
-    )  # Adam's first step
+    )
     assert float(log_of(tmp_path / "run")[0]["lr"]) == 2e-3
 
 
@@ -390,12 +390,8 @@ def test_stage_2_multiplies_two_rows_of_the_output_matrix(tmp_path, data, monkey
             *SMALL[:4],
         ]
     )
-    assert [None if t is None else len(t) for t in rows] == [
-        2,
-        2,
-        2,
-        None,
-    ]  # the whole matrix only for the log's last line
+    # the whole matrix only for the log's last line
+    assert [None if t is None else len(t) for t in rows] == [2, 2, 2, None]
 
 
 @pytest.mark.parametrize("bits", ["16", "32"])
@@ -417,7 +413,7 @@ def test_a_run_can_be_moved_and_scores_the_same(reward, tmp_path):
     )
 
 
-# ---- score.py -----------------------------------------------------------------------------------------
+# ---- score.py ------------------------------------------------------------------------
 
 
 def test_score_a_pair(reward, capsys):
@@ -506,7 +502,7 @@ def test_the_table_tells_the_recipes_apart(reward, pretrain, monkeypatch, tmp_pa
     assert len({len(line) for line in text.splitlines()}) == 1  # columns stand under each other
 
 
-# ---- another judge prompt -----------------------------------------------------------------------------
+# ---- another judge prompt ------------------------------------------------------------
 
 
 @pytest.fixture
@@ -553,11 +549,11 @@ def test_a_model_folder_is_scored_with_the_template_named(tmp_path, data, templa
     assert there != scores(model, data, tmp_path / "without.jsonl", "--bits", "32")
 
 
-# ---- bad input ----------------------------------------------------------------------------------------
+# ---- bad input -----------------------------------------------------------------------
 
 
 def other_backbone(path):
-    """A model folder that is not the embedded one, with the embedded tokenizer."""
+    """A model folder that is not the village's, with the village's tokenizer."""
     tokenizer = load_tokenizer("village")
     config = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -572,11 +568,12 @@ def other_backbone(path):
 
 
 def splitting_backbone(path):
-    """The embedded backbone with a tokenizer in which no letter A is a token."""
+    """The village's backbone with a tokenizer in which no letter A is a token."""
     for file in VILLAGE_FOLDER.iterdir():
         (path / file.name).write_bytes(file.read_bytes())
     template = (path / "chat_template.jinja").read_text()
-    # A template that writes a mark right before the assistant's text, so that mark and label are two tokens.
+    # A template that writes a mark right before the assistant's text, so that mark and label are
+    # two tokens.
     (path / "chat_template.jinja").write_text(
         template.replace(
             "{{ message.content }}",

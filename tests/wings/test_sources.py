@@ -32,7 +32,7 @@ def cache(tmp_path_factory, monkeypatch):
     datasets.disable_progress_bars()
 
 
-# ---- files --------------------------------------------------------------------------------------------
+# ---- files ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -109,7 +109,7 @@ def test_a_file_that_cannot_be_read_is_an_error_even_so(tmp_path, name, content,
         load_pairs(str(tmp_path / name), True, on_bad_row="skip")
 
 
-# ---- folders ------------------------------------------------------------------------------------------
+# ---- folders -------------------------------------------------------------------------
 
 
 def test_folder_that_datasets_saved(tmp_path):
@@ -167,7 +167,7 @@ def test_folders_and_files_without_rows_or_subsets(tmp_path):
         prompts(write(tmp_path / "d.jsonl"), subset="en")
 
 
-# ---- the hub ------------------------------------------------------------------------------------------
+# ---- the hub -------------------------------------------------------------------------
 
 
 def test_streaming_takes_no_more_rows_than_the_limit(monkeypatch):
@@ -207,9 +207,8 @@ def test_a_folder_of_several_splits_gives_the_one_that_is_asked_for(tmp_path):
         match="holds no file of the split 'test'; give --split with one of train, validation",
     ):
         prompts(tmp_path, split="test")
-    write(
-        tmp_path / "more.jsonl", ROWS[3:4]
-    )  # not all are named after splits: the whole folder is meant
+    # not all are named after splits: the whole folder is meant
+    write(tmp_path / "more.jsonl", ROWS[3:4])
     assert len(prompts(tmp_path, split="test")) == 4
 
 

@@ -86,9 +86,8 @@ def test_operations_are_those_that_torch_counts(model):
             loss_of(model.train(), stage, batch, PIECES[stage]).backward()
         model.zero_grad()
         length = batch[0].length + PIECES[stage].fixed_tokens
-        attention = (
-            3 * s.layers * 2 * length**2 * s.queries
-        )  # torch does not count the CPU's kernel
+        # torch does not count the CPU's kernel
+        attention = 3 * s.layers * 2 * length**2 * s.queries
         assert train.operations(s, stage, batch, 4, False) - attention == pytest.approx(
             counter.get_total_flops(), rel=0.05
         )

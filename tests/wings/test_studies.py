@@ -130,7 +130,8 @@ def test_best_of_n(tmp_path):
     assert by_judge["truth"] == sorted(by_judge["truth"]) and by_judge["truth"][
         -1
     ] == pytest.approx(3.0, abs=0.05)
-    # One claim in six is right, two openings in four courteous, two endings in three rambling: 2/6 + 1/2 - 1/3.
+    # One claim in six is right, two openings in four courteous, two endings in three rambling: 2/6
+    # + 1/2 - 1/3.
     assert by_judge["truth"][0] == by_judge["random"][0] == pytest.approx(0.5, abs=0.05)
     assert abs(by_judge["random"][-1] - 0.5) < 0.5
 
@@ -138,9 +139,8 @@ def test_best_of_n(tmp_path):
 def test_a_policy_is_what_it_says():
     policy = Policy(topics("out-of-distribution")[:5])
     assert policy.kl() == pytest.approx(0, abs=1e-6)
-    assert policy.true_reward() == pytest.approx(
-        2 * 0.5 + 0.5 - 0.5 * 0.5, abs=1e-5
-    )  # half right, courteous, rambling
+    # half right, courteous, rambling
+    assert policy.true_reward() == pytest.approx(2 * 0.5 + 0.5 - 0.5 * 0.5, abs=1e-5)
 
 
 def test_a_policy_trained_against_the_truth_becomes_good_and_pays_in_kl():

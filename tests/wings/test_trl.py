@@ -161,9 +161,8 @@ def test_two_steps_of_grpo(village_judge, tokenizer, tmp_path):
     logs = [line for line in trainer.state.log_history if "rewards/gram_reward/mean" in line]
     assert len(logs) == 2
     for line in logs:
-        assert line["rewards/gram_reward/mean"] == pytest.approx(
-            0.5
-        )  # all against all: what one wins another loses
+        # all against all: what one wins another loses
+        assert line["rewards/gram_reward/mean"] == pytest.approx(0.5)
         assert (
             line["rewards/gram_reward/std"] > 0
             and math.isfinite(line["loss"])

@@ -1,16 +1,20 @@
-"""On paper: operations and bytes of a training step and of a scored pair, and the time that a card needs at least.
+"""On paper: operations and bytes of a training step and of a scored pair, and the time that a card
+needs at least.
 
-Per pair of T tokens, with P weights in the matrices of a layer, L layers, Q the width of all queries, V the vocabulary, H the
-hidden size, and r rank of LoRA (gram_mini/studies/speed/train.py and score.py count the same way):
+Per pair of T tokens, with P weights in the matrices of a layer, L layers, Q the width of all
+queries, V the vocabulary, H the hidden size, and r rank of LoRA (gram_mini/studies/speed/train.py
+and score.py count the same way):
 
   frozen matrices   2 P T L forward, and 2 P T L for the gradient of their inputs; a gradient of their own they have not
   attention         2 T^2 Q L forward (scores and values, half of the square is masked), twice as much backward
   LoRA              2 r (inputs + outputs) T per matrix forward, twice as much backward
   logits            2 H V per trained token forward, as much backward (stage 1); two rows in stage 2; V rows once in scoring
   bytes             weights once per pass; each byte that is kept for the backward pass written and read once (memory.py);
-                    16 bytes per parameter of the adapter. Elementwise kernels that are not fused move several times as much.
+                    16 bytes per parameter of the adapter. Elementwise kernels that are not fused
+                    move several times as much.
 
-Scoring is of both orders. Shared, the instruction and the question (half of the pair here) are computed once.
+Scoring is of both orders. Shared, the instruction and the question (half of the pair here) are
+computed once.
 """
 
 from __future__ import annotations

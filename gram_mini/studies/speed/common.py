@@ -28,11 +28,8 @@ from gram_mini.training import clip_gradients
 
 GIB = 2**30
 LABELS = (5, 6)
-LENGTHS = (
-    (180, 0.9),
-    (160, 0.8),
-    (160, 0.8),
-)  # median, and sigma of the logarithm, of prompt and responses in tokens
+# median, and sigma of the logarithm, of prompt and responses in tokens
+LENGTHS = ((180, 0.9), (160, 0.8), (160, 0.8))
 # As many fixed tokens as our prompts have with Qwen's tokenizer; which ones does not matter.
 PIECES = {
     "pretrain": PromptPieces(start=[1] * 6, after_prompt=[1] * 18, between=[1] * 24, end=[1] * 12),

@@ -1,7 +1,9 @@
-"""How time and memory grow: over the length of a pair, the pairs of a batch, and the responses to one prompt.
+"""How time and memory grow: over the length of a pair, the pairs of a batch, and the responses to
+one prompt.
 
-Writes growth.json and growth.png to gram_mini/studies/results. Models, steps and ways of measuring are those of train.py and score.py; every
-point is a median over --rounds runs. All sequences of a batch have one length, so nothing is padded.
+Writes growth.json and growth.png to gram_mini/studies/results. Models, steps and ways of measuring
+are those of train.py and score.py; every point is a median over --rounds runs. All sequences of a
+batch have one length, so nothing is padded.
 """
 
 from __future__ import annotations

@@ -1,15 +1,18 @@
-"""Peak memory and speed of stage 1, stage 2 and scoring, for the exact shapes of public models with random weights.
+"""Peak memory and speed of stage 1, stage 2 and scoring, for the exact shapes of public models with
+random weights.
 
-Neither memory nor speed depends on what the weights are, so nothing is downloaded. On a GPU every row is measured: peak of
-torch.cuda.max_memory_allocated, and tokens per second over --steps steps after a warm-up. Where there is none, the rows of
-real models are computed by the formula below (tests/wings/test_memory.py checks it against small models) and hold no speed;
---tiny measures a small shape on the CPU. There the peak is what the model holds plus what torch allocates during one step, as
-torch.profiler sees it. The last table says which batch fits on which card.
+Neither memory nor speed depends on what the weights are, so nothing is downloaded. On a GPU every
+row is measured: peak of torch.cuda.max_memory_allocated, and tokens per second over --steps steps
+after a warm-up. Where there is none, the rows of real models are computed by the formula below
+(tests/wings/test_memory.py checks it against small models) and hold no speed; --tiny measures a
+small shape on the CPU. There the peak is what the model holds plus what torch allocates during one
+step, as torch.profiler sees it. The last table says which batch fits on which card.
 
 Not in any figure: the CUDA context (about 0.5 GiB) and what the allocator loses to fragmentation.
 
-The formula, in bytes, for bfloat16 on a GPU, padding counted as tokens. H is the hidden size, Q and K the widths of all
-queries and of all keys, I the MLP's width, V the vocabulary, r the rank of LoRA.
+The formula, in bytes, for bfloat16 on a GPU, padding counted as tokens. H is the hidden size, Q and
+K the widths of all queries and of all keys, I the MLP's width, V the vocabulary, r the rank of
+LoRA.
 
   weights      NF4: half a byte per weight, one byte of scale per 64 weights, 4 bytes per 256 scales, and 1,092 bytes of
                tables per matrix. Embeddings, output matrix, norms and biases are not quantised: 2 bytes each.
@@ -18,24 +21,26 @@ queries and of all keys, I the MLP's width, V the vocabulary, r the rank of LoRA
       norms     4 H twice              each computes in float32 and keeps its input in it; 4 (Q + K) more where queries
                                        and keys have norms of their own (Qwen3)
       LoRA      2 (5 H + Q + I)        the input of each of the seven layers, each a copy of its own since peft casts it to
-                                       float32 and autocast casts it back: q, k, v, gate, up take H, o takes Q, down takes I
-                                       (with NF4 on a GPU peft casts nothing: at most this much)
+                                       float32 and autocast casts it back: q, k, v, gate, up take H,
+                                       o takes Q, down takes I (with NF4 on a GPU peft casts
+                                       nothing: at most this much)
       LoRA      2 * 7 r                what lies between its two matrices
       attention 2 (2 Q + 2 K) + 4 heads  queries, keys, values, output, and the logarithms of the softmax's sums; SDPA
                                        keeps no T x T matrix
       MLP       2 * 3 I                gate before and after its SiLU, and up
-               Then the last norm, 4 H, and its output, 2 H. With gradient checkpointing only the input of each layer is
-               kept, 2 H, and one layer at a time has all of the above.
+               Then the last norm, 4 H, and its output, 2 H. With gradient checkpointing only the
+               input of each layer is kept, 2 H, and one layer at a time has all of the above.
   logits       12 per logit (stage 1): the log-probabilities, their gradient and the logits' are there together in float32. More
-               than 2^25 logits (chunked.LOGITS_AT_ONCE) are made that many at a time, 8 bytes each: in bfloat16, in float32
-               where they become their gradient, and that in bfloat16. Stage 2 and scoring build logits for B sequences at
-               most. Where scoring shares what sequences begin with (prefixes.py), it holds keys and values of all layers
-               besides, 5 K per token and layer at most; not in the tables.
+               than 2^25 logits (chunked.LOGITS_AT_ONCE) are made that many at a time, 8 bytes each:
+               in bfloat16, in float32 where they become their gradient, and that in bfloat16. Stage
+               2 and scoring build logits for B sequences at most. Where scoring shares what
+               sequences begin with (prefixes.py), it holds keys and values of all layers besides, 5
+               K per token and layer at most; not in the tables.
   in flight    2 * 3 I per token: in the backward pass of the MLP the gradient of its product, once through the adapter,
                once through the frozen matrix, and their sum; 2 H, the gradient of the layer's output; and with NF4
                the largest matrix dequantised, 2 bytes per weight, and its scales, 4 per 64. In scoring, at the up
-               projection: gate and up, 2 * 2 I, the adapter's output before and after scaling, 8 I, the layer's input
-               and its norm, 2 * 2 H, and the norm once more in float32, 4 H.
+               projection: gate and up, 2 * 2 I, the adapter's output before and after scaling, 8 I,
+               the layer's input and its norm, 2 * 2 H, and the norm once more in float32, 4 H.
 
 The logits are freed before the first layer's backward pass, so the peak is
 
@@ -78,13 +83,12 @@ EXAMPLES = """\
 
 TINY = {"tiny": Shape("qwen3", 256, 4, 4, 2, 64, 768, 4096, True)}
 STAGES = ("pretrain", "reward", "score")
-PIECES = PromptPieces(
-    start=[1], after_prompt=[1], between=[1], end=[1]
-)  # a prompt of four fixed tokens
+# a prompt of four fixed tokens
+PIECES = PromptPieces(start=[1], after_prompt=[1], between=[1], end=[1])
 EFFECTIVE_BATCH = 32  # pairs per optimiser step that a recipe comes to by gradient accumulation
 
 
-# ---- the formula --------------------------------------------------------------------------------------
+# ---- the formula ---------------------------------------------------------------------
 
 
 def weight_bytes(s: Shape, bits: int, a: int = 2) -> int:
@@ -99,9 +103,8 @@ def _matrix_bytes(weights: int, bits: int, a: int) -> int:
     if bits != 4:
         return a * weights
     scales = -(-weights // 64)
-    return (
-        weights // 2 + scales + 4 * -(-scales // 256) + 4 * 16 + 4 * 256 + 4
-    )  # tables of 16 and 256 values, an offset
+    # tables of 16 and 256 values, an offset
+    return weights // 2 + scales + 4 * -(-scales // 256) + 4 * 16 + 4 * 256 + 4
 
 
 def adapter_parameters(s: Shape, rank: int) -> int:
@@ -150,7 +153,7 @@ def compute(
     )
 
 
-# ---- measuring ----------------------------------------------------------------------------------------
+# ---- measuring -----------------------------------------------------------------------
 
 
 def trained_tokens(batch: int, length: int) -> int:
@@ -202,7 +205,7 @@ def measure(
     return peak, speed
 
 
-# ---- tables -------------------------------------------------------------------------------------------
+# ---- tables --------------------------------------------------------------------------
 
 
 def rows_of(name: str, s: Shape, args, device: torch.device, measured: bool):
@@ -252,7 +255,8 @@ def gib(size: int) -> str:
 
 
 def largest_batch(s: Shape, card: int, length: int, rank: int) -> tuple[int, int] | None:
-    """The largest batch (a power of two) with which both stages leave a tenth of ``card`` GiB free, and its peak in bytes.
+    """The largest batch (a power of two) with which both stages leave a tenth of ``card`` GiB free,
+    and its peak in bytes.
 
     NF4 and gradient checkpointing; None where not even one pair fits.
     """

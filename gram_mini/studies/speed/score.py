@@ -1,15 +1,17 @@
 """Scoring of ours against the usual way, in turns on the same pairs of one process.
 
-The usual way is one sequence at a time with the logits of all its positions, in both orders, as the official evaluation does.
-Ours is Judge: batches by tokens, two rows of the output matrix, and what sequences begin with computed once.
-"unshared" is ours without the last of these. All score with the same model; with --bits 32 the adapter is merged.
+The usual way is one sequence at a time with the logits of all its positions, in both orders, as the
+official evaluation does. Ours is Judge: batches by tokens, two rows of the output matrix, and what
+sequences begin with computed once. "unshared" is ours without the last of these. All score with the
+same model; with --bits 32 the adapter is merged.
 
   pairs       pairs of different prompts, each in both orders
   reference   --responses responses to one prompt, ranked against a reference: as many pairs, which share the prompt
   round-robin six of these responses, each against each
 
-For each: pairs and tokens per second (medians over --rounds turns; tokens of whole sequences, padding and sharing apart), how
-many times as fast ours is (median and range of the turns' ratios), the peak of memory, and the largest difference of log-odds.
+For each: pairs and tokens per second (medians over --rounds turns; tokens of whole sequences,
+padding and sharing apart), how many times as fast ours is (median and range of the turns' ratios),
+the peak of memory, and the largest difference of log-odds.
 """
 
 from __future__ import annotations
@@ -194,9 +196,8 @@ def main(argv=None) -> None:
         reached[name] = statistics.median(
             operations(s, rows) / t for rows, t in zip(turns, times["ours"])
         )
-    best = max(
-        best, matrix_peak(device, compute_dtype(args.bits, device))
-    )  # something else may have run during the first
+    # something else may have run during the first
+    best = max(best, matrix_peak(device, compute_dtype(args.bits, device)))
     print(
         table(
             [

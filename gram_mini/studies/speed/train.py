@@ -1,16 +1,18 @@
 """Our training step against the usual one, in turns on the same batches of one process.
 
-The usual step is what SFT trainers take: transformers' own forward pass with labels, so logits of the whole sequence in
-float32, and a cross-entropy over those tokens that count (stage 1: the pair; stage 2: the one token of the verdict). Both steps
-take the same adapted model, the same pairs, and AdamW. --peer trl adds steps of TRL's SFTTrainer on the same sequences and, in
-stage 2, of its RewardTrainer, which reads each response by itself.
+The usual step is what SFT trainers take: transformers' own forward pass with labels, so logits of
+the whole sequence in float32, and a cross-entropy over those tokens that count (stage 1: the pair;
+stage 2: the one token of the verdict). Both steps take the same adapted model, the same pairs, and
+AdamW. --peer trl adds steps of TRL's SFTTrainer on the same sequences and, in stage 2, of its
+RewardTrainer, which reads each response by itself.
 
-For each stage: pairs and tokens per second (medians over --rounds turns; padding is not counted), how many times as fast ours is
-(median and range of the turns' ratios), the peak of memory (what the model holds plus what a step allocates), and what share our
-step reaches of the machine's own peak in multiplying matrices.
+For each stage: pairs and tokens per second (medians over --rounds turns; padding is not counted),
+how many times as fast ours is (median and range of the turns' ratios), the peak of memory (what the
+model holds plus what a step allocates), and what share our step reaches of the machine's own peak
+in multiplying matrices.
 
-Weights are random: they change neither speed nor memory. Lengths are those of --data, a token for every four characters; without
-it they are drawn from log-normal distributions (LENGTHS).
+Weights are random: they change neither speed nor memory. Lengths are those of --data, a token for
+every four characters; without it they are drawn from log-normal distributions (LENGTHS).
 """
 
 from __future__ import annotations
@@ -77,7 +79,7 @@ STAGES = ("pretrain", "reward")
 TRAINERS = {"pretrain": ("SFTTrainer",), "reward": ("SFTTrainer", "RewardTrainer")}
 
 
-# ---- the usual way ------------------------------------------------------------------------------------
+# ---- the usual way -------------------------------------------------------------------
 
 
 def usual_batch(stage: str, rows: list[EncodedPair]) -> dict[str, torch.Tensor]:
@@ -103,7 +105,7 @@ def usual_loss(model, stage: str, rows: list[EncodedPair]) -> torch.Tensor:
         return model(**batch).loss
 
 
-# ---- TRL ----------------------------------------------------------------------------------------------
+# ---- TRL -----------------------------------------------------------------------------
 
 
 def trl_trainer(kind: str, model, stage: str, batches: list[list[EncodedPair]], args, callback):
@@ -193,17 +195,15 @@ def with_scalar_head(s: Shape, args, device):
     return get_peft_model(model, lora)
 
 
-# ---- measuring ----------------------------------------------------------------------------------------
+# ---- measuring -----------------------------------------------------------------------
 
 
 def operations(
     s: Shape, stage: str, rows: list[EncodedPair], rank: int, checkpointing: bool
 ) -> float:
     """Floating-point operations that a step needs, padding apart; the head of gram_mini/studies/speed/bounds.py says what counts."""
-    total, passes = (
-        0,
-        3 if checkpointing else 2,
-    )  # forward, and the gradient of the inputs; frozen weights need none
+    # forward, and the gradient of the inputs; frozen weights need none
+    total, passes = (0, 3 if checkpointing else 2)
     frozen, adapter = (
         sum(f(i, o) for i, o in s.linear())
         for f in (lambda i, o: i * o, lambda i, o: rank * (i + o))

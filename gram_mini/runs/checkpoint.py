@@ -1,0 +1,84 @@
+"""checkpoint.pt: what an unfinished run needs to go on, and to end as if nothing had stopped it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+from accelerate.utils import gather_object
+
+from gram_mini.errors import UserError
+
+
+def save(
+    path: Path,
+    accelerator,
+    step: int,
+    settings: dict,
+    model,
+    optimizer,
+    schedule,
+    log_state: dict,
+    skipped: int,
+) -> None:
+    """Write a checkpoint: to another name first, so that the one before stays until this one is whole."""
+    of_each_process = gather_object([{"rng": _random_state(), "log": log_state}])
+    if accelerator.is_main_process:
+        state = {
+            "step": step,
+            "settings": settings,
+            "adapter": {
+                name: p.detach().cpu() for name, p in model.named_parameters() if p.requires_grad
+            },
+            "optimizer": optimizer.state_dict(),
+            "schedule": schedule.state_dict(),
+            "processes": of_each_process,
+            "skipped": skipped,
+        }
+        temporary = path.with_suffix(".tmp")
+        with open(temporary, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    accelerator.wait_for_everyone()
+
+
+def load(path: Path, accelerator, settings: dict, model, optimizer, schedule) -> dict:
+    """Put a run back to its checkpoint; returns {"step", "skipped", "log"}.
+
+    Raises:
+        UserError: if the checkpoint cannot be read, or was made with other options or data (names
+            them).
+    """
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        before = state["settings"]
+    except Exception as error:  # whatever the file holds, it is no checkpoint of ours
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{path}: cannot be read: {reason}; start anew with --overwrite") from None
+    changed = [name for name in settings if before.get(name) != settings[name]]
+    if changed:
+        was = ", ".join(
+            f"{name} was {before.get(name)!r} and is {settings[name]!r}" for name in changed
+        )
+        raise UserError(
+            f"--resume: {path.parent} was begun otherwise: {was}; give the same again, or start anew with --overwrite"
+        )
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                parameter.copy_(state["adapter"][name])
+    optimizer.load_state_dict(state["optimizer"])
+    schedule.load_state_dict(state["schedule"])
+    of_this_process = state["processes"][accelerator.process_index]
+    torch.set_rng_state(of_this_process["rng"]["cpu"])
+    if "cuda" in of_this_process["rng"]:
+        torch.cuda.set_rng_state(of_this_process["rng"]["cuda"])
+    return {"step": state["step"], "skipped": state["skipped"], "log": of_this_process["log"]}
+
+
+def _random_state() -> dict[str, torch.Tensor]:
+    cuda = {"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {}
+    return {"cpu": torch.get_rng_state(), **cuda}

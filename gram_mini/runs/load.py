@@ -1,0 +1,109 @@
+"""A judge from a run folder, an exported one, or any model: what it was trained with is what it scores with."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig
+from transformers.utils import logging as transformers_logging
+
+from gram_mini.baselines.judges import judge_with_head, load_head
+from gram_mini.errors import UserError
+from gram_mini.judge import Judge
+from gram_mini.model import load_lora, load_model, load_tokenizer, local_folder
+from gram_mini.prompts import JUDGE
+from gram_mini.runs.processes import pick_device
+from gram_mini.runs.record import EXPORTED, HEAD, fingerprint, pinned, read_record
+
+MERGE_UP_TO = 2**30  # bytes of float32 weights
+
+
+def load_judge(
+    path: str | Path,
+    bits: int | None = None,
+    device: str = "auto",
+    max_length: int | None = None,
+    batch_size: int = 32,
+    template: str | None = None,
+    merge: bool | None = None,
+) -> Judge:
+    """Load a run folder of either training script or of a baseline, an exported one, or any model
+    as a zero-shot judge.
+
+    Args:
+        path: run folder, model folder, hub name, or "village".
+        bits: 4, 16 or 32; by default what the run was trained with, for an exported model what it
+            was written in, else 4.
+        max_length: tokens per judge prompt; by default what the run was trained with, else 512.
+        template: the judge prompt; by default what the run was trained with, else prompts.JUDGE.
+        merge: put the run's adapter into the weights, in float32. That spares the adapter's
+            products and the unpacking of NF4, and changes no score by more than 1e-5. By default on
+            a CPU, where the weights then take 1 GiB at most. (On a GPU export the run and score
+            with that: gram_mini/serving/export.py.)
+
+    Raises:
+        UserError: if there is no such model, or the backbone is not the one the run was trained on.
+    """
+    place, folder = pick_device(device), Path(path)
+    head = None
+    if (folder / "run.json").is_file():
+        record = read_record(folder)
+        name, trained_on = record["backbone"]["name"], record["backbone"]["fingerprint"]
+        if local_folder(name) is not None and fingerprint(name) != trained_on:
+            raise UserError(
+                f"{path}: was trained on another version of the backbone {name!r}; train it again"
+            )
+        bits, max_length = (
+            bits or record["options"]["bits"],
+            max_length or record["options"]["max_length"],
+        )
+        template = template or record["prompt"]["judge"]
+        model = load_model(pinned(name, trained_on), bits, place)
+        if merge is None:
+            merge = (
+                place.type == "cpu"
+                and model.dtype == torch.float32
+                and 4 * model.num_parameters() <= MERGE_UP_TO
+            )
+        model = load_merged(model, folder) if merge else load_lora(model, folder, trainable=False)
+        tokenizer = load_tokenizer(str(folder))
+        head = load_head(model, folder / HEAD) if (folder / HEAD).is_file() else None
+    elif (folder / "adapter_model.safetensors").is_file():
+        raise UserError(
+            f"{path}: holds an adapter but no run.json, so its backbone is unknown; is the run finished?"
+        )
+    elif folder.with_name(f"{folder.name}.partial").is_dir() and not folder.is_dir():
+        raise UserError(
+            f"{path}: is not finished; train it to its end with the same command and --resume"
+        )
+    else:
+        if (folder / EXPORTED).is_file():
+            record = read_record(folder, EXPORTED)
+            max_length, template = (
+                max_length or record["options"]["max_length"],
+                template or record["prompt"]["judge"],
+            )
+            # as it was written
+            bits = bits or (32 if AutoConfig.from_pretrained(folder).dtype == torch.float32 else 16)
+        model, tokenizer = load_model(str(path), bits or 4, place), load_tokenizer(str(path))
+    make = Judge if head is None else judge_with_head
+    return make(model, tokenizer, max_length or 512, batch_size, template or JUDGE)
+
+
+def load_merged(model, folder: Path):
+    """The model in float32 with the adapter of a run in its weights; NF4 weights keep the values
+    they have.
+
+    Raises:
+        UserError: as :func:`load_lora`.
+    """
+    # into a 4-bit matrix an adapter can only be merged with a loss
+    if getattr(model, "is_loaded_in_4bit", False):
+        before = transformers_logging.get_verbosity()
+        transformers_logging.set_verbosity_error()  # it warns of the type that it casts to
+        try:
+            model = model.dequantize()
+        finally:
+            transformers_logging.set_verbosity(before)
+    return load_lora(model.float(), folder, trainable=False).merge_and_unload()

@@ -1,0 +1,101 @@
+"""The device, and the processes that ``accelerate launch`` starts.
+
+Every process draws the same rows of a step and computes its share of them. Gradients and losses are
+added up at the end, so two processes learn what one learns with twice the batch.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import signal
+from contextlib import contextmanager
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+
+from gram_mini.errors import UserError
+from gram_mini.training import trainable
+
+
+def pick_device(device: str) -> torch.device:
+    """``auto`` is the GPU where there is one; of several, each process of ``accelerate launch``
+    takes its own.
+
+    Raises:
+        UserError: for a device that torch does not know or that this machine lacks.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda":
+        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    try:
+        if device == "meta":
+            raise RuntimeError("it holds no numbers")
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(
+            f"--device {device}: cannot be used here: {str(error).splitlines()[0]}"
+        ) from None
+
+
+def start_processes(
+    device: str, report_to: str | None = None, folder=None
+) -> tuple[Accelerator, torch.device]:
+    """The accelerator, which knows this process's place among the others, and the device to compute
+    on.
+
+    ``report_to`` names a tracker that writes to ``folder``.
+
+    Raises:
+        UserError: for a device or a tracker that cannot be used here.
+    """
+    place = pick_device(device)
+    if place.type == "cuda":
+        torch.cuda.set_device(place)
+    if report_to and importlib.util.find_spec(report_to) is None:
+        raise UserError(f"--report-to {report_to}: is not installed; pip install {report_to}")
+    return Accelerator(cpu=place.type == "cpu", log_with=report_to, project_dir=folder), place
+
+
+def in_shares(accelerator: Accelerator, work, items: list) -> list:
+    """``work(items)``, a list of as many results, with each process doing a share; every process gets all results."""
+    n = accelerator.num_processes
+    results = [None] * len(items)
+    for rank, share in enumerate(gather_object([work(items[accelerator.process_index :: n])])):
+        results[rank::n] = share
+    return results
+
+
+def add_up(accelerator: Accelerator, model, loss: torch.Tensor | float) -> float:
+    """Add gradients and loss of a step up over the processes; returns the loss of the whole step."""
+    if accelerator.num_processes > 1:
+        for p in trainable(model):  # a process without a row in this step has no gradient
+            p.grad = accelerator.reduce(torch.zeros_like(p) if p.grad is None else p.grad, "sum")
+        loss = accelerator.reduce(
+            torch.as_tensor(loss, dtype=torch.float32, device=accelerator.device), "sum"
+        )
+    return float(loss)
+
+
+@contextmanager
+def stopping_after_the_step(accelerator: Accelerator):
+    """Ctrl-C and SIGTERM set the accelerator's trigger, so that a run can save and stop; a second one stops at once."""
+    before = {}
+
+    def stop(number, frame):
+        accelerator.set_trigger()
+        accelerator.print("\nstopping after this step; once more stops at once, without saving")
+        for name, handler in before.items():
+            signal.signal(name, handler)
+
+    try:
+        before = {name: signal.signal(name, stop) for name in (signal.SIGINT, signal.SIGTERM)}
+    except ValueError:  # not in the main thread, for example in a notebook server's worker
+        pass
+    try:
+        yield
+    finally:
+        for name, handler in before.items():
+            signal.signal(name, handler)

@@ -1,0 +1,150 @@
+"""The rows that score.py reads and the lines of JSON that it writes, in the same order and with the rows' ids."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+
+from gram_mini.errors import UserError
+from gram_mini.judge import Comparison, Ranking, preferred
+from gram_mini.pairs import Pair, unusable
+from gram_mini.prompts import LABELS
+from gram_mini.reading.formats import group_rows, has_literal_breaks, parse_pairs, read_prompt
+from gram_mini.reading.sources import read_rows
+from gram_mini.runs.output import write_whole
+
+UNREADABLE = "that cannot be read"
+SELDOM = 0.5  # mass on the labels below which the model hardly answers A or B
+
+
+@dataclass
+class Question:
+    """What a row asks for: pairs to compare, or responses to rank; ``left_out`` counts what it asks in vain."""
+
+    head: dict  # what every line of the row begins with
+    rows: int = 1  # rows of the source that belong together here: one, or those of one prompt
+    # of them those with a backslash and an n beside the markers, which were taken off
+    literal_breaks: int = 0
+    pairs: list[Pair] = field(default_factory=list)
+    left_out: Counter = field(default_factory=Counter)
+    prompt: str = ""
+    responses: list[str] | None = None
+    reference: str | None = None
+
+
+def read_questions(args) -> list[Question]:
+    """Every row of ``--data``.
+
+    Raises:
+        UserError: a row that cannot be read (names file and line); with ``--on-bad-row skip`` such
+            rows are counted.
+    """
+    questions = []
+    for number, group in group_rows(
+        read_rows(args.data, args.split, args.limit, args.subset, args.streaming)
+    ):
+        row = group[0][1]
+        question = Question(
+            {"row": number, **({"id": row["id"]} if isinstance(row, dict) and "id" in row else {})},
+            len(group),
+        )
+        question.literal_breaks = sum(has_literal_breaks(row) for _, row in group)
+        try:
+            _read(question, group, args)
+        except UserError:
+            if args.on_bad_row == "error":
+                raise
+            question.left_out = Counter({UNREADABLE: len(group)})
+        questions.append(question)
+    return questions
+
+
+def _read(question: Question, group: list[tuple[str, dict]], args) -> None:
+    where, row = group[0]
+    if isinstance(row, UserError):
+        raise row
+    if row.get("responses") is None:
+        if args.rank or args.reference is not None:
+            raise UserError(
+                f"{where}: --rank and --reference need rows with a column 'responses', a list of texts"
+            )
+        try:
+            question.pairs, question.left_out = parse_pairs(group, pairs=args.pairs)
+        except UserError:  # a pair whose label or rating cannot be read can still be scored
+            pass
+        if not question.pairs:
+            question.pairs, question.left_out = parse_pairs(group, labelled=False, pairs=args.pairs)
+        return
+    prompt, responses = read_prompt(row.get("prompt"), where, "prompt"), row["responses"]
+    if (
+        not isinstance(responses, list)
+        or not responses
+        or not all(isinstance(r, str) for r in responses)
+    ):
+        raise UserError(f"{where}: column 'responses' must be a list of at least one text")
+    reference = args.reference if row.get("reference") is None else row["reference"]
+    if reference is not None and not isinstance(reference, str):
+        raise UserError(
+            f"{where}: column 'reference' must be text, found {type(reference).__name__}"
+        )
+    if reference is None and (len(responses) == 1 or args.rank == "reference"):
+        raise UserError(f"{where}: needs a column 'reference', or --reference")
+    question.prompt, question.responses = prompt, responses
+    question.reference = None if args.rank not in (None, "reference") else reference
+
+
+def write_scores(
+    args, questions: list[Question], answers: list[list[Comparison] | Ranking], max_length: int
+) -> None:
+    """Write the lines; the file appears when it is complete. Says what was scored, cut and left out."""
+    lines, hits = [], []
+    for question, answer in zip(questions, answers):
+        if isinstance(answer, Ranking):
+            lines.append(question.head | asdict(answer))
+        elif not question.pairs:
+            lines.append(question.head | {"skipped": ", ".join(question.left_out)})
+        else:
+            for k, (pair, comparison) in enumerate(zip(question.pairs, answer), start=1):
+                number = {"pair": k} if len(question.pairs) > 1 else {}
+                line = question.head | number | comparison_line(comparison)
+                if pair.label is not None and not unusable(pair):
+                    hits.append(line["better"] == LABELS[pair.label])
+                lines.append(line)
+    write_whole(
+        args.out,
+        (json.dumps(line, ensure_ascii=False, default=str) + "\n" for line in lines),
+        "--out",
+    )
+    cut = sum(bool(line.get("truncated")) for line in lines)
+    print(
+        f"scored {sum(question.rows for question in questions)} rows from {args.data}: {len(lines)} lines, {cut} of them cut to {max_length} tokens; "
+        f"wrote {args.out}"
+    )
+    for reason, count in sum((question.left_out for question in questions), Counter()).items():
+        print(f"not scored: {count} {reason}")
+    if breaks := sum(question.literal_breaks for question in questions):
+        print(f"{breaks} rows with a literal \\n beside the markers, taken off")
+    masses = [line["label_mass"] for line in lines if "label_mass" in line]
+    if masses and sum(masses) / len(masses) < SELDOM:
+        mean = sum(masses) / len(masses)
+        print(
+            f"The model hardly ever answers A or B (mean mass on the labels {mean:.2g}): do not rely on this."
+        )
+    if hits:
+        print(
+            f"{sum(hits)} of {len(hits)} labelled pairs judged as labelled: accuracy {sum(hits) / len(hits):.3f}"
+        )
+
+
+def comparison_line(result: Comparison) -> dict:
+    """What the line of a pair says."""
+    return {
+        "probability": result.probability,
+        "a_first": result.a_first,
+        "a_second": result.a_second,
+        "position_gap": result.position_gap,
+        "label_mass": result.label_mass,
+        "truncated": result.truncated,
+        "better": {1: "A", -1: "B", 0: None}[preferred(result.probability)],
+    }
