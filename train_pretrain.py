@@ -1,6 +1,6 @@
 """Stage 1 of GRAM: learn to generate a pair of responses, from pairs that nobody labelled.
 
-The loss is -log pi(y_a, y_b | x), the next-token loss on both responses y_a, y_b after the prompt x.
+The loss is -log pi(y_a, y_b | x): the next-token loss on both responses, after the prompt x.
 Any preference data will do: labels are dropped, and which response comes first is drawn at random.
 """
 
@@ -41,6 +41,7 @@ def main(argv=None):
     # Loop
     steps = run.number_of_steps(len(train))
     optimizer, schedule = optimizer_and_schedule(model, args.lr, steps)
+    sizes = args.batch_size, args.batch_tokens
     batches = draw_batches(
         train, run.rows_per_step, args.seed
     )  # y_a and y_b change places at random
@@ -59,7 +60,6 @@ def main(argv=None):
         optimizer.zero_grad()
         schedule.step()
         if held_out and run.evaluation_due():
-            sizes = args.batch_size, args.batch_tokens
             losses = run.in_shares(lambda rows: pair_losses(model, rows, prompt, *sizes), held_out)
             nats, tokens = map(sum, zip(*losses))
             run.log_held_out({"loss": nats / tokens})
