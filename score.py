@@ -25,7 +25,7 @@ With --benchmark, --data holds a public benchmark, and --out gets its official f
 from tqdm import tqdm
 
 from gram_mini.errors import clear_errors
-from gram_mini.judge import preferred
+from gram_mini.judge import Comparison, Ranking, preferred
 from gram_mini.pairs import Pair
 from gram_mini.prompts import read_template
 from gram_mini.runs.load import load_judge
@@ -102,7 +102,7 @@ def score_rows(judge, args):
     questions = read_questions(args)
     pairs = [pair for question in questions for pair in question.pairs]
     compared = iter(judge.compare_many(pairs, args.average, progress="scoring"))
-    answers = []
+    answers: list[list[Comparison] | Ranking] = []
     for q in tqdm(questions, desc="scoring", delay=2, leave=False):
         if q.responses is None:
             answers.append([next(compared) for _ in q.pairs])

@@ -42,9 +42,7 @@ def main(argv=None):
     steps = run.number_of_steps(len(train))
     optimizer, schedule = optimizer_and_schedule(model, args.lr, steps)
     sizes = args.batch_size, args.batch_tokens
-    batches = draw_batches(
-        train, run.rows_per_step, args.seed
-    )  # y_a and y_b change places at random
+    batches = draw_batches(train, run.rows_per_step, args.seed)  # y_a or y_b first, at random
     for batch in run.steps(batches, steps, model, optimizer, schedule):
         for part in run.passes(batch):  # all at once, or as many rows as fit
             ids, targets = pair_batch(part, prompt, run.device)  # (B, T), (B, T): the next token

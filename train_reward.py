@@ -52,9 +52,7 @@ def main(argv=None):
     # Loop
     steps = run.number_of_steps(len(train))
     optimizer, schedule = optimizer_and_schedule(model, args.lr, steps)
-    batches = draw_batches(
-        train, run.rows_per_step, args.seed
-    )  # y_a and y_b change places at random
+    batches = draw_batches(train, run.rows_per_step, args.seed)  # y_a or y_b first, at random
     for batch in run.steps(batches, steps, model, optimizer, schedule):
         for part in run.passes(batch):  # all at once, or as many rows as fit
             ids, last, right = judge_batch(part, prompt, run.device)  # (B, T), (B,), (B,)

@@ -1,11 +1,12 @@
 """gram_mini: a generative foundation reward model, small enough to read.
 
-The lesson is the three scripts at the top level and the files in this folder. Read them in this order:
+The lesson is the three scripts at the top level and the files in this folder. Read them in order:
 
     pairs -> prompts -> batches -> model -> losses -> training -> judge -> evaluation
 
-chunked and prefixes are the fast twins of losses and judge; errors says how a user is told what is wrong.
+chunked and prefixes are the fast twins of losses and judge. errors is how a user is told what is
+wrong.
 
-What is not the lesson has a folder, and a README in it: village/ (the tiny world whose truth is known),
-reading/ (files and formats), runs/ (what surrounds a run), baselines/, serving/, studies/.
+What is not the lesson has a folder with a README in it: village/ (the tiny world whose truth is
+known), reading/ (files and formats), runs/ (what surrounds a run), baselines/, serving/, studies/.
 """

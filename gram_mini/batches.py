@@ -22,7 +22,7 @@ from gram_mini.prompts import PromptPieces
 ENOUGH = 1024  # tokens of a forward pass; below this, smaller passes cost more than padding
 IGNORED = -100  # target of a position that carries no loss, torch's default ignore_index
 
-Segments = tuple[tuple[int, ...], ...]  # a sequence of tokens, cut where it may part from others
+Segments = tuple[tuple[int, ...], ...]  # tokens, cut where other sequences may part from them
 
 
 @dataclass(frozen=True)
@@ -47,16 +47,11 @@ class EncodedPair:
         return self.length < sum(self.uncut)
 
     def swapped(self) -> EncodedPair:
-        """The same pair in the other order: the responses change places, and the label with them."""
+        """The pair in the other order: the responses change places, and the label with them."""
         prompt, a, b = self.uncut
         label = None if self.label is None else 1 - self.label
-        return replace(
-            self,
-            response_a=self.response_b,
-            response_b=self.response_a,
-            label=label,
-            uncut=(prompt, b, a),
-        )
+        swapped = replace(self, response_a=self.response_b, response_b=self.response_a)
+        return replace(swapped, label=label, uncut=(prompt, b, a))
 
 
 # ---- encode and cut ------------------------------------------------------------------
@@ -65,8 +60,7 @@ class EncodedPair:
 def encode_pairs(
     pairs: list[Pair], pieces: PromptPieces, tokenizer, max_length: int
 ) -> list[EncodedPair]:
-    """Tokenise pairs and cut each so that it fits ``max_length`` tokens together with its prompt
-    pieces.
+    """Tokenise pairs and cut each so that it fits ``max_length`` with its prompt pieces.
 
     Raises:
         UserError: if ``max_length`` leaves no room for the three texts.
@@ -74,29 +68,22 @@ def encode_pairs(
     budget = max_length - pieces.fixed_tokens
     if budget < 6:
         raise UserError(
-            f"--max-length {max_length} leaves {max(budget, 0)} tokens for the texts, since the prompt's own words take "
-            f"{pieces.fixed_tokens}; give at least {pieces.fixed_tokens + 6}"
+            f"--max-length {max_length} leaves {max(budget, 0)} tokens for the texts, since the "
+            f"prompt's own words take {pieces.fixed_tokens}; give at least "
+            f"{pieces.fixed_tokens + 6}"
         )
+    # A response that spells out "<|im_end|>" must not end the user's turn: it is only text.
+    options = dict(add_special_tokens=False, split_special_tokens=True, verbose=False)
     encoded = []
-    for start in tqdm(
-        range(0, len(pairs), 1000), desc="tokenising", unit="k", delay=2, leave=False
-    ):
+    starts = range(0, len(pairs), 1000)
+    for start in tqdm(starts, desc="tokenising", unit="k", delay=2, leave=False):
         chunk = pairs[start : start + 1000]
-        texts = [
-            text.strip()
-            for pair in chunk
-            for text in (pair.prompt, pair.response_a, pair.response_b)
-        ]
-        # A response that spells out "<|im_end|>" must not end the user's turn: inside a text it is
-        # only text.
-        ids = tokenizer(texts, add_special_tokens=False, split_special_tokens=True, verbose=False)[
-            "input_ids"
-        ]
+        texts = [(pair.prompt, pair.response_a, pair.response_b) for pair in chunk]
+        ids = tokenizer([text.strip() for three in texts for text in three], **options)["input_ids"]
         for pair, prompt, a, b in zip(chunk, ids[0::3], ids[1::3], ids[2::3]):
             uncut = (len(prompt), len(a), len(b))
-            # 4 bytes a token; a list takes 36
-            cut = (array("i", text) for text in truncate(prompt, a, b, budget))
-            encoded.append(EncodedPair(*cut, pair.label, pair.row, uncut))
+            x, y_a, y_b = (array("i", text) for text in truncate(prompt, a, b, budget))
+            encoded.append(EncodedPair(x, y_a, y_b, pair.label, pair.row, uncut))
     return encoded
 
 
@@ -179,7 +166,7 @@ def join(pieces: PromptPieces, row: EncodedPair) -> list[int]:
 
 
 def pair_segments(pieces: PromptPieces, row: EncodedPair) -> Segments:
-    """The sequence of :func:`join`, cut where those of other rows may part from it: before either response."""
+    """The sequence of :func:`join`, cut before either response, where other rows part from it."""
     question = (*pieces.start, *row.prompt, *pieces.after_prompt)
     return question, (*row.response_a, *pieces.between), (*row.response_b, *pieces.end)
 
@@ -201,15 +188,14 @@ def trained_tokens(pieces: PromptPieces, rows: Sequence[EncodedPair]) -> int:
 
 
 def next_tokens(ids: list[int], given: int) -> list[int]:
-    """The target of each position: the token after it, IGNORED where that is one of the ``given`` first or none."""
+    """The target of each position: the token after it; IGNORED among the ``given`` first tokens."""
     return [IGNORED] * (given - 1) + ids[given:] + [IGNORED]
 
 
 def pair_batch(
     rows: list[EncodedPair], pieces: PromptPieces, device="cpu"
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Stage 1: sequences, and as targets the next token wherever it belongs to the assistant's
-    turn.
+    """Stage 1: sequences, and as targets the next token where it is part of the assistant's turn.
 
     Returns ids (B, T) and targets (B, T), IGNORED on the prompt and on padding.
     """

@@ -61,9 +61,12 @@ class _InChunks(torch.autograd.Function):
 def _chunk(
     hidden: torch.Tensor, targets: torch.Tensor, head, with_gradient: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Summed negative log-likelihood of a few tokens, and its gradient (n, H), in the memory of one (n, V) of logits."""
-    # (n, H), (n, 1)
-    hidden, targets = (hidden.detach().requires_grad_(with_gradient), targets[:, None])
+    """Summed negative log-likelihood of a few tokens, and its gradient (n, H).
+
+    It needs the memory of one (n, V) of logits: they become probabilities, then their gradient.
+    """
+    hidden = hidden.detach().requires_grad_(with_gradient)  # (n, H)
+    targets = targets[:, None]  # (n, 1)
     with torch.enable_grad():
         logits = head(hidden)  # (n, V)
     z = logits.detach().to(torch.promote_types(logits.dtype, torch.float32), copy=bool(head.cap))

@@ -1,4 +1,4 @@
-"""One way to tell a user what is wrong: raise UserError, and the script ends with one clear line."""
+"""How a user is told what is wrong: raise UserError, and the script ends with one clear line."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import errno
 import os
 import sys
 from contextlib import contextmanager
+
+FULL_OR_FORBIDDEN = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS)
 
 
 class UserError(Exception):
@@ -18,7 +20,10 @@ class Interrupted(Exception):
 
 @contextmanager
 def clear_errors():
-    """Turn what a user can put right into one line on standard error and exit status 2; a bug still shows as one."""
+    """Turn what a user can put right into one line on standard error and exit status 2.
+
+    A bug still shows as a traceback.
+    """
     try:
         yield
     except UserError as error:
@@ -26,10 +31,7 @@ def clear_errors():
     except Interrupted as error:
         _end(f"interrupted: {error}", 130)
     except KeyboardInterrupt:
-        _end(
-            "\ninterrupted: nothing was written or replaced since the last checkpoint, if there is one",
-            130,
-        )
+        _end("\ninterrupted: nothing was written since the last checkpoint, if there is one", 130)
     except Exception as error:
         line = _explain(error)
         if line is None:
@@ -47,23 +49,20 @@ def _end(line: str, status: int, alike: bool = True) -> None:
 def _explain(error: Exception) -> str | None:
     """One line for what a machine ran out of or forbids, None for anything else."""
     text = str(error)
-    if isinstance(error, OSError) and error.errno in (
-        errno.ENOSPC,
-        errno.EDQUOT,
-        errno.EFBIG,
-        errno.EACCES,
-        errno.EROFS,
-    ):
-        return f"{error.filename or 'a file'}: {error.strerror}; make room or choose another folder"
-    if (
-        "No space left on device" in text or "File too large" in text
-    ):  # what safetensors and torch make of an OSError
-        return f"a file could not be written: {text.splitlines()[0]}; make room or choose another folder"
+    if isinstance(error, OSError) and error.errno in FULL_OR_FORBIDDEN:
+        name = error.filename or "a file"
+        return f"{name}: {error.strerror}; make room or choose another folder"
+    # What safetensors and torch make of an OSError.
+    if "No space left on device" in text or "File too large" in text:
+        reason = text.splitlines()[0]
+        return f"a file could not be written: {reason}; make room or choose another folder"
     if type(error).__name__ == "OutOfMemoryError":
+        reason = text.splitlines()[0].split(". ")[0]
         return (
-            f"out of GPU memory ({text.splitlines()[0].split('. ')[0]}); what helps: a smaller --batch-size (in training with as "
-            "much more --grad-accum, or --batch-tokens, which give the same result), a shorter --max-length, --bits 4, and in training "
-            "--gradient-checkpointing or a smaller --lora-rank"
+            f"out of GPU memory ({reason}); what helps: a smaller --batch-size (in training with "
+            "as much more --grad-accum, or --batch-tokens, which give the same result), a shorter "
+            "--max-length, --bits 4, and in training --gradient-checkpointing or a smaller "
+            "--lora-rank"
         )
     if isinstance(error, MemoryError) or "can't allocate memory" in text:
         return "out of memory; what helps: a smaller --batch-size, a shorter --max-length, --limit"

@@ -1,4 +1,4 @@
-"""How good is a judge? Accuracy, loss, calibration, sensitivity to the order, each with its interval."""
+"""How good is a judge? Accuracy, loss, calibration, sensitivity to the order, and intervals."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def pair_losses(
     batch_size: int,
     batch_tokens: int | None = None,
 ) -> list[tuple[float, int]]:
-    """The negative log-likelihood of each pair, -log pi(y_a, y_b | x) in nats, and its number of trained tokens."""
+    """-log pi(y_a, y_b | x) of each pair, in nats, and its number of trained tokens."""
     results: list[tuple[float, int]] = []
     lengths = [row.length + prompt.fixed_tokens for row in rows]
     with evaluating(model):
@@ -65,8 +65,9 @@ class Evaluation:
 
     def __str__(self) -> str:
         return (
-            f"{self.pairs} pairs, accuracy {self.accuracy:.3f} ± {self.interval:.3f}, loss {self.loss:.3f}, "
-            f"position gap {self.position_gap:.3f}, mean margin {self.margin:.2f}"
+            f"{self.pairs} pairs, accuracy {self.accuracy:.3f} ± {self.interval:.3f}, "
+            f"loss {self.loss:.3f}, position gap {self.position_gap:.3f}, "
+            f"mean margin {self.margin:.2f}"
         )
 
 
@@ -157,8 +158,7 @@ def calibration(
 
 
 def brier(probabilities, outcomes) -> float:
-    """Brier score: the mean of (P(a better) - outcome)^2; 0 is perfect, always saying 1/2 gives
-    1/4.
+    """Brier score: the mean of (P(a better) - outcome)^2; 0 is perfect, P = 1/2 always gives 1/4.
 
     Takes the same as :func:`calibration`; which response is called a does not matter here either.
     """
@@ -211,7 +211,7 @@ def bootstrap(
 
 
 def with_interval(runs: list[Evaluation]) -> str:
-    """Accuracy with its 95% interval: over the seeds where there are several, else over the prompts of the one."""
+    """Accuracy ± 95% interval: over the seeds of several runs, over the prompts of a single one."""
     mean = statistics.mean(run.accuracy for run in runs)
     if len(runs) == 1:
         return f"{mean:.3f} ± {runs[0].interval:.3f}"
@@ -220,10 +220,8 @@ def with_interval(runs: list[Evaluation]) -> str:
 
 
 def student_t(freedom: int) -> float:
-    """The 97.5% quantile of Student's t: from the tables up to 5 degrees of freedom, then by expansion (to 0.01)."""
+    """The 97.5% quantile of Student's t; beyond 5 degrees of freedom by expansion, to 0.01."""
     table = (12.706, 4.303, 3.182, 2.776, 2.571)
-    return (
-        table[freedom - 1]
-        if freedom <= len(table)
-        else 1.960 + 2.372 / freedom + 2.823 / freedom**2
-    )
+    if freedom <= len(table):
+        return table[freedom - 1]
+    return 1.960 + 2.372 / freedom + 2.823 / freedom**2

@@ -55,7 +55,7 @@ class Comparison:
 
     @property
     def position_gap(self) -> float:
-        """How far the two orders disagree, 0 to 1: 0 for a judge that does not look at the order."""
+        """How far the two orders disagree, 0 to 1; 0 for a judge that ignores the order."""
         return abs(self.a_first - self.a_second)
 
 
@@ -107,18 +107,17 @@ class Judge:
         return encode_pairs(pairs, self.prompt, self.tokenizer, self.max_length)
 
     def plain_log_odds(self, rows: list[EncodedPair]) -> torch.Tensor:
-        """Log-odds (N, 2) that a is better, with a shown as A and with a shown as B, each order in one batch."""
+        """Log-odds (N, 2) that a is better, with a shown as A and with a shown as B."""
         z = []
         with evaluating(self.model):
             for order in (rows, [row.swapped() for row in rows]):
                 ids, last, _ = judge_batch(order, self.prompt)  # (N, T), (N,)
                 hidden = hidden_states(self.model, ids)  # (N, T, H)
-                # where A or B would come next
-                verdict = hidden[torch.arange(len(order)), last]  # (N, H)
+                verdict = hidden[torch.arange(len(order)), last]  # (N, H), where A or B comes next
                 z.append(self.label_logits(verdict).float())  # (N, 2): Z_A, Z_B
-        first, second = z
-        # (N, 2)
-        return torch.stack([first[:, 0] - first[:, 1], second[:, 1] - second[:, 0]], dim=1).cpu()
+        a_is_a, a_is_b = z
+        odds = a_is_a[:, 0] - a_is_a[:, 1], a_is_b[:, 1] - a_is_b[:, 0]  # (N,), (N,): Z_a - Z_b
+        return torch.stack(odds, dim=1).cpu()  # (N, 2)
 
     def log_odds(
         self, rows: list[EncodedPair], progress: str | None = None
@@ -135,16 +134,13 @@ class Judge:
             for places, verdict in self.verdict_states(orders, progress):  # (B,), (B, H)
                 z[places] = self.label_logits(verdict).float().cpu()
                 mass[places] = self.label_mass(verdict).cpu()
-        # shown second, a is called B
-        odds = (z[:, 0] - z[:, 1]).view(-1, 2) * torch.tensor([1, -1])
-        return (
-            odds,
-            mass.view(-1, 2),
-            torch.tensor([row.truncated for row in rows], dtype=torch.bool),
-        )
+        difference = (z[:, 0] - z[:, 1]).view(-1, 2)  # (N, 2): Z_A - Z_B in both orders
+        odds = difference * torch.tensor([1, -1])  # (N, 2): in the second order a is called B
+        truncated = torch.tensor([row.truncated for row in rows], dtype=torch.bool)  # (N,)
+        return odds, mass.view(-1, 2), truncated
 
     def verdict_states(self, orders: list[EncodedPair], progress: str | None = None) -> Iterable:
-        """Yield (which of ``orders``, hidden states (B, H) where their verdicts stand), a forward pass at a time."""
+        """Yield (places (B,) in ``orders``, hidden states (B, H) of their verdicts) by passes."""
         tokens = min(self.batch_size * self.max_length, self.batch_tokens or math.inf)
         return prefixes.end_states_in_passes(self.model, orders, self.segments, tokens, progress)
 
@@ -153,15 +149,14 @@ class Judge:
         return pair_segments(self.prompt, row)
 
     def label_logits(self, verdict: torch.Tensor) -> torch.Tensor:
-        """Z_A and Z_B (B, 2) of hidden states (B, H) where the verdict stands: two rows of the output matrix."""
+        """Z_A and Z_B (B, 2) of the verdict's hidden states (B, H): two rows of the matrix."""
         return output_logits(self.model, verdict, self.labels)
 
     def label_mass(self, verdict: torch.Tensor) -> torch.Tensor:
-        """Probability (B,) of answering A or B at all, from the hidden states (B, H) where the verdict stands."""
+        """Probability (B,) of answering A or B at all, of the verdict's hidden states (B, H)."""
         head = output_head(self.model)
-        return torch.cat(
-            [label_mass(head(states), self.labels) for states in verdict.split(rows_at_once(head))]
-        )
+        chunks = verdict.split(rows_at_once(head))
+        return torch.cat([label_mass(head(states), self.labels) for states in chunks])
 
     # ---- comparisons -----------------------------------------------------------------
 
@@ -203,7 +198,7 @@ class Judge:
     def reward(
         self, prompt: str, response: str, reference: str, average: str = "probabilities"
     ) -> float:
-        """P(better than the reference response), 0 to 1, 1/2 is a draw (NiuTrans/GRAM, README.md, "PPO")."""
+        """P(better than the reference), 0 to 1; 1/2 is a draw (NiuTrans/GRAM, README.md, "PPO")."""
         return self.compare(prompt, response, reference, average).probability
 
     # ---- rankings --------------------------------------------------------------------
@@ -216,15 +211,13 @@ class Judge:
         reference: str | None = None,
         average: str = "probabilities",
     ) -> Ranking:
-        """Order n responses to one prompt from best to worst. Equal texts are judged once and get
-        one score.
+        """Order n responses to one prompt from best to worst. Equal texts get one score.
 
-        round-robin: all against all, n (n - 1) / 2 comparisons; score = mean P(better than another
-        one).
-        knock-out:   winners meet until one is left, n - 1 comparisons; score = rounds survived plus the
-                     probability in the last comparison. Only the first place is decided by
-                     comparing.
-        reference:   each against ``reference``, n comparisons; score = the reward.
+        round-robin: all against all, n (n - 1) / 2 comparisons.
+                     The score is the mean P(better than another response).
+        knock-out:   winners meet until one is left, n - 1 comparisons. The score is the rounds
+                     survived plus P in the last comparison: only the first place is certain.
+        reference:   each against ``reference``, n comparisons. The score is the reward.
 
         Raises:
             ValueError: no response, unknown method, or method "reference" without a reference.
@@ -242,18 +235,17 @@ class Judge:
             comparisons.extend(results)
             return [result.probability for result in results]
 
-        # white space around a text does not count
-        texts = [response.strip() for response in responses]
+        texts = [response.strip() for response in responses]  # white space around them is nothing
         if method == "round-robin":
             scores = round_robin(texts, compare)
         else:
             distinct = list(dict.fromkeys(texts))
-            if method == "reference":
-                by_text = compare([(text, reference) for text in distinct])
+            if reference is not None and method == "reference":
+                of_distinct = compare([(text, reference) for text in distinct])
             else:
-                by_text = knock_out(distinct, compare)
-            score_of = dict(zip(distinct, by_text))
-            scores = [score_of[text] for text in texts]
+                of_distinct = knock_out(distinct, compare)
+            score = dict(zip(distinct, of_distinct))
+            scores = [score[text] for text in texts]
         truncated = sum(result.truncated for result in comparisons)
         return Ranking(best_first(scores), scores, len(comparisons), truncated, method)
 
@@ -261,7 +253,7 @@ class Judge:
 def round_robin(
     texts: list[str], compare: Callable[[list[tuple[str, str]]], list[float]]
 ) -> list[float]:
-    """Mean P(better than another one) of each text.
+    """Mean P(better than another text) of each text.
 
     ``compare`` takes pairs of texts and gives P(the first is better) of each. Equal texts are a
     draw and are not compared. Their scores are equal to the last bit: the same numbers are added,
@@ -281,7 +273,7 @@ def round_robin(
 def knock_out(
     texts: list[str], compare: Callable[[list[tuple[str, str]]], list[float]]
 ) -> list[float]:
-    """Rounds survived, plus P(better) in the last game, of each of some different texts; arguments as above."""
+    """Rounds survived plus P in the last game, of each of several different texts."""
     scores, alive, rounds = [0.0] * len(texts), list(range(len(texts))), 0
     while len(alive) > 1:
         games = list(zip(alive[0::2], alive[1::2]))
@@ -295,7 +287,7 @@ def knock_out(
 
 
 def best_first(scores: list[float]) -> list[int]:
-    """Positions of the scores, the highest first; scores that differ by less than TIE stay in the order they have."""
+    """Positions of the scores, the highest first; those of a tie stay in the order they have."""
     order = sorted(range(len(scores)), key=lambda i: -scores[i])
     placed: list[int] = []
     while order:

@@ -1,5 +1,4 @@
-"""The language model under the judge: weights in 4 bits (NF4), a LoRA adapter on them, hidden
-states, logits.
+"""The language model under the judge: 4-bit weights (NF4), a LoRA adapter, hidden states, logits.
 
 NF4. A weight matrix W is stored as 4-bit numbers. Each block of 64 weights is divided by its
 largest absolute value; each quotient is rounded to the nearest of 16 fixed levels, which are the
@@ -13,7 +12,7 @@ layer computes
 
     y = W x + (alpha / r) B A x,        here alpha = 2 r.
 
-Only A and B are trained: r (in + out) numbers in the place of in * out. B begins as zero, so
+Only A and B are trained: r (in + out) numbers instead of in * out. B begins as zero, so
 training begins at the model as it was. Source: Hu et al., arXiv 2106.09685, section 4.
 
 The village's model and one from the hub take the same way through this file.
@@ -30,9 +29,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-# it announces at import that an optional kernel is missing
+# bitsandbytes announces at import that an optional kernel is missing; peft uses a deprecated name.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-# peft, and 5.x names below
 warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*", category=FutureWarning)
 
 from peft import LoraConfig, PeftModel, get_peft_model  # noqa: E402
@@ -74,12 +72,9 @@ def _from_pretrained(kind, name: str, folder: Path | None, **options):
     source, _, commit = (str(folder), "", "") if folder else name.partition("@")
     try:
         return kind.from_pretrained(source, revision=commit or "main", **options)
-    except (
-        Exception
-    ) as error:  # files of any origin: whatever the loader raises, this name gives no model
-        reason = next(
-            (line for line in str(error).splitlines() if line.strip()), type(error).__name__
-        )
+    except Exception as error:  # whatever the loader raises, this name gives no model
+        lines = [line for line in str(error).splitlines() if line.strip()]
+        reason = lines[0] if lines else type(error).__name__
         raise UserError(f"{name!r} cannot be loaded: {reason}") from None
 
 
@@ -87,8 +82,7 @@ def _from_pretrained(kind, name: str, folder: Path | None, **options):
 
 
 def load_tokenizer(name: str):
-    """The tokenizer of a model or a run folder, with a padding token (or None where no token ends
-    texts either).
+    """The tokenizer of a model or a run folder, with a padding token where it has one to give.
 
     Raises:
         UserError: if there is none under this name.
@@ -114,7 +108,7 @@ def compute_dtype(bits: int, device: torch.device) -> torch.dtype:
 
 
 def quantization(bits: int, dtype: torch.dtype) -> dict:
-    """Options of from_pretrained: for ``bits=4`` NF4 with double quantisation that computes in ``dtype``; else none."""
+    """Options of from_pretrained: ``bits=4`` is NF4, double quantised, computed in ``dtype``."""
     if bits != 4:
         return {}
     nf4 = dict(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
@@ -124,8 +118,7 @@ def quantization(bits: int, dtype: torch.dtype) -> dict:
 def load_model(
     name: str, bits: int = 4, device: torch.device | str = "cpu", checkpointing: bool = False
 ):
-    """Load a causal language model with frozen weights; ``bits=4`` is NF4 with double quantisation
-    (QLoRA).
+    """Load a causal language model with frozen weights; ``bits=4`` is NF4 (QLoRA).
 
     ``name`` is a folder, "village", or a name on the hub, which may end in @COMMIT.
     ``checkpointing`` keeps only each layer's input for the backward pass and computes the rest
@@ -196,7 +189,7 @@ def hidden_states(model, ids: torch.Tensor) -> torch.Tensor:
 
 @contextmanager
 def evaluating(model):
-    """Context without gradients and without dropout; afterwards the model is in the mode that it was in."""
+    """Context without gradients and without dropout; afterwards the model is in its old mode."""
     training = model.training
     model.eval()
     try:
@@ -207,17 +200,17 @@ def evaluating(model):
 
 
 def half_precision(model):
-    """Context in which the adapter computes in bfloat16 like its model, and not, input by input, in
-    float32.
+    """Context in which the adapter of a bfloat16 model computes in bfloat16 too.
 
-    Its parameters and their gradients stay float32. Nothing changes on a float32 model.
+    Without it peft casts the input of each adapter layer to float32. The adapter's parameters and
+    gradients stay float32. Nothing changes on a float32 model.
     """
     in_bfloat16 = model.get_input_embeddings().weight.dtype == torch.bfloat16
     return torch.autocast(model.device.type, torch.bfloat16, enabled=in_bfloat16)
 
 
 def decoder(model):
-    """The layers of a causal language model, with or without an adapter, without its output matrix."""
+    """The layers of a causal language model, with their adapter, without the output matrix."""
     return without_adapter(model).get_decoder()
 
 
@@ -232,13 +225,13 @@ def without_adapter(model):
 def output_logits(
     model, hidden: torch.Tensor, tokens: tuple[int, ...] | None = None
 ) -> torch.Tensor:
-    """Next-token logits of hidden states (..., H): (..., V), or (..., len(tokens)) for these tokens only."""
+    """Next-token logits (..., V) of hidden states (..., H), or (..., len(tokens)) of ``tokens``."""
     return output_head(model)(hidden, tokens)
 
 
 @dataclass(frozen=True)
 class OutputHead:
-    """What makes logits of the last hidden states: the output matrix, and what some architectures do after it."""
+    """What makes logits of hidden states: the output matrix, and what some models do after it."""
 
     weight: torch.Tensor  # (V, H)
     bias: torch.Tensor | None  # (V,)
@@ -246,11 +239,10 @@ class OutputHead:
     cap: float | None  # Gemma 2 bends the logits so that they stay within +-cap
 
     def __call__(self, hidden: torch.Tensor, tokens: tuple[int, ...] | None = None) -> torch.Tensor:
-        """Logits as in :func:`output_logits`; only the rows of the matrix that are asked for are
-        multiplied.
+        """Logits as in :func:`output_logits`; of the matrix only the rows of ``tokens`` are used.
 
-        A few tokens' logits are at least float32: bfloat16 would round a logit of 10 to the next
-        sixteenth.
+        The logits of ``tokens`` are at least float32: bfloat16 would round a logit of 10 to the
+        next sixteenth.
         """
         weight, bias = self.weight, self.bias
         if tokens is not None:

@@ -26,7 +26,7 @@ WORTH_IT = 0.8
 
 @dataclass(frozen=True)
 class Level:
-    """What sequences go on with: token lists, and for each the number of its beginning on the level before."""
+    """Continuations: token lists, and for each the number of its beginning on the level before."""
 
     ids: list[tuple[int, ...]]
     parents: list[int]
@@ -38,23 +38,22 @@ class Level:
 
 
 def tree(sequences: list[Segments]) -> tuple[list[Level], list[int]]:
-    """The sequences with each distinct beginning once, and for each sequence its place on the last
-    level.
+    """Each distinct beginning once, in levels, and the place of each sequence on the last level.
 
     Levels end after those segments at which sequences part.
     """
     segments = len(sequences[0])
-    # beginnings of k segments
-    distinct = [len({s[:k] for s in sequences}) for k in range(segments + 1)]
+    distinct = [len({s[:k] for s in sequences}) for k in range(segments + 1)]  # of k segments
     ends = [k for k in range(1, segments) if distinct[k] < distinct[k + 1]] + [segments]
-    levels, before, start = [], {(): 0}, 0
+    levels: list[Level] = []
+    before: dict[Segments, int] = {(): 0}
+    start = 0
     for end in ends:
         places: dict[Segments, int] = {}
         for s in sequences:
             places.setdefault(s[:end], len(places))
-        levels.append(
-            Level([sum(s[start:end], ()) for s in places], [before[s[:start]] for s in places])
-        )
+        ids, parents = [sum(s[start:end], ()) for s in places], [before[s[:start]] for s in places]
+        levels.append(Level(ids, parents))
         before, start = places, end
     return levels, [before[s] for s in sequences]
 
@@ -80,13 +79,13 @@ def can_share(model) -> bool:
 
 
 def cache_argument(model) -> str:
-    """What the installed transformers calls the keys and values of before: newer versions say ``cache``."""
+    """What the installed transformers calls the keys and values: newer versions say ``cache``."""
     parameters = inspect.signature(without_adapter(model).get_decoder().forward).parameters
     return "cache" if "cache" in parameters else "past_key_values"
 
 
 def worth_it(levels: list[Level], whole: Level) -> bool:
-    """Whether levels spare enough of the work of whole sequences without many more keys and values to hold."""
+    """Whether levels spare enough of the work, without holding many more keys and values."""
     computed = sum(level.tokens for level in levels)
     held = len(levels[-1].ids) * sum(max(map(len, level.ids)) for level in levels)
     return computed <= WORTH_IT * whole.tokens and held <= 1.25 * whole.tokens
@@ -99,8 +98,7 @@ def end_states_in_passes(
     tokens: float,
     progress: str | None = None,
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Yield (places (B,) in ``rows``, last hidden states (B, H) of their sequences), ``tokens`` in
-    a pass at most.
+    """Yield (places (B,) in ``rows``, last hidden states (B, H)), a pass of ``tokens`` at a time.
 
     Sequences of similar length go together, so that little is padded, and those that begin alike,
     so that it is shared.
@@ -115,12 +113,10 @@ def end_states_in_passes(
         return -longest[questions[i]], questions[i], bytes(array("i", rows[i].response_a))
 
     order = sorted(range(len(rows)), key=place)
-    passes = split_by_tokens(
-        [lengths[i] for i in order], tokens, padding=0.1, groups=[questions[i] for i in order]
-    )
-    with tqdm(
-        total=len(rows), desc=progress, delay=2, disable=progress is None, leave=False
-    ) as bar:
+    groups = [questions[i] for i in order]
+    passes = split_by_tokens([lengths[i] for i in order], tokens, padding=0.1, groups=groups)
+    silent = progress is None
+    with tqdm(total=len(rows), desc=progress, delay=2, disable=silent, leave=False) as bar:
         for part in passes:
             places = order[part]
             yield torch.tensor(places), end_states(model, [segments(rows[i]) for i in places])
@@ -128,7 +124,7 @@ def end_states_in_passes(
 
 
 def end_states(model, sequences: list[Segments]) -> torch.Tensor:
-    """The last hidden state (B, H) of each of B sequences, shared beginnings computed once where that pays."""
+    """The last hidden states (B, H) of B sequences, shared beginnings once where that pays."""
     whole = Level([sum(s, ()) for s in sequences], [0] * len(sequences))
     levels, places = tree(sequences)
     nothing_left = any(not s[-1] for s in sequences)  # no token of its own to read a state from

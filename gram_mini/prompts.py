@@ -24,9 +24,9 @@ START_B, END_B = "[The Start of Assistant B's Answer]", "[The End of Assistant B
 USER_QUESTION, PREFERRED = "[User Question]", "#Preferred:"
 
 INSTRUCTION = (
-    "Two assistants answered the question below. Decide which answer serves the user better: look for "
-    "correct facts first, then for courtesy, then for keeping to the point. Neither the order of the "
-    "answers nor their length is a reason to prefer one. Reply with a single letter, A or B."
+    "Two assistants answered the question below. Decide which answer serves the user better: look "
+    "for correct facts first, then for courtesy, then for keeping to the point. Neither the order "
+    "of the answers nor their length is a reason to prefer one. Reply with a single letter, A or B."
 )
 
 QUESTION = f"{USER_QUESTION}\n{{prompt}}"
@@ -35,8 +35,7 @@ JUDGE = f"{INSTRUCTION}\n\n{QUESTION}\n\n{PAIR}\n\n{PREFERRED}"
 
 LABELS = ("A", "B")
 
-# The fixed parts. The village's tokenizer knows each as one token, so that its sequences stay
-# short.
+# The fixed parts. Each is one token of the village's tokenizer, so that its sequences stay short.
 MARKERS = (INSTRUCTION, USER_QUESTION, START_A, END_A, START_B, END_B, PREFERRED)
 
 # Private-use characters stand for the three texts while a chat template is rendered around them.
@@ -50,14 +49,19 @@ class PromptPieces:
 
     With a ChatML template (\\n is a line break):
 
-        stage 1   start         <|im_start|>user\\n[User Question]\\n
-                  after_prompt  <|im_end|>\\n<|im_start|>assistant\\n[The Start of Assistant A's Answer]\\n
-                  between       \\n[The End of Assistant A's Answer]\\n\\n[The Start of Assistant B's Answer]\\n
-                  end           \\n[The End of Assistant B's Answer]
-        stage 2   start         <|im_start|>user\\nTwo assistants answered ... A or B.\\n\\n[User Question]\\n
-                  after_prompt  \\n\\n[The Start of Assistant A's Answer]\\n
-                  between       as above
-                  end           \\n[The End of Assistant B's Answer]\\n\\n#Preferred:<|im_end|>\\n<|im_start|>assistant\\n
+        stage 1
+        start         <|im_start|>user\\n[User Question]\\n
+        after_prompt  <|im_end|>\\n<|im_start|>assistant\\n[The Start of Assistant A's Answer]\\n
+        between       \\n[The End of Assistant A's Answer]\\n\\n
+                      [The Start of Assistant B's Answer]\\n
+        end           \\n[The End of Assistant B's Answer]
+
+        stage 2
+        start         <|im_start|>user\\nTwo assistants ... A or B.\\n\\n[User Question]\\n
+        after_prompt  \\n\\n[The Start of Assistant A's Answer]\\n
+        between       as in stage 1
+        end           \\n[The End of Assistant B's Answer]\\n\\n#Preferred:<|im_end|>\\n
+                      <|im_start|>assistant\\n
 
     Only the gaps are ever truncated, so no marker and no verdict suffix can get lost.
     ``untrained`` counts the leading tokens of after_prompt that belong to the user's turn: stage 1
@@ -107,7 +111,8 @@ def read_template(path: Path) -> str:
         ) from None
     if any(slot in text for slot in SLOTS.values()):
         raise UserError(
-            f"{path}: holds a private-use character (U+E000 to U+E002), which we need ourselves; take it out"
+            f"{path}: holds a private-use character (U+E000 to U+E002), which we need ourselves; "
+            "take it out"
         )
     names = _PLACEHOLDER.findall(text)
     wrong = [
@@ -117,14 +122,14 @@ def read_template(path: Path) -> str:
     ]
     if names != list(SLOTS):
         raise UserError(
-            f"{path}: {' and '.join(wrong) or 'the placeholders are out of order'}; a judge prompt must hold {{prompt}}, "
-            "{response_a} and {response_b}, each exactly once and in this order"
+            f"{path}: {' and '.join(wrong) or 'the placeholders are out of order'}; a judge prompt "
+            "must hold {prompt}, {response_a} and {response_b}, each exactly once and in this order"
         )
     return text.removesuffix("\n")
 
 
 def fill(template: str, **texts: str) -> str:
-    """The template with a text for each of its placeholders; every other brace stays as it is, unlike in str.format."""
+    """The template with a text for each placeholder; unlike in str.format other braces stay."""
     return _PLACEHOLDER.sub(lambda match: texts[match[1]], template)
 
 
@@ -145,9 +150,10 @@ def pair_prompt(tokenizer) -> PromptPieces:
 
 
 def judge_prompt(tokenizer, template: str = JUDGE) -> PromptPieces:
-    """Stage 2 and scoring: the judge's question with both responses, up to where the verdict stands."""
-    start, *others = (encode(tokenizer, text) for text in _judge_texts(tokenizer, template))
-    return PromptPieces(with_bos(tokenizer, start), *others)
+    """Stage 2 and scoring: the judge's question with both responses, up to the verdict."""
+    texts = _judge_texts(tokenizer, template)
+    start, after_prompt, between, end = (encode(tokenizer, text) for text in texts)
+    return PromptPieces(with_bos(tokenizer, start), after_prompt, between, end)
 
 
 def label_tokens(tokenizer, template: str = JUDGE) -> tuple[int, int]:
@@ -169,8 +175,9 @@ def label_tokens(tokenizer, template: str = JUDGE) -> tuple[int, int]:
         if len(after) != len(before) + 1 or after[:-1] != before:
             split = tokenizer.convert_ids_to_tokens(encode(tokenizer, text))
             raise UserError(
-                f"the label {text!r} is not one token after the judge prompt: this tokenizer splits it into "
-                f"{split}; use a backbone whose tokenizer holds {text!r} as one token"
+                f"the label {text!r} is not one token after the judge prompt: this tokenizer "
+                f"splits it into {split}; use a backbone whose tokenizer holds {text!r} as one "
+                "token"
             )
         ids.append(after[-1])
     if ids[0] == ids[1]:
@@ -230,7 +237,7 @@ def _label_text(tokenizer, label: str, template: str) -> str:
 
 
 def with_bos(tokenizer, ids: list[int]) -> list[int]:
-    """Begin with BOS where the tokenizer itself would, unless the chat template has written it already."""
+    """Begin with BOS where the tokenizer itself would, unless the chat template has written it."""
     bos = tokenizer.bos_token_id
     if bos is None or ids[:1] == [bos] or tokenizer("x")["input_ids"][:1] != [bos]:
         return ids

@@ -1,4 +1,4 @@
-"""What both loops need and neither hides: the batches of a run, the optimiser, clipping. The loops stand in the scripts."""
+"""The batches of a run, the optimiser, clipping. The loops themselves stand in the scripts."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def number_of_steps(rows: int, rows_per_step: int, epochs: float, steps: int | N
 
 
 def optimizer_and_schedule(model, lr: float, steps: int):
-    """AdamW on what is trainable; the rate rises over the first 5% of the steps, then falls to zero as a cosine."""
+    """AdamW on what is trainable; the rate warms up over 5% of the steps and falls as a cosine."""
     warmup = math.ceil(0.05 * steps)
 
     def share_of_peak(step: int) -> float:  # steps count from 0; the first one moves already

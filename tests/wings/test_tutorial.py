@@ -137,7 +137,7 @@ def _between(text: str, start: str, opening: str, closing: str) -> list[str]:
 
 def test_stage_2_by_hand_uses_the_students_own_loss():
     by_hand = next(cell for cell in code_cells(read()) if cell["id"] == "by-hand")
-    assert "smoothed_loss(" in by_hand.source and "losses." not in by_hand.source
+    assert "smoothed_loss(" in by_hand.source and "reward_loss" not in by_hand.source
 
 
 def test_committed_outputs_are_of_a_good_run():
