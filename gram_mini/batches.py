@@ -27,7 +27,7 @@ Segments = tuple[tuple[int, ...], ...]  # tokens, cut where other sequences may 
 
 @dataclass(frozen=True)
 class EncodedPair:
-    """The three texts of a pair as token ids, cut to length, with label and row number as in Pair."""
+    """The three texts of a pair as token ids, cut to length; label and row number as in Pair."""
 
     prompt: Sequence[int]
     response_a: Sequence[int]

@@ -1,1 +1,1 @@
-"""Figures: the paper's studies on the village, public benchmarks, speed and memory. See README.md here."""
+"""Studies on the village, public benchmarks, speed and memory. See README.md here."""

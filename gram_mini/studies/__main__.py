@@ -30,7 +30,8 @@ from gram_mini.studies.seeds import run_side_by_side, run_study
 EXAMPLES = """\
   python -m gram_mini.studies table                             # seeds 1 to 5
   python -m gram_mini.studies all --quick                       # every study with one seed
-  python -m gram_mini.studies table --data pairs.jsonl --model Qwen/Qwen2.5-0.5B-Instruct --runs runs/mine --results runs/mine/results"""
+  python -m gram_mini.studies table --data pairs.jsonl --model Qwen/Qwen2.5-0.5B-Instruct \\
+      --runs runs/mine --results runs/mine/results"""
 
 SEEDS = (1, 2, 3, 4, 5)
 NEEDS_TRUTH = ("bon", "adapt", "rl")
@@ -56,10 +57,12 @@ def main(argv=None):
         help="seeds to run",
     )
     parser.add_argument(
-        "--jobs", type=options.positive_int, metavar="N",
-        help="studies and seeds at a time, which share the cores (default: 2 on a CPU, 1 on a GPU); the number of cores each has "
-        "changes the last digits",
-    )  # fmt: skip
+        "--jobs",
+        type=options.positive_int,
+        metavar="N",
+        help="studies and seeds at a time, which share the cores (default: 2 on a CPU, 1 on a "
+        "GPU); the number of cores each has changes the last digits",
+    )
     parser.add_argument(
         "--model",
         type=options.model_name,
@@ -76,9 +79,12 @@ def main(argv=None):
     )
     options.add_model_options(parser, bits_default=4, max_length_default=512)
     parser.add_argument(
-        "--training", default="", metavar="OPTIONS",
-        help='further options that both training scripts know, as one text: --training "--epochs 1 --lora-rank 16"',
-    )  # fmt: skip
+        "--training",
+        default="",
+        metavar="OPTIONS",
+        help="further options that both training scripts know, as one text: "
+        '--training "--epochs 1 --lora-rank 16"',
+    )
     parser.add_argument(
         "--runs",
         type=Path,
@@ -105,7 +111,8 @@ def main(argv=None):
     if args.data != VILLAGE:
         if args.study in NEEDS_TRUTH:
             raise UserError(
-                f"{args.study}: needs the true rewards, which only the village has; leave --data out"
+                f"{args.study}: needs the true rewards, which only the village has; "
+                "leave --data out"
             )
         studies = [name for name in studies if name not in NEEDS_TRUTH]
     check_place(args.runs, "--runs")

@@ -10,8 +10,14 @@ from gram_mini.evaluation import student_t
 from gram_mini.runs.output import save_figure
 
 
+ACCURACIES = ("in-distribution", "out-of-distribution", "fact", "courtesy", "length")
+
+
 def average(rows: list[dict], keys: tuple[str, ...]) -> list[dict]:
-    """Rows of several seeds as [mean, half the 95% interval over the seeds (None for one seed)] of each figure."""
+    """Means of each figure over the seeds, as [mean, half of the 95% interval].
+
+    For one seed there is no interval, and its half is None.
+    """
     groups: dict[tuple, list[dict]] = {}
     for row in rows:
         groups.setdefault(tuple(row[key] for key in keys), []).append(row)
@@ -34,13 +40,9 @@ def print_table(means: list[dict], keys: tuple[str, ...]) -> None:
     for row in means:
         lines.append([str(row[name]) if name in keys else _figure(row.get(name)) for name in head])
     widths = [max(len(line[k]) for line in lines) for k in range(len(head))]
-    for line in lines:
-        print(
-            "  ".join(
-                cell.ljust(w) if k == 0 else cell.rjust(w)
-                for k, (cell, w) in enumerate(zip(line, widths))
-            )
-        )
+    for first, *others in lines:
+        cells = [cell.rjust(width) for cell, width in zip(others, widths[1:])]
+        print("  ".join([first.ljust(widths[0]), *cells]))
 
 
 def _figure(value: list | None) -> str:
@@ -54,21 +56,20 @@ def draw(
     means: list[dict], x: str | None, shown: tuple[str, ...], picture: Path, title: str
 ) -> None:
     """Lines over x with their intervals, one panel for each figure; bars where there is no x."""
-    # not pyplot, whose state belongs to the notebook that calls us
+    # Not pyplot: its state belongs to the notebook that calls us.
     from matplotlib.figure import Figure
 
-    shown = [name for name in shown if any(name in row for row in means)]
+    panels = [name for name in shown if any(name in row for row in means)]
     methods = list(dict.fromkeys(row["method"] for row in means))
     width = 5 if x else 2.6
-    figure = Figure(figsize=(width * len(shown), 3.8))
-    axes = figure.subplots(1, len(shown), squeeze=False, sharey=x is None)
-    accuracies = ("in-distribution", "out-of-distribution", "fact", "courtesy", "length")
-    x_label = {
+    figure = Figure(figsize=(width * len(panels), 3.8))
+    axes = figure.subplots(1, len(panels), squeeze=False, sharey=x is None)
+    x_labels = {
         "KL": "KL, nats",
         "flipped": "share of the labels flipped",
         "share": "share of the unlabelled pairs",
-    }.get(x, x)
-    for axis, name in zip(axes[0], shown):
+    }
+    for axis, name in zip(axes[0], panels):
         for place, method in enumerate(methods):
             rows = [row for row in means if row["method"] == method and name in row]
             values, halves = [row[name][0] for row in rows], [row[name][1] or 0.0 for row in rows]
@@ -85,15 +86,16 @@ def draw(
             row[x]: row["bound"][0] for row in means if x and name == "margin" and "bound" in row
         }
         if bounds:
-            axis.plot(
-                bounds.keys(),
-                bounds.values(),
-                "--",
-                color="gray",
-                label="best for certain labels, log((1 - eps) / eps)",
-            )
+            label = "best for certain labels, log((1 - eps) / eps)"
+            axis.plot(bounds.keys(), bounds.values(), "--", color="gray", label=label)
             axis.legend(fontsize=8)
-        axis.set(title=f"accuracy: {name}" if name in accuracies else name, xlabel=x_label or "")
+        # The narrow panels of bars have no room for "accuracy" in their titles.
+        unit = "accuracy" if name in ACCURACIES else ""
+        title_of_panel = name.replace("-", " ")
+        if x is None:
+            axis.set(title=title_of_panel, xlabel=unit)
+        else:
+            axis.set(title=title_of_panel, xlabel=x_labels.get(x, x), ylabel=unit)
         axis.grid(alpha=0.3)
         if x is None:
             axis.set_yticks(range(len(methods)), methods)

@@ -1,4 +1,4 @@
-"""A lab: data, trained models and their figures, of one backbone on one source of data, kept in a folder."""
+"""A lab keeps data, trained models and their figures in a folder: one backbone, one data source."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 
 from filelock import FileLock
@@ -24,9 +25,9 @@ from gram_mini.runs.output import write_whole
 from gram_mini.village.pairs import village_pairs
 
 PLAIN = ["--label-smoothing", "0"]
-# learning rates, and the weight of the text loss, were chosen on seed 0
+# Learning rates and the weight of the text loss were chosen on seed 0.
 SCALAR = ["--head", "scalar", "--lr", "3e-4"]
-METHODS = {  # name: (starts from stage 1?, script, its options)
+METHODS = {  # name: (whether it starts from stage 1, script, options of the script)
     "D-Baseline": (False, baselines, SCALAR + PLAIN),
     "D-Freeze": (False, baselines, ["--head", "scalar", "--freeze", "--lr", "0.1", *PLAIN]),
     "D-Regularisation": (False, baselines, [*SCALAR, "--text-weight", "0.1", *PLAIN]),
@@ -38,13 +39,12 @@ METHODS = {  # name: (starts from stage 1?, script, its options)
     "G from stage 1, eps = 0": (True, train_reward, PLAIN),
     "GRAM": (True, train_reward, []),
 }
-# the methods of the studies that are not about methods
+# The methods of those studies that do not compare all of them.
 MAIN = ("D-Baseline", "D from stage 1", "G-Baseline", "GRAM")
 
 
 class Lab:
-    """Data, trained models and their figures, of one backbone on one source of data, kept in a
-    folder.
+    """Data, trained models and their figures in a folder: one backbone, one data source.
 
     ``loading`` are the options of training and judging alike: bits, max_length, device.
 
@@ -58,7 +58,7 @@ class Lab:
         folder: Path,
         model: str,
         data: str,
-        training: list[str] = (),
+        training: Sequence[str] = (),
         loading: dict | None = None,
     ):
         self.folder, self.model, self.village = folder, model, data == VILLAGE
@@ -68,8 +68,8 @@ class Lab:
             *(f"--{name.replace('_', '-')}={value}" for name, value in self.loading.items()),
         ]
         methods = {
-            name: [stage1, script.__name__, given]
-            for name, (stage1, script, given) in METHODS.items()
+            name: [stage1, script.__name__, options]
+            for name, (stage1, script, options) in METHODS.items()
         }
         self.about = {"model": model, "data": data, "training": self.training, "methods": methods}
         if not self.village:
@@ -77,7 +77,8 @@ class Lab:
             self.used, self.test = split_by_prompt(loaded.pairs, 0.2, seed=0)
             if not self.test:
                 raise UserError(
-                    f"--data {data}: all pairs have the same prompt; a fifth of the prompts is to be the test"
+                    f"--data {data}: all pairs have the same prompt; "
+                    "a fifth of the prompts is to be the test"
                 )
             self.about["data"] = [data, loaded.fingerprint]
         self.about = json.loads(json.dumps(self.about))  # lists, as they come back
@@ -90,18 +91,19 @@ class Lab:
             other = ["about.json, which cannot be read"]
         if other:
             raise UserError(
-                f"--runs {folder}: what is there was made with other {', '.join(other)}; give another folder"
+                f"--runs {folder}: what is there was made with other {', '.join(other)}; "
+                "give another folder"
             )
 
     def pairs(self, split: str, seed: int) -> list[Pair]:
-        """The village's pairs; of other data a fifth of the prompts is the test, the rest is used in both stages."""
+        """Pairs of the village, or of other data: a fifth of the prompts as test, the rest to train."""
         if self.village:
             return village_pairs(split, seed=0 if split.endswith("distribution") else seed)
         return {"unlabelled": self.used, "labelled": self.used, "in-distribution": self.test}[split]
 
     @property
     def target(self) -> str:
-        """The test set that the studies are about: out of distribution, where there is such a one."""
+        """The test set that the studies are about: on the village the one out of distribution."""
         return "out-of-distribution" if self.village else "in-distribution"
 
     def file(self, name: str, pairs: list[Pair]) -> str:
@@ -113,7 +115,7 @@ class Lab:
         return str(path)
 
     def alone(self, path: Path) -> FileLock:
-        """While it is held no other process makes the same thing; a process that dies lets go of it."""
+        """A lock for making ``path`` in one process only; a process that dies releases it."""
         lock = self.folder / "locks" / f"{path.parent.name}-{path.name}.lock"
         for folder in (lock.parent, path.parent):
             folder.mkdir(parents=True, exist_ok=True)
@@ -122,33 +124,22 @@ class Lab:
                 write_json(about, self.about)
         return FileLock(lock)
 
-    def train(self, script, name: str, seed: int, *given: str) -> Path:
+    def train(self, script, name: str, seed: int, *options: str) -> Path:
         """The run of this name, trained unless it is there already."""
         out = self.folder / f"seed{seed}" / name.replace(" ", "-")
         with self.alone(out):
             if not (out / "run.json").is_file():
-                resume = (
-                    ["--resume"]
-                    if (out.with_name(out.name + ".partial") / "log.csv").is_file()
-                    else []
-                )
-                always = [
-                    "--model",
-                    self.model,
-                    "--seed",
-                    str(seed),
-                    "--held-out",
-                    "0",
-                    "--out",
-                    str(out),
-                ]
-                arguments = [*self.training, *always, *given, *resume]
+                began = (out.with_name(out.name + ".partial") / "log.csv").is_file()
+                resume = ["--resume"] if began else []
+                always = ["--model", self.model, "--seed", str(seed), "--held-out", "0"]
+                arguments = [*self.training, *always, "--out", str(out), *options, *resume]
                 try:
                     with contextlib.redirect_stdout(io.StringIO()):  # progress bars stay
                         script.main(arguments)
                 except SystemExit:
+                    module = script.__name__.removesuffix(".__main__")
                     raise UserError(
-                        f"--training: {script.__name__.removesuffix('.__main__')} does not take {shlex.join(arguments)}"
+                        f"--training: {module} does not take {shlex.join(arguments)}"
                     ) from None
                 except Interrupted:
                     raise Interrupted(f"{out}: stopped; the same command goes on with it") from None
@@ -160,16 +151,16 @@ class Lab:
 
     def method(self, name: str, seed: int) -> Path:
         """One of METHODS on the labelled pairs."""
-        starts_from_stage_1, script, given = METHODS[name]
+        starts_from_stage_1, script, options = METHODS[name]
         init = ["--init", str(self.stage1(seed))] if starts_from_stage_1 else []
         data = self.file(f"labelled-{seed}", self.pairs("labelled", seed))
-        return self.train(script, name, seed, "--data", data, *given, *init)
+        return self.train(script, name, seed, "--data", data, *options, *init)
 
     def judge(self, model: str | Path) -> Judge:
         return load_judge(model, **self.loading)
 
     def evaluate(self, model: str | Path, split: str = "") -> dict[str, float]:
-        """Accuracy on a test set, the target by default, overall and by what differs, and what tells how sure the judge is."""
+        """Figures on a test set, the target by default: accuracies, and how sure the judge is."""
         split = split or self.target
         place = self.folder / "zero-shot" if model == self.model else Path(model)
         known = place.with_name(f"{place.name}.{split}.json")
@@ -182,8 +173,8 @@ class Lab:
         pairs = self.pairs(split, 0)
         results = self.judge(model).compare_many(pairs, progress=split)
         figures = summarise(pairs, results)
-        # The village's test labels name the truly better response; how often a rater would agree is
-        # what P is about.
+        # The village's test labels name the truly better response. P is about something else: how
+        # often a rater would agree.
         truth = [float(p.label == 0) if p.probability is None else p.probability for p in pairs]
         error = calibration([r.probability for r in results], truth)[0]
         row = {
@@ -192,13 +183,14 @@ class Lab:
             "margin": figures.margin,
             "loss": figures.loss,
         }
-        row |= {"calibration error": error} | (
-            {"cross-entropy": figures.cross_entropy} if figures.cross_entropy is not None else {}
-        )
+        row["calibration error"] = error
+        if figures.cross_entropy is not None:
+            row["cross-entropy"] = figures.cross_entropy
         for aspect in ("fact", "courtesy", "length"):
-            alone = [(p, r) for p, r in zip(pairs, results) if p.differs == {aspect}]
+            alone = [i for i, pair in enumerate(pairs) if pair.differs == {aspect}]
             if alone:
-                row[aspect] = summarise(*zip(*alone)).accuracy
+                figures = summarise([pairs[i] for i in alone], [results[i] for i in alone])
+                row[aspect] = figures.accuracy
         return row
 
 

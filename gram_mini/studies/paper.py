@@ -1,4 +1,4 @@
-"""The paper's studies: each yields rows of one seed, and STUDIES says how they are told apart and shown."""
+"""The paper's studies: each yields the rows of one seed; STUDIES says how they are shown."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def table(lab: Lab, seed: int):
 
 
 def bon(lab: Lab, seed: int):
-    """Figure 4: the best of n by the judge, by the judge's own score (its log-odds against one of the responses) and in truth."""
+    """Figure 4: best of n by the judge; its score (log-odds against one response) and the truth."""
     places, draws = topics("out-of-distribution")[:40], random.Random(f"bon/{seed}")
     rewards = {topic: [reward for _, reward in responses(topic)] for topic in places}
     drawn = {topic: [draws.randrange(len(rewards[topic])) for _ in range(256)] for topic in places}
@@ -47,11 +47,8 @@ def adapt(lab: Lab, seed: int):
     """Figure 5: labels on the unlabelled villagers, 0 to 2,000 of them, from each starting point."""
     new = lab.pairs("adaptation", seed)
     everything = lab.file(f"everything-{seed}", lab.pairs("labelled", seed) + new)
-    oracle = lab.evaluate(
-        lab.train(
-            train_reward, "oracle", seed, "--data", everything, "--init", str(lab.stage1(seed))
-        )
-    )
+    init = ["--init", str(lab.stage1(seed))]
+    oracle = lab.evaluate(lab.train(train_reward, "oracle", seed, "--data", everything, *init))
     starts = {name: lab.method(name, seed) for name in MAIN} | {"nothing": None}
     for count in (0, 50, 100, 200, 500, 1000, len(new)):
         yield {"method": "oracle", "labels": count, **oracle}
@@ -59,19 +56,10 @@ def adapt(lab: Lab, seed: int):
             run = start or lab.model
             if count:
                 data = lab.file(f"adaptation-{count}-{seed}", new[:count])
-                _, script, given = METHODS.get(name, (False, train_reward, []))
+                _, script, options = METHODS.get(name, (False, train_reward, []))
                 init = ["--init", str(start)] if start else []
-                run = lab.train(
-                    script,
-                    f"adapt-{count}-{name}",
-                    seed,
-                    "--data",
-                    data,
-                    *given,
-                    *init,
-                    "--batch-size",
-                    "32",
-                )
+                options = ["--data", data, *options, *init, "--batch-size", "32"]
+                run = lab.train(script, f"adapt-{count}-{name}", seed, *options)
             yield {"method": name, "labels": count, **lab.evaluate(run)}
 
 
@@ -79,12 +67,8 @@ def smoothing(lab: Lab, seed: int):
     """What eps does to accuracy, margin and calibration, from stage 1."""
     for eps in (0.0, 0.05, 0.1, 0.2, 0.4):
         bound = math.log((1 - eps) / eps) if eps else None
-        yield {
-            "method": "GRAM",
-            "eps": eps,
-            "bound": bound,
-            **lab.evaluate(smoothed(lab, seed, eps)),
-        }
+        figures = lab.evaluate(smoothed(lab, seed, eps))
+        yield {"method": "GRAM", "eps": eps, "bound": bound, **figures}
 
 
 def smoothed(lab: Lab, seed: int, eps: float) -> Path:
@@ -93,12 +77,12 @@ def smoothed(lab: Lab, seed: int, eps: float) -> Path:
     if eps in known:
         return lab.method(known[eps], seed)
     data = lab.file(f"labelled-{seed}", lab.pairs("labelled", seed))
-    given = ["--label-smoothing", str(eps), "--init", str(lab.stage1(seed))]
-    return lab.train(train_reward, f"smoothing-{eps}", seed, "--data", data, *given)
+    options = ["--label-smoothing", str(eps), "--init", str(lab.stage1(seed))]
+    return lab.train(train_reward, f"smoothing-{eps}", seed, "--data", data, *options)
 
 
 def noise(lab: Lab, seed: int):
-    """A share of the labels flipped: at random, or by an adversary, the clearest or the hardest ones (no ties)."""
+    """A share of the labels flipped: at random, or the clearest or hardest ones (no ties)."""
     clean = lab.pairs("labelled", seed)
     shares = {"random": (0.2, 0.4), "clearest": (0.2,), "hardest": (0.2,)}
     for side in shares if lab.village else ("random",):
@@ -108,32 +92,37 @@ def noise(lab: Lab, seed: int):
             for share in shares[side]:
                 name = f"noise-{side}-{share}"
                 data = lab.file(f"{name}-{seed}", flipped(clean, share, side, seed))
-                given = [
-                    "--data",
-                    data,
-                    "--label-smoothing",
-                    str(eps),
-                    "--init",
-                    str(lab.stage1(seed)),
-                ]
-                run = lab.train(train_reward, f"{name}-{eps}", seed, *given)
+                options = ["--label-smoothing", str(eps), "--init", str(lab.stage1(seed))]
+                run = lab.train(train_reward, f"{name}-{eps}", seed, "--data", data, *options)
                 yield {"method": method, "flipped": share, **lab.evaluate(run)}
 
 
 def flipped(pairs: list[Pair], share: float, side: str, seed: int) -> list[Pair]:
-    """The pairs with a share of the labels turned round: any, or those whose true probability is farthest from 1/2 or nearest."""
+    """The pairs with a share of the labels flipped: random ones, or the clearest or hardest ones.
+
+    Clear is a pair whose true probability is far from 1/2, hard is one near 1/2.
+    """
+
+    def clearness(i: int) -> float:
+        probability = pairs[i].probability
+        assert probability is not None  # the village knows it of all labelled pairs
+        return abs(probability - 0.5)
+
     order = random.Random(f"noise/{seed}").sample(range(len(pairs)), len(pairs))
     if side != "random":
-        order = [i for i in order if pairs[i].probability != 0.5]  # a tie's label is a coin already
-        order.sort(key=lambda i: abs(pairs[i].probability - 0.5), reverse=side == "clearest")
-    turned = set(order[: round(share * len(pairs))])
-    return [
-        replace(pair, label=1 - pair.label) if i in turned else pair for i, pair in enumerate(pairs)
-    ]
+        # The label of a tie is a coin flip already.
+        order = [i for i in order if pairs[i].probability != 0.5]
+        order.sort(key=clearness, reverse=side == "clearest")
+    noisy = list(pairs)
+    for i in order[: round(share * len(pairs))]:
+        label = pairs[i].label
+        assert label is not None  # the pairs are labelled ones
+        noisy[i] = replace(pairs[i], label=1 - label)
+    return noisy
 
 
 def unlabelled(lab: Lab, seed: int):
-    """Stage 1 on more or fewer pairs (and as many fewer steps), about the test's villagers too or, out of domain, not."""
+    """Stage 1 on more or fewer pairs and steps, with the villagers of the test (in domain) or not."""
     everything = lab.pairs("unlabelled", seed)
     data = lab.file(f"labelled-{seed}", lab.pairs("labelled", seed))
     parts = [
@@ -143,27 +132,17 @@ def unlabelled(lab: Lab, seed: int):
     domains = ["in domain"]
     if lab.village:
         tested = {pair.prompt for pair in lab.pairs(lab.target, 0)}
-        # half of them, within half a percent
+        # They are half of all pairs, within half a percent.
         elsewhere = [pair for pair in everything if pair.prompt not in tested]
         parts.append(("out of domain", 1 / 2, elsewhere[: len(everything) // 2]))
         domains.append("out of domain")
     for domain in domains:
-        yield {
-            "method": domain,
-            "share": 0.0,
-            **lab.evaluate(lab.method("G-Label-Smoothing", seed)),
-        }
+        figures = lab.evaluate(lab.method("G-Label-Smoothing", seed))
+        yield {"method": domain, "share": 0.0, **figures}
     for domain, share, pairs in parts:
-        stage1 = lab.stage1(seed, f"stage1-{domain}-{share}", pairs)
-        run = lab.train(
-            train_reward,
-            f"unlabelled-{domain}-{share}",
-            seed,
-            "--data",
-            data,
-            "--init",
-            str(stage1),
-        )
+        options = ["--init", str(lab.stage1(seed, f"stage1-{domain}-{share}", pairs))]
+        name = f"unlabelled-{domain}-{share}"
+        run = lab.train(train_reward, name, seed, "--data", data, *options)
         yield {"method": domain, "share": share, **lab.evaluate(run)}
     yield {"method": "in domain", "share": 1.0, **lab.evaluate(lab.method("GRAM", seed))}
 
@@ -173,16 +152,11 @@ def rl(lab: Lab, seed: int):
     for name in MAIN:
         judge = lab.judge(lab.method(name, seed))
         for step, kl, proxy, true in train_policy(judge, topics("out-of-distribution")[:40], seed):
-            yield {
-                "method": name,
-                "step": step,
-                "KL": kl,
-                "proxy reward": proxy,
-                "true reward": true,
-            }
+            rewards = {"proxy reward": proxy, "true reward": true}
+            yield {"method": name, "step": step, "KL": kl, **rewards}
 
 
-#         study       what a row is told apart by, the figure's x axis, what is shown
+# name: (study, columns that tell the rows apart, x axis of the figure, panels of the figure)
 STUDIES = {  # the longest first
     "table": (
         table,

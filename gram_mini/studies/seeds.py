@@ -1,4 +1,4 @@
-"""Studies over seeds: what is missing is run, side by side where there are cores, and what is there is used again."""
+"""Studies over seeds: what is missing is run, side by side if wanted; the rest is used again."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ import multiprocessing
 import os
 import sys
 import time
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -33,8 +34,9 @@ def run_seed(name: str, lab: Lab, seed: int) -> Path:
 
 
 def run_side_by_side(names: list[str], lab: Lab, seeds: list[int], jobs: int) -> None:
-    """Do run_seed for all of them, ``jobs`` at a time, each with its share of the processor's cores."""
-    waiting, running = [(name, seed) for name in names for seed in seeds], set()
+    """Do run_seed for all of them, ``jobs`` at a time, each with an equal share of the cores."""
+    waiting = [(name, seed) for name in names for seed in seeds]
+    running: set[Future] = set()
     threads = max(1, (os.cpu_count() or 1) // jobs)
     with ProcessPoolExecutor(
         jobs, multiprocessing.get_context("spawn"), _begin_worker, (threads,)
@@ -42,9 +44,8 @@ def run_side_by_side(names: list[str], lab: Lab, seeds: list[int], jobs: int) ->
         progress = tqdm(total=len(waiting), desc="studies x seeds")
         try:
             while waiting or running:
-                while (
-                    waiting and len(running) < jobs
-                ):  # none is handed over early: after an error none may begin
+                # None is handed over early: after an error no other may begin.
+                while waiting and len(running) < jobs:
                     name, seed = waiting.pop(0)
                     running.add(pool.submit(run_seed, name, lab, seed))
                 done, running = wait(running, return_when=FIRST_COMPLETED)
@@ -55,28 +56,30 @@ def run_side_by_side(names: list[str], lab: Lab, seeds: list[int], jobs: int) ->
             raise Interrupted("the same command goes on where it stopped") from None
         except BrokenProcessPool:
             raise UserError(
-                f"--jobs {jobs}: a process was killed, perhaps for want of memory; try --jobs 1"
+                f"--jobs {jobs}: a process was killed, perhaps it ran out of memory; try --jobs 1"
             ) from None
         except Exception:
+            # Training saves what it has. After Ctrl-C all processes have been told already.
             for process in multiprocessing.active_children():
-                # training saves what it has; after Ctrl-C all have been told already
                 process.terminate()
             raise
 
 
 def _begin_worker(threads: int) -> None:
     torch.set_num_threads(threads)
-    # progress bars would write over each other; errors go to the parent
+    # Progress bars would write over each other. Errors go to the parent.
     sys.stderr = open(os.devnull, "w")
 
 
 def run_study(name: str, lab: Lab, seeds: list[int], results: Path) -> None:
     """Run a study for each seed that is missing, and write its table and figure."""
     study, keys, x, shown = STUDIES[name]
-    rows, seconds = [], {}
+    rows: list[dict[str, Any]] = []
+    seconds = {}
     for seed in seeds:
-        record = json.loads(run_seed(name, lab, seed).read_text())
-        rows, seconds[seed] = rows + record["rows"], record["seconds"]
+        of_seed = json.loads(run_seed(name, lab, seed).read_text())
+        rows += of_seed["rows"]
+        seconds[seed] = of_seed["seconds"]
     results.mkdir(parents=True, exist_ok=True)
     means = average(rows, keys)
     record = {
@@ -84,17 +87,12 @@ def run_study(name: str, lab: Lab, seeds: list[int], results: Path) -> None:
         "model": lab.model,
         "data": lab.about["data"],
         "seeds": seeds,
-        "seconds": seconds,  # of each seed; models that were there already took none
+        "seconds": seconds,  # of each seed; models that were there already cost nothing
         "means": means,
         "rows": rows,
     }
-    draw(
-        means,
-        x,
-        shown,
-        results / f"{name}.png",
-        f"{name} ({len(seeds)} seed{'s' * (len(seeds) > 1)})",
-    )
+    title = f"{name} ({len(seeds)} seed{'s' * (len(seeds) > 1)})"
+    draw(means, x, shown, results / f"{name}.png", title)
     write_whole(results / f"{name}.json", [json.dumps(record, indent=1) + "\n"], "results")
     print(f"\n{name}: {study.__doc__}")
     print_table(means, keys)
