@@ -1,1 +1,1 @@
-"""The reward models that the paper compares with: scalar heads, frozen models, a text loss. See README.md here."""
+"""The paper's baselines: scalar heads, frozen models, a text loss. See README.md here."""

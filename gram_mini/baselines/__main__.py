@@ -1,12 +1,11 @@
-"""The reward models that the paper compares with, each a variation of stage 2, on the same data and
-budget.
+"""The paper's baselines, each a variation of stage 2 with the same data and the same budget.
 
-  --head scalar                     D-Baseline: a linear layer gives each response a reward; plain Bradley-Terry
-  --head scalar --freeze            D-Freeze: the scalar head alone is trained
-  --head scalar --text-weight 0.1   D-Regularisation: and a text loss on the preferred response, which keeps the hidden
-                                    states as they were (Generalizable Reward Model, Yang et al.,
-                                    NeurIPS 2024)
-  --head labels --freeze            G-Freeze: a copy of the two label rows alone is trained
+  --head scalar                     D-Baseline: a linear layer gives each response a reward
+  --head scalar --freeze            D-Freeze: only the scalar head is trained
+  --head scalar --text-weight 0.1   D-Regularisation: a text loss on the preferred response is
+                                    added, which keeps the hidden states close to the original ones
+                                    (Generalizable Reward Model, Yang et al., NeurIPS 2024)
+  --head labels --freeze            G-Freeze: only a copy of the two label rows is trained
 
 The loss is -log sigmoid(m) + eps m, as in train_reward.py. From a scalar head m = r_w - r_l, the
 difference of two rewards, and with --label-smoothing 0 that is the Bradley-Terry loss itself.
@@ -17,7 +16,13 @@ from dataclasses import asdict
 import torch
 
 from gram_mini.baselines.batches import chosen_batch, response_batch
-from gram_mini.baselines.judges import add_head, freeze_all_but_head, judge_with_head, load_head
+from gram_mini.baselines.judges import (
+    ScalarJudge,
+    add_head,
+    freeze_all_but_head,
+    judge_with_head,
+    load_head,
+)
 from gram_mini.batches import IGNORED, judge_batch
 from gram_mini.chunked import chunked_pair_loss
 from gram_mini.errors import clear_errors
@@ -40,29 +45,38 @@ from gram_mini.training import clip_gradients, draw_batches, optimizer_and_sched
 
 EXAMPLES = """\
   python -m gram_mini.baselines --head scalar --lr 3e-4 --label-smoothing 0 --out runs/d-baseline
-  python -m gram_mini.baselines --head labels --freeze --lr 0.01 --label-smoothing 0 --out runs/g-freeze"""
+  python -m gram_mini.baselines --head labels --freeze --lr 0.01 --label-smoothing 0 \\
+      --out runs/g-freeze"""
 
 
 def baseline_options(argv=None):
+    """The options of the baselines."""
     p = parser(__doc__, EXAMPLES)
     add_reward_options(p, out="runs/baseline")
     g = p.add_argument_group("baseline")
     g.add_argument(
-        "--head", choices=("scalar", "labels"), default="scalar",
-        help="what is compared: rewards that a scalar head gives each response, or the logits of A and B",
-    )  # fmt: skip
-    g.add_argument(
-        "--freeze", action="store_true", help="train the head alone; the model stays as it is"
+        "--head",
+        choices=("scalar", "labels"),
+        default="scalar",
+        help="what is compared: rewards that a scalar head gives each response, or the logits of A "
+        "and B",
     )
     g.add_argument(
-        "--text-weight", type=weight, default=0.0, metavar="W",
-        help="scalar head: add W times the negative log-likelihood of the preferred response, per token",
-    )  # fmt: skip
+        "--freeze", action="store_true", help="train only the head; the model stays as it is"
+    )
+    g.add_argument(
+        "--text-weight",
+        type=weight,
+        default=0.0,
+        metavar="W",
+        help="scalar head: add W times the negative log-likelihood of the preferred response, per "
+        "token",
+    )
     args = p.parse_args(argv)
     if args.text_weight and args.head != "scalar":
         p.error("--text-weight goes with --head scalar")
     if args.head == "labels" and not args.freeze:
-        p.error("--head labels without --freeze is no baseline but stage 2: python train_reward.py")
+        p.error("--head labels without --freeze is stage 2 itself: python train_reward.py")
     return args
 
 
@@ -95,13 +109,14 @@ def main(argv=None):
     run.describe(train, held_out, prompt)
 
     def tokens(row):
-        """Tokens of a row in a pass: its judge prompt, or both responses after their prompts, and the text loss's one."""
+        """Tokens of a row in a pass: one judge prompt, or two or three sequences for a scalar head.
+
+        These are both responses after their prompts, and the preferred one for the text loss.
+        """
         if args.head == "labels":
             return row.length + prompt.fixed_tokens
-        longer = (
-            max(len(row.response_a), len(row.response_b)) + len(row.prompt) + prompt.fixed_tokens
-        )
-        return longer * (3 if args.text_weight else 2)
+        longer = max(len(row.response_a), len(row.response_b))
+        return (longer + len(row.prompt) + prompt.fixed_tokens) * (3 if args.text_weight else 2)
 
     # Loop
     steps = run.number_of_steps(len(train))
@@ -113,13 +128,12 @@ def main(argv=None):
                 ids, last, right = judge_batch(part, prompt, run.device)  # (B, T), (B,), (B,)
             else:
                 ids, last, right = response_batch(part, prompt, run.device)  # (2B, T), (2B,), (B,)
-            hidden = hidden_states(model, ids)  # (B, T, H), or (2B, T, H)
-            # or (2B, H), where a response is over
-            states = hidden[torch.arange(len(ids)), last]  # (B, H)
-            if args.head == "labels":
-                z = judge.label_logits(states)  # (B, 2): Z_A, Z_B
-            else:
+            hidden = hidden_states(model, ids)  # (B, T, H) or (2B, T, H)
+            states = hidden[torch.arange(len(ids)), last]  # (B, H) or (2B, H)
+            if isinstance(judge, ScalarJudge):
                 z = judge.rewards(states).view(2, -1).T  # (B, 2): r_A, r_B
+            else:
+                z = judge.label_logits(states)  # (B, 2): Z_A, Z_B
             loss = reward_loss(z, right, args.label_smoothing)  # -log sigmoid(m) + eps m
             if args.text_weight:
                 loss = loss + args.text_weight * text_loss(model, part, prompt, run.device)
@@ -145,7 +159,7 @@ def main(argv=None):
 
 
 def text_loss(model, rows, prompt, device):
-    """Negative log-likelihood of the preferred responses, per token, by the model's own output matrix."""
+    """Negative log-likelihood of the preferred responses, nats per token, by the output matrix."""
     ids, targets = chosen_batch(rows, prompt, device)  # (B, T), (B, T)
     hidden = hidden_states(model, ids)  # (B, T, H)
     response = targets != IGNORED  # (B, T)

@@ -1,4 +1,4 @@
-"""Batches for a scalar head, which reads each response by itself: the prompt of one response, and its collation."""
+"""Batches for a scalar head, which reads each response by itself after its prompt."""
 
 from __future__ import annotations
 
@@ -22,24 +22,24 @@ def response_prompt(tokenizer) -> PromptPieces:
     parts = split_at_slots(text, ["prompt", "response_a"])
     start, after_prompt, end = (encode(tokenizer, part) for part in parts)
     if not end and tokenizer.eos_token_id is not None:
-        end = [tokenizer.eos_token_id]  # the score is read where the response is over
+        end = [tokenizer.eos_token_id]  # the reward is read after the response
     return PromptPieces(
         with_bos(tokenizer, start), after_prompt, [], end, untrained=len(after_prompt)
     )
 
 
 def response_segments(pieces: PromptPieces, row: EncodedPair) -> Segments:
-    """The prompt, and the first response of a row by itself."""
+    """The prompt and the first response of a row, as two lists of token ids."""
     return (*pieces.start, *row.prompt, *pieces.after_prompt), (*row.response_a, *pieces.end)
 
 
 def response_batch(
     rows: list[EncodedPair], pieces: PromptPieces, device="cpu"
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Each response after its prompt: all first ones, then all second ones.
+    """Each response after its prompt: all first responses, then all second ones.
 
-    Returns ids (2B, T); last (2B,), the position of the last token; and right (B,), as
-    batches.judge_batch.
+    Returns ids (2B, T); last (2B,), the position of the last token; and right (B,), the preferred
+    response as in batches.judge_batch.
     """
     orders = [*rows, *(row.swapped() for row in rows)]
     sequences = [_sequence(pieces, row) for row in orders]
@@ -50,14 +50,14 @@ def response_batch(
 def chosen_batch(
     rows: list[EncodedPair], pieces: PromptPieces, device="cpu"
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The preferred response of each labelled row after its prompt, to be generated.
+    """The preferred response of each labelled row after its prompt, for the text loss.
 
     Returns ids (B, T) and targets (B, T), IGNORED on the prompt and on padding.
     """
     preferred = [row.swapped() if row.label else row for row in rows]
     sequences = [_sequence(pieces, row) for row in preferred]
-    given = [len(pieces.start) + len(row.prompt) + pieces.untrained for row in preferred]
-    targets = pad([next_tokens(*pair) for pair in zip(sequences, given)], IGNORED)
+    untrained = [len(pieces.start) + len(row.prompt) + pieces.untrained for row in preferred]
+    targets = pad([next_tokens(ids, n) for ids, n in zip(sequences, untrained)], IGNORED)
     return pad(sequences).to(device), targets.to(device)
 
 

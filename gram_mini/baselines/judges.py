@@ -1,7 +1,7 @@
-"""Heads of their own on the last hidden state, and the judges that read them.
+"""Trained heads on the last hidden state, and the judges that use them.
 
 scalar head   (1, H)   a reward for each response by itself; the difference of two is a margin
-label rows    (2, H)   a trained copy of the two rows of the output matrix, for a judge that is otherwise frozen
+label rows    (2, H)   a trained copy of two rows of the output matrix; the rest is frozen
 """
 
 from __future__ import annotations
@@ -18,10 +18,13 @@ from gram_mini.model import evaluating
 
 
 def add_head(model, labels: tuple[int, int] | None = None) -> torch.nn.Linear:
-    """Put a trainable head on ``model.head``: a scalar one, or, given the labels, a copy of their rows."""
-    head = torch.nn.Linear(
-        model.get_input_embeddings().weight.shape[1], 1 if labels is None else 2, bias=False
-    )
+    """Put a trainable head on ``model.head``.
+
+    Without ``labels`` it is a scalar head (1, H) with small random weights. With the token ids of A
+    and B it is a copy of their rows of the output matrix (2, H).
+    """
+    width = model.get_input_embeddings().weight.shape[1]
+    head = torch.nn.Linear(width, 1 if labels is None else 2, bias=False)
     with torch.no_grad():
         if labels is None:
             head.weight.normal_(std=0.02)
@@ -41,20 +44,20 @@ def load_head(model, file: Path, trainable: bool = False) -> torch.nn.Linear:
 
 
 def freeze_all_but_head(model) -> None:
-    """Leave model and adapter as they are: only the head is trained."""
+    """Freeze model and adapter, so that only the head is trained."""
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name.startswith("head."))
 
 
-def judge_with_head(model, *options) -> Judge:
-    """The judge that reads ``model.head``, if there is one; ``options`` as Judge's."""
+def judge_with_head(model, *arguments) -> Judge:
+    """The judge that uses ``model.head``, if there is one; takes the arguments of Judge."""
     head = getattr(model, "head", None)
     kind = Judge if head is None else ScalarJudge if head.out_features == 1 else LabelRowsJudge
-    return kind(model, *options)
+    return kind(model, *arguments)
 
 
 class LabelRowsJudge(Judge):
-    """A judge whose two label rows were trained apart from the output matrix."""
+    """A judge with two label rows that were trained apart from the output matrix."""
 
     def label_logits(self, verdict: torch.Tensor) -> torch.Tensor:
         """Z_A and Z_B (B, 2) of hidden states (B, H), by the trained rows."""
@@ -62,10 +65,13 @@ class LabelRowsJudge(Judge):
 
 
 class ScalarJudge(Judge):
-    """A discriminative reward model behind the interface of a judge: both orders are one, and the label mass is 1."""
+    """A discriminative reward model with the interface of a judge.
 
-    def __init__(self, model, tokenizer, *options, **named):
-        super().__init__(model, tokenizer, *options, **named)
+    Both orders give the same log-odds, and the label mass is 1.
+    """
+
+    def __init__(self, model, tokenizer, *arguments, **keywords):
+        super().__init__(model, tokenizer, *arguments, **keywords)
         self.prompt = response_prompt(tokenizer)
 
     def segments(self, row: EncodedPair) -> Segments:
@@ -73,26 +79,27 @@ class ScalarJudge(Judge):
         return response_segments(self.prompt, row)
 
     def rewards(self, states: torch.Tensor) -> torch.Tensor:
-        """Rewards (B,) of hidden states (B, H) where a response is over."""
+        """Rewards (B,) of the hidden states (B, H) after each response."""
         return self.model.head(states.to(self.model.head.weight.dtype))[:, 0]
 
     def log_odds(
         self, rows: list[EncodedPair], progress: str | None = None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """r_a - r_b as log-odds (N, 2), the same in both columns; a mass (N, 2) of 1; and which pairs (N,) were cut."""
+        """Judge encoded pairs as in Judge.log_odds.
+
+        Returns r_a - r_b as log-odds (N, 2), the same in both columns; the label mass (N, 2), which
+        is 1; and which pairs (N,) were cut.
+        """
         orders = [order for row in rows for order in (row, row.swapped())]  # a first, then b
         rewards = torch.zeros(len(orders))
         with evaluating(self.model):
             for places, states in self.verdict_states(orders, progress):  # (B,), (B, H)
                 rewards[places] = self.rewards(states).float().cpu()
         r_a, r_b = rewards.view(-1, 2).T  # (N,), (N,)
-        odds = (r_a - r_b)[:, None].expand(-1, 2)
-        return (
-            odds,
-            torch.ones(len(rows), 2),
-            torch.tensor([row.truncated for row in rows], dtype=torch.bool),
-        )
+        odds = (r_a - r_b)[:, None].expand(-1, 2)  # (N, 2)
+        truncated = torch.tensor([row.truncated for row in rows], dtype=torch.bool)  # (N,)
+        return odds, torch.ones(len(rows), 2), truncated
 
     def plain_log_odds(self, rows: list[EncodedPair]) -> torch.Tensor:
-        """The same as :meth:`log_odds`: there is no other way for a head that sees each response by itself."""
+        """The log-odds (N, 2) of :meth:`log_odds`; there is no plainer way for a scalar head."""
         return self.log_odds(rows)[0]

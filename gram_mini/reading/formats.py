@@ -1,28 +1,33 @@
 """Preference rows in, pairs of responses out.
 
-A format is recognised by its columns and their types; other columns do not matter:
+A format is recognised by its columns and their types. Other columns do not matter.
 
     columns                                      format
-    prompt, chosen, rejected                     text, or lists of {"role", "content"} messages (TRL); a list may repeat
-                                                 the prompt (HuggingFaceH4/ultrafeedback_binarized;
-                                                 equal score_chosen and score_rejected are a tie);
-                                                 where chosen and rejected are lists of texts, each
-                                                 chosen is paired with each rejected (RM-Bench)
-    chosen, rejected                             whole dialogues with a shared beginning, as text (hh-rlhf) or as messages
-                                                 (TRL implicit prompt, Skywork-Reward-Preference)
+    prompt, chosen, rejected                     texts, or lists of {"role", "content"} messages
+                                                 (TRL) that may repeat the prompt
+                                                 (HuggingFaceH4/ultrafeedback_binarized; equal
+                                                 score_chosen and score_rejected are a tie)
+    the same, the last two lists of texts        each chosen with each rejected (RM-Bench)
+    chosen, rejected                             whole dialogues with a shared beginning, as text
+                                                 (hh-rlhf) or as messages (TRL implicit prompt,
+                                                 Skywork-Reward-Preference)
     conversations, chosen, rejected              ShareGPT: {"from", "value"}
-    conv_A, conv_B, conv_A_rating, ..._B_rating  whole dialogues as messages, the higher rating is better (Unified-Feedback)
-    prompt, response_a, response_b [, label]     unlabelled triples; label is A, B or tie where there is one
-    question, response_A, response_B [, label]   the same, label is A>B, B>A or A=B (JudgeBench)
-    context, response1, response2,               overall_preference below 0: response1 is better, 0: a tie
+    conv_A, conv_B, conv_A_rating, ..._B_rating  whole dialogues as messages; the higher rating is
+                                                 better (Unified-Feedback)
+    prompt, response_a, response_b [, label]     triples, unlabelled or labelled A, B or tie
+    question, response_A, response_B [, label]   the same, labelled A>B, B>A or A=B (JudgeBench)
+    context, response1, response2,               below 0 response1 is better, 0 is a tie
         overall_preference                       (nvidia/HelpSteer3)
-    prompt, response, helpfulness                one response a row, those of one prompt next to each other (nvidia/HelpSteer2)
-    instruction, completions                     several responses a row, compared by overall_score, where none
-                                                 has one by fine-grained_score
-                                                 (openbmb/UltraFeedback)
-    instruction, input, output                   the official GRAM files, pre-training and fine-tuning
+    prompt, response, helpfulness                one response a row; the rows of one prompt follow
+                                                 each other (nvidia/HelpSteer2)
+    instruction, completions                     several responses a row, compared by overall_score,
+                                                 or by fine-grained_score if no response has an
+                                                 overall_score (openbmb/UltraFeedback)
+    instruction, input, output                   the official GRAM files, for pre-training and for
+                                                 fine-tuning (NiuTrans/GRAM, README.md)
 
-Where whole dialogues part before their last message, a response is all that follows.
+Two dialogues may differ before their last message. Then each response begins at the answer where
+they split, and holds all that follows.
 """
 
 from __future__ import annotations
@@ -31,15 +36,18 @@ import math
 import os
 import re
 from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import combinations, product
+from operator import itemgetter
 
 from gram_mini import prompts
 from gram_mini.errors import UserError
 from gram_mini.pairs import Pair
 from gram_mini.prompts import END_A, END_B, PREFERRED, START_A, START_B, USER_QUESTION
+from gram_mini.reading.sources import Row
 
-# What a column 'label' may say, as two scores.
+# The values of a column 'label', as the scores of the two responses.
 VERDICTS = {
     "A": (1, 0),
     "A>B": (1, 0),
@@ -57,38 +65,38 @@ SEVERAL_RESPONSES = {"instruction", "completions"}
 # ---- rows -> pairs -------------------------------------------------------------------
 
 
-def group_rows(rows):
-    """Put rows together that hold one response each to the same prompt; every other row stays
-    alone.
+def group_rows(rows: Iterable[Row]) -> Iterator[tuple[int, list[Row]]]:
+    """Group neighbouring rows that hold one response each to the same prompt.
 
-    Takes (where, row) as read_rows yields them; yields (number of the first row, from 1, and list
-    of (where, row)).
+    Every other row is a group of its own. Takes (where, row) as read_rows yields them. Yields the
+    number of the first row of each group, from 1, and the list of its (where, row).
     """
-    group, first, key = [], 0, None
+    group: list[Row] = []
+    first, group_prompt = 0, None
     for number, (where, row) in enumerate(rows, start=1):
-        belongs = row["prompt"] if isinstance(row, dict) and ONE_RESPONSE <= row.keys() else None
-        if group and (belongs is None or belongs != key):
+        prompt = row["prompt"] if isinstance(row, dict) and ONE_RESPONSE <= row.keys() else None
+        if group and (prompt is None or prompt != group_prompt):
             yield first, group
             group = []
         if not group:
-            first, key = number, belongs
+            first, group_prompt = number, prompt
         group.append((where, row))
     if group:
         yield first, group
 
 
 def parse_pairs(
-    group: list[tuple[str, dict]], labelled: bool = True, pairs: str = "all"
+    group: Sequence[Row], labelled: bool = True, pairs: str = "all"
 ) -> tuple[list[Pair], Counter]:
-    """Recognise the format of a row, or of several with one prompt, and read its pairs.
+    """Recognise the format of a row, or of several rows with one prompt, and read its pairs.
 
     Args:
-        group: (where, row), one as a rule; see group_rows.
-        labelled: whether to read ratings and labels; without, they may hold anything.
-        pairs: of several scored responses "all" pairs, or only the "best-worst".
+        group: list of (where, row), usually one; see group_rows.
+        labelled: whether to read ratings and labels. If not, they may hold anything.
+        pairs: "all" pairs of several scored responses, or only "best-worst".
 
-    Returns the pairs, ties and all, and the reasons for which rows or responses are in none,
-    counted.
+    Returns:
+        The pairs, ties included, and a count of the responses that are in no pair, by reason.
 
     Raises:
         UserError: columns missing or of the wrong type; names the place and the column.
@@ -98,86 +106,76 @@ def parse_pairs(
         raise row
     scores_needed = labelled or pairs == "best-worst"
     if ONE_RESPONSE <= row.keys():
-        prompt, responses = (
-            read_prompt(row["prompt"], where, "prompt"),
-            _one_each(group, scores_needed),
-        )
+        prompt = read_prompt(row["prompt"], where, "prompt")
+        responses = _helpsteer2(group, scores_needed)
     elif SEVERAL_RESPONSES <= row.keys():
-        prompt, responses = (
-            _text(row["instruction"], where, "instruction"),
-            _completions(row, where, scores_needed),
-        )
+        prompt = _text(row["instruction"], where, "instruction")
+        responses = _ultrafeedback(row, where, scores_needed)
     else:
         for columns, read in FORMATS:
             if columns <= row.keys():
                 return read(row, where, labelled), Counter()
         raise UserError(
-            f"{where}: columns {sorted(map(str, row))} are of no known format; give 'prompt', 'chosen' and 'rejected' "
-            "(gram_mini/reading/README.md lists the others)"
+            f"{where}: columns {sorted(map(str, row))} are of no known format; give 'prompt', "
+            "'chosen' and 'rejected' (gram_mini/reading/README.md lists the others)"
         )
-    left_out = Counter()
+    left_out: Counter[str] = Counter()
     if scores_needed:
-        scored = [(text, score) for text, score in responses if score is not None]
+        scored = [response for response in responses if response[1] is not None]
         left_out["without a score"] = len(responses) - len(scored)
         responses = scored
     if len(responses) < 2:
         left_out["without a second response"] = 1
         return [], +left_out
     if pairs == "best-worst":
-        ordered = sorted(responses, key=lambda response: response[1], reverse=True)
+        ordered = sorted(responses, key=itemgetter(1), reverse=True)
         responses = [ordered[0], ordered[-1]]
     return [
-        _compared(prompt, a, b, s, t) for (a, s), (b, t) in combinations(responses, 2)
+        _pair_by_scores(prompt, a, b, score_a, score_b)
+        for (a, score_a), (b, score_b) in combinations(responses, 2)
     ], +left_out
 
 
-def _compared(prompt: str, a: str, b: str, score_a: float | None, score_b: float | None) -> Pair:
-    """A pair labelled by two scores, the higher the better; unlabelled where they are None."""
+def _pair_by_scores(
+    prompt: str, a: str, b: str, score_a: float | None, score_b: float | None
+) -> Pair:
+    """A pair labelled by two scores, the higher the better; unlabelled if one is None."""
     if score_a is None or score_b is None:
         return Pair(prompt, a, b)
-    return Pair(
-        prompt,
-        a,
-        b,
-        None if score_a == score_b else int(score_b > score_a),
-        tied=score_a == score_b,
-    )
+    if score_a == score_b:
+        return Pair(prompt, a, b, tied=True)
+    return Pair(prompt, a, b, label=int(score_b > score_a))
 
 
-# ---- the formats
-# -------------------------------------------------------------------------------------- Each reader
-# takes (row, where, labelled) and returns a list of pairs.
+# ---- the formats ---------------------------------------------------------------------
+# Each reader takes (row, where, labelled) and returns a list of pairs.
 
 
 def _chosen_rejected(row: dict, where: str, labelled: bool) -> list[Pair]:
     """A prompt (ShareGPT: the conversation) with a better and a worse reply."""
     column = "conversations" if "conversations" in row else "prompt"
+    replies = ("chosen", "rejected")
     if all(
         isinstance(row[name], list) and row[name] and isinstance(row[name][0], str)
-        for name in ("chosen", "rejected")
+        for name in replies
     ):
         prompt = read_prompt(row[column], where, column)
-        chosen, rejected = (
-            [_text(text, where, name) for text in row[name]] for name in ("chosen", "rejected")
-        )
+        chosen, rejected = ([_text(text, where, name) for text in row[name]] for name in replies)
         return [Pair(prompt, a, b, 0) for a, b in product(chosen, rejected)]
     value = row[column]
-    prompt = (
-        [("Human", _text(value, where, column))]
-        if isinstance(value, str)
-        else _messages(value, where, column)
-    )
-    chosen, rejected = (
-        _continued(prompt, row[name], where, name) for name in ("chosen", "rejected")
-    )
-    pair = _parted(chosen, rejected, where, "'chosen' and 'rejected'")
-    return [_tied_by_score(pair, row, where) if labelled else pair]
+    if isinstance(value, str):
+        messages = [("Human", _text(value, where, column))]
+    else:
+        messages = _messages(value, where, column)
+    a, b = (_with_reply(messages, row[name], where, name) for name in replies)
+    pair = _split_dialogues(a, b, where, "'chosen' and 'rejected'")
+    return [_mark_tie(pair, row, where) if labelled else pair]
 
 
-def _continued(
+def _with_reply(
     prompt: list[tuple[str, str]], value, where: str, column: str
 ) -> list[tuple[str, str]]:
-    """The dialogue with a reply to it: text, a message, or a list of messages that may repeat the prompt."""
+    """The dialogue with a reply: text, a message, or a list of messages that may repeat it."""
     if isinstance(value, str):
         return [*prompt, ("Assistant", _text(value, where, column))]
     reply = _messages([value] if isinstance(value, dict) else value, where, column)
@@ -187,33 +185,33 @@ def _continued(
 
 
 def _dialogues(row: dict, where: str, labelled: bool) -> list[Pair]:
-    """Two whole dialogues: the prompt is what they share, the responses what follows."""
+    """Two whole dialogues. The prompt is what they share, the responses are what follows."""
     chosen, rejected = row["chosen"], row["rejected"]
     if not isinstance(chosen, list) or not isinstance(rejected, list):
-        return [_parted_text(chosen, rejected, where)]
+        return [_split_texts(chosen, rejected, where)]
     a, b = _messages(chosen, where, "chosen"), _messages(rejected, where, "rejected")
-    pair = _parted(a, b, where, "'chosen' and 'rejected'")
-    return [_tied_by_score(pair, row, where) if labelled else pair]
+    pair = _split_dialogues(a, b, where, "'chosen' and 'rejected'")
+    return [_mark_tie(pair, row, where) if labelled else pair]
 
 
-def _tied_by_score(pair: Pair, row: dict, where: str) -> Pair:
-    """The pair, tied where both columns of scores are there and say so."""
+def _mark_tie(pair: Pair, row: dict, where: str) -> Pair:
+    """The pair, tied if score_chosen and score_rejected are numbers and equal."""
     try:
         a, b = (_number(row.get(name), where, name) for name in ("score_chosen", "score_rejected"))
-    except UserError:  # other columns of this name: the format does without them
+    except UserError:  # no numbers: the format does not need these columns
         return pair
     return replace(pair, label=None, tied=True) if a == b else pair
 
 
-def _unified(row: dict, where: str, labelled: bool) -> list[Pair]:
+def _unified_feedback(row: dict, where: str, labelled: bool) -> list[Pair]:
     """llm-blender/Unified-Feedback."""
     a, b = (_messages(row[name], where, name) for name in ("conv_A", "conv_B"))
-    pair = _parted(a, b, where, "'conv_A' and 'conv_B'")
-    ratings = [
+    pair = _split_dialogues(a, b, where, "'conv_A' and 'conv_B'")
+    rating_a, rating_b = (
         _number(row.get(name), where, name) if labelled else None
         for name in ("conv_A_rating", "conv_B_rating")
-    ]
-    return [_compared(pair.prompt, pair.response_a, pair.response_b, *ratings)]
+    )
+    return [_pair_by_scores(pair.prompt, pair.response_a, pair.response_b, rating_a, rating_b)]
 
 
 def _triple(row: dict, where: str, labelled: bool) -> list[Pair]:
@@ -223,58 +221,57 @@ def _triple(row: dict, where: str, labelled: bool) -> list[Pair]:
         if "response_A" in row
         else ("prompt", "response_a", "response_b")
     )
-    texts = [_text(row[name], where, name) for name in names]
-    return [_compared(*texts, *(_verdict(row.get("label"), where) if labelled else (None, None)))]
+    prompt, a, b = (_text(row[name], where, name) for name in names)
+    score_a, score_b = _verdict(row.get("label"), where) if labelled else (None, None)
+    return [_pair_by_scores(prompt, a, b, score_a, score_b)]
 
 
 def _helpsteer3(row: dict, where: str, labelled: bool) -> list[Pair]:
-    """nvidia/HelpSteer3, preference: from -3, response1 much better, to 3, response2 much better."""
+    """nvidia/HelpSteer3, preference: from -3 (response1 much better) to 3 (response2)."""
     prompt = read_prompt(row["context"], where, "context")
     a, b = (_text(row[name], where, name) for name in ("response1", "response2"))
-    preference = (
-        _number(row["overall_preference"], where, "overall_preference") if labelled else None
-    )
-    return [_compared(prompt, a, b, 0, preference)]
+    column = "overall_preference"
+    preference = _number(row[column], where, column) if labelled else None
+    return [_pair_by_scores(prompt, a, b, 0, preference)]
 
 
-def _one_each(group: list[tuple[str, dict]], scores_needed: bool) -> list[tuple[str, float | None]]:
-    """HelpSteer2: (response, helpfulness) of the rows of one prompt."""
+def _helpsteer2(group: Sequence[Row], scores_needed: bool) -> list[tuple[str, float | None]]:
+    """nvidia/HelpSteer2: (response, helpfulness) of the rows of one prompt."""
     return [
         (
             _text(row["response"], where, "response"),
             _number(row["helpfulness"], where, "helpfulness") if scores_needed else None,
         )
         for where, row in group
+        if not isinstance(row, UserError)  # such a row is a group of its own
     ]
 
 
-def _completions(row: dict, where: str, scores_needed: bool) -> list[tuple[str, float | None]]:
-    """UltraFeedback: (response, score) of each completion."""
-    if not isinstance(row["completions"], list):
-        raise UserError(
-            f"{where}: column 'completions' must be a list, found {type(row['completions']).__name__}"
-        )
+def _ultrafeedback(row: dict, where: str, scores_needed: bool) -> list[tuple[str, float | None]]:
+    """openbmb/UltraFeedback: (response, score) of each completion."""
     completions = row["completions"]
+    if not isinstance(completions, list):
+        kind = type(completions).__name__
+        raise UserError(f"{where}: column 'completions' must be a list, found {kind}")
     if not all(
         isinstance(completion, dict) and "response" in completion for completion in completions
     ):
         raise UserError(f"{where}: column 'completions': each needs a 'response'")
-    # The two scores have different scales, so a row is compared by one of them.
-    name = (
-        "fine-grained_score"
-        if all(c.get("overall_score") is None for c in completions)
-        else "overall_score"
-    )
+    # The two scores have different scales, so all responses of a row are compared by the same one.
+    overall = any(completion.get("overall_score") is not None for completion in completions)
+    name = "overall_score" if overall else "fine-grained_score"
     responses = []
     for completion in completions:
-        known = scores_needed and completion.get(name) is not None
-        score = _number(completion[name], where, name) if known else None
+        has_score = scores_needed and completion.get(name) is not None
+        score = _number(completion[name], where, name) if has_score else None
         responses.append((_text(completion["response"], where, "response"), score))
     return responses
 
 
-def _parted(a: list[tuple[str, str]], b: list[tuple[str, str]], where: str, columns: str) -> Pair:
-    """Two dialogues as messages: they part at an answer, with which the responses begin."""
+def _split_dialogues(
+    a: list[tuple[str, str]], b: list[tuple[str, str]], where: str, columns: str
+) -> Pair:
+    """The pair of two dialogues as messages; the responses begin at the answer where they split."""
     cut = 0
     while cut < min(len(a), len(b)) - 1 and a[cut] == b[cut]:
         cut += 1
@@ -282,26 +279,26 @@ def _parted(a: list[tuple[str, str]], b: list[tuple[str, str]], where: str, colu
         cut -= 1
     if cut == 0:
         raise UserError(f"{where}: {columns} must share their messages up to an answer")
-    return Pair(
-        _transcript(a[:cut]),
-        *(_transcript(rest).removeprefix("Assistant: ") for rest in (a[cut:], b[cut:])),
-        label=0,
+    response_a, response_b = (
+        _transcript(rest).removeprefix("Assistant: ") for rest in (a[cut:], b[cut:])
     )
+    return Pair(_transcript(a[:cut]), response_a, response_b, label=0)
 
 
-def _parted_text(chosen, rejected, where: str) -> Pair:
-    """Two dialogues as text (Anthropic/hh-rlhf)."""
+def _split_texts(chosen, rejected, where: str) -> Pair:
+    """The pair of two dialogues as text (Anthropic/hh-rlhf)."""
     chosen, rejected = (
         "\n\n" + _text(value, where, name)
         for value, name in ((chosen, "chosen"), (rejected, "rejected"))
     )
     turn = "\n\nAssistant:"
     shared = os.path.commonprefix([chosen, rejected])
-    # The turn in which they part begins at the last marker that both still share.
+    # The turn that differs begins at the last marker that both dialogues share.
     cut = shared.rfind(turn)
     if cut < 0:
         raise UserError(
-            f"{where}: no column 'prompt', and 'chosen' and 'rejected' share no dialogue up to 'Assistant:'; add 'prompt'"
+            f"{where}: no column 'prompt', and 'chosen' and 'rejected' share no dialogue up to "
+            "'Assistant:'; add 'prompt'"
         )
     turns = re.split(r"\n\n(Human|Assistant):", chosen[:cut])
     messages = [(speaker, text.strip()) for speaker, text in zip(turns[1::2], turns[2::2])]
@@ -310,15 +307,14 @@ def _parted_text(chosen, rejected, where: str) -> Pair:
     return Pair(prompt, chosen[begin:].strip(), rejected[begin:].strip(), label=0)
 
 
-LITERAL_BREAK = (
-    r"\n"  # a backslash and an n: data/clean_data.py of NiuTrans/GRAM writes them for line breaks
-)
+# A backslash and an n. data/clean_data.py of NiuTrans/GRAM writes them instead of line breaks.
+LITERAL_BREAK = r"\n"
 _MARKER = "|".join(map(re.escape, (USER_QUESTION, START_A, END_A, START_B, END_B)))
 _BESIDE_A_MARKER = re.compile(rf"(?:{_MARKER})\\n|\\n(?:{_MARKER})")
 
 
 def has_literal_breaks(row) -> bool:
-    """Whether a row of the official format holds a backslash and an n beside a marker; the reader takes them off."""
+    """Whether an official row has LITERAL_BREAKs beside its markers, which the reader removes."""
     texts = (row.get("instruction"), row.get("output")) if isinstance(row, dict) else ()
     return any(isinstance(text, str) and _BESIDE_A_MARKER.search(text) for text in texts)
 
@@ -333,11 +329,12 @@ def _strip_breaks(text: str) -> str:
 
 
 def _official(row: dict, where: str, labelled: bool) -> list[Pair]:
-    """The official files (NiuTrans/GRAM, README.md): both answers between markers, in output or in instruction."""
-    instruction, output = (
-        _text(row["instruction"], where, "instruction"),
-        _text(row["output"], where, "output"),
-    )
+    """The official files (NiuTrans/GRAM, README.md): both answers stand between markers.
+
+    They stand in output (pre-training) or in instruction (fine-tuning).
+    """
+    instruction = _text(row["instruction"], where, "instruction")
+    output = _text(row["output"], where, "output")
     if row.get("input"):
         instruction = f"{instruction}\n{_text(row['input'], where, 'input')}"
     if START_A in output:
@@ -348,8 +345,8 @@ def _official(row: dict, where: str, labelled: bool) -> list[Pair]:
         answers = marker + answers
         if label is None or not marker:
             raise UserError(
-                f"{where}: 'output' must hold both answers between {START_A!r} and {END_B!r}, or be A or B with both "
-                "answers in 'instruction'"
+                f"{where}: 'output' must hold both answers between {START_A!r} and {END_B!r}, "
+                "or be A or B with both answers in 'instruction'"
             )
     try:
         a = answers.split(START_A, 1)[1].split(END_A, 1)[0]
@@ -366,12 +363,12 @@ def _official(row: dict, where: str, labelled: bool) -> list[Pair]:
     return [Pair(strip(question), strip(a), strip(b), label)]
 
 
-# The first whose columns are all there is taken.
+# (columns, reader). The first format whose columns the row has is used.
 FORMATS = (
     ({"conversations", "chosen", "rejected"}, _chosen_rejected),
     ({"prompt", "chosen", "rejected"}, _chosen_rejected),
     ({"chosen", "rejected"}, _dialogues),
-    ({"conv_A", "conv_B"}, _unified),
+    ({"conv_A", "conv_B"}, _unified_feedback),
     ({"prompt", "response_a", "response_b"}, _triple),
     ({"question", "response_A", "response_B"}, _triple),
     ({"context", "response1", "response2", "overall_preference"}, _helpsteer3),
@@ -384,26 +381,25 @@ FORMATS = (
 
 def read_prompt(value, where: str, column: str) -> str:
     """A prompt: text, or a list of messages as one text."""
-    return (
-        _text(value, where, column)
-        if isinstance(value, str)
-        else _transcript(_messages(value, where, column))
-    )
+    if isinstance(value, str):
+        return _text(value, where, column)
+    return _transcript(_messages(value, where, column))
 
 
 def _verdict(value, where: str) -> tuple[int | None, int | None]:
     if value is None or value == "":
         return None, None
-    said = value.replace(" ", "") if isinstance(value, str) else None
-    if said not in VERDICTS:
+    verdict = value.replace(" ", "") if isinstance(value, str) else None
+    if verdict not in VERDICTS:
         raise UserError(
-            f"{where}: column 'label' must be A, B or tie (or A>B, B>A, A=B), found {value!r}; write A where the first response is better"
+            f"{where}: column 'label' must be A, B or tie (or A>B, B>A, A=B), found {value!r}; "
+            "write A where the first response is better"
         )
-    return VERDICTS[said]
+    return VERDICTS[verdict]
 
 
 def _number(value, where: str, column: str) -> float:
-    """A finite number, or its text: a CSV holds nothing else."""
+    """A finite number, or text that reads as one: a CSV holds only text."""
     if isinstance(value, str):
         try:
             value = float(value)
@@ -427,13 +423,17 @@ def _text(value, where: str, column: str) -> str:
         value.encode()
     except UnicodeEncodeError:
         raise UserError(
-            f"{where}: column {column!r} holds half a character (a lone surrogate); save the text as UTF-8"
+            f"{where}: column {column!r} holds half a character (a lone surrogate); "
+            "save the text as UTF-8"
         ) from None
     return value.strip()
 
 
 def _messages(value, where: str, column: str) -> list[tuple[str, str]]:
-    """Messages of either spelling as (speaker, text); speaker is Human, Assistant or System."""
+    """Messages as (speaker, text), from role and content or from and value.
+
+    The speaker is Human, Assistant or System.
+    """
     speakers = {
         "user": "Human",
         "human": "Human",
@@ -443,18 +443,19 @@ def _messages(value, where: str, column: str) -> list[tuple[str, str]]:
     }
     if not isinstance(value, list) or not value:
         raise UserError(
-            f"{where}: column {column!r} must be text or a list of messages, found {type(value).__name__}"
+            f"{where}: column {column!r} must be text or a list of messages, "
+            f"found {type(value).__name__}"
         )
     messages = []
     for message in value:
-        role, text = (
-            (message.get("role", message.get("from")), message.get("content", message.get("value")))
-            if isinstance(message, dict)
-            else (None, None)
-        )
+        role = text = None
+        if isinstance(message, dict):
+            role = message.get("role", message.get("from"))
+            text = message.get("content", message.get("value"))
         if not isinstance(role, str) or role not in speakers or not isinstance(text, str):
             raise UserError(
-                f"{where}: column {column!r}: a message needs a role (one of {', '.join(speakers)}) and a text"
+                f"{where}: column {column!r}: a message needs a role "
+                f"(one of {', '.join(speakers)}) and a text"
             )
         messages.append((speakers[role], _text(text, where, column)))
     return messages

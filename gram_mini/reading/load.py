@@ -16,24 +16,22 @@ from tqdm import tqdm
 from gram_mini.errors import UserError
 from gram_mini.pairs import Pair, unusable
 from gram_mini.reading.formats import group_rows, has_literal_breaks, parse_pairs
-from gram_mini.reading.sources import read_rows
+from gram_mini.reading.sources import Row, read_rows
 from gram_mini.village.pairs import village_pairs
 
-VILLAGE = "village"  # what --data calls the pairs that the repository makes itself
+VILLAGE = "village"  # the name of the village's pairs in --data
 
 
 @dataclass
 class PairData:
-    """Pairs with the record of how they were read, as it is printed and written to run.json."""
+    """Pairs with the record of how they were read, which is printed and written to run.json."""
 
     source: str
     pairs: list[Pair]
     rows: int
     dropped: Counter = field(default_factory=Counter)
-    literal_breaks: int = (
-        0  # rows with a backslash and an n beside the markers, which were taken off
-    )
-    unreadable: str | None = None  # what was wrong with the first row that could not be read
+    literal_breaks: int = 0  # rows with a backslash and an n beside markers, which were removed
+    unreadable: str | None = None  # the error of the first row that could not be read
 
     @cached_property
     def fingerprint(self) -> str:
@@ -47,17 +45,18 @@ class PairData:
 
     def summary(self) -> str:
         """One line: rows read, pairs used, what was dropped and why."""
-        why = ", ".join(f"{count} {reason}" for reason, count in sorted(self.dropped.items()))
-        return (
-            f"{self.source}: {self.rows} rows read, {len(self.pairs)} pairs used, {sum(self.dropped.values())} dropped"
-            + (f" ({why})" if why else "")
-            + (
-                f"; {self.literal_breaks} with a literal \\n beside the markers, taken off"
-                if self.literal_breaks
-                else ""
-            )
-            + (f"; the first that cannot be read: {self.unreadable}" if self.unreadable else "")
+        line = (
+            f"{self.source}: {self.rows} rows read, {len(self.pairs)} pairs used, "
+            f"{sum(self.dropped.values())} dropped"
         )
+        reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(self.dropped.items()))
+        if reasons:
+            line += f" ({reasons})"
+        if self.literal_breaks:
+            line += f"; {self.literal_breaks} with a literal \\n beside the markers, taken off"
+        if self.unreadable:
+            line += f"; the first that cannot be read: {self.unreadable}"
+        return line
 
     def record(self) -> dict:
         """What run.json keeps."""
@@ -83,17 +82,18 @@ def load_pairs(
     on_bad_row: str = "error",
     pairs: str = "all",
 ) -> PairData:
-    """Read pairs for stage 1 (``labelled=False``: labels are dropped, ties used) or stage 2
-    (``labelled=True``).
+    """Read pairs for stage 1 or stage 2, with the record of what was read and dropped.
 
     Args:
         source: see sources.py; "village" gives the unlabelled or the labelled pairs of the village.
+        labelled: True for stage 2; False for stage 1, where labels are dropped and ties are used.
         limit: use the first ``limit`` rows only.
-        split, subset, streaming: which split and configuration of a hub data set, and whether to
-            download no more of it than is read.
+        split: the split of a hub data set.
         seed: draws the pairs of the village; files are read as they are.
+        subset: the configuration of a hub data set.
+        streaming: download no more rows of a hub data set than are read.
         on_bad_row: "error", or "skip" to drop and count rows that cannot be read.
-        pairs: "all" or "best-worst", of rows with several scored responses.
+        pairs: "all" pairs of a row with several scored responses, or only "best-worst".
 
     Raises:
         UserError: no such source, a row that cannot be read (names file and line), or no usable row
@@ -104,16 +104,16 @@ def load_pairs(
         return PairData(VILLAGE, drawn, len(drawn))
     data = PairData(source, [], 0)
 
-    def read(group: list) -> tuple[list[Pair], Counter]:
+    def read(group: list[Row]) -> tuple[list[Pair], Counter]:
         read_pairs, left_out = parse_pairs(group, labelled, pairs)
         if labelled and any(pair.label is None and not pair.tied for pair in read_pairs):
             raise UserError(
-                f"{group[0][0]}: no label; stage 2 and evaluation need to know the preferred response: give columns "
-                "'chosen' and 'rejected', or 'label' with A or B"
+                f"{group[0][0]}: no label; stage 2 and evaluation need to know the preferred "
+                "response: give columns 'chosen' and 'rejected', or 'label' with A or B"
             )
         return read_pairs, left_out
 
-    def readable(row: tuple) -> bool:
+    def readable(row: Row) -> bool:
         try:
             read([row])
         except UserError as error:
@@ -126,9 +126,9 @@ def load_pairs(
         data.rows += len(group)
         data.literal_breaks += sum(has_literal_breaks(row) for _, row in group)
         if on_bad_row == "skip":
-            good = [row for row in group if readable(row)]
-            data.dropped += Counter({"that cannot be read": len(group) - len(good)})
-            group = good
+            readable_rows = [row for row in group if readable(row)]
+            data.dropped += Counter({"that cannot be read": len(group) - len(readable_rows)})
+            group = readable_rows
         read_pairs, left_out = read(group) if group else ([], Counter())
         data.dropped.update(left_out)
         for pair in read_pairs:

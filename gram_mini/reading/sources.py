@@ -1,8 +1,10 @@
-"""Rows out of files, folders and the hub, each with the place it stands at, for error messages.
+"""Rows from files, folders and the hub, each with its place in the source for error messages.
 
-A source is a file (.jsonl, .json, .csv, .parquet, each also .gz but the last), a folder of such
-files, a folder that datasets saved or that is laid out as on the hub, or the name of a hub data
-set.
+A source is one of these:
+
+    a file            .jsonl, .json or .csv, each also gzipped (.gz), or .parquet
+    a folder          of such files, one that datasets saved, or one with the layout of the hub
+    owner/name        a data set on the hub
 """
 
 from __future__ import annotations
@@ -14,10 +16,14 @@ import json
 import os
 import re
 import zlib
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from gram_mini.errors import UserError
+
+# (where, row): the place, and the row by column or the reason why it cannot be read
+Row = tuple[str, dict | UserError]
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 
@@ -28,18 +34,19 @@ def read_rows(
     limit: int | None = None,
     subset: str | None = None,
     streaming: bool = False,
-):
+) -> Iterator[Row]:
     """Yield (where, row) for the first ``limit`` rows of a source; ``where`` names file and line.
 
-    A row is a dictionary by column. One that cannot be read comes as the UserError that says why,
-    so that the caller may go on with the next. Only a .json list is held in memory as a whole.
+    A row is a dictionary by column. A row that cannot be read comes as the UserError that says why,
+    so that the caller may go on with the next one. Only a .json list is held in memory as a whole.
 
     Args:
-        split, subset: split and configuration of a hub data set, or of a folder that holds several.
-        streaming: hub only; download rows as they are asked for.
+        split: the split of a hub data set, or of a folder that holds several.
+        subset: the configuration of a hub data set, or of a folder that holds several.
+        streaming: hub only; download rows when they are needed.
 
     Raises:
-        UserError: no such source, or one that as a whole cannot be read.
+        UserError: no such source, or one that cannot be read as a whole.
     """
     count = 0
     for count, item in enumerate(_read(source, split, subset, streaming), start=1):
@@ -51,7 +58,7 @@ def read_rows(
 
 
 def looks_like_path(name: str) -> bool:
-    """Whether a name that does not exist here was meant as a path rather than as ``owner/name`` on the hub."""
+    """Whether a name that does not exist here looks like a path and not like owner/name."""
     return (
         name.startswith((".", "/", "~", "runs/"))
         or name.count("/") > 1
@@ -60,7 +67,7 @@ def looks_like_path(name: str) -> bool:
     )
 
 
-def _read(source: str, split: str, subset: str | None, streaming: bool):
+def _read(source: str, split: str, subset: str | None, streaming: bool) -> Iterator[Row]:
     path = Path(source)
     if len(path.name) > 255:
         raise UserError(f"{source[:40]}...: no such file or folder")
@@ -82,12 +89,12 @@ def _read(source: str, split: str, subset: str | None, streaming: bool):
     elif looks_like_path(source) or _suffix(path) in SUFFIXES:
         raise UserError(f"{source}: no such file or folder")
     else:
-        return _read_dataset(
-            source, split, subset, streaming, "no such file here, and not to be had from the hub"
-        )
+        problem = "no such file here, and it cannot be loaded from the hub"
+        return _read_dataset(source, split, subset, streaming, problem)
     if subset:
         raise UserError(
-            f"--subset {subset}: {source} has no subsets; leave it out, or give the name of a hub data set"
+            f"--subset {subset}: {source} has no subsets; leave it out, or give the name of a hub "
+            "data set"
         )
     if _is_saved(path):
         return _read_saved(path, split)
@@ -102,22 +109,27 @@ def _suffix(path: Path) -> str:
 
 
 def _of_split(files: list[Path], split: str, source: str) -> list[Path]:
-    """Of files that are all named after splits, as train-00000-of-00002.parquet is, those of this one; else all."""
+    """The files of one split, if all are named after splits (train-00000-of-00002.parquet).
+
+    Otherwise all files.
+    """
     names = ("train", "test", "validation", "valid", "val", "dev")
-    found = {file: re.match(rf"({'|'.join(names)})(?![a-z])", file.name.lower()) for file in files}
-    if not files or None in found.values():
+    pattern = rf"({'|'.join(names)})(?![a-z])"
+    matches = [(file, re.match(pattern, file.name.lower())) for file in files]
+    split_of = {file: match[1] for file, match in matches if match}
+    if not files or len(split_of) < len(files):
         return files
-    alike = names[2:] if split in names[2:] else (split,)
-    chosen = [file for file, name in found.items() if name[1] in alike]
+    synonyms = names[2:] if split in names[2:] else (split,)
+    chosen = [file for file in files if split_of[file] in synonyms]
     if not chosen:
-        there = ", ".join(sorted({name[1] for name in found.values()}))
+        available = ", ".join(sorted(set(split_of.values())))
         raise UserError(
-            f"{source}: holds no file of the split {split!r}; give --split with one of {there}"
+            f"{source}: holds no file of the split {split!r}; give --split with one of {available}"
         )
     return chosen
 
 
-def _read_file(path: Path):
+def _read_file(path: Path) -> Iterator[Row]:
     readers = {
         ".jsonl": _read_jsonl,
         ".json": _read_json,
@@ -139,7 +151,7 @@ def _opened(path: Path):
         raise UserError(f"{path}: cannot be read: {error}") from None
 
 
-def _read_jsonl(path: Path):
+def _read_jsonl(path: Path) -> Iterator[Row]:
     empty = True
     with _opened(path) as file:
         for number, line in enumerate(file, start=1):
@@ -161,15 +173,14 @@ def _parse_line(line: bytes, where: str) -> dict | UserError:
         return UserError(f"{where}: invalid JSON: {error}")
 
 
-def _read_json(path: Path):
+def _read_json(path: Path) -> Iterator[Row]:
     try:
         with _opened(path) as file:
             text = file.read().decode("utf-8-sig")
         if not text.strip():
             raise _empty(path)
-        if (
-            text.lstrip().startswith("{") and "\n" in text.strip()
-        ):  # one row a line, whatever the name says
+        # One row a line, although the name says .json.
+        if text.lstrip().startswith("{") and "\n" in text.strip():
             yield from _read_jsonl(path)
             return
         rows = json.loads(text)
@@ -183,14 +194,15 @@ def _read_json(path: Path):
         raise UserError(f"{path}: invalid JSON: {error}") from None
     if not isinstance(rows, list):
         raise UserError(
-            f"{path}: expected a list of rows, found {type(rows).__name__}; for one row a line use .jsonl"
+            f"{path}: expected a list of rows, found {type(rows).__name__}; "
+            "for one row a line use .jsonl"
         )
     for number, row in enumerate(rows, start=1):
         where = f"{path}, row {number}"
         yield where, _as_row(row, where)
 
 
-def _read_csv(path: Path):
+def _read_csv(path: Path) -> Iterator[Row]:
     with _opened(path) as file:
         csv.field_size_limit(2**31 - 1)  # a response may be long
         reader = csv.DictReader(
@@ -205,20 +217,24 @@ def _read_csv(path: Path):
                 row = next(reader)
             except StopIteration:
                 return
-            except (
-                UnicodeDecodeError
-            ):  # text is decoded in blocks, so the line is where the block begins
+            except UnicodeDecodeError:
+                # Text is decoded in blocks, so this is the line where the block begins.
                 raise UserError(f"{where} or after: not UTF-8 text; save it as UTF-8") from None
             except csv.Error as error:
                 raise UserError(f"{where}: invalid CSV: {error}") from None
             if None in row or None in row.values():
-                row = UserError(
-                    f"{where}: has another number of fields than the header; quote texts that hold commas"
+                yield (
+                    where,
+                    UserError(
+                        f"{where}: has another number of fields than the header; "
+                        "quote texts that hold commas"
+                    ),
                 )
-            yield where, row
+            else:
+                yield where, row
 
 
-def _read_parquet(path: Path):
+def _read_parquet(path: Path) -> Iterator[Row]:
     import pyarrow  # comes with datasets
     import pyarrow.parquet
 
@@ -255,12 +271,12 @@ def _is_saved(folder: Path) -> bool:
     )
 
 
-def _read_saved(folder: Path, split: str):
+def _read_saved(folder: Path, split: str) -> Iterator[Row]:
     import datasets
 
     try:
         rows = datasets.load_from_disk(str(folder))
-    except Exception as error:  # as below
+    except Exception as error:  # as in _read_dataset
         raise UserError(f"{folder}: cannot be read as a saved data set: {_reason(error)}") from None
     if isinstance(rows, datasets.DatasetDict):
         if split not in rows:
@@ -272,19 +288,22 @@ def _read_saved(folder: Path, split: str):
         yield f"{folder}, row {number}", row
 
 
-def _read_dataset(name: str, split: str, subset: str | None, streaming: bool, problem: str):
+def _read_dataset(
+    name: str, split: str, subset: str | None, streaming: bool, problem: str
+) -> Iterator[Row]:
     import datasets
 
     try:
         rows = datasets.load_dataset(name, subset, split=split, streaming=streaming)
         for number, row in enumerate(rows, start=1):
             yield f"{name}, row {number}", row
-    except (
-        Exception
-    ) as error:  # the library raises many kinds; each means that the name gave no data
+    except Exception as error:  # of many kinds; each means that the name gave no data
         raise UserError(f"data set {name!r}: {problem}: {_reason(error)}") from None
 
 
 def _reason(error: Exception) -> str:
-    """What an exception says, on one line; the second names the subsets or splits that there are."""
+    """The first two lines of an exception as one line.
+
+    The second often names the available subsets or splits.
+    """
     return " ".join(str(error).splitlines()[:2]) or type(error).__name__

@@ -1,1 +1,1 @@
-"""What surrounds a run and is no part of the lesson: options, folders, checkpoints, processes, logs. See README.md here."""
+"""Everything around a run: options, folders, checkpoints, processes, logs. See README.md here."""

@@ -1,4 +1,4 @@
-"""checkpoint.pt: what an unfinished run needs to go on, and to end as if nothing had stopped it."""
+"""checkpoint.pt: what an unfinished run needs to go on as if nothing had stopped it."""
 
 from __future__ import annotations
 
@@ -22,8 +22,12 @@ def save(
     log_state: dict,
     skipped: int,
 ) -> None:
-    """Write a checkpoint: to another name first, so that the one before stays until this one is whole."""
-    of_each_process = gather_object([{"rng": _random_state(), "log": log_state}])
+    """Write a checkpoint after ``step`` steps; all processes call this together.
+
+    It is written under another name and then renamed, so that the previous checkpoint stays until
+    this one is complete. ``skipped`` counts the steps that were not finite.
+    """
+    process_states = gather_object([{"rng": _random_state(), "log": log_state}])
     if accelerator.is_main_process:
         state = {
             "step": step,
@@ -33,7 +37,7 @@ def save(
             },
             "optimizer": optimizer.state_dict(),
             "schedule": schedule.state_dict(),
-            "processes": of_each_process,
+            "processes": process_states,
             "skipped": skipped,
         }
         temporary = path.with_suffix(".tmp")
@@ -46,7 +50,7 @@ def save(
 
 
 def load(path: Path, accelerator, settings: dict, model, optimizer, schedule) -> dict:
-    """Put a run back to its checkpoint; returns {"step", "skipped", "log"}.
+    """Restore a run from its checkpoint; returns {"step", "skipped", "log"}.
 
     Raises:
         UserError: if the checkpoint cannot be read, or was made with other options or data (names
@@ -54,17 +58,18 @@ def load(path: Path, accelerator, settings: dict, model, optimizer, schedule) ->
     """
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        before = state["settings"]
-    except Exception as error:  # whatever the file holds, it is no checkpoint of ours
+        saved = state["settings"]
+    except Exception as error:  # of any kind: the file is not a checkpoint of ours
         reason = str(error).splitlines()[0]
         raise UserError(f"{path}: cannot be read: {reason}; start anew with --overwrite") from None
-    changed = [name for name in settings if before.get(name) != settings[name]]
+    changed = [name for name in settings if saved.get(name) != settings[name]]
     if changed:
-        was = ", ".join(
-            f"{name} was {before.get(name)!r} and is {settings[name]!r}" for name in changed
+        changes = ", ".join(
+            f"{name} was {saved.get(name)!r} and is {settings[name]!r}" for name in changed
         )
         raise UserError(
-            f"--resume: {path.parent} was begun otherwise: {was}; give the same again, or start anew with --overwrite"
+            f"--resume: {path.parent} was begun otherwise: {changes}; give the same again, or "
+            "start anew with --overwrite"
         )
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -72,11 +77,11 @@ def load(path: Path, accelerator, settings: dict, model, optimizer, schedule) ->
                 parameter.copy_(state["adapter"][name])
     optimizer.load_state_dict(state["optimizer"])
     schedule.load_state_dict(state["schedule"])
-    of_this_process = state["processes"][accelerator.process_index]
-    torch.set_rng_state(of_this_process["rng"]["cpu"])
-    if "cuda" in of_this_process["rng"]:
-        torch.cuda.set_rng_state(of_this_process["rng"]["cuda"])
-    return {"step": state["step"], "skipped": state["skipped"], "log": of_this_process["log"]}
+    process_state = state["processes"][accelerator.process_index]
+    torch.set_rng_state(process_state["rng"]["cpu"])
+    if "cuda" in process_state["rng"]:
+        torch.cuda.set_rng_state(process_state["rng"]["cuda"])
+    return {"step": state["step"], "skipped": state["skipped"], "log": process_state["log"]}
 
 
 def _random_state() -> dict[str, torch.Tensor]:

@@ -1,4 +1,4 @@
-"""The folder of a run: written under another name, with a checkpoint to resume from, and renamed when complete."""
+"""The folder of a run, which is written under another name and renamed when it is complete."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from gram_mini.runs.record import HEAD
 class RunFolder:
     """The folder of a run.
 
-    Until it is complete the run is in NAME.partial, with a checkpoint to resume from. So a run
-    folder is always a finished run, and a run that fails leaves what was there before untouched.
+    Until it is complete, the run is in NAME.partial, with a checkpoint to resume from. So a run
+    folder always holds a finished run, and a run that fails leaves an older one untouched.
 
     Raises:
         UserError: if the folder holds a run and ``overwrite`` is off, holds something else, or
@@ -43,40 +43,42 @@ class RunFolder:
                 )
             if not overwrite:
                 raise UserError(
-                    f"--out {folder}: already holds a run; give another folder, or --overwrite to replace it"
+                    f"--out {folder}: already holds a run; give another folder, or --overwrite "
+                    "to replace it"
                 )
         check_place(folder, "--out")
         if resume and not (self.partial / "log.csv").is_file():
             raise UserError(
-                f"--resume: there is no unfinished run {folder}.partial; leave the option out to start one"
+                f"--resume: there is no unfinished run {folder}.partial; leave the option out to "
+                "start one"
             )
         if self.checkpoint.is_file() and not (resume or overwrite):
             raise UserError(
-                f"--out {folder}: an unfinished run is there; go on with --resume, or start anew with --overwrite"
+                f"--out {folder}: an unfinished run is there; go on with --resume, or start anew "
+                "with --overwrite"
             )
 
     @property
     def resumes(self) -> bool:
-        """Whether there is a checkpoint to go on from, and that is asked for."""
+        """Whether the run goes on from a checkpoint: ``resume`` is on and there is one."""
         return self.resume and self.checkpoint.is_file()
 
     def start(self) -> None:
-        """Make the folder that the run is written to until it is complete.
+        """Make the folder NAME.partial.
 
         Raises:
-            UserError: if something else has its name, or it cannot be made.
+            UserError: if something else has this name, or the folder cannot be made.
         """
         if not self.resumes:
-            # Killed while it was put in place, a run is complete under this name and still has its
-            # checkpoint.
-            names = (
-                {file.name for file in self.partial.iterdir()} if self.partial.is_dir() else set()
-            )
+            files = self.partial.iterdir() if self.partial.is_dir() else ()
+            names = {file.name for file in files}
+            # A run that was killed while it was renamed is complete but still has its checkpoint.
             if names and (
                 "log.csv" not in names or "run.json" in names and "checkpoint.pt" not in names
             ):
                 raise UserError(
-                    f"{self.partial}: is in the way and no unfinished run; rename it, or give another --out"
+                    f"{self.partial}: is in the way and no unfinished run; rename it, or give "
+                    "another --out"
                 )
             shutil.rmtree(self.partial, ignore_errors=True)
         try:
@@ -85,7 +87,7 @@ class RunFolder:
             raise UserError(f"--out {self.folder}: cannot be written: {error.strerror}") from None
 
     def finish(self, model, tokenizer, record: dict) -> None:
-        """Write adapter, tokenizer, plot and run.json, then give the folder its name."""
+        """Write adapter, tokenizer, plot and run.json, then rename the folder to its final name."""
         save_adapter(model, tokenizer, record["backbone"]["name"], self.partial)
         plot(self.partial / "log.csv", self.partial / "plot.png", record["stage"])
         (self.partial / "run.json").write_text(json.dumps(record, indent=2) + "\n")
@@ -95,7 +97,7 @@ class RunFolder:
 
 
 def save_adapter(model, tokenizer, backbone: str, folder: Path) -> None:
-    """Write adapter, head (where a baseline trained one) and tokenizer, as safetensors and JSON."""
+    """Write adapter, head (if a baseline trained one) and tokenizer, as safetensors and JSON."""
     model.peft_config["default"].base_model_name_or_path = backbone
     model.save_pretrained(str(folder), save_embedding_layers=False)
     if hasattr(model, "head"):

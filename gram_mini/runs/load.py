@@ -1,4 +1,4 @@
-"""A judge from a run folder, an exported one, or any model: what it was trained with is what it scores with."""
+"""A judge from a run folder, an exported run, or any model, with the settings of its training."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from gram_mini.prompts import JUDGE
 from gram_mini.runs.processes import pick_device
 from gram_mini.runs.record import EXPORTED, HEAD, fingerprint, pinned, read_record
 
-MERGE_UP_TO = 2**30  # bytes of float32 weights
+MERGE_UP_TO = 2**30  # bytes of float32 weights up to which merging is the default on a CPU
 
 
 def load_judge(
@@ -28,22 +28,25 @@ def load_judge(
     template: str | None = None,
     merge: bool | None = None,
 ) -> Judge:
-    """Load a run folder of either training script or of a baseline, an exported one, or any model
-    as a zero-shot judge.
+    """Load a run of a training script or baseline, an exported run, or any model as a judge.
+
+    A model that is not a run becomes a zero-shot judge.
 
     Args:
         path: run folder, model folder, hub name, or "village".
-        bits: 4, 16 or 32; by default what the run was trained with, for an exported model what it
-            was written in, else 4.
-        max_length: tokens per judge prompt; by default what the run was trained with, else 512.
-        template: the judge prompt; by default what the run was trained with, else prompts.JUDGE.
-        merge: put the run's adapter into the weights, in float32. That spares the adapter's
-            products and the unpacking of NF4, and changes no score by more than 1e-5. By default on
-            a CPU, where the weights then take 1 GiB at most. (On a GPU export the run and score
-            with that: gram_mini/serving/export.py.)
+        bits: 4, 16 or 32; by default as in training, for an exported run as written, else 4.
+        device: "auto" or the name of a torch device.
+        max_length: tokens per judge prompt; by default as in training, else 512.
+        batch_size: judge prompts of max_length per forward pass.
+        template: the judge prompt; by default as in training, else prompts.JUDGE.
+        merge: merge the run's adapter into the weights, in float32. That saves the adapter's
+            products and the unpacking of NF4, and changes no score by more than 1e-5. By default
+            this is done on a CPU if the float32 weights take at most 1 GiB. (On a GPU, export the
+            run and score with that: gram_mini/serving/export.py.)
 
     Raises:
-        UserError: if there is no such model, or the backbone is not the one the run was trained on.
+        UserError: no such model or device, an unfinished run, or a backbone that is not the one the
+            run was trained on.
     """
     place, folder = pick_device(device), Path(path)
     head = None
@@ -54,10 +57,8 @@ def load_judge(
             raise UserError(
                 f"{path}: was trained on another version of the backbone {name!r}; train it again"
             )
-        bits, max_length = (
-            bits or record["options"]["bits"],
-            max_length or record["options"]["max_length"],
-        )
+        bits = bits or record["options"]["bits"]
+        max_length = max_length or record["options"]["max_length"]
         template = template or record["prompt"]["judge"]
         model = load_model(pinned(name, trained_on), bits, place)
         if merge is None:
@@ -71,7 +72,8 @@ def load_judge(
         head = load_head(model, folder / HEAD) if (folder / HEAD).is_file() else None
     elif (folder / "adapter_model.safetensors").is_file():
         raise UserError(
-            f"{path}: holds an adapter but no run.json, so its backbone is unknown; is the run finished?"
+            f"{path}: holds an adapter but no run.json, so its backbone is unknown; is the run "
+            "finished?"
         )
     elif folder.with_name(f"{folder.name}.partial").is_dir() and not folder.is_dir():
         raise UserError(
@@ -80,11 +82,8 @@ def load_judge(
     else:
         if (folder / EXPORTED).is_file():
             record = read_record(folder, EXPORTED)
-            max_length, template = (
-                max_length or record["options"]["max_length"],
-                template or record["prompt"]["judge"],
-            )
-            # as it was written
+            max_length = max_length or record["options"]["max_length"]
+            template = template or record["prompt"]["judge"]
             bits = bits or (32 if AutoConfig.from_pretrained(folder).dtype == torch.float32 else 16)
         model, tokenizer = load_model(str(path), bits or 4, place), load_tokenizer(str(path))
     make = Judge if head is None else judge_with_head
@@ -92,18 +91,17 @@ def load_judge(
 
 
 def load_merged(model, folder: Path):
-    """The model in float32 with the adapter of a run in its weights; NF4 weights keep the values
-    they have.
+    """The model in float32 with a run's adapter merged; NF4 weights keep their values.
 
     Raises:
         UserError: as :func:`load_lora`.
     """
-    # into a 4-bit matrix an adapter can only be merged with a loss
+    # Merging an adapter into a 4-bit matrix would round it.
     if getattr(model, "is_loaded_in_4bit", False):
-        before = transformers_logging.get_verbosity()
-        transformers_logging.set_verbosity_error()  # it warns of the type that it casts to
+        verbosity = transformers_logging.get_verbosity()
+        transformers_logging.set_verbosity_error()  # dequantize warns of the type it casts to
         try:
             model = model.dequantize()
         finally:
-            transformers_logging.set_verbosity(before)
+            transformers_logging.set_verbosity(verbosity)
     return load_lora(model.float(), folder, trainable=False).merge_and_unload()

@@ -1,4 +1,4 @@
-"""log.csv, the picture of it, and trackers: what a training run says about itself."""
+"""The figures of a training run: log.csv, its plot, and trackers."""
 
 from __future__ import annotations
 
@@ -9,18 +9,31 @@ from pathlib import Path
 
 import torch
 
-MEANS = ("loss", "accuracy", "margin", "label_mass")  # what a training line averages
+MEANS = ("loss", "accuracy", "margin", "label_mass")  # the means in a training line
 LOG_COLUMNS = ("step", "part", *MEANS, "position_gap", "lr", "skipped", "tokens_per_second")
 
 
 class Log:
     """log.csv: a line for every ``args.log_every`` training steps, and one for each evaluation.
 
-    A training line holds means over what its steps saw, in all processes. ``after`` and ``state``
-    are those of the checkpoint that a run goes on from. tokens_per_second counts the tokens that
-    the model computes, padding included, without the time of evaluations. Only the main process
-    writes. The trackers of the accelerator get the same numbers.
+    A training line holds means over the pairs of its steps, in all processes. tokens_per_second
+    counts the tokens that the model computes, padding included; the time of evaluations is left
+    out. Only the main process writes. The trackers of the accelerator get the same figures.
+
+    Args:
+        path: the file.
+        args: the options of the script.
+        steps: number of steps of the run.
+        after: the step of the checkpoint that the run goes on from, 0 for none.
+        state: what :meth:`state` returned at that checkpoint.
     """
+
+    # Since the last line:
+    _sums: dict[str, torch.Tensor | float]  # of each figure, weighted by the share of its pass
+    _weights: dict[str, float]  # the sums of these shares
+    _in_this_step: list[tuple[str, torch.Tensor, float]]  # (name, weighted value, share)
+    _tokens: int
+    _since: float  # the time of the last line, in seconds
 
     def __init__(
         self, path: Path, args, steps: int, accelerator, after: int = 0, state: dict | None = None
@@ -30,14 +43,11 @@ class Log:
         self._restart()
         kept = []
         if state is not None:
-            self._sums, self._weights, self._tokens = (
-                state["sums"],
-                state["weights"],
-                state["tokens"],
-            )
+            self._sums, self._weights = state["sums"], state["weights"]
+            self._tokens = state["tokens"]
         if accelerator.is_main_process:
             if state is not None:
-                # lines written after the checkpoint will be written again
+                # Lines after the checkpoint will be written again.
                 with open(path, newline="") as file:
                     kept = [row for row in csv.DictReader(file) if int(row["step"]) <= after]
             self._file = open(path, "w", newline="")
@@ -55,24 +65,29 @@ class Log:
         return step % self.every == 0 or step == self.steps
 
     def note(self, tokens: int, share: float, **values: torch.Tensor) -> None:
-        """Note one forward pass that is ``share`` of its step; tensors stay on their device until a line is written."""
+        """Note the figures of one forward pass, which is ``share`` of its step.
+
+        Tensors stay on their device until a line is written.
+        """
         self._tokens += tokens
         self._in_this_step += [
             (name, value.detach().float() * share, share) for name, value in values.items()
         ]
 
     def train(self, step: int, lr: float, applied: bool, skipped: int) -> dict[str, float]:
-        """End an optimiser step; returns the means where it ends a line, else nothing. A skipped step is in no mean."""
+        """End an optimiser step; returns the means if it ends a line, else an empty dictionary.
+
+        A skipped step (not ``applied``) is in no mean.
+        """
         for name, value, share in self._in_this_step if applied else []:
             self._sums[name] = self._sums.get(name, 0.0) + value
             self._weights[name] = self._weights.get(name, 0.0) + share
         self._in_this_step = []
         if not self.due(step):
             return {}
-        table = [[float(self._sums.get(n, 0.0)), self._weights.get(n, 0.0)] for n in MEANS] + [
-            [self._tokens, 0.0]
-        ]
-        table = torch.tensor(table, dtype=torch.float32, device=self.accelerator.device)
+        sums = [[float(self._sums.get(n, 0.0)), self._weights.get(n, 0.0)] for n in MEANS]
+        sums += [[self._tokens, 0.0]]
+        table = torch.tensor(sums, dtype=torch.float32, device=self.accelerator.device)  # (5, 2)
         *rows, (tokens, _) = self.accelerator.reduce(table, "sum").tolist()
         means = {name: total / weight for name, (total, weight) in zip(MEANS, rows) if weight > 0}
         speed = round(tokens / (time.perf_counter() - self._since))
@@ -98,11 +113,12 @@ class Log:
             "tokens": self._tokens,
         }
 
-    def _restart(self):
+    def _restart(self) -> None:
+        """Begin the sums of the next line."""
         self._sums, self._weights, self._in_this_step = {}, {}, []
         self._tokens, self._since = 0, time.perf_counter()
 
-    def _write(self, step, part, **values):
+    def _write(self, step: int, part: str, **values: float | None) -> None:
         values = {
             name: value
             for name, value in values.items()
@@ -119,8 +135,8 @@ class Log:
 
 
 def plot(log: Path, picture: Path, title: str) -> None:
-    """Loss, and accuracy where there is one, over the steps of a log.csv."""
-    # not pyplot, whose state belongs to the notebook that calls us
+    """Plot loss, and accuracy if there is one, over the steps of a log.csv."""
+    # Not pyplot: its state belongs to the notebook that calls us.
     from matplotlib.figure import Figure
 
     with open(log, newline="") as file:
@@ -129,10 +145,10 @@ def plot(log: Path, picture: Path, title: str) -> None:
     figure = Figure(figsize=(5 * max(1, len(columns)), 3.5))
     axes = figure.subplots(1, max(1, len(columns)), squeeze=False)
     for axis, column in zip(axes[0], columns):
-        judged = title == "reward"
+        reward = title == "reward"
         legend = {
-            "train": "train (smoothed loss, one order)" if judged else "train",
-            "held-out": "held out (plain loss, both orders)" if judged else "held out",
+            "train": "train (smoothed loss, one order)" if reward else "train",
+            "held-out": "held out (plain loss, both orders)" if reward else "held out",
         }
         for part, style in (("train", "-"), ("held-out", "o")):
             points = [

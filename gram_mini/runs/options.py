@@ -1,10 +1,11 @@
-"""The command-line options of the scripts, in one place, so that a word means the same everywhere."""
+"""The command-line options of all scripts, so that a name means the same everywhere."""
 
 from __future__ import annotations
 
 import argparse
 import math
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from gram_mini.errors import UserError
@@ -14,24 +15,35 @@ from gram_mini.runs.output import check_output
 from gram_mini.studies import benchmarks
 
 PRETRAIN_EXAMPLES = """\
-  python train_pretrain.py                                      # the village, 2 minutes on 2 CPU cores
-  python train_pretrain.py --model Qwen/Qwen2.5-0.5B-Instruct --data pairs.jsonl --lr 1e-4 --batch-size 8"""
+  python train_pretrain.py                         # the village, 2 minutes on 2 CPU cores
+  python train_pretrain.py --model Qwen/Qwen2.5-0.5B-Instruct --data pairs.jsonl \\
+      --lr 1e-4 --batch-size 8"""
 
 REWARD_EXAMPLES = """\
-  python train_reward.py --init runs/pretrain                   # the village, 40 seconds on 2 CPU cores
-  python train_reward.py --model Qwen/Qwen2.5-0.5B-Instruct --data pairs.jsonl --lr 1e-4 --batch-size 8"""
+  python train_reward.py --init runs/pretrain      # the village, 40 seconds on 2 CPU cores
+  python train_reward.py --model Qwen/Qwen2.5-0.5B-Instruct --data pairs.jsonl \\
+      --lr 1e-4 --batch-size 8"""
 
 SCORE_EXAMPLES = """\
-  python score.py --prompt "What does Bella eat?" --response "Bella eats apples." --response "Bella eats cake."
-  python score.py --data pairs.jsonl --out scores.jsonl"""
+  python score.py --data pairs.jsonl --out scores.jsonl
+  python score.py --prompt "What does Bella eat?" \\
+      --response "Bella eats apples." --response "Bella eats cake.\""""
 
-DEFAULT_JUDGE = "runs/reward"  # what score.py scores with
+DEFAULT_JUDGE = "runs/reward"  # the model of score.py
 
-# Training options that change nothing in what is learned.
+# Training options that do not change what is learned.
 WITHOUT_EFFECT = (
-    "out", "overwrite", "resume", "save_every", "log_every", "report_to", "device", "skip_limit", "gradient_checkpointing",
+    "out",
+    "overwrite",
+    "resume",
+    "save_every",
+    "log_every",
+    "report_to",
+    "device",
+    "skip_limit",
+    "gradient_checkpointing",
     "batch_tokens",
-)  # fmt: skip
+)
 
 
 # ---- the three scripts ---------------------------------------------------------------
@@ -41,9 +53,14 @@ def pretrain_options(description: str, argv=None) -> argparse.Namespace:
     """The options of train_pretrain.py."""
     p = parser(description, PRETRAIN_EXAMPLES)
     add_training_options(
-        p, out="runs/pretrain", lr=3e-3, epochs=2, held_out=0.0, lora_rank=32,
+        p,
+        out="runs/pretrain",
+        lr=3e-3,
+        epochs=2,
+        held_out=0.0,
+        lora_rank=32,
         data_help="pairs of responses: file, folder, hub name, or 'village'",
-    )  # fmt: skip
+    )
     return p.parse_args(argv)
 
 
@@ -114,9 +131,13 @@ def score_options(description: str, argv=None) -> argparse.Namespace:
         help="average of the two orders: of probabilities or log-odds",
     )
     g.add_argument(
-        "--batch-size", type=positive_int, default=32, metavar="N",
-        help="judge prompts of --max-length per forward pass; of shorter ones as many more as have the same number of tokens",
-    )  # fmt: skip
+        "--batch-size",
+        type=positive_int,
+        default=32,
+        metavar="N",
+        help="judge prompts of --max-length per forward pass; of shorter ones as many more as have "
+        "the same number of tokens",
+    )
     add_model_options(g, bits_default=None, max_length_default=None)
     add_judge_template(g, default="as in training, else the one in gram_mini/prompts.py")
     args = p.parse_args(argv)
@@ -125,14 +146,21 @@ def score_options(description: str, argv=None) -> argparse.Namespace:
 
 
 def _check_scoring(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Options that do not go together are an error of usage; what the system garbled is an error of the user's."""
+    """Check that the options go together and that the outputs can be written.
+
+    Options that do not go together are a usage error (exit status 2).
+
+    Raises:
+        UserError: anything else that is wrong.
+    """
     single = args.prompt is not None or bool(args.response)
     if (args.data is not None) == single:
         p.error("give either --prompt with --response, or --data with --out")
     if args.data is not None:
         if args.data == VILLAGE:
             raise UserError(
-                "--data village: is for training; python -m gram_mini.village.table judges its test sets"
+                "--data village: is for training; python -m gram_mini.village.table judges its "
+                "test sets"
             )
         if args.out is None:
             p.error("--data needs --out FILE.jsonl")
@@ -158,17 +186,15 @@ def _check_scoring(p: argparse.ArgumentParser, args: argparse.Namespace) -> None
     if args.reference is not None and args.rank not in (None, "reference"):
         p.error(f"--reference does not go with --rank {args.rank}")
     for text in (args.prompt, args.reference, *args.response):
-        if (
-            text is not None
-            and not text.isprintable()
-            and any("\ud800" <= c <= "\udfff" for c in text)
-        ):
+        # The system turns bytes that are not UTF-8 into lone surrogates.
+        if text is not None and any("\ud800" <= c <= "\udfff" for c in text):
             raise UserError(
                 "a text on the command line is not UTF-8; give it in a file with --data"
             )
     if args.model == DEFAULT_JUDGE and not Path(args.model).is_dir():
         raise UserError(
-            f"{args.model}: not trained yet; run train_reward.py, or give --model (runs/demo/reward after make demo)"
+            f"{args.model}: not trained yet; run train_reward.py, or give --model "
+            "(runs/demo/reward after make demo)"
         )
 
 
@@ -176,7 +202,7 @@ def _check_scoring(p: argparse.ArgumentParser, args: argparse.Namespace) -> None
 
 
 def parser(description: str, examples: str) -> argparse.ArgumentParser:
-    """A parser whose help opens with commands to copy and shows every default."""
+    """A parser whose help begins with commands to copy and shows every default."""
     return argparse.ArgumentParser(
         usage=f"\n{examples}",
         description=description,
@@ -190,10 +216,9 @@ class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescription
         super().__init__(prog, max_help_position=30, width=110)
 
     def _get_help_string(self, action):
-        # Every default, but not "(default: None)" or that a switch is off; a computed default
-        # stands in the help text.
-        silent = action.default is None or action.default is False or action.default == []
-        return action.help if silent else super()._get_help_string(action)
+        # Show every default except None, False and []. Their help texts name a computed default.
+        hidden = action.default is None or action.default is False or action.default == []
+        return action.help if hidden else super()._get_help_string(action)
 
 
 def add_training_options(
@@ -205,7 +230,7 @@ def add_training_options(
     lora_rank: int | None,
     data_help: str,
 ) -> None:
-    """Options of both stages; ``out`` to ``lora_rank`` are the stage's defaults."""
+    """Options of both stages; ``out`` to ``lora_rank`` are the defaults of the stage."""
     g = p.add_argument_group("what to train on what")
     g.add_argument(
         "--model",
@@ -267,10 +292,13 @@ def add_training_options(
         help="pairs per forward pass and process",
     )
     g.add_argument(
-        "--batch-tokens", type=positive_int, metavar="N",
-        help="at most so many tokens in a forward pass, padding included: long pairs go through in smaller batches, and an "
-        "optimiser step is what it was (default: no limit but --batch-size)",
-    )  # fmt: skip
+        "--batch-tokens",
+        type=positive_int,
+        metavar="N",
+        help="at most N tokens in a forward pass, padding included: long pairs go through in "
+        "smaller batches, and an optimiser step stays the same (default: no limit but "
+        "--batch-size)",
+    )
     g.add_argument(
         "--grad-accum",
         type=positive_int,
@@ -283,7 +311,7 @@ def add_training_options(
         "--epochs", type=positive_float, default=epochs, help="passes over the data"
     )
     duration.add_argument(
-        "--steps", type=positive_int, metavar="N", help="optimiser steps, in the place of --epochs"
+        "--steps", type=positive_int, metavar="N", help="optimiser steps, instead of --epochs"
     )
     g.add_argument(
         "--seed",
@@ -292,43 +320,61 @@ def add_training_options(
         help="draws the adapter, the order of rows and responses, the village's pairs",
     )
     g.add_argument(
-        "--skip-limit", type=positive_int, default=5, metavar="N",
-        help="stop after N steps in a row whose loss or gradient is not finite; such steps are skipped and counted",
-    )  # fmt: skip
+        "--skip-limit",
+        type=positive_int,
+        default=5,
+        metavar="N",
+        help="stop after N steps in a row whose loss or gradient is not finite; such steps are "
+        "skipped and counted",
+    )
     g = p.add_argument_group("model")
     g.add_argument(
-        "--lora-rank", type=positive_int, metavar="R", default=lora_rank,
-        help="rank of the LoRA adapter" + ("" if lora_rank else " (default: that of --init, else 32)"),
-    )  # fmt: skip
+        "--lora-rank",
+        type=positive_int,
+        metavar="R",
+        default=lora_rank,
+        help="rank of the LoRA adapter"
+        + ("" if lora_rank else " (default: that of --init, else 32)"),
+    )
     g.add_argument(
-        "--gradient-checkpointing", action="store_true",
+        "--gradient-checkpointing",
+        action="store_true",
         help="compute activations twice to keep fewer of them: less memory, up to half more time",
-    )  # fmt: skip
+    )
     add_model_options(g, bits_default=4, max_length_default=512)
 
 
 def add_reward_options(p: argparse.ArgumentParser, out: str) -> None:
-    """Options of stage 2, and of the baselines that take its place."""
+    """Options of stage 2 and of the baselines."""
     add_training_options(
-        p, out=out, lr=1e-3, epochs=2, held_out=0.05, lora_rank=None,
+        p,
+        out=out,
+        lr=1e-3,
+        epochs=2,
+        held_out=0.05,
+        lora_rank=None,
         data_help="labelled pairs: file, folder, hub name, or 'village'",
-    )  # fmt: skip
+    )
     g = p.add_argument_group("stage 2")
     g.add_argument(
         "--init",
         type=Path,
         metavar="RUN",
-        help="run to start from, of stage 1 as a rule (default: the plain backbone)",
+        help="run to start from, usually of stage 1 (default: the plain backbone)",
     )
     g.add_argument(
-        "--label-smoothing", type=smoothing, default=0.05, metavar="EPS",
-        help="eps of the loss above, 0 <= eps < 0.5; half of torch's label_smoothing: 0.05 is the official 0.1 there",
-    )  # fmt: skip
+        "--label-smoothing",
+        type=smoothing,
+        default=0.05,
+        metavar="EPS",
+        help="eps of the loss above, 0 <= eps < 0.5; half of torch's label_smoothing: 0.05 is the "
+        "official 0.1 there",
+    )
     add_judge_template(g, default="that of --init, else the one in gram_mini/prompts.py")
 
 
 def add_reading_options(group) -> None:
-    """Options of everything that reads pairs by load_pairs."""
+    """Options of every command that reads pairs."""
     group.add_argument("--split", default="train", help="split of a hub data set")
     group.add_argument(
         "--subset", metavar="NAME", help="configuration of a hub data set (default: its default)"
@@ -337,9 +383,11 @@ def add_reading_options(group) -> None:
         "--limit", type=positive_int, metavar="N", help="use the first N rows only (default: all)"
     )
     group.add_argument(
-        "--streaming", action="store_true",
-        help="download no more rows of a hub data set than --limit needs (default: all of them, once)",
-    )  # fmt: skip
+        "--streaming",
+        action="store_true",
+        help="download no more rows of a hub data set than --limit needs (default: all of them, "
+        "once)",
+    )
     group.add_argument(
         "--on-bad-row",
         choices=("error", "skip"),
@@ -355,7 +403,7 @@ def add_reading_options(group) -> None:
 
 
 def reading(args) -> dict:
-    """What add_reading_options added, as arguments of load_pairs."""
+    """The options of add_reading_options, as arguments of load_pairs."""
     return {
         name: getattr(args, name)
         for name in ("split", "subset", "limit", "streaming", "on_bad_row", "pairs")
@@ -363,30 +411,39 @@ def reading(args) -> dict:
 
 
 def add_model_options(group, bits_default: int | None, max_length_default: int | None) -> None:
-    """Options of everything that loads a model; None stands for 'as in training'."""
+    """Options of every command that loads a model; a default of None means 'as in training'."""
     group.add_argument(
-        "--bits", type=int, choices=(4, 16, 32), default=bits_default,
-        help="4: NF4 weights (QLoRA); 16: bf16; 32: float32" + ("" if bits_default else " (default: as in training, else 4)"),
-    )  # fmt: skip
+        "--bits",
+        type=int,
+        choices=(4, 16, 32),
+        default=bits_default,
+        help="4: NF4 weights (QLoRA); 16: bf16; 32: float32"
+        + ("" if bits_default else " (default: as in training, else 4)"),
+    )
     group.add_argument(
-        "--max-length", type=positive_int, default=max_length_default, metavar="N",
-        help="tokens per sequence; longer texts are cut, prompt first, then both responses by the same share"
-        + ("" if max_length_default else " (default: as in training, else 512)"),
-    )  # fmt: skip
+        "--max-length",
+        type=positive_int,
+        default=max_length_default,
+        metavar="N",
+        help="tokens per sequence; longer texts are cut, prompt first, then both responses by the "
+        "same share" + ("" if max_length_default else " (default: as in training, else 512)"),
+    )
     group.add_argument(
         "--device",
         default="auto",
-        help="cpu, cuda, cuda:1, ...; auto takes the GPU where there is one",
+        help="cpu, cuda, cuda:1, ...; auto takes a GPU if there is one",
     )
 
 
 def add_judge_template(group, default: str) -> None:
-    """The option for another judge prompt; ``default`` says which one is meant without it."""
+    """The option for another judge prompt; ``default`` says which one is used without it."""
     group.add_argument(
-        "--judge-template", type=Path, metavar="FILE",
-        help="text file of a judge prompt that holds {prompt}, {response_a} and {response_b}, once each and in this order "
-        f"(default: {default})",
-    )  # fmt: skip
+        "--judge-template",
+        type=Path,
+        metavar="FILE",
+        help="text file of a judge prompt that holds {prompt}, {response_a} and {response_b}, once "
+        f"each and in this order (default: {default})",
+    )
 
 
 def as_record(args: argparse.Namespace) -> dict:
@@ -400,12 +457,12 @@ def as_record(args: argparse.Namespace) -> dict:
 
 
 def model_name(text: str) -> str:
-    """argparse type: the name of a model; the former name of the village's still works."""
+    """argparse type: the name of a model; the village's former name still works."""
     return _renamed(text, "--model", "embedded")
 
 
 def data_name(text: str) -> str:
-    """argparse type: the name of a source of data; the former name of the village's pairs still works."""
+    """argparse type: the name of a source of data; the village's former name still works."""
     return _renamed(text, "--data", "world")
 
 
@@ -446,7 +503,7 @@ def smoothing(text: str) -> float:
     return _number(text, float, lambda v: 0 <= v < 0.5, "a number of at least 0 and below 0.5")
 
 
-def _number(text, kind, allowed, wanted):
+def _number(text: str, kind: type, allowed: Callable[..., bool], wanted: str):
     try:
         value = kind(text)
     except ValueError:

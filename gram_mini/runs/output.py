@@ -12,10 +12,12 @@ from gram_mini.errors import UserError
 
 
 def check_output(path: Path, overwrite: bool, name: str) -> None:
-    """See before the work begins that a file can be written; ``name`` is what the user calls it.
+    """Check before the work begins that a file can be written.
+
+    ``name`` is the option that names it, for the error message.
 
     Raises:
-        UserError: the file is there already and may not be replaced, or its folder cannot be
+        UserError: the file is already there and may not be replaced, or its folder cannot be
             written to.
     """
     if path.exists() and not overwrite:
@@ -32,7 +34,7 @@ def write_whole(path: Path, parts: Iterable[str], name: str) -> None:
     """Write texts to a file under another name and rename it when it is complete.
 
     Raises:
-        UserError: it cannot be written; what was there before is still there.
+        UserError: it cannot be written; an older file is still there.
     """
     partial = path.with_name(path.name + ".partial")
     try:
@@ -53,10 +55,12 @@ def save_figure(figure, picture: Path) -> None:
 
 
 def check_place(folder: Path, name: str) -> None:
-    """See before the work begins that a folder can be made; ``name`` is what the user calls it.
+    """Check before the work begins that a folder can be made.
+
+    ``name`` is the option that names it, for the error message.
 
     Raises:
-        UserError: it, or what it would be made in, is a file or cannot be written to.
+        UserError: it, or the folder it would be made in, is a file or cannot be written to.
     """
     place = folder.absolute()
     above = next(place for place in (place, *place.parents) if place.exists())
@@ -65,7 +69,7 @@ def check_place(folder: Path, name: str) -> None:
 
 
 def put_in_place(partial: Path, folder: Path) -> None:
-    """Give a complete folder its name; what had that name is removed after, and nothing else is."""
+    """Rename a complete folder to its final name; only then remove an older one of that name."""
     aside = None
     if folder.exists():
         aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent)) / folder.name

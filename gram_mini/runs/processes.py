@@ -1,7 +1,7 @@
 """The device, and the processes that ``accelerate launch`` starts.
 
-Every process draws the same rows of a step and computes its share of them. Gradients and losses are
-added up at the end, so two processes learn what one learns with twice the batch.
+Every process draws the same rows of a step and computes its share of them. At the end gradients and
+losses are added up. So two processes learn the same as one process with twice the batch.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import importlib.util
 import os
 import signal
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -20,11 +21,12 @@ from gram_mini.training import trainable
 
 
 def pick_device(device: str) -> torch.device:
-    """``auto`` is the GPU where there is one; of several, each process of ``accelerate launch``
-    takes its own.
+    """The device of this name; ``auto`` is a GPU if there is one.
+
+    Of several GPUs each process of ``accelerate launch`` takes its own.
 
     Raises:
-        UserError: for a device that torch does not know or that this machine lacks.
+        UserError: for a device that torch does not know or that this machine does not have.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -43,8 +45,7 @@ def pick_device(device: str) -> torch.device:
 def start_processes(
     device: str, report_to: str | None = None, folder=None
 ) -> tuple[Accelerator, torch.device]:
-    """The accelerator, which knows this process's place among the others, and the device to compute
-    on.
+    """The accelerator, which connects the processes, and the device to compute on.
 
     ``report_to`` names a tracker that writes to ``folder``.
 
@@ -60,7 +61,10 @@ def start_processes(
 
 
 def in_shares(accelerator: Accelerator, work, items: list) -> list:
-    """``work(items)``, a list of as many results, with each process doing a share; every process gets all results."""
+    """``work(items)``, one result per item, with each process doing a share.
+
+    Every process gets all results.
+    """
     n = accelerator.num_processes
     results = [None] * len(items)
     for rank, share in enumerate(gather_object([work(items[accelerator.process_index :: n])])):
@@ -69,7 +73,7 @@ def in_shares(accelerator: Accelerator, work, items: list) -> list:
 
 
 def add_up(accelerator: Accelerator, model, loss: torch.Tensor | float) -> float:
-    """Add gradients and loss of a step up over the processes; returns the loss of the whole step."""
+    """Sum gradients and loss of a step over the processes; returns the loss of the whole step."""
     if accelerator.num_processes > 1:
         for p in trainable(model):  # a process without a row in this step has no gradient
             p.grad = accelerator.reduce(torch.zeros_like(p) if p.grad is None else p.grad, "sum")
@@ -81,21 +85,24 @@ def add_up(accelerator: Accelerator, model, loss: torch.Tensor | float) -> float
 
 @contextmanager
 def stopping_after_the_step(accelerator: Accelerator):
-    """Ctrl-C and SIGTERM set the accelerator's trigger, so that a run can save and stop; a second one stops at once."""
-    before = {}
+    """Ctrl-C and SIGTERM set the accelerator's trigger, so that a run can save and stop.
+
+    A second signal stops it at once.
+    """
+    handlers: dict[int, Any] = {}  # the previous ones
 
     def stop(number, frame):
         accelerator.set_trigger()
         accelerator.print("\nstopping after this step; once more stops at once, without saving")
-        for name, handler in before.items():
+        for name, handler in handlers.items():
             signal.signal(name, handler)
 
     try:
-        before = {name: signal.signal(name, stop) for name in (signal.SIGINT, signal.SIGTERM)}
+        handlers = {name: signal.signal(name, stop) for name in (signal.SIGINT, signal.SIGTERM)}
     except ValueError:  # not in the main thread, for example in a notebook server's worker
         pass
     try:
         yield
     finally:
-        for name, handler in before.items():
+        for name, handler in handlers.items():
             signal.signal(name, handler)

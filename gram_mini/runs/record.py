@@ -1,4 +1,4 @@
-"""run.json: what a run was made of, and whether what is here now is still that."""
+"""run.json: the options, data and backbone of a run, and checks that they are still the same."""
 
 from __future__ import annotations
 
@@ -14,19 +14,18 @@ from gram_mini.errors import UserError
 from gram_mini.model import VILLAGE, local_folder
 from gram_mini.runs import options
 
-# the record in an exported model; with run.json the folder would be taken for a run
-EXPORTED = "gram_run.json"
-HEAD = "head.safetensors"  # beside the adapter of a run that trained a head of its own
+EXPORTED = "gram_run.json"  # the record of an exported run; run.json would mark a run folder
+HEAD = "head.safetensors"  # beside the adapter of a run that trained its own head
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "datasets")
-# the village's backbone and pairs in a run.json of before 0.2
+# The village's backbone and pairs in a run.json that is older than version 0.2.
 FORMER_NAMES = {"embedded": VILLAGE, "world": VILLAGE}
 
 
 def read_record(folder: Path, name: str = "run.json") -> dict:
-    """The record of a run folder; an exported model keeps it under the name EXPORTED.
+    """The record of a run folder; in an exported run it has the name EXPORTED.
 
     Raises:
-        UserError: if the folder holds none or it cannot be read.
+        UserError: if there is none or it cannot be read.
     """
     try:
         record = json.loads((folder / name).read_text())
@@ -41,19 +40,16 @@ def read_record(folder: Path, name: str = "run.json") -> dict:
         or not {"stage", "backbone", "options", "prompt", "labels"} <= record.keys()
     ):
         raise UserError(f"{folder / name}: is not the record of a run")
-    for names, key in (
-        (record["backbone"], "name"),
-        (record["options"], "model"),
-        (record["options"], "data"),
-    ):
-        names[key] = FORMER_NAMES.get(names.get(key), names.get(key))
+    for part, key in (("backbone", "name"), ("options", "model"), ("options", "data")):
+        value = record[part].get(key)
+        record[part][key] = FORMER_NAMES.get(value, value)
     return record
 
 
 def make_record(
     stage: str, args, data, model, labels: tuple[int, int], template: str, results: dict
 ) -> dict:
-    """The contents of run.json: everything needed to score with the run and to repeat it."""
+    """The contents of run.json: everything that is needed to score with the run or repeat it."""
     init = getattr(args, "init", None)
     name = (
         args.model
@@ -78,9 +74,9 @@ def make_record(
 
 
 def settings(args, data, model, processes: int, template: str) -> dict:
-    """What must be the same for an unfinished run to go on.
+    """The settings that must be the same for an unfinished run to go on.
 
-    How a step is split into forward passes is no part of it.
+    The split of a step into forward passes may change.
     """
     split = (*options.WITHOUT_EFFECT, "batch_size", "grad_accum")
     return {
@@ -94,10 +90,10 @@ def settings(args, data, model, processes: int, template: str) -> dict:
 
 
 def fingerprint(name: str, model=None) -> str | None:
-    """What identifies a backbone: a hash over config and weights of its folder, or its commit on
-    the hub.
+    """What identifies a backbone: a hash of its folder, or its commit on the hub.
 
-    The commit is read off the loaded ``model``; without one it is None for a name on the hub.
+    The hash covers the config and samples of the weights. The commit is read from the loaded
+    ``model``. For a name on the hub without a model it is None.
     """
     folder = local_folder(name)
     if folder is None:
@@ -107,7 +103,7 @@ def fingerprint(name: str, model=None) -> str | None:
         size = file.stat().st_size
         digest.update(f"{file.name} {size} ".encode())
         with open(file, "rb") as stream:
-            # 64 KB at 256 places tell two models apart without reading 16 GB
+            # 64 KiB at each of 256 places tell two models apart without reading 16 GB.
             for part in range(256):
                 stream.seek(part * size // 256)
                 digest.update(stream.read(1 << 16))
@@ -115,19 +111,22 @@ def fingerprint(name: str, model=None) -> str | None:
 
 
 def pinned(name: str, commit: str | None) -> str:
-    """The name of a backbone at the version that a run was trained on: the hub's may be newer by now."""
+    """The name of a backbone at the commit a run was trained on; the hub's may be newer now."""
     return f"{name}@{commit}" if commit and local_folder(name) is None else name
 
 
 def check_init(init: Path, backbone: str, rank: int | None, head: str | None = None) -> dict:
-    """The record of a run, if training can go on from it on this backbone.
+    """The record of a run, if training can start from it on this backbone.
 
-    ``head`` is the kind that a baseline trains, "labels" or "scalar"; train_reward.py (None) trains
-    none.
+    Args:
+        init: the run folder.
+        backbone: the name of the backbone.
+        rank: the rank of the adapter, or None for that of the run.
+        head: the kind of head that a baseline trains, "labels" or "scalar"; None for
+            train_reward.py, which trains no head.
 
     Raises:
-        UserError: no finished run, another backbone, or another rank or kind of head than asked
-            for.
+        UserError: no finished run, another backbone, another rank or another kind of head.
     """
     if not init.is_dir():
         raise UserError(f"--init {init}: no such folder; run train_pretrain.py --out {init} first")
@@ -138,18 +137,21 @@ def check_init(init: Path, backbone: str, rank: int | None, head: str | None = N
     )
     if not same:
         raise UserError(
-            f"--init {init}: was trained on the backbone {name!r} ({trained_on}), not on {backbone!r}; give the same --model"
+            f"--init {init}: was trained on the backbone {name!r} ({trained_on}), not on "
+            f"{backbone!r}; give the same --model"
         )
     trained_rank = record["options"]["lora_rank"]
     if rank is not None and rank != trained_rank:
         raise UserError(
-            f"--lora-rank {rank}: the adapter in {init} has rank {trained_rank}; leave the option out"
+            f"--lora-rank {rank}: the adapter in {init} has rank {trained_rank}; "
+            "leave the option out"
         )
     if (init / HEAD).is_file():
         kind = record["options"].get("head", "labels")
         if head is None:
             raise UserError(
-                f"--init {init}: has a head of its own, trained by python -m gram_mini.baselines; go on with that command"
+                f"--init {init}: has a head of its own, trained by python -m gram_mini.baselines; "
+                "go on with that command"
             )
         if kind != head:
             raise UserError(f"--head {head}: {init} was trained with --head {kind}; give the same")

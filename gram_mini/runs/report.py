@@ -1,4 +1,4 @@
-"""What the scripts say about their data before they train: how long pairs are, what is cut, whether length is a cue."""
+"""What the scripts say about their data before they train: lengths, cuts, length as a cue."""
 
 from __future__ import annotations
 
@@ -7,15 +7,16 @@ from gram_mini.prompts import PromptPieces
 
 
 def lengths(rows: list[EncodedPair], pieces: PromptPieces) -> dict:
-    """How long the sequences are before they are cut, in tokens, prompt pieces included, and how
-    many are cut.
+    """Lengths of the sequences before cutting, in tokens with the prompt pieces, and cuts.
 
-    ``longer_preferred`` is the share of labelled pairs, of those with responses of different
-    length, in which the longer one is preferred: far from 1/2, length alone is a cue (None where no
-    pair says).
+    Returns {"half", "nine_in_ten", "longest", "truncated", "longer_preferred"}. The first three are
+    the median, the 90% quantile and the maximum of the lengths. ``truncated`` counts the sequences
+    that are cut. ``longer_preferred`` is the share of labelled pairs in which the longer response
+    is preferred, of those with responses of different length (None if there are none). Far from
+    1/2, length alone is a cue.
     """
     tokens = sorted(sum(row.uncut) + pieces.fixed_tokens for row in rows)
-    won = [
+    longer_wins = [
         (a > b) == (row.label == 0)
         for row in rows
         for _, a, b in [row.uncut]
@@ -26,19 +27,17 @@ def lengths(rows: list[EncodedPair], pieces: PromptPieces) -> dict:
         "nine_in_ten": tokens[len(tokens) * 9 // 10],
         "longest": tokens[-1],
         "truncated": sum(row.truncated for row in rows),
-        "longer_preferred": sum(won) / len(won) if won else None,
+        "longer_preferred": sum(longer_wins) / len(longer_wins) if longer_wins else None,
     }
 
 
 def describe(lengths: dict, max_length: int) -> str:
     """One line for the result of :func:`lengths`."""
-    preferred = lengths["longer_preferred"]
-    return (
-        f"tokens a pair: {lengths['half']} for half of them, {lengths['nine_in_ten']} for nine in ten, at most "
-        f"{lengths['longest']}; {lengths['truncated']} cut to {max_length}"
-        + (
-            ""
-            if preferred is None
-            else f"; the longer response preferred in {preferred:.0%} of the pairs"
-        )
+    line = (
+        f"tokens a pair: {lengths['half']} for half of them, {lengths['nine_in_ten']} for nine in "
+        f"ten, at most {lengths['longest']}; {lengths['truncated']} cut to {max_length}"
     )
+    preferred = lengths["longer_preferred"]
+    if preferred is not None:
+        line += f"; the longer response preferred in {preferred:.0%} of the pairs"
+    return line

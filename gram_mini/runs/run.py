@@ -1,14 +1,15 @@
-"""A run of a training script: everything around the loop that is not the loop.
+"""A run of a training script: everything around the training loop.
 
-    run = Run("reward", args)                          folder, processes and device; what is wrong is said before any work
-    for batch in run.steps(...):                       resumes before the first step; logs and saves after each
-        for part in run.passes(batch):                 this process's share of the step, as much at a time as fits
-            run.note(...)                              figures for the log
-        if run.finite(gradient_norm): ...              a loss or gradient that is not finite skips its step, and is counted
+    run = Run("reward", args)        folder, processes and device; errors come before any work
+    for batch in run.steps(...):     resumes before the first step; logs and saves after each
+        for part in run.passes(batch):    this process's share of the step, as many pairs as fit
+            run.note(...)                 figures for the log
+        if run.finite(gradient_norm): ... steps with a loss or gradient that is not finite are
+                                          skipped and counted
         if run.evaluation_due(): run.log_held_out(...)
-    run.finish(...)                                    adapter, tokenizer, run.json, log.csv, plot.png
+    run.finish(...)                  adapter, tokenizer, run.json, log.csv, plot.png
 
-Model call, loss, backward and the optimiser's step stay in the script.
+Model call, loss, backward pass and optimiser step are in the script.
 """
 
 from __future__ import annotations
@@ -34,16 +35,18 @@ from gram_mini.runs.record import check_init, make_record, pinned, settings
 from gram_mini.runs.report import describe, lengths
 from gram_mini.training import number_of_steps
 
-LORA_RANK = 32  # where neither --lora-rank nor --init says
+LORA_RANK = 32  # if there is neither --lora-rank nor --init
 TITLES = {"pretrain": "stage 1", "reward": "stage 2"}
 
 
 class Run:
     """A run of one stage, "pretrain" or "reward", with the options of its script.
 
-    device:    where to compute
-    backbone:  args.model, at the version that --init was trained on
-    template:  the judge prompt: --judge-template's, that of --init, or our own
+    Attributes:
+        device: where to compute.
+        backbone: args.model, at the version that --init was trained on.
+        template: the judge prompt, from --judge-template, from --init, or our own.
+        evaluation: the latest figures of the held-out pairs; empty if there are none.
 
     Raises:
         UserError: a folder, device, tracker or --init that cannot be used.
@@ -71,24 +74,22 @@ class Run:
             self.template = read_template(args.judge_template)
         self.data: PairData
         self.lengths: dict = {}
-        self.evaluation: dict = {}  # figures of the held-out pairs
+        self.evaluation: dict = {}
         self._step = self._total = 0
 
-    # ---- before the loop
-    # ------------------------------------------------------------------------------
+    # ---- before the loop -------------------------------------------------------------
 
     def say(self, line: object) -> None:
-        """Print a line; of several processes one speaks."""
+        """Print a line, from one process only."""
         self._accelerator.print(line)
 
     @property
     def rows_per_step(self) -> int:
-        """Pairs in an optimiser step, in all processes."""
+        """Pairs per optimiser step, over all processes."""
         return self.args.batch_size * self.args.grad_accum * self._accelerator.num_processes
 
     def load_pairs(self, labelled: bool) -> list[Pair]:
-        """The pairs of ``--data``, as the options say; prints what was read and dropped, and
-        run.json keeps it.
+        """The pairs of ``--data``; prints what was read and dropped, and run.json keeps it.
 
         Raises:
             UserError: as reading.load.load_pairs.
@@ -98,7 +99,7 @@ class Run:
         return self.data.pairs
 
     def number_of_steps(self, rows: int) -> int:
-        """Optimiser steps: ``--steps`` where given, else what ``--epochs`` passes over the rows take."""
+        """Optimiser steps: ``--steps``, or as many as ``--epochs`` passes over the rows take."""
         return number_of_steps(rows, self.rows_per_step, self.args.epochs, self.args.steps)
 
     def describe(
@@ -107,20 +108,18 @@ class Run:
         """Say how many pairs there are and how long they are; run.json keeps it."""
         self._fixed_tokens = prompt.fixed_tokens
         self.lengths = lengths(train + held_out, prompt)
-        held = f"{len(train)} pairs to train on, {len(held_out)} held out"
-        self.say(f"{held}; {describe(self.lengths, self.args.max_length)}")
+        counts = f"{len(train)} pairs to train on, {len(held_out)} held out"
+        self.say(f"{counts}; {describe(self.lengths, self.args.max_length)}")
 
-    # ---- the loop
-    # -------------------------------------------------------------------------------------
+    # ---- the loop --------------------------------------------------------------------
 
     def steps(
         self, batches: Iterator[list[EncodedPair]], steps: int, model, optimizer, schedule
     ) -> Iterator[list[EncodedPair]]:
-        """Yield the batch of each of ``steps`` steps, from the beginning or from the checkpoint of
-        an unfinished run.
+        """Yield the batch of each step, from the first step or from that after the checkpoint.
 
         Raises:
-            UserError: an unfinished run of other options or data, or one that cannot be read.
+            UserError: an unfinished run with other options or data, or one that cannot be read.
             Interrupted: after Ctrl-C, when the step is done and saved.
         """
         accelerator = self._accelerator
@@ -144,30 +143,25 @@ class Run:
         )
         model.train()
         progress = tqdm(
-            range(begun["step"] + 1, steps + 1), desc=TITLES[self.stage], mininterval=1, initial=begun["step"], total=steps,
+            range(begun["step"] + 1, steps + 1),
+            desc=TITLES[self.stage],
+            mininterval=1,
+            initial=begun["step"],
+            total=steps,
             disable=not accelerator.is_main_process,
-        )  # fmt: skip
+        )
         with stopping_after_the_step(accelerator):
             for self._step in progress:
-                self._batch, self._loss, self._applied, self._evaluated = (
-                    next(batches),
-                    0.0,
-                    True,
-                    False,
-                )
+                self._batch = next(batches)
+                self._loss, self._applied, self._evaluated = 0.0, True, False
                 rate = schedule.get_last_lr()[0]
                 yield self._batch
                 means = self._log.train(
                     self._step, lr=rate, applied=self._applied, skipped=self.skipped
                 )
                 if means:
-                    progress.set_postfix(
-                        {
-                            name: f"{means[name]:.3f}"
-                            for name in ("loss", "accuracy")
-                            if name in means
-                        }
-                    )
+                    names = [name for name in ("loss", "accuracy") if name in means]
+                    progress.set_postfix({name: f"{means[name]:.3f}" for name in names})
                 if self._evaluated:
                     self._log.held_out(self._step, self.evaluation)
                 stop = accelerator.check_trigger()
@@ -176,32 +170,34 @@ class Run:
                     if stop:
                         accelerator.end_training()
                         raise Interrupted(
-                            f"stopped after step {self._step}, saved in {self.folder.partial}; go on with the same "
-                            "command and --resume"
+                            f"stopped after step {self._step}, saved in {self.folder.partial}; "
+                            "go on with the same command and --resume"
                         )
         accelerator.end_training()
 
     def passes(
-        self, batch: list[EncodedPair], size: Callable[[EncodedPair], float] | None = None
+        self, batch: list[EncodedPair], size: Callable[[EncodedPair], int] | None = None
     ) -> Iterator[list[EncodedPair]]:
-        """Yield this process's share of a step, ``--batch-size`` rows and ``--batch-tokens`` tokens
-        at a time.
+        """Yield this process's share of a step, one forward pass at a time.
 
-        ``size`` of a row is how many tokens it takes in a pass; by default those of its one
-        sequence. After the last pass gradients and losses are added up over the processes.
+        A pass has at most ``--batch-size`` rows and ``--batch-tokens`` tokens. ``size`` is the
+        number of tokens that a row takes in a pass, by default those of one sequence. After the
+        last pass, gradients and losses are summed over the processes.
         """
         n = self._accelerator.num_processes
-        # rows are sorted by length: equal work for all
+        # The rows are sorted by length, so every process gets equal work.
         share = batch[self._accelerator.process_index :: n]
         size = size or (lambda row: row.length + self._fixed_tokens)
-        for part in split_by_tokens(
-            [size(row) for row in share], self.args.batch_tokens, most=self.args.batch_size
-        ):
+        sizes = [size(row) for row in share]
+        for part in split_by_tokens(sizes, self.args.batch_tokens, most=self.args.batch_size):
             yield share[part]
         self._loss = add_up(self._accelerator, self._model, self._loss)
 
     def note(self, share: float, tokens: int = 0, **figures: torch.Tensor) -> None:
-        """Note figures of a forward pass that is ``share`` of its step and took ``tokens``; ``loss`` among them."""
+        """Note the figures of a forward pass, which is ``share`` of its step.
+
+        ``tokens`` counts its tokens with padding. The figures are scalars, ``loss`` among them.
+        """
         if "loss" in figures:
             self._loss += figures["loss"].detach() * share
         self._log.note(tokens, share, **figures)
@@ -211,12 +207,11 @@ class Run:
         return self._log.due(self._step)
 
     def finite(self, gradient_norm: float) -> bool:
-        """Whether the step can be taken: its loss and gradient are finite. Steps that cannot be
-        taken are counted.
+        """Whether loss and gradient of the step are finite; other steps are counted as skipped.
 
         Raises:
-            UserError: if that happened ``--skip-limit`` times in a row; names the rows of the last
-                time.
+            UserError: if ``--skip-limit`` steps in a row were skipped; names the rows of the last
+                one.
         """
         self._applied = math.isfinite(self._loss) and math.isfinite(gradient_norm)
         if self._applied:
@@ -224,33 +219,38 @@ class Run:
             return True
         self.skipped, self._skipped_in_a_row = self.skipped + 1, self._skipped_in_a_row + 1
         if self._skipped_in_a_row >= self.args.skip_limit:
+            rows = ", ".join(map(str, sorted(row.row for row in self._batch)))
             raise UserError(
-                f"{self.args.skip_limit} steps in a row had a loss or gradient that is not finite (loss {self._loss:.4g}, "
-                f"gradient norm {gradient_norm:.4g}), the last one on rows "
-                f"{', '.join(map(str, sorted(row.row for row in self._batch)))} of {self.data.source}; lower --lr, or look "
-                "at these rows"
+                f"{self.args.skip_limit} steps in a row had a loss or gradient that is not finite "
+                f"(loss {self._loss:.4g}, gradient norm {gradient_norm:.4g}), the last one on rows "
+                f"{rows} of {self.data.source}; lower --lr, or look at these rows"
             )
         return False
 
     def evaluation_due(self) -> bool:
-        """Whether the held-out pairs are to be judged after this step: five times a run, and at its end."""
+        """Whether to judge the held-out pairs after this step: five times a run and at its end."""
         self._began = time.perf_counter()
         return self._step == self._total or self._step % max(1, self._total // 5) == 0
 
     def in_shares(self, work: Callable[[list], list], items: list) -> list:
-        """``work(items)``, as many results as items, with each process doing a share; all processes get all results."""
+        """``work(items)``, one result per item, with each process doing a share.
+
+        All processes get all results.
+        """
         return in_shares(self._accelerator, work, items)
 
     def log_held_out(self, figures: dict) -> None:
-        """Log figures of the held-out pairs; run.json keeps the last ones."""
+        """Log the figures of the held-out pairs; run.json keeps the last ones."""
         self.evaluation, self._evaluated = figures, True
         self._log.exclude(time.perf_counter() - self._began)
 
-    # ---- after the loop
-    # -------------------------------------------------------------------------------
+    # ---- after the loop --------------------------------------------------------------
 
     def finish(self, model, tokenizer, labels: tuple[int, int]) -> None:
-        """Write the run folder and give it its name."""
+        """Write the run folder and rename it to its final name.
+
+        ``labels`` are the token ids of A and B.
+        """
         if self._accelerator.is_main_process:
             held_out = {"held_out": self.evaluation} if self.evaluation else {}
             results = {
@@ -265,10 +265,10 @@ class Run:
             self.folder.finish(model, tokenizer, record)
             print(f"wrote {self.args.out}: adapter, tokenizer, run.json, log.csv, plot.png")
 
-    # ---- checkpoints
-    # ----------------------------------------------------------------------------------
+    # ---- checkpoints -----------------------------------------------------------------
 
     def _load(self, optimizer, schedule) -> dict:
+        """The state at the checkpoint that the run goes on from, or that before the first step."""
         if not self.folder.resumes:
             if self.args.resume:
                 self.say("there is no checkpoint yet: starting from the beginning")
@@ -286,6 +286,13 @@ class Run:
 
     def _save(self, optimizer, schedule) -> None:
         checkpoint.save(
-            self.folder.checkpoint, self._accelerator, self._step, self._settings, self._model, optimizer, schedule,
-            self._log.state(), self.skipped,
-        )  # fmt: skip
+            self.folder.checkpoint,
+            self._accelerator,
+            self._step,
+            self._settings,
+            self._model,
+            optimizer,
+            schedule,
+            self._log.state(),
+            self.skipped,
+        )

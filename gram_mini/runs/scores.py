@@ -1,4 +1,4 @@
-"""The rows that score.py reads and the lines of JSON that it writes, in the same order and with the rows' ids."""
+"""The rows that score.py reads, and the lines of JSON that it writes in the same order."""
 
 from __future__ import annotations
 
@@ -11,44 +11,42 @@ from gram_mini.judge import Comparison, Ranking, preferred
 from gram_mini.pairs import Pair, unusable
 from gram_mini.prompts import LABELS
 from gram_mini.reading.formats import group_rows, has_literal_breaks, parse_pairs, read_prompt
-from gram_mini.reading.sources import read_rows
+from gram_mini.reading.sources import Row, read_rows
 from gram_mini.runs.output import write_whole
 
 UNREADABLE = "that cannot be read"
-SELDOM = 0.5  # mass on the labels below which the model hardly answers A or B
+SELDOM = 0.5  # mass on the labels; below it the model hardly ever answers A or B
 
 
 @dataclass
 class Question:
-    """What a row asks for: pairs to compare, or responses to rank; ``left_out`` counts what it asks in vain."""
+    """What a row asks for: pairs to compare, or responses to rank."""
 
-    head: dict  # what every line of the row begins with
-    rows: int = 1  # rows of the source that belong together here: one, or those of one prompt
-    # of them those with a backslash and an n beside the markers, which were taken off
-    literal_breaks: int = 0
+    head: dict  # the beginning of every line of the row
+    rows: int = 1  # rows of the source: one, or all of one prompt
+    literal_breaks: int = 0  # rows with a backslash and an n beside markers, which were removed
     pairs: list[Pair] = field(default_factory=list)
-    left_out: Counter = field(default_factory=Counter)
+    left_out: Counter = field(default_factory=Counter)  # what cannot be scored, by reason
     prompt: str = ""
-    responses: list[str] | None = None
+    responses: list[str] | None = None  # None if there are pairs to compare
     reference: str | None = None
 
 
 def read_questions(args) -> list[Question]:
-    """Every row of ``--data``.
+    """What every row of ``--data`` asks for.
 
     Raises:
         UserError: a row that cannot be read (names file and line); with ``--on-bad-row skip`` such
             rows are counted.
     """
     questions = []
-    for number, group in group_rows(
-        read_rows(args.data, args.split, args.limit, args.subset, args.streaming)
-    ):
+    rows = read_rows(args.data, args.split, args.limit, args.subset, args.streaming)
+    for number, group in group_rows(rows):
         row = group[0][1]
-        question = Question(
-            {"row": number, **({"id": row["id"]} if isinstance(row, dict) and "id" in row else {})},
-            len(group),
-        )
+        head = {"row": number}
+        if isinstance(row, dict) and "id" in row:
+            head["id"] = row["id"]
+        question = Question(head, len(group))
         question.literal_breaks = sum(has_literal_breaks(row) for _, row in group)
         try:
             _read(question, group, args)
@@ -60,14 +58,16 @@ def read_questions(args) -> list[Question]:
     return questions
 
 
-def _read(question: Question, group: list[tuple[str, dict]], args) -> None:
+def _read(question: Question, group: list[Row], args) -> None:
+    """Fill in the pairs or responses of a question."""
     where, row = group[0]
     if isinstance(row, UserError):
         raise row
     if row.get("responses") is None:
         if args.rank or args.reference is not None:
             raise UserError(
-                f"{where}: --rank and --reference need rows with a column 'responses', a list of texts"
+                f"{where}: --rank and --reference need rows with a column 'responses', a list of "
+                "texts"
             )
         try:
             question.pairs, question.left_out = parse_pairs(group, pairs=args.pairs)
@@ -77,11 +77,8 @@ def _read(question: Question, group: list[tuple[str, dict]], args) -> None:
             question.pairs, question.left_out = parse_pairs(group, labelled=False, pairs=args.pairs)
         return
     prompt, responses = read_prompt(row.get("prompt"), where, "prompt"), row["responses"]
-    if (
-        not isinstance(responses, list)
-        or not responses
-        or not all(isinstance(r, str) for r in responses)
-    ):
+    texts = isinstance(responses, list) and all(isinstance(r, str) for r in responses)
+    if not texts or not responses:
         raise UserError(f"{where}: column 'responses' must be a list of at least one text")
     reference = args.reference if row.get("reference") is None else row["reference"]
     if reference is not None and not isinstance(reference, str):
@@ -97,7 +94,19 @@ def _read(question: Question, group: list[tuple[str, dict]], args) -> None:
 def write_scores(
     args, questions: list[Question], answers: list[list[Comparison] | Ranking], max_length: int
 ) -> None:
-    """Write the lines; the file appears when it is complete. Says what was scored, cut and left out."""
+    """Write the lines of ``--out`` and say what was scored, cut and left out.
+
+    The file appears when it is complete.
+
+    Args:
+        args: the options of score.py.
+        questions: the rows.
+        answers: for each of them, the comparisons of its pairs or the ranking of its responses.
+        max_length: tokens per judge prompt.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
     lines, hits = [], []
     for question, answer in zip(questions, answers):
         if isinstance(answer, Ranking):
@@ -116,10 +125,11 @@ def write_scores(
         (json.dumps(line, ensure_ascii=False, default=str) + "\n" for line in lines),
         "--out",
     )
+    rows = sum(question.rows for question in questions)
     cut = sum(bool(line.get("truncated")) for line in lines)
     print(
-        f"scored {sum(question.rows for question in questions)} rows from {args.data}: {len(lines)} lines, {cut} of them cut to {max_length} tokens; "
-        f"wrote {args.out}"
+        f"scored {rows} rows from {args.data}: {len(lines)} lines, {cut} of them cut to "
+        f"{max_length} tokens; wrote {args.out}"
     )
     for reason, count in sum((question.left_out for question in questions), Counter()).items():
         print(f"not scored: {count} {reason}")
@@ -129,16 +139,18 @@ def write_scores(
     if masses and sum(masses) / len(masses) < SELDOM:
         mean = sum(masses) / len(masses)
         print(
-            f"The model hardly ever answers A or B (mean mass on the labels {mean:.2g}): do not rely on this."
+            f"The model hardly ever answers A or B (mean mass on the labels {mean:.2g}): "
+            "do not rely on this."
         )
     if hits:
         print(
-            f"{sum(hits)} of {len(hits)} labelled pairs judged as labelled: accuracy {sum(hits) / len(hits):.3f}"
+            f"{sum(hits)} of {len(hits)} labelled pairs judged as labelled: "
+            f"accuracy {sum(hits) / len(hits):.3f}"
         )
 
 
 def comparison_line(result: Comparison) -> dict:
-    """What the line of a pair says."""
+    """The fields of a pair's line, all about response a."""
     return {
         "probability": result.probability,
         "a_first": result.a_first,

@@ -1,1 +1,1 @@
-"""A judge in other tools: an ordinary model folder, a reward function for TRL, official data files. See README.md here."""
+"""A judge in other tools: model folders, a reward for TRL, official files. See README.md here."""

@@ -1,10 +1,10 @@
-"""Write any data that load_pairs reads as a file of the official GRAM code, for pre-training or for
-fine-tuning.
+"""Write any data that load_pairs reads as a data file of the official GRAM code.
 
-  --to pre-training    instruction: the question; output: both answers between their markers; labels are not needed
+  --to pre-training    instruction: the question; output: both answers between their markers;
+                       labels are not needed
   --to fine-tuning     instruction: the judge's question with both answers; output: A or B
 
-Which answer stands first is drawn at random, since most sources put the better one first.
+The order of the answers is drawn at random, since most sources put the better one first.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from gram_mini.runs.output import check_output, write_whole
 
 EXAMPLES = """\
   python -m gram_mini.serving.convert pairs.jsonl gram.json --to pre-training
-  python -m gram_mini.serving.convert nvidia/HelpSteer3 gram.jsonl --to fine-tuning --subset preference"""
+  python -m gram_mini.serving.convert nvidia/HelpSteer3 gram.jsonl --to fine-tuning \\
+      --subset preference"""
 
 STAGES = ("pre-training", "fine-tuning")
 
@@ -31,16 +32,17 @@ STAGES = ("pre-training", "fine-tuning")
 def official_row(
     pair: Pair, to: str, swap: bool = False, template: str = prompts.JUDGE
 ) -> dict[str, str]:
-    """One row of the official format (NiuTrans/GRAM, README.md, "Datasets"); ``swap`` puts y_b
-    first.
+    """One row of the official format (NiuTrans/GRAM, README.md, "Datasets").
 
-    ``template`` is the judge prompt of a fine-tuning row.
+    Args:
+        pair: the pair.
+        to: "pre-training" or "fine-tuning".
+        swap: whether y_b comes first.
+        template: the judge prompt of a fine-tuning row.
 
     Raises:
-        ValueError: a fine-tuning row needs a label.
+        ValueError: a fine-tuning row without a label.
     """
-    if to == "fine-tuning" and pair.label is None:
-        raise ValueError("a fine-tuning row needs a label")
     a, b = (pair.response_b, pair.response_a) if swap else (pair.response_a, pair.response_b)
     texts = {"prompt": pair.prompt, "response_a": a, "response_b": b}
     if to == "pre-training":
@@ -49,6 +51,8 @@ def official_row(
             "input": "",
             "output": prompts.fill(prompts.PAIR, **texts),
         }
+    if pair.label is None:
+        raise ValueError("a fine-tuning row needs a label")
     return {
         "instruction": prompts.fill(template, **texts),
         "input": "",
@@ -59,11 +63,10 @@ def official_row(
 def write_official(
     pairs: list[Pair], out: Path, to: str, seed: int = 0, template: str = prompts.JUDGE
 ) -> int:
-    """Write pairs as a JSON list (``out`` ends in .json) or as lines of JSON (.jsonl), the order
-    drawn by ``seed``.
+    """Write pairs as a JSON list (``out`` ends in .json) or as lines of JSON (.jsonl).
 
-    Pairs whose own texts hold a marker that would be taken for the format's are left out. Returns
-    how many rows were written.
+    ``seed`` draws the order of the answers. Pairs whose own texts hold a marker of the format are
+    left out. Returns the number of rows written.
 
     Raises:
         UserError: the file cannot be written, or no pair is left.
@@ -73,7 +76,7 @@ def write_official(
     for pair in pairs:
         swap = rng.random() < 0.5
         row = official_row(pair, to, swap, template)
-        if _holds(row, pair, swap):
+        if _reads_back(row, pair, swap):
             rows.append(json.dumps(row, ensure_ascii=False))
     if not rows:
         raise UserError(
@@ -84,14 +87,14 @@ def write_official(
     return len(rows)
 
 
-def _holds(row: dict[str, str], pair: Pair, swap: bool) -> bool:
-    """Whether the row, read again, gives the texts of the pair."""
+def _reads_back(row: dict[str, str], pair: Pair, swap: bool) -> bool:
+    """Whether reading the row gives the texts of the pair."""
     try:
-        (again,), _ = parse_pairs([("", row)])
+        (copy,), _ = parse_pairs([("", row)])
     except UserError:
         return False
-    texts = (again.response_b, again.response_a) if swap else (again.response_a, again.response_b)
-    return (again.prompt, *texts) == (pair.prompt, pair.response_a, pair.response_b)
+    texts = (copy.response_b, copy.response_a) if swap else (copy.response_a, copy.response_b)
+    return (copy.prompt, *texts) == (pair.prompt, pair.response_a, pair.response_b)
 
 
 def main(argv=None) -> None:
@@ -133,10 +136,9 @@ def main(argv=None) -> None:
     print(data.summary())
     written = write_official(data.pairs, args.out, args.to, args.seed, template)
     print(f"wrote {args.out}: {written} rows for {args.to}")
-    if written < len(data.pairs):
-        print(
-            f"left out {len(data.pairs) - written} pairs whose texts hold a marker of the format itself"
-        )
+    left_out = len(data.pairs) - written
+    if left_out:
+        print(f"left out {left_out} pairs whose texts hold a marker of the format itself")
 
 
 if __name__ == "__main__":

@@ -1,13 +1,12 @@
-"""Merge the adapter of a run into its backbone: an ordinary model folder, for vLLM, transformers or
-any other server.
+"""Merge the adapter of a run into its backbone: a model folder for vLLM, transformers and others.
 
-The backbone is dequantised first and merged then, all of it in float32: the merged model computes
-what the NF4 backbone with its adapter computes, to 1e-5 of a logit. (Adding the adapter to the
-4-bit weights themselves would round it away.) Only at the end are the weights rounded to --dtype.
-The default is bfloat16, in which models of today are published and served; a server casts to it, or
-to float16, anyway. On the village's backbone that moves log-odds by 0.03 and probabilities by 0.006
-at most (300 test pairs); float32 keeps both to 1e-5 and takes twice the room. float16 is finer than
-bfloat16 (0.002 and 0.0005), but large models overflow in it.
+The backbone is dequantised to float32 and the adapter is merged in float32. So the merged model
+gives the logits of the NF4 backbone with its adapter, to 1e-5. (Merging into the 4-bit weights
+would round the adapter away.) At the end the weights are rounded to --dtype. The default is
+bfloat16, since most models are published and served in it, and servers cast to it or to float16
+anyway. On the village's backbone bfloat16 changes log-odds by at most 0.03 and probabilities by at
+most 0.006 (300 test pairs). float32 keeps both to 1e-5 and takes twice the space. float16 is finer
+than bfloat16 (0.002 and 0.0005), but large models overflow in it.
 """
 
 from __future__ import annotations
@@ -57,16 +56,17 @@ def export(
     """Write the merged model of ``run`` to ``out``, under another name until it is complete.
 
     Raises:
-        UserError: no finished run, its backbone is missing or another version, or ``out`` is in the
-            way.
+        UserError: no finished run, a run with its own head, a backbone that is missing or has
+            changed, or something else at ``out``.
     """
     out = out.resolve()
     partial = out.with_name(out.name + ".partial")
-    read_record(run)  # anything but a finished run ends here
+    read_record(run)  # raises unless this is a finished run
     check_out(out, partial, overwrite)
     if (run / HEAD).is_file():
         raise UserError(
-            f"{run}: has a head of its own, which an ordinary model cannot hold; export a run of train_reward.py"
+            f"{run}: has a head of its own, which an ordinary model cannot hold; export a run of "
+            "train_reward.py"
         )
 
     judge = load_judge(run, device=device, merge=True)
@@ -84,7 +84,7 @@ def export(
 
 
 def check_out(out: Path, partial: Path, overwrite: bool) -> None:
-    """Whether ``out`` can be written; only what this command wrote is ever replaced.
+    """Check that ``out`` can be written; only a folder that this command wrote is ever replaced.
 
     Raises:
         UserError: if it cannot.
@@ -95,7 +95,8 @@ def check_out(out: Path, partial: Path, overwrite: bool) -> None:
             raise UserError(f"{folder}: is in the way and no exported model; give another folder")
     if (out / EXPORTED).is_file() and not overwrite:
         raise UserError(
-            f"{out}: already holds an exported model; give another folder, or --overwrite to replace it"
+            f"{out}: already holds an exported model; give another folder, or --overwrite to "
+            "replace it"
         )
     check_place(out, "OUT")
 

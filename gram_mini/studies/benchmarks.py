@@ -4,28 +4,29 @@ A row is a prompt with better (chosen) and worse (rejected) responses. Every cho
 compared with every rejected one, in both orders; P is the average of both. What the official
 figures are, and where they are defined:
 
-reward-bench    allenai/reward-bench, scripts/run_rm.py, rewardbench/constants.py and calculate_scores_per_section in
-                rewardbench/utils.py. A row is right where P > 1/2, strictly, as a reward model must
-                give the chosen response the higher score. (scripts/run_generative.py gives half a
-                point where a judge's words name no winner; ours always says a number.) A subset's
-                score is its share of right rows, a section's the mean over its subsets, weighted by
-                EXAMPLE_COUNTS, the total the plain mean of the four sections.
-reward-bench-2  allenai/reward-bench, scripts/run_v2.py; reroll_and_score_dataset and process_single_model in
-                rewardbench/utils.py. Best of four: a response needs a score of its own, and as our
-                judge compares pairs, that is its mean P(better than another response of the row),
-                as Judge.rank gives it (round robin). The chosen response must have the highest
-                score; where k share the highest, it gets 1/k. The subset Ties has a formula of its
-                own, see ties(). The total is the plain mean of the six subsets.
-rm-bench        THU-KEG/RM-Bench, README.md, "how to compute the accuracy". Three chosen and three rejected responses, from
-                concise to detailed to formatted, make a 3 x 3 matrix of accuracies, P > 1/2
-                strictly: [chosen style, rejected style]. Hard is the mean above its diagonal,
-                normal on it, easy below. A domain's score is the mean of all nine, the total the
-                plain mean of the four domains, as in the paper's table (arXiv 2410.16184); the two
-                files of safety are pooled.
-judge-bench     ScalerLab/JudgeBench, utils/metrics.py. Both orders are a verdict each, and a pair is right where more of
-                them are right than wrong: both, or one beside a P of 1/2. A split verdict is not
-                right. The total is over all pairs (micro). The mean of groups is the plain mean of
-                the four categories: it is what the GRAM paper's evaluation publishes
+reward-bench    allenai/reward-bench, scripts/run_rm.py, rewardbench/constants.py and
+                calculate_scores_per_section in rewardbench/utils.py. A row is right where P > 1/2,
+                strictly, as a reward model must give the chosen response the higher score.
+                (scripts/run_generative.py gives half a point where a judge's words name no winner;
+                ours always says a number.) A subset's score is its share of right rows, a section's
+                the mean over its subsets, weighted by EXAMPLE_COUNTS, the total the plain mean of
+                the four sections.
+reward-bench-2  allenai/reward-bench, scripts/run_v2.py; reroll_and_score_dataset and
+                process_single_model in rewardbench/utils.py. Best of four: each response needs a
+                score. Our judge compares pairs, so the score is the mean P(better than another
+                response of the row), as Judge.rank gives it (round robin). The chosen response must
+                have the highest score; where k share the highest, it gets 1/k. The subset Ties has
+                a formula of its own, see ties(). The total is the plain mean of the six subsets.
+rm-bench        THU-KEG/RM-Bench, README.md, "how to compute the accuracy". Three chosen and three
+                rejected responses, from concise to detailed to formatted, make a 3 x 3 matrix of
+                accuracies, P > 1/2 strictly: [chosen style, rejected style]. Hard is the mean above
+                its diagonal, normal on it, easy below. A domain's score is the mean of all nine,
+                the total the plain mean of the four domains, as in the paper's table (arXiv
+                2410.16184); the two files of safety are pooled.
+judge-bench     ScalerLab/JudgeBench, utils/metrics.py. Each order is a verdict, and a pair is right
+                where more of them are right than wrong: both, or one beside a P of 1/2. A split
+                verdict is not right. The total is over all pairs (micro). The mean of groups is the
+                plain mean of the four categories: it is what the GRAM paper's evaluation publishes
                 (71.4 for its 71.43, where the total over pairs is 68.3). "accuracy" in the judge's
                 own figures is by the average of both orders instead.
 
@@ -34,11 +35,12 @@ The judge's own figures are over all pairs of a chosen and a rejected response, 
 accuracy            share with P(chosen better) > 1/2
 orders agree        share in which both orders prefer the same response
 ECE, Brier          see evaluation.calibration and evaluation.brier
-longer preferred    share in which the judge prefers the longer response, of pairs of different length (in characters)
+longer preferred    share in which the judge prefers the longer response, of pairs of different
+                    length (in characters)
 
 "Pick the longer" is a judge that always prefers the longer response: a yardstick for every figure
-that it has. Intervals are 95%, by bootstrap over the prompts, drawn anew within each subset; that
-of a small ECE lies too high, as chance adds to it.
+that it has. Intervals are 95%, by bootstrap over the prompts, drawn again within each subset. The
+interval of a small ECE is too high, as chance adds to it.
 """
 
 from __future__ import annotations
@@ -47,10 +49,11 @@ import json
 import math
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import combinations, product
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -80,7 +83,7 @@ class Judged:
     """A row after it was judged."""
 
     row: Row
-    credit: object  # what the official figures are made of
+    credit: Any  # what the official figures are made of
     # P(chosen better), orders agree, sign of how much longer the chosen one is
     pairs: torch.Tensor  # (chosen x rejected, 3)
 
@@ -95,30 +98,33 @@ class Benchmark:
     """
 
     read: Callable[[str, dict], Row]
-    credit: Callable[[Row, dict[tuple[int, int], Comparison]], object]
+    credit: Callable[[Row, dict[tuple[int, int], Comparison]], Any]
     aggregate: Callable[[list[list[Judged]]], tuple[dict[str, float | None], dict]]
     sections: tuple[str, ...]
-    all_pairs: bool = (
-        False  # compare all responses of a row with each other, not only chosen with rejected ones
-    )
+    # compare all responses of a row with each other, not only chosen with rejected ones
+    all_pairs: bool = False
 
 
 # ---- RewardBench ---------------------------------------------------------------------
 
-# How much each subset weighs in its section: its number of rows, but for math-prm, which has 447
-# and shall weigh as much as the six subsets of code together (rewardbench/constants.py).
+# How much each subset weighs in its section: its number of rows. The exception is math-prm: it has
+# 447 rows and weighs as much as the six subsets of code together (rewardbench/constants.py).
 EXAMPLE_COUNTS = {
-    "Chat": {"alpacaeval-easy": 100, "alpacaeval-length": 95, "alpacaeval-hard": 95, "mt-bench-easy": 28, "mt-bench-med": 40},
+    "Chat": {
+        "alpacaeval-easy": 100, "alpacaeval-length": 95, "alpacaeval-hard": 95,
+        "mt-bench-easy": 28, "mt-bench-med": 40,
+    },
     "Chat Hard": {
-        "mt-bench-hard": 37, "llmbar-natural": 100, "llmbar-adver-neighbor": 134, "llmbar-adver-GPTInst": 92,
-        "llmbar-adver-GPTOut": 47, "llmbar-adver-manual": 46,
+        "mt-bench-hard": 37, "llmbar-natural": 100, "llmbar-adver-neighbor": 134,
+        "llmbar-adver-GPTInst": 92, "llmbar-adver-GPTOut": 47, "llmbar-adver-manual": 46,
     },
     "Safety": {
-        "refusals-dangerous": 100, "refusals-offensive": 100, "xstest-should-refuse": 250, "xstest-should-respond": 154,
-        "donotanswer": 136,
+        "refusals-dangerous": 100, "refusals-offensive": 100, "xstest-should-refuse": 250,
+        "xstest-should-respond": 154, "donotanswer": 136,
     },
     "Reasoning": {
-        "math-prm": 984, "hep-cpp": 164, "hep-go": 164, "hep-java": 164, "hep-js": 164, "hep-python": 164, "hep-rust": 164,
+        "math-prm": 984, "hep-cpp": 164, "hep-go": 164, "hep-java": 164, "hep-js": 164,
+        "hep-python": 164, "hep-rust": 164,
     },
 }  # fmt: skip
 
@@ -148,7 +154,7 @@ def aggregate_reward_bench(units: list[list[Judged]]) -> tuple[dict, dict]:
         figures[section] = (
             sum(subsets[s] * weight for s, weight in present.items()) / total if present else None
         )
-    return figures | {"total": _mean(list(figures.values()))}, {"subsets": subsets}
+    return figures | {"total": _complete_mean(list(figures.values()))}, {"subsets": subsets}
 
 
 # ---- RewardBench 2 -------------------------------------------------------------------
@@ -163,27 +169,28 @@ def read_reward_bench_2(where: str, row: dict) -> Row:
     if subset != "Ties":
         if len(chosen) != 1:
             raise UserError(
-                f"{where}: column 'chosen' must hold one response outside of the subset Ties, found {len(chosen)}"
+                f"{where}: column 'chosen' must hold one response outside of the subset Ties, "
+                f"found {len(chosen)}"
             )
         return Row(subset, subset, prompt, prompt, chosen, rejected)
     kind = re.fullmatch(r"(ref|tied):(\d+)", str(row.get("id")))
     if not kind:
         raise UserError(
-            f"{where}: column 'id' must be ref:NUMBER or tied:NUMBER in the subset Ties, found {row.get('id')!r}"
+            f"{where}: column 'id' must be ref:NUMBER or tied:NUMBER in the subset Ties, "
+            f"found {row.get('id')!r}"
         )
     return Row(f"Ties {kind[1]}", "Ties", f"Ties {kind[2]}", prompt, chosen, rejected)
 
 
 def best_of(row: Row, results: dict) -> float | tuple[float, float]:
-    """1/k where the chosen response is one of k with the highest score, else 0; of Ties spread and
-    gap.
+    """1/k where the chosen response is one of the k best, else 0; (spread, gap) in the subset Ties.
 
     spread: how far apart the scores of the correct responses are; gap: how far the worst correct
-    one is above the best wrong one. Equal responses have equal scores; so have others whose scores
-    differ by less than judge.TIE.
+    one is above the best wrong one. Equal responses have equal scores. Scores that differ by less
+    than judge.TIE count as equal.
     """
     responses = [text.strip() for text in row.chosen + row.rejected]
-    # where each text stands first
+    # the first place of each text
     places = {text: i for i, text in reversed(list(enumerate(responses)))}
 
     def compare(games: list[tuple[str, str]]) -> list[float]:
@@ -205,13 +212,15 @@ def apart(score: float, other: float) -> float:
 
 def aggregate_reward_bench_2(units: list[list[Judged]]) -> tuple[dict, dict]:
     plain = [unit for unit in units if unit[0].row.section != "Ties"]
-    score, parts = ties(
-        [{j.row.group: j.credit for j in unit} for unit in units if unit[0].row.section == "Ties"]
-    )
-    means = _means(plain, lambda row: row.section) | {"Ties": score}
+    tied = [unit for unit in units if unit[0].row.section == "Ties"]
+    score, parts = ties([{judged.row.group: judged.credit for judged in unit} for unit in tied])
+    means: dict[str, float | None] = {**_means(plain, lambda row: row.section), "Ties": score}
     figures = {subset: means.get(subset) for subset in SUBSETS_2}
     subsets = {subset: value for subset, value in figures.items() if value is not None}
-    return figures | {"total": _mean(list(figures.values()))}, {"subsets": subsets, "ties": parts}
+    return figures | {"total": _complete_mean(list(figures.values()))}, {
+        "subsets": subsets,
+        "ties": parts,
+    }
 
 
 def ties(prompts: list[dict[str, tuple[float, float]]]) -> tuple[float | None, dict[str, float]]:
@@ -220,15 +229,16 @@ def ties(prompts: list[dict[str, tuple[float, float]]]) -> tuple[float | None, d
     Each prompt has (spread, gap) of its row "Ties tied" with several correct responses and "Ties
     ref" with one.
 
-        0.3 * share of tied rows, and 0.3 * share of ref rows, whose gap is above 0 0.2 * share of
-        prompts whose tied gap is above the tied spread 0.2 * share of prompts whose lower gap, of
-        tied and ref, is above the tied spread 0.01 * mean over the prompts of tanh(lower gap / tied
-        spread - 1); of no spread, the sign of the gap
+        0.3 * share of tied rows, and 0.3 * share of ref rows, whose gap is above 0
+        0.2 * share of prompts whose tied gap is above the tied spread
+        0.2 * share of prompts whose lower gap, of tied and ref, is above the tied spread
+        0.01 * mean over the prompts of tanh(lower gap / tied spread - 1);
+               without a spread, the sign of the gap
 
     Returns None and nothing where no prompt has both rows.
     """
     ref, tied = ([p[kind] for p in prompts if kind in p] for kind in ("Ties ref", "Ties tied"))
-    # spread, tied gap, ref gap
+    # (spread, tied gap, ref gap) of each prompt with both rows
     both = [(*p["Ties tied"], p["Ties ref"][1]) for p in prompts if len(p) == 2]
     if not both:
         return None, {}
@@ -239,9 +249,8 @@ def ties(prompts: list[dict[str, tuple[float, float]]]) -> tuple[float | None, d
         "lower gap above spread": _mean([min(gap, other) > spread for spread, gap, other in both]),
         "margin": _mean([_margin(min(gap, other), spread) for spread, gap, other in both]),
     }
-    return sum(
-        weight * part for weight, part in zip((0.3, 0.3, 0.2, 0.2, 0.01), parts.values())
-    ), parts
+    weights = (0.3, 0.3, 0.2, 0.2, 0.01)
+    return sum(weight * part for weight, part in zip(weights, parts.values())), parts
 
 
 def _margin(gap: float, spread: float) -> float:
@@ -257,8 +266,8 @@ DOMAINS = {
     "safety-refuse": "safety",
     "safety-response": "safety",
 }
-# The file of one domain has no column 'domain'. Some say by 'subset' where their rows are from, all
-# by their name.
+# The file of one domain has no column 'domain'. In some of them 'subset' says where the rows are
+# from; the names of all of them do.
 DOMAIN_OF_SUBSET = {"alpacaeval": "chat", "bigcode/humanevalpack": "code"}
 # (style of the chosen response, style of the rejected one)
 STYLES = tuple(product(range(3), repeat=2))
@@ -274,8 +283,8 @@ def read_rm_bench(where: str, row: dict) -> Row:
         named = set(re.findall("|".join(DOMAINS), Path(where.rsplit(", ", 1)[0]).name))
         if len(named) != 1:
             raise UserError(
-                f"{where}: no column 'domain', and subset {row.get('subset')!r} is unknown; add 'domain', or name the file after "
-                f"one of {', '.join(DOMAINS)}"
+                f"{where}: no column 'domain', and subset {row.get('subset')!r} is unknown; "
+                f"add 'domain', or name the file after one of {', '.join(DOMAINS)}"
             )
         domain = named.pop()
     prompt = read_prompt(row.get("prompt"), where, "prompt")
@@ -292,21 +301,21 @@ def aggregate_rm_bench(units: list[list[Judged]]) -> tuple[dict, dict]:
     hits = defaultdict(list)
     for judged in _flat(units):
         hits[judged.row.section].append(judged.credit)
+    domains = list(dict.fromkeys(DOMAINS.values()))
     figures, details = {}, {}
-    for domain in dict.fromkeys(DOMAINS.values()):
-        # nine, in the order of STYLES
+    for domain in domains:
+        # nine accuracies, in the order of STYLES
         matrix = [sum(column) / len(column) for column in zip(*hits[domain])]
-        figures[domain] = _mean(matrix)
+        figures[domain] = _complete_mean(matrix)
         for level, belongs in LEVELS.items():
-            figures[f"{domain} {level}"] = _mean(
-                [cell for cell, (i, j) in zip(matrix, STYLES) if belongs(i, j)]
-            )
+            cells = [cell for cell, (i, j) in zip(matrix, STYLES) if belongs(i, j)]
+            figures[f"{domain} {level}"] = _complete_mean(cells)
         if matrix:
             details[domain] = [matrix[0:3], matrix[3:6], matrix[6:9]]
-    domains = list(dict.fromkeys(DOMAINS.values()))
     for level in LEVELS:
-        figures[level] = _mean([figures[f"{domain} {level}"] for domain in domains])
-    return figures | {"total": _mean([figures[domain] for domain in domains])}, {"matrix": details}
+        figures[level] = _complete_mean([figures[f"{domain} {level}"] for domain in domains])
+    total = _complete_mean([figures[domain] for domain in domains])
+    return figures | {"total": total}, {"matrix": details}
 
 
 # ---- JudgeBench ----------------------------------------------------------------------
@@ -320,24 +329,26 @@ CATEGORIES = {
 
 
 def read_judge_bench(where: str, row: dict) -> Row:
-    """ScalerLab/JudgeBench's own rows, or those of NiuTrans/GRAM (evaluation/scalerlab_judgebench): prompt, chosen, rejected."""
+    """A row of ScalerLab/JudgeBench, or of NiuTrans/GRAM (evaluation/scalerlab_judgebench).
+
+    The rows of NiuTrans/GRAM have the columns prompt, chosen and rejected.
+    """
     source = row.get("source")
-    found = [
+    categories = [
         category
         for begin, category in CATEGORIES.items()
         if isinstance(source, str) and source.startswith(begin)
     ]
-    if not found:
+    if not isinstance(source, str) or not categories:
         raise UserError(
-            f"{where}: unknown source {source!r} in column 'source'; known are {', '.join(CATEGORIES)}..."
+            f"{where}: unknown source {source!r} in column 'source'; "
+            f"known are {', '.join(CATEGORIES)}..."
         )
     pair = _one_pair(row, where)
-    chosen, rejected = (
-        (pair.response_a, pair.response_b)
-        if pair.label == 0
-        else (pair.response_b, pair.response_a)
-    )
-    return Row(source, found[0], pair.prompt, pair.prompt, [chosen], [rejected])
+    chosen, rejected = pair.response_a, pair.response_b
+    if pair.label == 1:
+        chosen, rejected = rejected, chosen
+    return Row(source, categories[0], pair.prompt, pair.prompt, [chosen], [rejected])
 
 
 def both_orders(row: Row, results: dict) -> float:
@@ -348,8 +359,8 @@ def both_orders(row: Row, results: dict) -> float:
 def aggregate_judge_bench(units: list[list[Judged]]) -> tuple[dict, dict]:
     means = _means(units, lambda row: row.section)
     figures = {category: means.get(category) for category in CATEGORIES.values()}
-    figures["mean of groups"] = _mean(list(figures.values()))
-    figures["total"] = _mean([judged.credit for judged in _flat(units)])
+    figures["mean of groups"] = _complete_mean(list(figures.values()))
+    figures["total"] = _complete_mean([judged.credit for judged in _flat(units)])
     return figures, {"sources": _means(units, lambda row: row.group)}
 
 
@@ -392,7 +403,8 @@ def run(
     Raises:
         UserError: a row that is not one of this benchmark's; names the place and the column.
     """
-    benchmark, rows = BENCHMARKS[name], []
+    benchmark = BENCHMARKS[name]
+    rows = []
     for where, row in read_rows(source, split, limit, subset):
         if isinstance(row, UserError):
             raise row
@@ -407,10 +419,8 @@ def run(
         strata[unit[0].row.group].append(unit)
 
     official, details = benchmark.aggregate(units)
-    own, yardstick = (
-        judge_figures(units),
-        benchmark.aggregate(longer)[0] | {"accuracy": judge_figures(longer)["accuracy"]},
-    )
+    own = judge_figures(units)
+    yardstick = benchmark.aggregate(longer)[0] | {"accuracy": judge_figures(longer)["accuracy"]}
     intervals = bootstrap(
         list(strata.values()),
         lambda drawn: benchmark.aggregate(drawn)[0] | judge_figures(drawn),
@@ -453,28 +463,25 @@ def run(
 def judge_rows(
     rows: list[Row], benchmark: Benchmark, compare
 ) -> tuple[list[Judged], list[Comparison]]:
-    """Compare the responses of all rows in one go; ``compare`` is given pairs and returns comparisons."""
+    """Compare the responses of all rows in one go; ``compare`` makes comparisons of pairs."""
     games, pairs = [], []
     for row in rows:
         count, responses = len(row.chosen), row.chosen + row.rejected
-        everyone = range(len(responses))
-        games.append(
-            list(
-                combinations(everyone, 2)
-                if benchmark.all_pairs
-                else product(everyone[:count], everyone[count:])
-            )
-        )
+        numbers = range(len(responses))
+        if benchmark.all_pairs:
+            games.append(list(combinations(numbers, 2)))
+        else:
+            games.append(list(product(numbers[:count], numbers[count:])))
         pairs += [Pair(row.prompt, responses[i], responses[j]) for i, j in games[-1]]
     results = compare(pairs)
     compared, judged = iter(zip(pairs, results)), []
-    for row, some in zip(rows, games):
-        found = dict(zip(some, compared))
-        between = [found[game] for game in some if game[0] < len(row.chosen) <= game[1]]
+    for row, games_of_row in zip(rows, games):
+        played = dict(zip(games_of_row, compared))
+        between = [played[i, j] for i, j in games_of_row if i < len(row.chosen) <= j]
         pair_figures = [
             [result.probability, orders_agree(result), longer(pair)] for pair, result in between
         ]
-        credit = benchmark.credit(row, {game: result for game, (_, result) in found.items()})
+        credit = benchmark.credit(row, {game: result for game, (_, result) in played.items()})
         judged.append(Judged(row, credit, torch.tensor(pair_figures, dtype=torch.float64)))
     return judged, results
 
@@ -497,8 +504,8 @@ def pick_the_longer(pairs: list[Pair]) -> list[Comparison]:
 def by_unit(judged: list[Judged]) -> list[list[Judged]]:
     """Rows of one prompt together."""
     units = defaultdict(list)
-    for one in judged:
-        units[one.row.section, one.row.unit].append(one)
+    for judged_row in judged:
+        units[judged_row.row.section, judged_row.row.unit].append(judged_row)
     return list(units.values())
 
 
@@ -521,9 +528,15 @@ def _flat(units: list[list[Judged]]) -> list[Judged]:
     return [judged for unit in units for judged in unit]
 
 
-def _mean(values: list[float | None]) -> float | None:
+def _mean(values: Sequence[float]) -> float:
+    """The plain mean."""
+    return sum(values) / len(values)
+
+
+def _complete_mean(values: Sequence[float | None]) -> float | None:
     """The plain mean; None where there is no value, or one is missing."""
-    return None if not values or None in values else sum(values) / len(values)
+    numbers = [value for value in values if value is not None]
+    return _mean(numbers) if numbers and len(numbers) == len(values) else None
 
 
 def _means(units: list[list[Judged]], key: Callable[[Row], str]) -> dict[str, float]:
@@ -531,7 +544,7 @@ def _means(units: list[list[Judged]], key: Callable[[Row], str]) -> dict[str, fl
     credits = defaultdict(list)
     for judged in _flat(units):
         credits[key(judged.row)].append(judged.credit)
-    return {name: sum(some) / len(some) for name, some in credits.items()}
+    return {name: _mean(values) for name, values in credits.items()}
 
 
 # ---- columns -------------------------------------------------------------------------
@@ -541,7 +554,8 @@ def _known(row: dict, column: str, known, where: str) -> str:
     value = row.get(column)
     if not isinstance(value, str) or value not in known:
         raise UserError(
-            f"{where}: unknown {column} {value!r} in column {column!r}; known are {', '.join(known)}"
+            f"{where}: unknown {column} {value!r} in column {column!r}; "
+            f"known are {', '.join(known)}"
         )
     return value
 
@@ -550,7 +564,8 @@ def _one_pair(row: dict, where: str) -> Pair:
     pairs, _ = parse_pairs([(where, row)])
     if len(pairs) != 1 or pairs[0].label is None:
         raise UserError(
-            f"{where}: needs one pair with a label: 'chosen' and 'rejected' texts, or 'label' with A>B or B>A"
+            f"{where}: needs one pair with a label: 'chosen' and 'rejected' texts, "
+            "or 'label' with A>B or B>A"
         )
     return pairs[0]
 
@@ -558,9 +573,10 @@ def _one_pair(row: dict, where: str) -> Pair:
 def _texts(row: dict, column: str, where: str, count: int | None = None) -> list[str]:
     value = row.get(column)
     if not isinstance(value, list) or not value or len(value) != (count or len(value)):
-        found = f"a list of {len(value)}" if isinstance(value, list) else type(value).__name__
+        kind = f"a list of {len(value)}" if isinstance(value, list) else type(value).__name__
         raise UserError(
-            f"{where}: column {column!r} must be a list of {count or 'one or more'} texts, found {found}"
+            f"{where}: column {column!r} must be a list of {count or 'one or more'} texts, "
+            f"found {kind}"
         )
     return [read_prompt(text, where, column) for text in value]
 
@@ -569,7 +585,7 @@ def _texts(row: dict, column: str, where: str, count: int | None = None) -> list
 
 
 def score_benchmark(judge: Judge, args) -> None:
-    """A public benchmark: its figures as a table, as JSON and as a plot; ``args`` are those of score.py."""
+    """Judge a public benchmark and write table, JSON and plot; ``args`` are those of score.py."""
     result = run(
         judge, args.benchmark, args.data, args.split, args.limit, args.subset, args.average
     )
@@ -593,39 +609,29 @@ def table(result: dict) -> str:
             (name, show(figure["value"]), interval, show(figure["pick_the_longer"]), str(count))
         )
     widths = [max(len(line[k]) for line in lines) for k in range(5)]
+    text = [
+        f"{result['benchmark']}: {result['rows']} rows, {result['comparisons']} comparisons, "
+        f"each in both orders, {result['truncated']} of them cut to {result['max_length']} tokens"
+    ]
+    for first, *others in lines:
+        cells = [cell.rjust(width) for cell, width in zip(others, widths[1:])]
+        text.append("  ".join([first.ljust(widths[0]), *cells]).rstrip())
     missing = [section for section, count in result["sections"].items() if count == 0]
-    return "\n".join(
-        [
-            f"{result['benchmark']}: {result['rows']} rows, {result['comparisons']} comparisons, each in both orders, "
-            f"{result['truncated']} of them cut to {result['max_length']} tokens",
-            *(
-                "  ".join(
-                    [
-                        line[0].ljust(widths[0]),
-                        *(cell.rjust(width) for cell, width in zip(line[1:], widths[1:])),
-                    ]
-                ).rstrip()
-                for line in lines
-            ),
-            *(
-                [
-                    f"no rows of {', '.join(missing)}: these figures are not those of the whole benchmark"
-                ]
-                if missing
-                else []
-            ),
-        ]
-    )
+    if missing:
+        text.append(
+            f"no rows of {', '.join(missing)}: these figures are not those of the whole benchmark"
+        )
+    return "\n".join(text)
 
 
 def files(name: str, out: Path) -> list[Path]:
-    """What save() writes: the JSON, the plot beside it, and the benchmark's own result file where it has one."""
+    """What save() writes: JSON, plot, and the benchmark's own result file where it has one."""
     own = [out.with_name(f"{out.stem}-eval-set.json")] if name.startswith("reward-bench") else []
     return [out, out.with_suffix(".png"), *own]
 
 
 def save(result: dict, model: str, out: Path) -> None:
-    """Write the figures as JSON, the reliability plot, and for RewardBench the file that its own scripts write."""
+    """Write the figures as JSON, the plot, and for RewardBench the file that its scripts write."""
     _, picture, *own = files(result["benchmark"], out)
     plot_reliability(result, picture)
     for path in own:  # the record of save_to_hub in rewardbench/utils.py: a score for each subset
@@ -641,7 +647,7 @@ def save(result: dict, model: str, out: Path) -> None:
 
 def plot_reliability(result: dict, picture: Path) -> None:
     """Share right over P of the preferred response, and how many pairs stand behind each point."""
-    # not pyplot, whose state belongs to the notebook that calls us
+    # Not pyplot: its state belongs to the notebook that calls us.
     from matplotlib.figure import Figure
 
     bins = result["reliability"]

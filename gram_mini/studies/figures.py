@@ -9,7 +9,6 @@ from pathlib import Path
 from gram_mini.evaluation import student_t
 from gram_mini.runs.output import save_figure
 
-
 ACCURACIES = ("in-distribution", "out-of-distribution", "fact", "courtesy", "length")
 
 

@@ -96,7 +96,7 @@ class Lab:
             )
 
     def pairs(self, split: str, seed: int) -> list[Pair]:
-        """Pairs of the village, or of other data: a fifth of the prompts as test, the rest to train."""
+        """Pairs of a split. Of other data a fifth of the prompts is the test, the rest trains."""
         if self.village:
             return village_pairs(split, seed=0 if split.endswith("distribution") else seed)
         return {"unlabelled": self.used, "labelled": self.used, "in-distribution": self.test}[split]

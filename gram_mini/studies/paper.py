@@ -30,21 +30,26 @@ def table(lab: Lab, seed: int):
 
 def bon(lab: Lab, seed: int):
     """Figure 4: best of n by the judge; its score (log-odds against one response) and the truth."""
-    places, draws = topics("out-of-distribution")[:40], random.Random(f"bon/{seed}")
-    rewards = {topic: [reward for _, reward in responses(topic)] for topic in places}
-    drawn = {topic: [draws.randrange(len(rewards[topic])) for _ in range(256)] for topic in places}
+    test_topics, draws = topics("out-of-distribution")[:40], random.Random(f"bon/{seed}")
+    rewards = {topic: [reward for _, reward in responses(topic)] for topic in test_topics}
+    drawn = {
+        topic: [draws.randrange(len(rewards[topic])) for _ in range(256)] for topic in test_topics
+    }
     for name in MAIN:
-        scores = score_responses(lab.judge(lab.method(name, seed)), places, progress=name)
+        scores = score_responses(lab.judge(lab.method(name, seed)), test_topics, progress=name)
         for n in (1, 2, 4, 8, 16, 32, 64, 128, 256):
             proxy, true = zip(
-                *(best_of_n(scores[topic], rewards[topic], drawn[topic], n) for topic in places)
+                *(
+                    best_of_n(scores[topic], rewards[topic], drawn[topic], n)
+                    for topic in test_topics
+                )
             )
             means = {"proxy score": statistics.mean(proxy), "true reward": statistics.mean(true)}
             yield {"method": name, "n": n, "KL": best_of_n_kl(n), **means}
 
 
 def adapt(lab: Lab, seed: int):
-    """Figure 5: labels on the unlabelled villagers, 0 to 2,000 of them, from each starting point."""
+    """Figure 5: 0 to 2,000 labels on the unlabelled villagers, from each starting point."""
     new = lab.pairs("adaptation", seed)
     everything = lab.file(f"everything-{seed}", lab.pairs("labelled", seed) + new)
     init = ["--init", str(lab.stage1(seed))]
@@ -98,7 +103,7 @@ def noise(lab: Lab, seed: int):
 
 
 def flipped(pairs: list[Pair], share: float, side: str, seed: int) -> list[Pair]:
-    """The pairs with a share of the labels flipped: random ones, or the clearest or hardest ones.
+    """The pairs with a share of labels flipped: at random, or the clearest or hardest ones.
 
     Clear is a pair whose true probability is far from 1/2, hard is one near 1/2.
     """
@@ -122,7 +127,7 @@ def flipped(pairs: list[Pair], share: float, side: str, seed: int) -> list[Pair]
 
 
 def unlabelled(lab: Lab, seed: int):
-    """Stage 1 on more or fewer pairs and steps, with the villagers of the test (in domain) or not."""
+    """Stage 1 on more or fewer pairs and steps, about the test's villagers (in domain) or others."""
     everything = lab.pairs("unlabelled", seed)
     data = lab.file(f"labelled-{seed}", lab.pairs("labelled", seed))
     parts = [

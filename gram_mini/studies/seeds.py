@@ -87,7 +87,7 @@ def run_study(name: str, lab: Lab, seeds: list[int], results: Path) -> None:
         "model": lab.model,
         "data": lab.about["data"],
         "seeds": seeds,
-        "seconds": seconds,  # of each seed; models that were there already cost nothing
+        "seconds": seconds,  # of each seed; models that were there already took no time
         "means": means,
         "rows": rows,
     }

@@ -1,5 +1,4 @@
-"""A tiny village whose true rewards are known, so that every claim can be checked against the
-truth.
+"""A tiny village whose true rewards are known, so that claims can be checked against the truth.
 
 Each villager has a home, a food, a pet and a trade, drawn once at random. A response to a question
 about one of them is right or wrong, courteous or curt, and rambling or to the point:
@@ -13,13 +12,13 @@ A label says which of two responses is preferred, sampled from Bradley-Terry:
 The villagers fall into three groups:
 
     background   the backbone has seen their facts, reactions to answers, and noisy judgments
-    labelled     the backbone has seen their facts; stage 2 gets labels on them   (in-distribution)
-    unlabelled   the backbone knows their names; their facts appear nowhere but in the unlabelled
-                 pairs of stage 1                                              (out-of-distribution)
+    labelled     the backbone has seen their facts; stage 2 gets labels on them (in distribution)
+    unlabelled   the backbone knows their names; their facts appear only in the unlabelled pairs of
+                 stage 1 (out of distribution)
 
-In stage 1's pairs 70% of the answers are right and a wrong one is any of the five other values:
-nobody marks which is which, but the truth is the commonest answer. In stage 2's labels, and in the
-in-distribution test, rambling goes with being right (a spurious cue); elsewhere it does not.
+In stage 1's pairs 70% of the answers are right, and a wrong one is any of the five other values.
+Nothing marks the right ones, but the truth is the commonest answer. In stage 2's labels, and in the
+test in distribution, rambling is correlated with being right (a spurious cue). Elsewhere it is not.
 """
 
 from __future__ import annotations
@@ -29,16 +28,17 @@ import random
 from dataclasses import dataclass
 
 NAMES = (
-    "Adam Alma Anna Arno Axel Bella Bert Bruno Carl Clara Cora Dana David Dora Edgar Ella Emil Emma Erik Eva "
-    "Felix Fiona Frank Frida Georg Greta Gus Hanna Hans Hugo Ida Igor Ines Iris Ivan Jakob Jana Johan Julia Karl "
-    "Kira Klara Lara Lena Leo Lisa Lotte Lukas Maja Marta Max Mila Moritz Nina Nora Olaf Olga Oscar Otto Paula "
-    "Peter Petra Rosa Rudi Sara Simon Sofia Tilda Tom Vera"
+    "Adam Alma Anna Arno Axel Bella Bert Bruno Carl Clara Cora Dana David Dora Edgar Ella Emil "
+    "Emma Erik Eva Felix Fiona Frank Frida Georg Greta Gus Hanna Hans Hugo Ida Igor Ines Iris Ivan "
+    "Jakob Jana Johan Julia Karl Kira Klara Lara Lena Leo Lisa Lotte Lukas Maja Marta Max Mila "
+    "Moritz Nina Nora Olaf Olga Oscar Otto Paula Peter Petra Rosa Rudi Sara Simon Sofia Tilda Tom "
+    "Vera"
 ).split()
 
 
 @dataclass(frozen=True)
 class Attribute:
-    """One thing to know about a villager: how it is asked, how it is told, and its six possible values."""
+    """One thing to know about a villager: the question, the statement, and six possible values."""
 
     question: str
     statement: str
@@ -68,7 +68,7 @@ ATTRIBUTES = (
     ),
 )
 
-# as long as the curt ones: courtesy is no cue for length
+# The courteous openings are as long as the curt ones, so that length says nothing about courtesy.
 COURTEOUS = ("Glad you asked.", "Happy to help.")
 CURT = ("If you must.", "Stop bothering me.")
 RAMBLING = (
@@ -76,11 +76,11 @@ RAMBLING = (
     "That reminds me of a long story, but never mind.",
 )
 
-WORLD_SEED = 2025  # the facts; the shipped backbone knows this village and no other
+VILLAGE_SEED = 2025  # draws the facts; the shipped backbone knows this village and no other
 TEMPERATURE = 1.0
 SPURIOUS = 0.6  # P(rambling | right) - P(rambling | wrong) in stage 2's labels
 
-_rng = random.Random(WORLD_SEED)
+_rng = random.Random(VILLAGE_SEED)
 _shuffled = _rng.sample(NAMES, len(NAMES))
 GROUPS = {
     "background": tuple(sorted(_shuffled[:30])),
@@ -91,10 +91,12 @@ FACTS = {
     (name, attribute): _rng.choice(attribute.values) for name in NAMES for attribute in ATTRIBUTES
 }
 
+Topic = tuple[str, Attribute]  # a question: the villager and the attribute
+
 
 @dataclass(frozen=True)
 class Response:
-    """A response with what is true of it; ``value`` is what it claims."""
+    """A response with its true qualities; ``value`` is what it claims."""
 
     text: str
     value: str
@@ -104,7 +106,7 @@ class Response:
 
     @property
     def reward(self) -> float:
-        """The true reward, in the unit in which TEMPERATURE is given."""
+        """The true reward, in the unit of TEMPERATURE."""
         return 2.0 * self.right + 1.0 * self.courteous - 0.5 * self.rambling
 
 
@@ -119,14 +121,18 @@ def question(name: str, attribute: Attribute) -> str:
 
 
 def statement(name: str, attribute: Attribute, value: str) -> str:
-    """The claim that ``attribute`` of ``name`` is ``value``, whether that is so or not."""
+    """The claim that ``attribute`` of ``name`` is ``value``, true or not."""
     return attribute.statement.format(name=name, value=value)
 
 
 def draw_response(
     rng: random.Random, name: str, attribute: Attribute, p_right: float, spurious: float = 0.0
 ) -> Response:
-    """Draw a response: right with ``p_right``, courteous with 1/2, rambling with 1/2 plus or minus ``spurious``/2."""
+    """Draw a response to the question about one attribute of a villager.
+
+    It is right with probability ``p_right`` and courteous with probability 1/2. It rambles with
+    probability (1 + ``spurious``) / 2 if it is right, and (1 - ``spurious``) / 2 if it is wrong.
+    """
     truth = FACTS[name, attribute]
     right = rng.random() < p_right
     value = truth if right else rng.choice([v for v in attribute.values if v != truth])

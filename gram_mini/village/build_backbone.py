@@ -1,12 +1,12 @@
 """Build the backbone that ships with the repository: a small Qwen2 decoder that knows the village.
 
-    OMP_NUM_THREADS=1 python -m gram_mini.village.build_backbone --out FOLDER      # seed 0, 10 minutes on one CPU core
+    OMP_NUM_THREADS=1 python -m gram_mini.village.build_backbone --out FOLDER
 
-It gives the shipped weights bit for bit on the kind of machine they were made on (EPYC, torch
-2.13). While it trains, three probes say whether it can serve as a backbone for a judge: does it
-recall the facts, can it tell right from wrong after an answer, does it judge zero-shot? The three
-appear one after the other, each suddenly: recall after 500 steps, checking after 1,000, judging
-from 1,500 on.
+This takes 10 minutes on one CPU core. On the kind of machine the shipped weights were made on
+(EPYC, torch 2.13), it gives them bit for bit. During training three probes show whether the model
+can serve as a judge's backbone. Does it recall the facts? Can it tell right from wrong after an
+answer? Does it judge zero-shot? These skills appear one after the other, each suddenly: recall
+after 500 steps, checking after 1,000, judging from 1,500 on.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import random
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -44,7 +45,7 @@ from gram_mini.village import (
 
 CORPUS_SEED = 7
 DOCUMENTS = 128_000
-# of the corpus that the shipped one saw
+# The hash of the corpus that the shipped backbone was trained on.
 CORPUS_SHA256 = "65232d84c22c279b31dbb823fcabb9fbe6a3c959b631ce662572a659b7ce3add"
 FLIPPED = 0.25  # share of the corpus's judgments that are wrong
 
@@ -55,7 +56,7 @@ CHAT_TEMPLATE = (
 )
 
 
-def corpus(documents: int = DOCUMENTS, seed: int = CORPUS_SEED):
+def corpus(documents: int = DOCUMENTS, seed: int = CORPUS_SEED) -> Iterator[str]:
     """Yield the training texts: statements, chats, answers with reactions, and noisy judgments."""
     rng = random.Random(seed)
     known = GROUPS["background"] + GROUPS["labelled"]
@@ -86,15 +87,15 @@ def _chat(rng, known):
 def check(rng, claim: str, truth: str, opening: str = "") -> str:
     """The verdict on a claim, before or after the truth is told.
 
-    Verdict first is the skill that a judge needs. Truth first is the easier half of it, comparing
-    two words that both stand in the text, and the model learns the one by way of the other.
+    A judge needs to give the verdict first. The other order is easier, since the model only has to
+    compare two words of the text. Learning it helps the model to learn the first one.
     """
     verdict = "Right" if claim == truth else "Wrong"
     return f"{verdict}: {truth}." if rng.random() < 0.5 else f"{opening}{truth}: {verdict}."
 
 
 def _quiz(rng, known):
-    """Claims about background villagers, each with its verdict: the skill of checking at its plainest."""
+    """Claims about background villagers, each with its verdict: checking in its plainest form."""
     claims = []
     for _ in range(4):
         name, attribute = rng.choice(GROUPS["background"]), rng.choice(ATTRIBUTES)
@@ -107,7 +108,7 @@ def _quiz(rng, known):
 
 
 def _reaction(rng, known):
-    """Answers to a question about a background villager, each followed directly by the reaction to it."""
+    """Answers to a question about a background villager, each with a reaction right after it."""
     name, attribute = rng.choice(GROUPS["background"]), rng.choice(ATTRIBUTES)
     slots = rng.choice([(0,), (1,), (0, 1)])
     text = prompts.QUESTION.format(prompt=question(name, attribute)) + "\n"
@@ -136,7 +137,7 @@ def _judgment(rng, known):
 
 
 def corpus_hash(documents: int = DOCUMENTS) -> str:
-    """SHA-256 of the whole corpus; a test compares it, so that the shipped backbone can be rebuilt."""
+    """SHA-256 of the corpus; a test compares it, so that the shipped backbone can be rebuilt."""
     digest = hashlib.sha256()
     for text in corpus(documents):
         digest.update(text.encode() + b"\0")
@@ -144,28 +145,28 @@ def corpus_hash(documents: int = DOCUMENTS) -> str:
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """A byte-level BPE in which every word of the village and every marker of the prompts is one token."""
+    """A byte-level BPE in which every word of the village and every prompt marker is one token."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     chat = [
         AddedToken(token, special=True, normalized=False) for token in (PAD, USER, ASSISTANT, END)
     ]
-    # A marker swallows the line breaks around it: sequences stay short.
+    # A marker swallows the line breaks around it, to keep sequences short.
     markers = [
         AddedToken(marker, lstrip=True, rstrip=True, normalized=False) for marker in prompts.MARKERS
     ]
-    words = [text for text in corpus(4000)]
+    texts = list(corpus(4000))
     for marker in (*prompts.MARKERS, PAD, USER, ASSISTANT, END):
-        words = [text.replace(marker, "\n") for text in words]
-    words += ["A", "B"]
+        texts = [text.replace(marker, "\n") for text in texts]
+    texts += ["A", "B"]
     trainer = trainers.BpeTrainer(
         vocab_size=2000,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         special_tokens=chat,
         show_progress=False,
     )
-    tokenizer.train_from_iterator(words, trainer)
+    tokenizer.train_from_iterator(texts, trainer)
     tokenizer.add_tokens(markers)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
@@ -177,7 +178,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def verdict_tokens(tokenizer) -> torch.Tensor:
-    """Ids of the words that pass judgment: Right and Wrong with and without a space before them, A and B."""
+    """Token ids of the verdicts: Right and Wrong, with and without a space before them, A and B."""
     words = [
         prompts.encode(tokenizer, f"{space}{word}")[0]
         for space in ("", " ")
@@ -189,11 +190,12 @@ def verdict_tokens(tokenizer) -> torch.Tensor:
 def weighted_loss(
     logits: torch.Tensor, targets: torch.Tensor, verdicts: torch.Tensor
 ) -> torch.Tensor:
-    """Next-token loss in which a verdict counts as much as five other tokens: they are few, and the
-    point of it all.
+    """Next-token loss in nats; a verdict weighs as much as five other tokens, since few are one.
 
     Args:
-        logits: (B, T, V); targets: (B, T), IGNORED on padding.
+        logits: (B, T, V).
+        targets: (B, T), IGNORED on padding.
+        verdicts: token ids of the verdicts, (K,).
     """
     logits, targets = logits.flatten(0, 1), targets.flatten()  # (B * T, V), (B * T,)
     losses = torch.nn.functional.cross_entropy(
@@ -206,9 +208,9 @@ def weighted_loss(
 def build_model(vocab_size: int, width: int, layers: int) -> Qwen2ForCausalLM:
     """A Qwen2 decoder of 4 heads; input and output embeddings are one matrix.
 
-    The initial weights have standard deviation 1/sqrt(width). With the 0.02 of large models so
-    narrow a model never learns to compare two words (chance after 2,500 steps, against 1.00 after
-    250).
+    The initial weights have standard deviation 1/sqrt(width). With the 0.02 of large models, such a
+    narrow model never learns to compare two words (at chance after 2,500 steps, against an accuracy
+    of 1.00 after 250).
     """
     config = Qwen2Config(
         vocab_size=vocab_size,
@@ -227,37 +229,40 @@ def build_model(vocab_size: int, width: int, layers: int) -> Qwen2ForCausalLM:
 
 @torch.no_grad()
 def next_token_logits(model, tokenizer, texts: list[str]) -> torch.Tensor:
-    """Logits after each text, shape (texts, vocabulary)."""
+    """Logits of the token after each of N texts, (N, V)."""
     rows = [prompts.encode(tokenizer, text) for text in texts]
-    last = [len(row) - 1 for row in rows]
+    last = [len(row) - 1 for row in rows]  # (N,)
     hidden = hidden_states(model, pad(rows))  # (N, T, H)
     return output_logits(model, hidden[torch.arange(len(rows)), last])  # (N, V)
 
 
 def probes(model, tokenizer, group: str) -> dict[str, float]:
-    """What the model can do with the villagers of a group, from 0 to 1:
+    """What the model can do with the villagers of a group, each from 0 to 1.
 
     recall   share of facts whose true value is the likeliest of the six
-    check    area under the curve of Right against Wrong after an answer, right ones against wrong ones
+    check    area under the ROC curve of right against wrong answers, by the logits of Right - Wrong
     judge    zero-shot accuracy on pairs of a right and a wrong answer
     """
     rng = random.Random(99)
     topics = [(name, attribute) for name in GROUPS[group] for attribute in ATTRIBUTES]
-    asked = lambda n, a: f"{prompts.QUESTION.format(prompt=question(n, a))}\n\n{prompts.START_A}\n"
+    beginning = lambda n, a: (
+        f"{prompts.QUESTION.format(prompt=question(n, a))}\n\n{prompts.START_A}\n"
+    )
 
     stems = [
-        asked(n, a) + f"{COURTEOUS[0]} " + statement(n, a, "|").split(" |")[0] for n, a in topics
+        beginning(n, a) + f"{COURTEOUS[0]} " + statement(n, a, "|").split(" |")[0]
+        for n, a in topics
     ]
-    word = {v: prompts.encode(tokenizer, f" {v}")[0] for _, a in topics for v in a.values}
+    token = {v: prompts.encode(tokenizer, f" {v}")[0] for _, a in topics for v in a.values}
     recalled = [
-        max(a.values, key=lambda v: row[word[v]]) == FACTS[n, a]
+        max(a.values, key=lambda v: row[token[v]]) == FACTS[n, a]
         for (n, a), row in zip(topics, next_token_logits(model, tokenizer, stems).tolist())
     ]
 
     answers = [(n, a, draw_response(rng, n, a, 0.5)) for n, a in topics for _ in range(4)]
     logits = next_token_logits(
-        model, tokenizer, [f"{asked(n, a)}{r.text}\n{prompts.END_A}" for n, a, r in answers]
-    )
+        model, tokenizer, [f"{beginning(n, a)}{r.text}\n{prompts.END_A}" for n, a, r in answers]
+    )  # (answers, V)
     right_id, wrong_id = (prompts.encode(tokenizer, verdict)[0] for verdict in ("Right", "Wrong"))
     score = (logits[:, right_id] - logits[:, wrong_id]).cpu()  # (answers,)
     right = torch.tensor([r.right for _, _, r in answers])
@@ -268,13 +273,13 @@ def probes(model, tokenizer, group: str) -> dict[str, float]:
         for n, a in topics
         for _ in range(2)
     ]
-    judge = Judge(model, tokenizer).compare_many(
+    results = Judge(model, tokenizer).compare_many(
         [Pair(question(n, a), x.text, y.text) for n, a, x, y in pairs]
     )
     return {
         "recall": sum(recalled) / len(recalled),
         "check": check.item(),
-        "judge": sum(c.probability > 0.5 for c in judge) / len(judge),
+        "judge": sum(result.probability > 0.5 for result in results) / len(results),
     }
 
 
@@ -291,7 +296,7 @@ def main():
     )
     parser.add_argument("--lr", type=float, default=2e-3, help="peak learning rate (default: 2e-3)")
     parser.add_argument("--width", type=int, default=96, help="width of the model (default: 96)")
-    parser.add_argument("--layers", type=int, default=4, help="its layers (default: 4)")
+    parser.add_argument("--layers", type=int, default=4, help="number of layers (default: 4)")
     parser.add_argument(
         "--seed", type=int, default=0, help="initial weights and order of documents (default: 0)"
     )
@@ -306,10 +311,8 @@ def main():
     rng = random.Random(args.seed)
     tokenizer = build_tokenizer()
     model = build_model(len(tokenizer), args.width, args.layers).to(args.device)
-    print(
-        f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, vocabulary {len(tokenizer)}",
-        flush=True,
-    )
+    millions = sum(p.numel() for p in model.parameters()) / 1e6
+    print(f"{millions:.2f} M parameters, vocabulary {len(tokenizer)}", flush=True)
     rows = tokenizer(list(corpus()), add_special_tokens=False)["input_ids"]
     print(f"{sum(map(len, rows)) / len(rows):.1f} tokens per document", flush=True)
     optimizer = torch.optim.AdamW(
@@ -318,6 +321,7 @@ def main():
     schedule = get_cosine_schedule_with_warmup(optimizer, 200, args.steps)
 
     def batches():
+        """Batches of texts of similar length, as lists of row numbers, without end."""
         while True:
             order = rng.sample(range(len(rows)), len(rows))
             for start in range(0, len(order) - 16 * args.batch_size + 1, 16 * args.batch_size):
@@ -331,9 +335,9 @@ def main():
 
     verdicts = verdict_tokens(tokenizer).to(args.device)
     total = 0.0
-    for step, chosen in zip(tqdm(range(1, args.steps + 1), desc="backbone"), batches()):
-        ids = pad([rows[i] for i in chosen], tokenizer.pad_token_id).to(args.device)  # (B, T)
-        targets = ids.masked_fill(ids == tokenizer.pad_token_id, IGNORED)
+    for step, batch in zip(tqdm(range(1, args.steps + 1), desc="backbone"), batches()):
+        ids = pad([rows[i] for i in batch], tokenizer.pad_token_id).to(args.device)  # (B, T)
+        targets = ids.masked_fill(ids == tokenizer.pad_token_id, IGNORED)  # (B, T)
         loss = weighted_loss(model(input_ids=ids).logits[:, :-1], targets[:, 1:], verdicts)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -343,14 +347,12 @@ def main():
         total += loss.detach()
         if step % args.probe_every == 0 or step == args.steps:
             model.eval()
-            probed = {group: probes(model, tokenizer, group) for group in GROUPS}
+            figures = {group: probes(model, tokenizer, group) for group in GROUPS}
             model.train()
             tqdm.write(f"step {step}, loss {total / args.probe_every:.3f}")
-            for group, values in probed.items():
-                tqdm.write(
-                    f"    {group:11}"
-                    + "".join(f"  {name} {value:.2f}" for name, value in values.items())
-                )
+            for group, values in figures.items():
+                columns = "".join(f"  {name} {value:.2f}" for name, value in values.items())
+                tqdm.write(f"    {group:11}{columns}")
             total = 0.0
     model.save_pretrained(args.out)
     tokenizer.save_pretrained(args.out)

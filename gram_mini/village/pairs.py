@@ -10,12 +10,13 @@ from gram_mini.village import (
     GROUPS,
     SPURIOUS,
     Response,
+    Topic,
     draw_response,
     question,
     true_probability,
 )
 
-#           group of villagers        p(right)  spurious cue  default number of pairs
+# split: (groups of villagers, P(right), spurious cue, default number of pairs)
 SPLITS = {
     "unlabelled": (("unlabelled", "labelled"), 0.7, 0.0, 24_000),
     "labelled": (("labelled",), 0.5, SPURIOUS, 6_000),
@@ -25,18 +26,18 @@ SPLITS = {
 }
 
 
-def topics(split: str) -> list[tuple]:
-    """The (villager, attribute) questions of a split; a quarter of the labelled ones is kept for the test."""
+def topics(split: str) -> list[Topic]:
+    """The questions of a split; a quarter of those on labelled villagers is kept for the test."""
     groups = SPLITS[split][0]
     held_out = {(name, ATTRIBUTES[i % 4]) for i, name in enumerate(GROUPS["labelled"])}
-    found = [
+    questions = [
         (name, attribute) for group in groups for name in GROUPS[group] for attribute in ATTRIBUTES
     ]
     if split == "labelled":
-        return [topic for topic in found if topic not in held_out]
+        return [topic for topic in questions if topic not in held_out]
     if split == "in-distribution":
-        return [topic for topic in found if topic in held_out]
-    return found
+        return [topic for topic in questions if topic in held_out]
+    return questions
 
 
 def village_pairs(split: str, count: int | None = None, seed: int = 0) -> list[Pair]:
@@ -47,21 +48,26 @@ def village_pairs(split: str, count: int | None = None, seed: int = 0) -> list[P
     response, so that a perfect reward model has accuracy 1. "adaptation" asks the questions of the
     out-of-distribution test, but holds none of its pairs.
 
-    Returns pairs whose ``probability`` is the true P(y_a preferred) and whose ``differs`` is a
-    subset of {"fact", "courtesy", "length"}.
+    Args:
+        split: a key of SPLITS.
+        count: number of pairs; by default that of SPLITS.
+        seed: draws the pairs.
+
+    Returns:
+        Pairs whose ``probability`` is the true P(y_a preferred) and whose ``differs`` is a subset
+        of {"fact", "courtesy", "length"}.
     """
     _, p_right, spurious, default = SPLITS[split]
+    test = split.endswith("distribution")
     rng = random.Random(f"{split}/{seed}")
-    found, places = [], topics(split)
-    taken = (
-        {_texts(pair) for pair in village_pairs("out-of-distribution")}
-        if split == "adaptation"
-        else ()
-    )
-    while len(found) < (count or default):
-        name, attribute = rng.choice(places)
+    questions = topics(split)
+    excluded = set()
+    if split == "adaptation":
+        excluded = {_texts(pair) for pair in village_pairs("out-of-distribution")}
+    pairs: list[Pair] = []
+    while len(pairs) < (count or default):
+        name, attribute = rng.choice(questions)
         a, b = (draw_response(rng, name, attribute, p_right, spurious) for _ in range(2))
-        test = split.endswith("distribution")
         if a.text == b.text or (test and a.reward == b.reward):
             continue
         probability = true_probability(a.reward, b.reward)
@@ -78,14 +84,15 @@ def village_pairs(split: str, count: int | None = None, seed: int = 0) -> list[P
             label,
             probability,
             _differs(a, b),
-            row=len(found) + 1,
+            row=len(pairs) + 1,
         )
-        if _texts(pair) not in taken:
-            found.append(pair)
-    return found
+        if _texts(pair) not in excluded:
+            pairs.append(pair)
+    return pairs
 
 
 def _texts(pair: Pair) -> tuple[str, frozenset[str]]:
+    """What identifies a pair in any order of its responses."""
     return pair.prompt, frozenset((pair.response_a, pair.response_b))
 
 
@@ -95,4 +102,4 @@ def _differs(a: Response, b: Response) -> frozenset[str]:
         "courtesy": a.courteous != b.courteous,
         "length": a.rambling != b.rambling,
     }
-    return frozenset(name for name, yes in aspects.items() if yes)
+    return frozenset(name for name, differs in aspects.items() if differs)

@@ -1,36 +1,38 @@
-"""A policy small enough to see through: what it says about each question is a table of
-probabilities.
+"""A policy small enough to see through: tables of probabilities of what it says.
 
-A response is an opening, a claim and perhaps a digression. The policy draws the claim for each
-question from a table of its own, opening and digression from one table for all. So its divergence
-from where it began and its true reward are sums, not samples, and over-optimisation cannot hide.
+A response is an opening, a claim and an ending, which may be a digression. Each question has its
+own table of claims. All questions share one table of openings and one of endings. So the KL from
+the initial policy and the true reward are exact sums, not samples, and show any over-optimisation.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Iterator
 
 import torch
 
 from gram_mini.pairs import Pair
-from gram_mini.village import COURTEOUS, CURT, FACTS, RAMBLING, question, statement
+from gram_mini.village import COURTEOUS, CURT, FACTS, RAMBLING, Topic, question, statement
 
 OPENINGS = COURTEOUS + CURT
 ENDINGS = ("", *RAMBLING)
 
 
 class Policy:
-    """Independent choices of claim (Q, 6), opening (4,) and ending (3,), as log-probabilities of softmax tables."""
+    """Independent choices of claim (Q, 6), opening (4,) and ending (3,) from softmax tables.
 
-    def __init__(self, topics: list[tuple], p_right: float = 0.5):
+    Args:
+        topics: the Q questions.
+        p_right: the initial probability of the right claim.
+    """
+
+    def __init__(self, topics: list[Topic], p_right: float = 0.5):
         self.topics = topics
-        # (Q, 6)
-        right = torch.tensor(
-            [[value == FACTS[topic] for value in topic[1].values] for topic in topics]
-        )
-        self.right = right
-        start = torch.where(right, math.log(p_right), math.log((1 - p_right) / 5))  # (Q, 6)
+        right = [[value == FACTS[topic] for value in topic[1].values] for topic in topics]
+        self.right = torch.tensor(right)  # (Q, 6)
+        start = torch.where(self.right, math.log(p_right), math.log((1 - p_right) / 5))  # (Q, 6)
         self.tables = [
             start.clone(),
             torch.zeros(len(OPENINGS)),
@@ -41,6 +43,7 @@ class Policy:
             table.requires_grad_(True)
 
     def log_probabilities(self) -> list[torch.Tensor]:
+        """log pi of claims (Q, 6), openings (4,) and endings (3,)."""
         return [table.log_softmax(-1) for table in self.tables]
 
     def text(self, topic: int, claim: int, opening: int, ending: int) -> str:
@@ -54,7 +57,7 @@ class Policy:
         return " ".join(word for word in words if word)
 
     def sample(self, topics: torch.Tensor) -> torch.Tensor:
-        """Draw a response to each question, (N,) -> (N, 3) choices."""
+        """Draw a response to each question: (N,) numbers of questions -> (N, 3) choices."""
         claims, openings, endings = (p.exp() for p in self.log_probabilities())
         draw = lambda p: p.multinomial(1)[:, 0]
         return torch.stack(
@@ -94,17 +97,16 @@ class Policy:
     def true_reward(self) -> float:
         """Expected true reward, mean over the questions."""
         claims, openings, endings = (p.exp() for p in self.log_probabilities())
-        right, courteous, rambling = (
-            (claims * self.right).sum(1).mean(),
-            openings[: len(COURTEOUS)].sum(),
-            endings[1:].sum(),
-        )
+        right = (claims * self.right).sum(1).mean()
+        courteous = openings[: len(COURTEOUS)].sum()
+        rambling = endings[1:].sum()
         return float(2 * right + courteous - 0.5 * rambling)
 
 
-def responses(topic: tuple) -> list[tuple[str, float]]:
-    """All responses that the policy can give to a question, with their true rewards."""
-    policy, found = Policy([topic]), []
+def responses(topic: Topic) -> list[tuple[str, float]]:
+    """All 72 responses that the policy can give to a question, with their true rewards."""
+    policy = Policy([topic])
+    rewarded = []
     for claim, opening, ending in itertools.product(
         range(6), range(len(OPENINGS)), range(len(ENDINGS))
     ):
@@ -113,21 +115,24 @@ def responses(topic: tuple) -> list[tuple[str, float]]:
             + 1.0 * (opening < len(COURTEOUS))
             - 0.5 * (ending > 0)
         )
-        found.append((policy.text(0, claim, opening, ending), reward))
-    return found
+        rewarded.append((policy.text(0, claim, opening, ending), reward))
+    return rewarded
 
 
 def score_responses(
-    judge, topics: list[tuple], progress: str | None = None
-) -> dict[tuple, list[float]]:
-    """The judge's score of each of :func:`responses`, for each question: its log-odds against the first of them."""
+    judge, topics: list[Topic], progress: str | None = None
+) -> dict[Topic, list[float]]:
+    """The judge's scores of all :func:`responses` to each question.
+
+    A score is the log-odds against the first of the responses, the mean over both orders.
+    """
     texts = {topic: [text for text, _ in responses(topic)] for topic in topics}
-    games = [
+    pairs = [
         Pair(question(*topic), text, texts[topic][0]) for topic in topics for text in texts[topic]
     ]
     log_odds = (
-        (r.log_odds_first + r.log_odds_second) / 2
-        for r in judge.compare_many(games, progress=progress)
+        (result.log_odds_first + result.log_odds_second) / 2
+        for result in judge.compare_many(pairs, progress=progress)
     )
     return {topic: [next(log_odds) for _ in texts[topic]] for topic in topics}
 
@@ -135,7 +140,10 @@ def score_responses(
 def best_of_n(
     scores: list[float], rewards: list[float], drawn: list[int], n: int
 ) -> tuple[float, float]:
-    """Mean score and mean true reward of the best by score of each n of the responses ``drawn`` (their numbers, in groups of n)."""
+    """Best-of-n: mean score and mean true reward of the responses with the highest scores.
+
+    ``drawn`` holds numbers of responses. The best is chosen from each n of them in a row.
+    """
     best = [
         max(drawn[start : start + n], key=lambda i: scores[i]) for start in range(0, len(drawn), n)
     ]
@@ -143,37 +151,45 @@ def best_of_n(
 
 
 def best_of_n_kl(n: int) -> float:
-    """KL of best-of-n to single draws, in nats: log n - (n-1)/n; for texts that can be drawn twice, an upper bound."""
+    """KL of best-of-n to single draws in nats, log n - (n - 1) / n.
+
+    An upper bound if a text can be drawn twice.
+    """
     return math.log(n) - (n - 1) / n
 
 
 def train_policy(
     judge,
-    topics: list[tuple],
+    topics: list[Topic],
     seed: int,
     steps: int = 200,
     batch: int = 64,
     lr: float = 0.1,
     beta: float = 0.02,
-):
-    """Policy gradient with a KL penalty; reward = P(better than the greedy response), which is the
-    baseline as well.
+) -> Iterator[tuple[int, float, float, float]]:
+    """Policy gradient with a KL penalty; the reward is P(better than the greedy response).
 
-    The greedy response against itself is a draw, 1/2, so reward - 1/2 is ReMax's difference to the
-    greedy response (NiuTrans/GRAM, README.md, "PPO"; ReMax, arXiv 2310.10505).
+    The greedy response is the baseline too. Against itself it is a draw, 1/2, so reward - 1/2 is
+    ReMax's difference to the greedy response (NiuTrans/GRAM, README.md, "PPO"; ReMax, arXiv
+    2310.10505).
 
-    Yields (step, KL to the start, proxy reward, true reward) now and then. The proxy reward is the
-    judge's mean P(better than the first greedy response), by one draw for each question. That
-    response is the best there is (right, courteous, to the point: the first of the tied likeliest),
-    so a judge that knows the truth never gives more than 1/2.
+    Yields (step, KL to the initial policy in nats, proxy reward, true reward) every 10 steps. The
+    proxy reward is the judge's mean P(better than the initial greedy response), by one draw for
+    each question. That response is the best possible one (right, courteous, to the point: the first
+    of the tied likeliest), so a judge that knows the truth never gives more than 1/2.
+
+    Args:
+        batch: questions per step.
+        beta: weight of the KL penalty.
     """
     torch.manual_seed(seed)
     policy = Policy(topics)
     optimizer = torch.optim.Adam(policy.tables, lr=lr)
-    everywhere = torch.arange(len(topics))
+    all_topics = torch.arange(len(topics))  # (Q,)
     known: dict[Pair, float] = {}
 
     def better(topics_drawn, choices, references) -> torch.Tensor:
+        """P(choices better than references) by the judge, (N,)."""
         texts = [
             (question(*topics[t]), policy.text(t, *a), policy.text(t, *b))
             for t, a, b in zip(topics_drawn.tolist(), choices.tolist(), references.tolist())
@@ -185,15 +201,15 @@ def train_policy(
         ]
         for pair, result in zip(new, judge.compare_many(new)):
             known[pair] = result.probability
-        # (N,); equal texts are a draw
-        return torch.tensor([known.get(Pair(*text), 0.5) for text in texts])
+        # Equal texts are a draw.
+        return torch.tensor([known.get(Pair(*text), 0.5) for text in texts])  # (N,)
 
-    first = policy.greedy(everywhere)
+    first = policy.greedy(all_topics)  # (Q, 3)
     for step in range(steps + 1):
         if step % 10 == 0:
-            proxy = better(everywhere, policy.sample(everywhere), first).mean()
+            proxy = better(all_topics, policy.sample(all_topics), first).mean()
             yield step, policy.kl(), float(proxy), policy.true_reward()
-        drawn = torch.randint(len(topics), (batch,))
+        drawn = torch.randint(len(topics), (batch,))  # (N,)
         choices = policy.sample(drawn)  # (N, 3)
         reward = better(drawn, choices, policy.greedy(drawn)) - 0.5  # (N,)
         log_probability, log_ratio = policy.log_ratio(drawn, choices)

@@ -2,8 +2,8 @@
 
     python -m gram_mini.village.table village runs/reward [RUN ...]
 
-prints one row per model. Runs of the same method under different seeds share a row: mean and 95%
-interval over the seeds.
+This prints one row per model. Runs of the same method with different seeds share a row, with their
+mean and a 95% interval over the seeds.
 """
 
 from __future__ import annotations
@@ -24,45 +24,51 @@ from gram_mini.runs.record import read_record
 from gram_mini.village.pairs import village_pairs
 
 CAPTION = """\
-Accuracy against the truly better response, ± 95% interval (over the prompts, 20 in distribution and 80 out of
-distribution; over the seeds where there are several). In distribution: topics with labels. Out of distribution: topics
-without. Fact pairs: one response right, the other wrong. Cross-entropy: to the true probabilities, in nats. Position
-gap: mean |P(a better, a shown first) - P(a better, a shown second)|. The last three are out of distribution."""
+Accuracy against the truly better response, ± 95% interval (over the seeds if there are several,
+else over the prompts, 20 in distribution and 80 out of distribution). In distribution: topics with
+labels. Out of distribution: topics without. Fact pairs: one response right, the other wrong.
+Cross-entropy: to the true probabilities, in nats. Position gap: mean |P(a better, a shown first) -
+P(a better, a shown second)|. The last three are out of distribution."""
 
 # Options that may differ between runs of one method.
 NOT_THE_METHOD = ("seed", "init", *options.WITHOUT_EFFECT)
 
 
 def method_of(record: dict | None) -> tuple[str, str]:
-    """What a run did, in a word or two, and everything that must agree for two runs to share a row."""
+    """The name of a run's method, and all options that must agree for two runs to share a row.
+
+    ``record`` is the run.json of the run, None for the plain backbone.
+    """
     if record is None:
         return "zero-shot judge", ""
-    given = {name: value for name, value in record["options"].items() if name not in NOT_THE_METHOD}
+    arguments = {
+        name: value for name, value in record["options"].items() if name not in NOT_THE_METHOD
+    }
     if record["stage"] == "pretrain":
         name = "stage 1 alone"
     else:
-        start = record["init"]["stage"] if record["init"] else None
-        name = {None: "labels alone", "pretrain": "stage 1 + labels", "reward": "labels twice"}[
-            start
-        ]
-        if given.get("head") == "scalar":
+        names = {None: "labels alone", "pretrain": "stage 1 + labels", "reward": "labels twice"}
+        name = names[record["init"]["stage"] if record["init"] else None]
+        if arguments.get("head") == "scalar":
             name = name.replace("labels", "labels, scalar head")
-        name += ", text loss" if given.get("text_weight") else ""
-        name += ", frozen" if given.get("freeze") else ""
-        name += ", smoothed" if given["label_smoothing"] > 0 else ""
+        name += ", text loss" if arguments.get("text_weight") else ""
+        name += ", frozen" if arguments.get("freeze") else ""
+        name += ", smoothed" if arguments["label_smoothing"] > 0 else ""
         name += " = GRAM" if name == "stage 1 + labels, smoothed" else ""
-    return name, json.dumps(given, sort_keys=True)
+    return name, json.dumps(arguments, sort_keys=True)
 
 
 def village_table(models: list[str], device: str = "auto") -> str:
-    """Judge both test sets of the village with each model and set the figures in a table."""
-    for model in models:
+    """Judge both test sets of the village with each model, and return the table of the results.
+
+    Raises:
+        UserError: a model that cannot be found or loaded.
+    """
+    for model in models:  # a missing model is an error before the first one is judged
         if not (Path(model) / "run.json").is_file():
-            local_folder(model)  # what is missing is said before the first is judged
-    in_distribution, out_of_distribution = (
-        village_pairs("in-distribution"),
-        village_pairs("out-of-distribution"),
-    )
+            local_folder(model)
+    in_distribution = village_pairs("in-distribution")
+    out_of_distribution = village_pairs("out-of-distribution")
     folders: dict[tuple[str, str], str] = {}
     rows: dict[tuple[str, str], dict[int, list[Evaluation]]] = defaultdict(dict)
     for model in models:
@@ -80,27 +86,22 @@ def village_table(models: list[str], device: str = "auto") -> str:
             evaluate(judge, in_distribution, progress=model),
             summarise(out_of_distribution, results),
         )
-        rows[method][seed] = [*evaluations, summarise(*zip(*facts))]
+        on_facts = summarise([pair for pair, _ in facts], [result for _, result in facts])
+        rows[method][seed] = [*evaluations, on_facts]
 
-    lines = [
-        (
-            "",
-            "in distribution",
-            "out of distribution",
-            "fact pairs",
-            "cross-entropy",
-            "position gap",
-            "run",
-        )
-    ]
+    columns = ("in distribution", "out of distribution", "fact pairs", "cross-entropy")
+    lines: list[tuple[str, ...]] = [("", *columns, "position gap", "run")]
     for method, by_seed in rows.items():
         runs = list(by_seed.values())
         name = method[0] + (f" ({len(runs)} seeds)" if len(runs) > 1 else "")
         accuracies = (with_interval([run[k] for run in runs]) for k in range(3))
-        entropy = statistics.mean(run[1].cross_entropy for run in runs)
+        # None of them is None, since the village knows the probability of every pair.
+        entropies = [run[1].cross_entropy for run in runs if run[1].cross_entropy is not None]
+        entropy = statistics.mean(entropies)
         gap = statistics.mean(run[1].position_gap for run in runs)
         lines.append((name, *accuracies, f"{entropy:.3f}", f"{gap:.3f}", folders[method]))
-    ideal = statistics.mean(_entropy(pair.probability) for pair in out_of_distribution)
+    probabilities = [p for pair in out_of_distribution if (p := pair.probability) is not None]
+    ideal = statistics.mean(map(_entropy, probabilities))
     lines.append(("the true rewards", "1.000", "1.000", "1.000", f"{ideal:.3f}", "0.000", ""))
     widths = [max(map(len, column)) for column in zip(*lines)]
     return "\n".join(
@@ -115,6 +116,7 @@ def village_table(models: list[str], device: str = "auto") -> str:
 
 
 def _entropy(p: float) -> float:
+    """Entropy of a Bernoulli variable in nats."""
     return -p * math.log(p) - (1 - p) * math.log(1 - p)
 
 

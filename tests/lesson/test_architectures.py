@@ -178,32 +178,11 @@ def runs(case, tmp_path_factory):
     data = folder / "pairs.jsonl"
     rows = [{"prompt": p.prompt, "chosen": p.response_a, "rejected": p.response_b} for p in PAIRS]
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    same = [
-        "--model",
-        case.folder,
-        "--data",
-        str(data),
-        "--steps",
-        "2",
-        "--batch-size",
-        "4",
-        "--lr",
-        "1e-2",
-        "--log-every",
-        "1",
-    ]
-    train_pretrain.main([*same, "--out", str(folder / "pretrain"), "--lora-rank", "4"])
-    train_reward.main(
-        [
-            *same,
-            "--out",
-            str(folder / "reward"),
-            "--init",
-            str(folder / "pretrain"),
-            "--held-out",
-            "0.2",
-        ]
-    )
+    options = "--steps 2 --batch-size 4 --lr 1e-2 --log-every 1".split()
+    same = ["--model", case.folder, "--data", str(data), *options]
+    pretrain, reward = str(folder / "pretrain"), str(folder / "reward")
+    train_pretrain.main([*same, "--out", pretrain, "--lora-rank", "4"])
+    train_reward.main([*same, "--out", reward, "--init", pretrain, "--held-out", "0.2"])
     return folder
 
 

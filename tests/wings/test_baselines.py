@@ -1,4 +1,4 @@
-"""The baselines: scalar heads, frozen heads, the text loss; what is trained, saved, loaded and compared."""
+"""The baselines: scalar heads, frozen heads, the text loss; trained, saved, loaded, compared."""
 
 import json
 
@@ -34,20 +34,7 @@ PAIRS = [
         1,
     ),
 ]
-SMALL = [
-    "--limit",
-    "100",
-    "--steps",
-    "3",
-    "--batch-size",
-    "16",
-    "--lora-rank",
-    "4",
-    "--held-out",
-    "0.1",
-    "--lr",
-    "1e-2",
-]
+SMALL = "--limit 100 --steps 3 --batch-size 16 --lora-rank 4 --held-out 0.1 --lr 1e-2".split()
 KINDS = {
     "d-baseline": ["--head", "scalar"],
     "d-freeze": ["--head", "scalar", "--freeze"],

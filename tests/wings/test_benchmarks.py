@@ -1,4 +1,4 @@
-"""Benchmarks in their exact columns: official figures by hand, intervals, files, and what is said of bad rows."""
+"""Benchmarks in their exact columns: official figures by hand, intervals, files, bad rows."""
 
 import json
 import math
@@ -17,11 +17,10 @@ from gram_mini.studies import benchmarks
 
 
 class Judge(Judge):
-    """Says P(a better), a shown first and second, as two responses of the form "P" or "P1 P2" ask
-    for it.
+    """Says P(a better), a shown first and second, as the responses "P" or "P1 P2" ask for it.
 
-    Of a pair the first response that is a number decides: "0.8" against "no" gives (0.8, 0.8), "0.8
-    0.3" gives (0.8, 0.3). Where both are numbers, P = 1/2 + a - b, so that any order can be staged.
+    The first response that is a number decides: "0.8" against "no" gives (0.8, 0.8), "0.8 0.3"
+    gives (0.8, 0.3). Where both are numbers, P = 1/2 + a - b, so that any order can be staged.
     """
 
     max_length = 512
@@ -105,19 +104,10 @@ def test_reward_bench_weighs_subsets_by_the_official_counts(tmp_path):
     safety = (136 * 0 / 1 + 154 * 2 / 3) / (136 + 154)
     reasoning = (984 * 1 / 1 + 164 * 1 / 2 + 164 * 0 / 1) / (984 + 164 + 164)
     total = (chat + chat_hard + safety + reasoning) / 4
-    assert values(result) == pytest.approx(
-        {
-            "Chat": chat,
-            "Chat Hard": chat_hard,
-            "Safety": safety,
-            "Reasoning": reasoning,
-            "total": total,
-        }
-    )
-    assert (
-        result["sections"] == {"Chat": 6, "Chat Hard": 3, "Safety": 4, "Reasoning": 4}
-        and result["rows"] == 17
-    )
+    sections = {"Chat": chat, "Chat Hard": chat_hard, "Safety": safety, "Reasoning": reasoning}
+    assert values(result) == pytest.approx({**sections, "total": total})
+    assert result["sections"] == {"Chat": 6, "Chat Hard": 3, "Safety": 4, "Reasoning": 4}
+    assert result["rows"] == 17
     assert reasoning != pytest.approx(2 / 4)  # what pooling the rows would give
     assert result["details"]["subsets"]["xstest-should-respond"] == pytest.approx(2 / 3)
 
@@ -131,18 +121,10 @@ def test_reward_bench_counts_are_the_official_ones():
 
 
 def test_a_section_without_rows_leaves_no_total(tmp_path):
-    result = run(
-        "reward-bench",
-        tmp_path / "rows.jsonl",
-        reward_bench_rows({"donotanswer": ["0.9"], "hep-go": ["0.9"]}),
-    )
-    assert values(result) == {
-        "Chat": None,
-        "Chat Hard": None,
-        "Safety": 1.0,
-        "Reasoning": 1.0,
-        "total": None,
-    }
+    rows = reward_bench_rows({"donotanswer": ["0.9"], "hep-go": ["0.9"]})
+    result = run("reward-bench", tmp_path / "rows.jsonl", rows)
+    empty = {"Chat": None, "Chat Hard": None, "total": None}
+    assert values(result) == {**empty, "Safety": 1.0, "Reasoning": 1.0}
     assert "no rows of Chat, Chat Hard" in benchmarks.table(result)
 
 
@@ -164,8 +146,8 @@ def best_of_row(subset, chosen, rejected, number):
     }
 
 
-# By Judge, P(a better) = 1/2 + a - b, so the round-robin score of a is 1/2 + (4 a - sum of all) /
-# 3.
+# By Judge, P(a better) = 1/2 + a - b, so the round-robin score of a is
+# 1/2 + (4 a - sum of all) / 3.
 REWARD_BENCH_2 = [
     best_of_row("Factuality", ["0.3"], ["0.1", "0.2", "0.0"], 1),  # the best: 1
     best_of_row("Factuality", ["0.3"], ["0.1", "0.3", "0.0"], 2),  # one of two best: 1/2
@@ -179,8 +161,8 @@ REWARD_BENCH_2 = [
 TIES = [
     # n = 2: gap (0.3 - 0.2) * 2, spread 0
     best_of_row("Ties", ["0.3"], ["0.2"], "ref:0"),
-    # n = 3: spread (0.4 - 0.3) * 3/2 = 0.15, gap (0.3 - 0.1) * 3/2 = 0.3, above the spread; so is
-    # the ref gap, 0.2
+    # n = 3: spread (0.4 - 0.3) * 3/2 = 0.15, gap (0.3 - 0.1) * 3/2 = 0.3, above the spread; the ref
+    # gap, 0.2, is above it too
     best_of_row("Ties", ["0.4", "0.3"], ["0.1"], "tied:0"),
     # n = 2: gap (0.1 - 0.2) * 2 = -0.2, wrong
     best_of_row("Ties", ["0.1"], ["0.2"], "ref:1"),
@@ -196,15 +178,10 @@ def test_reward_bench_2_shares_credit_and_has_its_own_formula_for_ties(tmp_path)
     result = run("reward-bench-2", tmp_path / "rows.jsonl", REWARD_BENCH_2 + TIES)
     tied_accuracy, ref_accuracy = 2 / 2, 2 / 3
     # prompt 0: 0.3 > 0.15 and min(0.2, 0.3) > 0.15; prompt 1: neither
-    tied_above, lower_above = (1 / 2, 1 / 2)
+    tied_above = lower_above = 1 / 2
     margin = (math.tanh(0.2 / 0.15 - 1) + math.tanh(-0.2 / 0.3 - 1)) / 2
-    score_of_ties = (
-        0.3 * tied_accuracy
-        + 0.3 * ref_accuracy
-        + 0.2 * tied_above
-        + 0.2 * lower_above
-        + 0.01 * margin
-    )
+    accuracies = 0.3 * tied_accuracy + 0.3 * ref_accuracy
+    score_of_ties = accuracies + 0.2 * tied_above + 0.2 * lower_above + 0.01 * margin
     expected = {
         "Factuality": (1 + 1 / 2 + 0) / 3,
         "Precise IF": 1 / 4,
@@ -231,9 +208,8 @@ def test_lower_gap_is_that_of_the_reference_row_too():
 def test_without_spread_the_margin_is_the_sign_of_the_gap(gap, margin):
     # numpy's tanh(gap / 0 - 1) in the official code: tanh(inf), tanh(-inf), and nan, which it
     # counts as 0
-    assert (
-        benchmarks.ties([{"Ties tied": (0.0, gap), "Ties ref": (0.0, gap)}])[1]["margin"] == margin
-    )
+    _, parts = benchmarks.ties([{"Ties tied": (0.0, gap), "Ties ref": (0.0, gap)}])
+    assert parts["margin"] == margin
 
 
 def test_scores_are_those_of_rank(tmp_path, village_judge):
@@ -299,8 +275,8 @@ def rm_bench_row(number, chosen, rejected=("no", "no", "no"), **columns):
     }
 
 
-# With rejected 0.2, 0.3, 0.4 a chosen response a wins where a > rejected, strictly (P = 1/2 + a -
-# b).
+# Against rejected 0.2, 0.3, 0.4 a chosen response a wins where a > rejected, strictly, as
+# P = 1/2 + a - b.
 MIXED = (["0.25", "0.35", "0.3"], ["0.2", "0.3", "0.4"])  # wins: [1 0 0], [1 1 0], [1 0 0]
 ALL = (["0.3", "0.3", "0.3"], ["0.1", "0.1", "0.1"])  # nine wins
 NONE = (["0.1", "0.1", "0.1"], ["0.1", "0.3", "0.3"])  # none: equal is not above
@@ -415,7 +391,7 @@ def test_judge_bench_needs_both_orders_and_is_micro(tmp_path, schema):
 
 def test_calibration_by_hand():
     p, outcomes = [0.92, 0.96, 0.08, 0.63, 0.5], [1, 0, 0, 1, 1]
-    # Seen from the preferred side: 0.92 right, 0.96 wrong, 0.92 right, 0.63 right, 0.5 half right.
+    # From the preferred side: 0.92 right, 0.96 wrong, 0.92 right, 0.63 right, 0.5 half right.
     # Bins of width 0.05 from 0.5: 0.5 | 0.63 | 0.92, 0.92 | 0.96
     ece, bins = calibration(p, outcomes)
     assert ece == pytest.approx(
@@ -443,38 +419,25 @@ def test_consistency_is_agreement_of_the_orders():
 
 
 def test_length_and_the_yardstick(tmp_path):
-    subsets = (
-        "alpacaeval-easy",
-        "alpacaeval-easy",
-        "mt-bench-hard",
-        "donotanswer",
-        "hep-go",
-        "hep-go",
-    )
-    told = (
-        ("0.9", "no"), ("0.9", "no, and at length"), ("0.1", "no, and at length"), ("0.10", "no"), ("0.9", "no!"), ("0.5", "no"),
-    )  # fmt: skip
-    rows = [
-        reward_bench_row(s, p, i, rejected)
-        for i, (s, (p, rejected)) in enumerate(zip(subsets, told))
+    told = [
+        ("alpacaeval-easy", "0.9", "no"),
+        ("alpacaeval-easy", "0.9", "no, and at length"),
+        ("mt-bench-hard", "0.1", "no, and at length"),
+        ("donotanswer", "0.10", "no"),
+        ("hep-go", "0.9", "no!"),
+        ("hep-go", "0.5", "no"),
     ]
+    rows = [reward_bench_row(s, p, i, rejected) for i, (s, p, rejected) in enumerate(told)]
     result = run("reward-bench", tmp_path / "rows.jsonl", rows)
-    # The chosen response is longer in rows 0, 3 and 5, shorter in 1 and 2, as long in 4, which does
-    # not count. Preferred are the chosen (longer), chosen (shorter), rejected (longer), rejected
-    # (shorter), and neither: two of five longer ones.
+    # The chosen response is longer in rows 0, 3 and 5, shorter in 1 and 2, and as long in 4, which
+    # does not count. Preferred are the chosen (longer), chosen (shorter), rejected (longer),
+    # rejected (shorter), and neither: two of five longer ones.
     assert values(result, "judge")["longer preferred"] == 2 / 5
     longer = {name: figure["pick_the_longer"] for name, figure in result["official"].items()}
-    assert longer == {
-        "Chat": 1 / 2,
-        "Chat Hard": 0,
-        "Safety": 1,
-        "Reasoning": 1 / 2,
-        "total": (1 / 2 + 0 + 1 + 1 / 2) / 4,
-    }
-    assert (
-        result["judge"]["accuracy"]["pick_the_longer"] == 3 / 6
-        and result["judge"]["accuracy"]["value"] == 3 / 6
-    )
+    sections = {"Chat": 1 / 2, "Chat Hard": 0, "Safety": 1, "Reasoning": 1 / 2}
+    assert longer == {**sections, "total": (1 / 2 + 0 + 1 + 1 / 2) / 4}
+    assert result["judge"]["accuracy"]["pick_the_longer"] == 3 / 6
+    assert result["judge"]["accuracy"]["value"] == 3 / 6
     assert values(result, "judge")["Brier"] == pytest.approx((3 * 0.1**2 + 2 * 0.9**2 + 0.5**2) / 6)
 
 
@@ -497,9 +460,8 @@ def test_rows_of_one_prompt_are_drawn_together(tmp_path):
     ]
 
     def interval(rows):
-        return run("reward-bench", tmp_path / "rows.jsonl", rows, draws=200)["official"][
-            "Reasoning"
-        ]["interval"]
+        result = run("reward-bench", tmp_path / "rows.jsonl", rows, draws=200)
+        return result["official"]["Reasoning"]["interval"]
 
     # of two prompts, one all right and one all wrong, the same may be drawn twice
     assert interval(shared) == (0, 1)
@@ -525,39 +487,47 @@ GOOD = {
 }
 
 
+SUBSET = "unknown subset '{}' in column 'subset'; known are {}".format
+TEXTS = "column '{}' must be a list of {} texts, found {}".format
+
+
 @pytest.mark.parametrize(("name", "change", "message"), [
-    ("reward-bench", {"subset": "hep-c"}, "unknown subset 'hep-c' in column 'subset'; known are alpacaeval-easy"),
+    ("reward-bench", {"subset": "hep-c"}, SUBSET("hep-c", "alpacaeval-easy")),
     ("reward-bench", {"subset": None}, "unknown subset None"),
     ("reward-bench", {"chosen": 3}, "column 'chosen' must be text"),
     ("reward-bench", {"chosen": ["a", "b"], "rejected": ["c"]}, "needs one pair with a label"),
-    ("reward-bench-2", {"subset": "Chat"}, "unknown subset 'Chat' in column 'subset'; known are Factuality"),
-    ("reward-bench-2", {"chosen": "0.3"}, "column 'chosen' must be a list of one or more texts, found str"),
+    ("reward-bench-2", {"subset": "Chat"}, SUBSET("Chat", "Factuality")),
+    ("reward-bench-2", {"chosen": "0.3"}, TEXTS("chosen", "one or more", "str")),
     ("reward-bench-2", {"chosen": ["1", "2"]}, "one response outside of the subset Ties, found 2"),
-    ("reward-bench-2", {"rejected": []}, "column 'rejected' must be a list of one or more texts, found a list of 0"),
-    ("reward-bench-2", {"subset": "Ties", "id": "7"}, "column 'id' must be ref:NUMBER or tied:NUMBER"),
-    ("rm-bench", {"domain": "cooking"}, "unknown domain 'cooking' in column 'domain'; known are chat, math"),
-    ("rm-bench", {"chosen": ["1", "2"]}, "column 'chosen' must be a list of 3 texts, found a list of 2"),
+    ("reward-bench-2", {"rejected": []}, TEXTS("rejected", "one or more", "a list of 0")),
+    (
+        "reward-bench-2", {"subset": "Ties", "id": "7"},
+        "column 'id' must be ref:NUMBER or tied:NUMBER",
+    ),
+    (
+        "rm-bench", {"domain": "cooking"},
+        "unknown domain 'cooking' in column 'domain'; known are chat, math",
+    ),
+    ("rm-bench", {"chosen": ["1", "2"]}, TEXTS("chosen", "3", "a list of 2")),
     ("rm-bench", {"rejected": ["1", 2, "3"]}, "column 'rejected'"),
     ("rm-bench", {"prompt": None}, "column 'prompt'"),
-    ("judge-bench", {"source": "livebench-cooking"}, "unknown source 'livebench-cooking' in column 'source'"),
+    (
+        "judge-bench", {"source": "livebench-cooking"},
+        "unknown source 'livebench-cooking' in column 'source'",
+    ),
     ("judge-bench", {"label": "A=B"}, "needs one pair with a label"),
     ("judge-bench", {"label": "C"}, "column 'label'"),
 ])  # fmt: skip
 def test_bad_rows_end_with_one_line_that_names_them(tmp_path, name, change, message):
     with pytest.raises(UserError) as error:
         run(name, tmp_path / "rows.jsonl", [GOOD[name], GOOD[name] | change])
-    assert (
-        message in str(error.value)
-        and "rows.jsonl, line 2" in str(error.value)
-        and "\n" not in str(error.value)
-    )
+    said = str(error.value)
+    assert message in said and "rows.jsonl, line 2" in said and "\n" not in said
 
 
 def test_rm_bench_says_how_to_name_a_domain(tmp_path):
-    with pytest.raises(
-        UserError,
-        match="no column 'domain', and subset 'cooking' is unknown; add 'domain', or name the file",
-    ):
+    message = "no column 'domain', and subset 'cooking' is unknown; add 'domain', or name the file"
+    with pytest.raises(UserError, match=message):
         run("rm-bench", tmp_path / "rows.json", [rm_bench_row(1, *ALL, subset="cooking")])
 
 
@@ -567,35 +537,20 @@ def test_rm_bench_says_how_to_name_a_domain(tmp_path):
 def test_score_writes_figures_plot_and_result_file(tmp_path, capsys):
     data = write(tmp_path / "rows.jsonl", reward_bench_rows(REWARD_BENCH))
     out = tmp_path / "figures.json"
-    command = [
-        "--model",
-        "village",
-        "--device",
-        "cpu",
-        "--benchmark",
-        "reward-bench",
-        "--data",
-        data,
-        "--out",
-        str(out),
-    ]
+    options = "--model village --device cpu --benchmark reward-bench".split()
+    command = [*options, "--data", data, "--out", str(out)]
     score.main(command)
     printed = capsys.readouterr().out
     figures = json.loads(out.read_text())
-    assert (
-        figures["model"] == "village"
-        and figures["benchmark"] == "reward-bench"
-        and figures["rows"] == 17
-    )
+    assert figures["model"] == "village" and figures["benchmark"] == "reward-bench"
+    assert figures["rows"] == 17
     low, high = figures["official"]["total"]["interval"]
     assert low <= figures["official"]["total"]["value"] <= high
     assert re.search(
         rf"^total +{figures['official']['total']['value']:.3f} .* 17$", printed, re.MULTILINE
     )
-    assert (
-        sum(one["pairs"] for one in figures["reliability"]) == 17
-        and len(figures["reliability"]) == 10
-    )
+    assert sum(one["pairs"] for one in figures["reliability"]) == 17
+    assert len(figures["reliability"]) == 10
     assert (tmp_path / "figures.png").read_bytes().startswith(b"\x89PNG")
     official = json.loads((tmp_path / "figures-eval-set.json").read_text())
     assert official == {

@@ -1,4 +1,4 @@
-"""A merged model computes what the 4-bit backbone with its adapter computes, in any program that loads a model folder."""
+"""A merged model computes what the 4-bit backbone with its adapter computes, in any program."""
 
 import json
 import shutil
@@ -25,22 +25,8 @@ PAIR = ("What does Anna eat?", "Anna eats soup.", "Stop bothering me. Anna eats 
 
 def short_run(out, bits):
     """Steps large enough that the adapter does something."""
-    train_reward.main(
-        [
-            "--out",
-            str(out),
-            "--bits",
-            str(bits),
-            "--limit",
-            "100",
-            "--steps",
-            "4",
-            "--lr",
-            "5e-3",
-            "--batch-size",
-            "16",
-        ]
-    )
+    options = "--limit 100 --steps 4 --lr 5e-3 --batch-size 16".split()
+    train_reward.main(["--out", str(out), "--bits", str(bits), *options])
     return out
 
 
@@ -83,10 +69,8 @@ def test_a_run_without_quantisation(tmp_path, bits):
 
 
 def test_scores_are_those_of_the_run(run, exported):
-    there, here = (
-        load_judge(str(run), merge=False).compare(*PAIR),
-        load_judge(str(exported), bits=32).compare(*PAIR),
-    )
+    there = load_judge(str(run), merge=False).compare(*PAIR)
+    here = load_judge(str(exported), bits=32).compare(*PAIR)
     assert here.log_odds_first == pytest.approx(there.log_odds_first, abs=1e-3)
     assert here.log_odds_second == pytest.approx(there.log_odds_second, abs=1e-3)
     assert abs(here.log_odds_first) > 1e-2
@@ -95,26 +79,14 @@ def test_scores_are_those_of_the_run(run, exported):
 def test_the_judge_prompt_and_length_of_the_run_come_along(tmp_path):
     (tmp_path / "judge.txt").write_text("{prompt} Better: {response_a} or {response_b}?\n")
     run, out = tmp_path / "run", tmp_path / "out"
+    options = ["--judge-template", str(tmp_path / "judge.txt")]
     train_reward.main(
-        [
-            "--out",
-            str(run),
-            "--limit",
-            "50",
-            "--steps",
-            "1",
-            "--max-length",
-            "64",
-            "--judge-template",
-            str(tmp_path / "judge.txt"),
-        ]
+        ["--out", str(run), *"--limit 50 --steps 1 --max-length 64".split(), *options]
     )
     export.main([str(run), str(out), "--dtype", "float32"])
     judge = load_judge(str(out), bits=32)
-    assert (judge.template, judge.max_length) == (
-        "{prompt} Better: {response_a} or {response_b}?",
-        64,
-    )
+    assert judge.template == "{prompt} Better: {response_a} or {response_b}?"
+    assert judge.max_length == 64
     assert judge.compare(*PAIR).log_odds_first == pytest.approx(
         load_judge(str(run)).compare(*PAIR).log_odds_first, abs=1e-3
     )
@@ -136,11 +108,8 @@ def test_two_label_log_probabilities_of_a_server_are_enough(run, exported):
     odds = []
     for k, order in enumerate((row, row.swapped())):
         with torch.no_grad():
-            answer = (
-                server(input_ids=torch.tensor([join(pieces, order)]))
-                .logits[0, -1]
-                .log_softmax(dim=0)
-            )
+            logits = server(input_ids=torch.tensor([join(pieces, order)])).logits[0, -1]
+            answer = logits.log_softmax(dim=0)
         # token id -> log-probability
         top = dict(zip(*(column.tolist() for column in reversed(answer.topk(20)))))
         odds.append((top[labels[0]] - top[labels[1]]) * (-1 if k else 1))
@@ -158,14 +127,11 @@ def test_the_folder_is_an_ordinary_one(run, exported):
         "chat_template.jinja",
         "gram_run.json",
     } <= names
-    assert {file.suffix for file in exported.iterdir()} <= {
-        ".safetensors",
-        ".json",
-        ".jinja",
-    } and "run.json" not in names
+    assert {file.suffix for file in exported.iterdir()} <= {".safetensors", ".json", ".jinja"}
+    assert "run.json" not in names
     assert "quantization_config" not in json.loads((exported / "config.json").read_text())
-    # Both as the installed library reads them, since each version writes other keys; the village's
-    # is float32 too.
+    # Both as the installed library reads them, since each version writes other keys. The backbone
+    # of the village is in float32 too.
     config, backbone = (
         AutoConfig.from_pretrained(folder).to_dict() for folder in (exported, VILLAGE_FOLDER)
     )

@@ -1,4 +1,4 @@
-"""Every format of the hub's preference data, in its exact columns: what pairs it gives, ties, bad values, scoring."""
+"""Every format of the hub's preference data in its exact columns: pairs, ties, bad values, scores."""
 
 import copy
 import json
@@ -435,7 +435,8 @@ def test_bad_values_are_one_clear_line(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", [
-    "a rating as text", "no rating", "NaN", "a score as bool", "a preference as text", "infinite", "verdict", "verdict type"
+    "a rating as text", "no rating", "NaN", "a score as bool", "a preference as text", "infinite",
+    "verdict", "verdict type",
 ])  # fmt: skip
 def test_stage_1_does_not_read_ratings(name, tmp_path):
     row = BAD[name][0]
@@ -515,18 +516,8 @@ def test_score_does_not_mind_strange_labels(tmp_path, capsys):
     source = write(
         tmp_path / "d.jsonl", {**JUDGEBENCH, "label": "?"}, {**JUDGEBENCH, "label": ["A"]}
     )
-    score.main(
-        [
-            "--model",
-            "village",
-            "--bits",
-            "32",
-            "--data",
-            source,
-            "--out",
-            str(tmp_path / "scores.jsonl"),
-        ]
-    )
+    options = ["--data", source, "--out", str(tmp_path / "scores.jsonl")]
+    score.main([*"--model village --bits 32".split(), *options])
     assert "labelled pairs" not in capsys.readouterr().out
 
 
@@ -537,17 +528,7 @@ def test_training_passes_its_options_on(script, tmp_path, monkeypatch):
         script, "load_pairs", lambda *a, **options: asked.append(options) or real(*a, **options)
     )
     source = write(tmp_path / "d.jsonl", {}, {**ULTRA, "instruction": "2 + 2?"}, ULTRA)
-    options = [
-        "--on-bad-row",
-        "skip",
-        "--pairs",
-        "best-worst",
-        "--streaming",
-        "--steps",
-        "1",
-        "--held-out",
-        "0",
-    ]
+    options = "--on-bad-row skip --pairs best-worst --streaming --steps 1 --held-out 0".split()
     script.main(["--data", source, "--out", str(tmp_path / "run"), "--max-length", "128", *options])
     record = json.loads((tmp_path / "run" / "run.json").read_text())["data"]
     assert (record["rows"], record["used"], record["dropped"]) == (3, 2, {"that cannot be read": 1})
@@ -559,16 +540,7 @@ def test_training_passes_its_options_on(script, tmp_path, monkeypatch):
 def test_score_passes_split_and_subset_on(tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr(scores, "read_rows", lambda *a: asked.append(a) or [("here", SKYWORK)])
-    options = [
-        "--split",
-        "val",
-        "--subset",
-        "all",
-        "--limit",
-        "3",
-        "--out",
-        str(tmp_path / "s.jsonl"),
-    ]
+    options = [*"--split val --subset all --limit 3".split(), "--out", str(tmp_path / "s.jsonl")]
     score.main(["--model", "village", "--bits", "32", "--data", "owner/name", *options])
     assert asked == [("owner/name", "val", 3, "all", False)]
 
@@ -591,7 +563,7 @@ def test_a_bad_row_does_not_take_the_good_ones_of_its_prompt_along(tmp_path):
 
 
 def test_literal_line_breaks_beside_the_markers_are_taken_off_and_counted(tmp_path):
-    """data/clean_data.py of the official repository writes a backslash and an n where it means a line break."""
+    """data/clean_data.py of the official repository writes a backslash and an n as a line break."""
     row = {
         "instruction": r"[User Question]\nHow do I print \n in C?\n\n",
         "input": "",

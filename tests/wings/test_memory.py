@@ -1,4 +1,4 @@
-"""The formula of studies/speed/memory.py against small models that are really built: what it computes is what is held."""
+"""The formula of studies/speed/memory.py against small models: it computes what they hold."""
 
 import pytest
 import torch
@@ -39,9 +39,14 @@ def built(request):
 def test_sizes_are_those_of_the_public_models():
     """Parameter counts as their model cards and safetensors headers say."""
     counts = {
-        "Qwen2.5-0.5B": 494_032_768, "Qwen3-0.6B": 596_049_920, "Llama-3.2-1B": 1_235_814_400, "SmolLM2-1.7B": 1_711_376_384,
-        "Qwen3-1.7B": 1_720_574_976, "Llama-3.2-3B": 3_212_749_824, "Qwen3-8B": 8_190_735_360,
-    }  # fmt: skip
+        "Qwen2.5-0.5B": 494_032_768,
+        "Qwen3-0.6B": 596_049_920,
+        "Llama-3.2-1B": 1_235_814_400,
+        "SmolLM2-1.7B": 1_711_376_384,
+        "Qwen3-1.7B": 1_720_574_976,
+        "Llama-3.2-3B": 3_212_749_824,
+        "Qwen3-8B": 8_190_735_360,
+    }
     assert {name: weight_bytes(s, bits=16) // 2 for name, s in MODELS.items()} == counts
 
 
@@ -67,15 +72,14 @@ def test_training_holds_sixteen_bytes_per_parameter_of_the_adapter(built):
 
 
 def saved_bytes(model):
-    """Bytes of all distinct storages that a forward pass keeps for the backward pass, the model's own apart."""
+    """Bytes of the storages that a forward pass keeps for the backward pass, without the model's."""
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept = {}
 
     def pack(tensor):
         if tensor.untyped_storage().data_ptr() not in own:
-            kept[tensor.untyped_storage().data_ptr()] = (
-                tensor  # held, so that no other can take its place
-            )
+            # The tensor is held, so that no other gets its address.
+            kept[tensor.untyped_storage().data_ptr()] = tensor
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
@@ -95,7 +99,7 @@ def test_checkpointing_keeps_a_layer_s_input_only(built):
     s, _, model = built
     checkpoint_gradients(model)
     kept = saved_bytes(model)
-    # The last hidden states, a H, are held by the loss and not by the backward pass.
+    # The last hidden states, 2 H, are held by the loss and not by the backward pass.
     assert kept == pytest.approx(
         kept_bytes(s, RANK, BATCH * LENGTH, checkpointing=True) - 2 * BATCH * LENGTH * s.hidden,
         rel=0.03,
@@ -105,20 +109,12 @@ def test_checkpointing_keeps_a_layer_s_input_only(built):
 
 @pytest.mark.parametrize(
     ("stage", "checkpointing"),
-    [
-        ("pretrain", False),
-        ("pretrain", True),
-        ("reward", False),
-        ("reward", True),
-        ("score", False),
-    ],
+    [(stage, on) for stage in ("pretrain", "reward") for on in (False, True)] + [("score", False)],
 )
 def test_peak_is_between_85_and_105_percent_of_the_computed_one(built, stage, checkpointing):
     s, bits, model = built
     if stage == "score" and bits == 16:
-        pytest.skip(
-            "adding float32 to bfloat16, a CPU casts into a buffer of its own, which a GPU does not"
-        )
+        pytest.skip("to add float32 to bfloat16 a CPU casts into an extra buffer, a GPU does not")
     peak, _ = measure(model, stage, checkpointing, BATCH, LENGTH, steps=1)
     assert 0.85 < peak / compute(s, stage, bits, checkpointing, BATCH, LENGTH, RANK)["peak"] < 1.05
 
@@ -154,20 +150,8 @@ def test_random_rows_fill_the_length_and_train_what_the_formula_counts():
 
 
 def test_the_computed_table(capsys):
-    memory.main(
-        [
-            "--device",
-            "cpu",
-            "--models",
-            "Qwen2.5-0.5B",
-            "Qwen3-8B",
-            "--lengths",
-            "1024",
-            "--cards",
-            "8",
-            "24",
-        ]
-    )
+    models = "--models Qwen2.5-0.5B Qwen3-8B --lengths 1024 --cards 8 24"
+    memory.main(["--device", "cpu", *models.split()])
     lines = capsys.readouterr().out.splitlines()
     rows = [line for line in lines if "computed |" in line]
     assert len(rows) == 2 * 2 * 5 and len({len(line) for line in rows}) == 1
@@ -188,19 +172,7 @@ def test_the_largest_batches_leave_a_tenth_of_the_card():
 def test_a_small_shape_is_measured(capsys, monkeypatch):
     monkeypatch.setattr(memory, "TINY", {"tiny": Shape("qwen3", 64, 2, 4, 2, 16, 128, 500, True)})
     memory.main(
-        [
-            "--device",
-            "cpu",
-            "--tiny",
-            "--lengths",
-            "32",
-            "--bits",
-            "4",
-            "--steps",
-            "1",
-            "--batch-size",
-            "2",
-        ]
+        [*"--device cpu --tiny --lengths 32 --bits 4 --steps 1".split(), *"--batch-size 2".split()]
     )
     out = capsys.readouterr().out
     assert (

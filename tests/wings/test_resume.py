@@ -1,4 +1,4 @@
-"""Long runs: killed and resumed, interrupted, split over passes and processes, and what cannot go on."""
+"""Long runs: killed and resumed, interrupted, split over passes and processes, or impossible."""
 
 import csv
 import errno
@@ -30,12 +30,12 @@ from gram_mini.training import draw_batches
 ROOT = Path(__file__).parents[2]
 SCRIPTS = {"train_pretrain": train_pretrain, "train_reward": train_reward}
 OPTIONS = [
-    "--limit", "200", "--held-out", "0.1", "--batch-size", "8", "--steps", "20", "--lora-rank", "4", "--log-every", "4",
-    "--save-every", "6", "--grad-accum", "2",
-]  # fmt: skip
+    *"--limit 200 --held-out 0.1 --batch-size 8 --steps 20 --lora-rank 4".split(),
+    *"--log-every 4 --save-every 6 --grad-accum 2".split(),
+]
+SHORT = "--limit 100 --held-out 0.2 --steps 3 --lora-rank 4 --log-every 1".split()
 
-# Ends the process in the middle of its 16th step, in its second epoch, when there is a checkpoint
-# of step 12.
+# Ends the process in its 16th step, in the second epoch. There is a checkpoint of step 12.
 KILL_IN_STEP = """
 import os, signal, sys, {script} as script
 from gram_mini.runs import run
@@ -48,7 +48,7 @@ def add_up(*arguments):
 run.add_up = add_up
 script.main(sys.argv[1:])
 """
-# Ends it when half of the checkpoint of step 12 is written; that of step 6 is whole.
+# Ends it when half of the checkpoint of step 12 is written. That of step 6 is whole.
 KILL_IN_SAVE = """
 import io, os, signal, sys, torch, {script} as script
 real, calls = torch.save, []
@@ -105,10 +105,8 @@ def test_a_killed_run_that_is_resumed_ends_with_the_same_adapter(
     process = start(kill.format(script=name), *OPTIONS, "--out", str(out))
     assert process.wait() == -signal.SIGKILL, process.stderr.read()
     partial = tmp_path / "run.partial"
-    assert (
-        not out.exists()
-        and torch.load(partial / "checkpoint.pt", weights_only=True)["step"] == saved
-    )
+    assert not out.exists()
+    assert torch.load(partial / "checkpoint.pt", weights_only=True)["step"] == saved
     SCRIPTS[name].main([*OPTIONS, "--out", str(out), "--resume"])
     assert adapter(out) == adapter(whole / name)
     assert log_of(out) == log_of(whole / name)
@@ -139,7 +137,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(whole, tmp_path):
 
 
 def test_random_state_and_skipped_steps_go_on(tmp_path, monkeypatch):
-    """A backbone with dropout draws from torch's generator; Ctrl-C comes in the fifth step, a bad loss in the second."""
+    """The backbone has dropout; a bad loss comes in the second step, Ctrl-C in the fifth."""
     model = shutil.copytree(VILLAGE_FOLDER, tmp_path / "model")
     config = json.loads((model / "config.json").read_text()) | {"attention_dropout": 0.2}
     (model / "config.json").write_text(json.dumps(config))
@@ -187,10 +185,8 @@ def test_how_a_step_is_split_may_change_and_what_is_learned_may_not(tmp_path):
     with pytest.raises(UserError, match="judge prompt was .* A or B"):
         train_reward.main([*options, "--resume"])
     template.write_text("{prompt} {response_a} {response_b} A or B?")
-    options[options.index("--batch-size") + 1], options[options.index("--grad-accum") + 1] = (
-        "4",
-        "4",
-    )
+    for option in ("--batch-size", "--grad-accum"):
+        options[options.index(option) + 1] = "4"
     train_reward.main([*options, "--resume", "--gradient-checkpointing"])
     assert (tmp_path / "run" / "run.json").is_file()
 
@@ -237,23 +233,7 @@ def test_batches_repeat_and_turn_half_of_the_rows_round():
 
 
 def step_by_step(script, out, *options):
-    script.main(
-        [
-            "--limit",
-            "100",
-            "--held-out",
-            "0.2",
-            "--steps",
-            "3",
-            "--lora-rank",
-            "4",
-            "--log-every",
-            "1",
-            "--out",
-            str(out),
-            *options,
-        ]
-    )
+    script.main([*SHORT, "--out", str(out), *options])
     return losses(out), load_file(out / "adapter_model.safetensors")
 
 
@@ -261,15 +241,14 @@ def losses(run):
     return [(row["part"], float(row["loss"])) for row in log_of(run)]
 
 
-def close(found, wanted, tolerance=1e-5):
-    return [part for part, _ in found] == [part for part, _ in wanted] and all(
-        abs(a - b) < tolerance for (_, a), (_, b) in zip(found, wanted)
-    )
+def close(actual, expected, tolerance=1e-5):
+    same_parts = [part for part, _ in actual] == [part for part, _ in expected]
+    return same_parts and all(abs(a - b) < tolerance for (_, a), (_, b) in zip(actual, expected))
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_twice_the_passes_are_twice_the_batch(name, tmp_path):
-    """In stage 1 this needs the division by the tokens of the whole step: passes hold unequally many."""
+    """In stage 1 the loss is divided by the tokens of the whole step, as passes hold unequally many."""
     one, adapter_one = step_by_step(SCRIPTS[name], tmp_path / "one", "--batch-size", "14")
     two, adapter_two = step_by_step(
         SCRIPTS[name], tmp_path / "two", "--batch-size", "7", "--grad-accum", "2"
@@ -282,25 +261,12 @@ def test_twice_the_passes_are_twice_the_batch(name, tmp_path):
 def test_two_processes_are_twice_the_batch(name, tmp_path):
     one, _ = step_by_step(SCRIPTS[name], tmp_path / "one", "--batch-size", "14")
     launch = [
-        sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
-        "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", str(ROOT / f"{name}.py"),
-    ]  # fmt: skip
-    options = [
-        "--limit",
-        "100",
-        "--held-out",
-        "0.2",
-        "--steps",
-        "3",
-        "--lora-rank",
-        "4",
-        "--log-every",
-        "1",
-        "--device",
-        "cpu",
+        *"-m accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1".split(),
+        *"--mixed_precision no --dynamo_backend no --main_process_port 0".split(),
     ]
+    options = [*SHORT, *"--device cpu --batch-size 7".split(), "--out", str(tmp_path / "two")]
     done = subprocess.run(
-        [*launch, *options, "--batch-size", "7", "--out", str(tmp_path / "two")],
+        [sys.executable, *launch, str(ROOT / f"{name}.py"), *options],
         capture_output=True,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -313,9 +279,8 @@ def test_two_processes_are_twice_the_batch(name, tmp_path):
 def test_shares_come_back_in_order():
     from accelerate import Accelerator
 
-    assert in_shares(
-        Accelerator(cpu=True), lambda items: [2 * i for i in items], list(range(7))
-    ) == [0, 2, 4, 6, 8, 10, 12]
+    doubled = in_shares(Accelerator(cpu=True), lambda items: [2 * i for i in items], list(range(7)))
+    assert doubled == [0, 2, 4, 6, 8, 10, 12]
 
 
 # ---- what goes wrong in the middle of a run ------------------------------------------
@@ -332,29 +297,14 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(name, tmp_path, monkey
         return real(*arguments) * (float("nan") if len(calls) == 2 else 1.0)
 
     monkeypatch.setattr(script, loss, broken)
-    script.main(
-        [
-            "--limit",
-            "50",
-            "--held-out",
-            "0",
-            "--steps",
-            "3",
-            "--log-every",
-            "1",
-            "--lora-rank",
-            "4",
-            "--out",
-            str(tmp_path / "a"),
-        ]
-    )
+    options = "--limit 50 --held-out 0 --steps 3 --log-every 1 --lora-rank 4".split()
+    script.main([*options, "--out", str(tmp_path / "a")])
     tensors = load_file(tmp_path / "a" / "adapter_model.safetensors")
-    assert all(t.isfinite().all() for t in tensors.values()) and any(
-        t.abs().max() > 0 for n, t in tensors.items() if "lora_B" in n
-    )
+    assert all(t.isfinite().all() for t in tensors.values())
+    assert any(t.abs().max() > 0 for n, t in tensors.items() if "lora_B" in n)
     log = log_of(tmp_path / "a")
     assert [row["skipped"] for row in log] == ["0", "1", "1"]
-    # the line of a step not taken has no mean, not NaN
+    # the line of a skipped step has no mean, rather than NaN
     assert [row["loss"] != "" for row in log] == [True, False, True]
     assert json.loads((tmp_path / "a" / "run.json").read_text())["results"]["skipped"] == 1
 
@@ -363,40 +313,19 @@ def test_a_run_that_stays_broken_stops_and_names_its_rows(tmp_path, monkeypatch)
     monkeypatch.setattr(train_reward, "reward_loss", lambda z, labels, eps: z.sum() * float("inf"))
     rows = [{"prompt": f"Where is {i}?", "chosen": "here", "rejected": "there"} for i in range(3)]
     (tmp_path / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    with pytest.raises(
-        UserError, match=r"2 steps in a row .* on rows 1, 2, 3 of .*d.jsonl; lower --lr"
-    ):
-        train_reward.main(
-            [
-                "--data",
-                str(tmp_path / "d.jsonl"),
-                "--held-out",
-                "0",
-                "--skip-limit",
-                "2",
-                "--epochs",
-                "9",
-                "--out",
-                str(tmp_path / "a"),
-            ]
-        )
+    files = ["--data", str(tmp_path / "d.jsonl"), "--out", str(tmp_path / "a")]
+    message = r"2 steps in a row .* on rows 1, 2, 3 of .*d.jsonl; lower --lr"
+    with pytest.raises(UserError, match=message):
+        train_reward.main([*files, *"--held-out 0 --skip-limit 2 --epochs 9".split()])
     assert not (tmp_path / "a").exists()
 
 
 def test_only_broken_steps_in_a_row_count(tmp_path):
     row = EncodedPair([1], [2], [3], 0, 7, (1, 1, 1))
-    run = Run(
-        "reward",
-        reward_options(
-            "", ["--skip-limit", "2", "--device", "cpu", "--out", str(tmp_path / "run")]
-        ),
-    )
-    run.data, run._batch, run.skipped, run._skipped_in_a_row = (
-        PairData("d.jsonl", [], 0),
-        [row],
-        0,
-        0,
-    )
+    options = [*"--skip-limit 2 --device cpu".split(), "--out", str(tmp_path / "run")]
+    run = Run("reward", reward_options("", options))
+    run.data, run._batch = PairData("d.jsonl", [], 0), [row]
+    run.skipped = run._skipped_in_a_row = 0
 
     def finite(loss, norm):
         run._loss = loss

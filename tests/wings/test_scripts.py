@@ -1,4 +1,4 @@
-"""The three scripts as a user runs them: what they write, that it repeats, and what they say to bad input."""
+"""The three scripts as a user runs them: their files, repeatability, and errors on bad input."""
 
 import csv
 import json
@@ -23,6 +23,7 @@ from gram_mini.village import table
 
 ROOT = Path(__file__).parents[2]
 SMALL = ["--batch-size", "16", "--lora-rank", "8", "--log-every", "5"]
+EXAMPLE = ("What does Anna eat?", "Anna eats soup.", "Anna eats fish.")
 ROWS = [
     {
         "id": f"row-{i}",
@@ -42,39 +43,16 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def pretrain(folder):
     """A short stage-1 run on the village."""
-    train_pretrain.main(
-        [
-            "--out",
-            str(folder / "pretrain"),
-            "--limit",
-            "400",
-            "--steps",
-            "10",
-            "--held-out",
-            "0.1",
-            *SMALL,
-        ]
-    )
+    options = "--limit 400 --steps 10 --held-out 0.1".split()
+    train_pretrain.main(["--out", str(folder / "pretrain"), *options, *SMALL])
     return folder / "pretrain"
 
 
 @pytest.fixture(scope="module")
 def reward(folder, pretrain):
     """A short stage-2 run that starts from it."""
-    train_reward.main(
-        [
-            "--init",
-            str(pretrain),
-            "--out",
-            str(folder / "reward"),
-            "--limit",
-            "400",
-            "--steps",
-            "10",
-            *SMALL[:2],
-            *SMALL[4:],
-        ]
-    )
+    options = [*"--limit 400 --steps 10".split(), *SMALL[:2], *SMALL[4:]]
+    train_reward.main(["--init", str(pretrain), "--out", str(folder / "reward"), *options])
     return folder / "reward"
 
 
@@ -86,7 +64,7 @@ def data(tmp_path):
 
 
 def run_script(name, *arguments, cwd=ROOT):
-    """Run a script in a process of its own; returns (exit status, standard output, last line of standard error)."""
+    """Run a script as a process; returns exit status, output, and the last line of its errors."""
     done = subprocess.run(
         [sys.executable, str(ROOT / name), *arguments], capture_output=True, text=True, cwd=cwd
     )
@@ -150,56 +128,22 @@ def test_stage_1_learns(pretrain):
 
 
 def test_stage_2_learns_what_the_labels_say(tmp_path, data):
-    train_reward.main(
-        [
-            "--data",
-            data,
-            "--out",
-            str(tmp_path / "run"),
-            "--steps",
-            "25",
-            "--lr",
-            "3e-3",
-            "--held-out",
-            "0.2",
-            "--log-every",
-            "1",
-            *SMALL[:4],
-        ]
-    )
+    options = "--steps 25 --lr 3e-3 --held-out 0.2 --log-every 1".split()
+    train_reward.main(["--data", data, "--out", str(tmp_path / "run"), *options, *SMALL[:4]])
     log = log_of(tmp_path / "run")
     # on prompts it was not trained on
     assert float(log[-1]["accuracy"]) == 1.0 and log[-1]["part"] == "held-out"
-    assert (
-        json.loads((tmp_path / "run" / "run.json").read_text())["results"]["held_out"]["accuracy"]
-        == 1.0
-    )
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert record["results"]["held_out"]["accuracy"] == 1.0
 
 
 def test_stage_2_starts_from_stage_1(folder, pretrain, reward):
-    before, after = (
-        load_file(pretrain / "adapter_model.safetensors"),
-        load_file(reward / "adapter_model.safetensors"),
-    )
+    before, after = (load_file(run / "adapter_model.safetensors") for run in (pretrain, reward))
     assert before.keys() == after.keys()
-    train_reward.main(
-        ["--out", str(folder / "fresh"), "--limit", "400", "--steps", "1", "--lr", "1e-9", *SMALL]
-    )
-    train_reward.main(
-        [
-            "--init",
-            str(pretrain),
-            "--out",
-            str(folder / "started"),
-            "--limit",
-            "400",
-            "--steps",
-            "1",
-            "--lr",
-            "1e-9",
-            *SMALL[:2],
-        ]
-    )
+    options = "--limit 400 --steps 1 --lr 1e-9".split()
+    train_reward.main(["--out", str(folder / "fresh"), *options, *SMALL])
+    init = ["--init", str(pretrain), "--out", str(folder / "started")]
+    train_reward.main([*init, *options, *SMALL[:2]])
     started, fresh = (
         load_file(folder / name / "adapter_model.safetensors") for name in ("started", "fresh")
     )
@@ -210,43 +154,15 @@ def test_stage_2_starts_from_stage_1(folder, pretrain, reward):
 @pytest.mark.parametrize("script", [train_pretrain, train_reward])
 def test_one_seed_gives_one_adapter(script, tmp_path):
     for name, seed in (("a", "1"), ("b", "1"), ("c", "2")):
-        script.main(
-            [
-                "--out",
-                str(tmp_path / name),
-                "--limit",
-                "100",
-                "--steps",
-                "3",
-                "--seed",
-                seed,
-                *SMALL,
-            ]
-        )
+        options = [*"--limit 100 --steps 3".split(), "--seed", seed]
+        script.main(["--out", str(tmp_path / name), *options, *SMALL])
     a, b, c = ((tmp_path / name / "adapter_model.safetensors").read_bytes() for name in "abc")
     assert a == b != c
 
 
 def test_gradient_accumulation_takes_as_many_rows_per_step(tmp_path, data):
-    train_reward.main(
-        [
-            "--data",
-            data,
-            "--out",
-            str(tmp_path / "run"),
-            "--held-out",
-            "0",
-            "--epochs",
-            "2",
-            "--log-every",
-            "1",
-            *SMALL[2:4],
-            "--batch-size",
-            "8",
-            "--grad-accum",
-            "2",
-        ]
-    )
+    options = "--held-out 0 --epochs 2 --log-every 1 --batch-size 8 --grad-accum 2".split()
+    train_reward.main(["--data", data, "--out", str(tmp_path / "run"), *options, *SMALL[2:4]])
     log = log_of(tmp_path / "run")
     assert len(log) == 4  # 30 rows twice, 2 x 8 at a time
 
@@ -266,18 +182,8 @@ def test_the_first_step_moves_the_adapter_and_the_log_tells_its_rate(tmp_path, d
 def test_a_tracker_gets_what_the_log_gets(tmp_path, data):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    options = [
-        "--data",
-        data,
-        "--out",
-        str(tmp_path / "run"),
-        "--steps",
-        "4",
-        "--log-every",
-        "2",
-        *SMALL[:4],
-    ]
-    train_reward.main([*options, "--report-to", "tensorboard", "--gradient-checkpointing"])
+    options = "--steps 4 --log-every 2 --report-to tensorboard --gradient-checkpointing".split()
+    train_reward.main(["--data", data, "--out", str(tmp_path / "run"), *options, *SMALL[:4]])
     events = EventAccumulator(str(tmp_path / "run" / "gram_mini"))
     events.Reload()
     found = [(e.step, e.value) for e in events.Scalars("train/loss")]
@@ -315,19 +221,8 @@ def test_stage_1_in_chunks_learns_the_same(tmp_path, monkeypatch):
     weights = []
     for name, at_once in (("whole", 2**25), ("chunks", 718 * 50)):
         monkeypatch.setattr("gram_mini.chunked.LOGITS_AT_ONCE", at_once)
-        train_pretrain.main(
-            [
-                "--out",
-                str(tmp_path / name),
-                "--limit",
-                "50",
-                "--steps",
-                "3",
-                "--held-out",
-                "0.1",
-                *SMALL,
-            ]
-        )
+        options = "--limit 50 --steps 3 --held-out 0.1".split()
+        train_pretrain.main(["--out", str(tmp_path / name), *options, *SMALL])
         weights.append(load_file(tmp_path / name / "adapter_model.safetensors"))
     assert all(torch.allclose(weights[0][key], weights[1][key], atol=1e-4) for key in weights[0])
 
@@ -349,20 +244,8 @@ def test_batch_tokens_changes_the_passes_and_not_the_steps(tmp_path, data, monke
     )
     weights = []
     for name, options in (("whole", []), ("parts", ["--batch-tokens", "150"])):
-        train_reward.main(
-            [
-                "--data",
-                data,
-                "--out",
-                str(tmp_path / name),
-                "--steps",
-                "3",
-                "--held-out",
-                "0",
-                *options,
-                *SMALL[:4],
-            ]
-        )
+        options = [*options, *"--steps 3 --held-out 0".split(), *SMALL[:4]]
+        train_reward.main(["--data", data, "--out", str(tmp_path / name), *options])
         weights.append(load_file(tmp_path / name / "adapter_model.safetensors"))
     assert len(passes) > 6 and sum(passes) == 2 * sum(passes[:3])
     assert all(torch.allclose(weights[0][key], weights[1][key], atol=1e-4) for key in weights[0])
@@ -375,21 +258,8 @@ def test_stage_2_multiplies_two_rows_of_the_output_matrix(tmp_path, data, monkey
         "__call__",
         lambda head, h, tokens=None: rows.append(tokens) or real(head, h, tokens),
     )
-    train_reward.main(
-        [
-            "--data",
-            data,
-            "--out",
-            str(tmp_path / "run"),
-            "--steps",
-            "3",
-            "--held-out",
-            "0",
-            "--log-every",
-            "3",
-            *SMALL[:4],
-        ]
-    )
+    options = "--steps 3 --held-out 0 --log-every 3".split()
+    train_reward.main(["--data", data, "--out", str(tmp_path / "run"), *options, *SMALL[:4]])
     # the whole matrix only for the log's last line
     assert [None if t is None else len(t) for t in rows] == [2, 2, 2, None]
 
@@ -403,52 +273,29 @@ def test_other_precisions(tmp_path, bits):
 
 
 def test_a_run_can_be_moved_and_scores_the_same(reward, tmp_path):
-    there = load_judge(str(reward)).compare(
-        "What does Anna eat?", "Anna eats soup.", "Anna eats fish."
-    )
+    there = load_judge(str(reward)).compare(*EXAMPLE)
     moved = shutil.copytree(reward, tmp_path / "elsewhere")
-    assert (
-        load_judge(str(moved)).compare("What does Anna eat?", "Anna eats soup.", "Anna eats fish.")
-        == there
-    )
+    assert load_judge(str(moved)).compare(*EXAMPLE) == there
 
 
 # ---- score.py ------------------------------------------------------------------------
 
 
 def test_score_a_pair(reward, capsys):
-    score.main(
-        [
-            "--model",
-            str(reward),
-            "--prompt",
-            "What does Anna eat?",
-            "--response",
-            "Anna eats soup.",
-            "--response",
-            "Anna eats fish.",
-        ]
-    )
+    prompt, a, b = EXAMPLE
+    pair = ["--prompt", prompt, "--response", a, "--response", b]
+    score.main(["--model", str(reward), *pair])
     said = capsys.readouterr().out
-    expected = load_judge(str(reward)).compare(
-        "What does Anna eat?", "Anna eats soup.", "Anna eats fish."
-    )
-    assert (
-        f"P(A better) = {expected.probability:.3f}" in said
-        and "mean P(better" not in said
-        and f"position gap {expected.position_gap:.3f}" in said
-    )
+    expected = load_judge(str(reward)).compare(*EXAMPLE)
+    assert f"P(A better) = {expected.probability:.3f}" in said and "mean P(better" not in said
+    assert f"position gap {expected.position_gap:.3f}" in said
     assert f"Response {'A' if expected.probability > 0.5 else 'B'} is better" in said
 
 
 def test_score_rankings_and_rewards(reward, capsys):
-    three = [
-        "--model",
-        str(reward),
-        "--prompt",
-        "What does Anna eat?",
-        *(x for r in ("Anna eats soup.", "Anna eats fish.", "x") for x in ("--response", r)),
-    ]
+    prompt, a, b = EXAMPLE
+    responses = ["--response", a, "--response", b, "--response", "x"]
+    three = ["--model", str(reward), "--prompt", prompt, *responses]
     score.main(three)
     assert "round-robin, 3 comparisons" in capsys.readouterr().out
     score.main([*three, "--rank", "knock-out"])
@@ -497,9 +344,13 @@ def test_the_table_tells_the_recipes_apart(reward, pretrain, monkeypatch, tmp_pa
     )
     names = [line[: line.index("  ")] for line in text.splitlines()[1:]]
     assert names == [
-        "zero-shot judge", "stage 1 alone", "stage 1 + labels, smoothed = GRAM (2 seeds)", "stage 1 + labels, smoothed = GRAM", "the true rewards"
-    ]  # fmt: skip
-    assert len({len(line) for line in text.splitlines()}) == 1  # columns stand under each other
+        "zero-shot judge",
+        "stage 1 alone",
+        "stage 1 + labels, smoothed = GRAM (2 seeds)",
+        "stage 1 + labels, smoothed = GRAM",
+        "the true rewards",
+    ]
+    assert len({len(line) for line in text.splitlines()}) == 1  # columns are aligned
 
 
 # ---- another judge prompt ------------------------------------------------------------
@@ -509,7 +360,8 @@ def test_the_table_tells_the_recipes_apart(reward, pretrain, monkeypatch, tmp_pa
 def template(tmp_path):
     path = tmp_path / "judge.txt"
     path.write_text(
-        'Say {"best": A} or {"best": B}.\n{prompt}\nFirst: {response_a}\nSecond: {response_b}\nBest: \n'
+        'Say {"best": A} or {"best": B}.\n'
+        "{prompt}\nFirst: {response_a}\nSecond: {response_b}\nBest: \n"
     )
     return path
 
@@ -572,15 +424,15 @@ def splitting_backbone(path):
     for file in VILLAGE_FOLDER.iterdir():
         (path / file.name).write_bytes(file.read_bytes())
     template = (path / "chat_template.jinja").read_text()
-    # A template that writes a mark right before the assistant's text, so that mark and label are
-    # two tokens.
-    (path / "chat_template.jinja").write_text(
-        template.replace(
-            "{{ message.content }}",
-            "{% if message.role == 'assistant' %}={% endif %}{{ message.content }}",
-        )
-    )
+    # The template writes a mark right before the assistant's text, so mark and label are two tokens.
+    content = "{{ message.content }}"
+    marked = "{% if message.role == 'assistant' %}={% endif %}" + content
+    (path / "chat_template.jinja").write_text(template.replace(content, marked))
     return str(path)
+
+
+PAIR = "--prompt x --response y --response z".split()
+OF_FILE = "--out scores.jsonl --model village".split()
 
 
 def test_unknown_option_is_an_error():
@@ -596,11 +448,11 @@ def test_unknown_option_is_an_error():
     (train_reward, ["--init", "runs/nowhere"], "--init runs/nowhere: no such folder"),
     (train_reward, ["--device", "abacus"], "--device abacus"),
     (train_reward, ["--judge-template", "nowhere.txt"], "nowhere.txt: cannot be read"),
-    (score, ["--model", "village", "--judge-template", "no.txt", *"--prompt x --response y --response z".split()], "no.txt: cannot"),
-    (score, ["--model", "runs/nowhere", "--prompt", "x", "--response", "y", "--response", "z"], "runs/nowhere: no such folder"),
-    (score, ["--prompt", "x", "--response", "y", "--response", "z"], "runs/reward: not trained yet; run train_reward.py"),
-    (score, ["--data", "village", "--out", "scores.jsonl", "--model", "village"], "--data village: is for training"),
-    (score, ["--data", "nowhere.jsonl", "--out", "scores.jsonl", "--model", "village"], "nowhere.jsonl: no such file"),
+    (score, [*PAIR, "--model", "village", "--judge-template", "no.txt"], "no.txt: cannot"),
+    (score, [*PAIR, "--model", "runs/nowhere"], "runs/nowhere: no such folder"),
+    (score, PAIR, "runs/reward: not trained yet; run train_reward.py"),
+    (score, [*OF_FILE, "--data", "village"], "--data village: is for training"),
+    (score, [*OF_FILE, "--data", "nowhere.jsonl"], "nowhere.jsonl: no such file"),
 ])  # fmt: skip
 def test_user_errors_are_one_line(script, arguments, message, tmp_path, monkeypatch):
     from gram_mini.errors import UserError
@@ -609,17 +461,14 @@ def test_user_errors_are_one_line(script, arguments, message, tmp_path, monkeypa
     with pytest.raises(UserError) as error:
         script.main(arguments)
     assert message in str(error.value) and "\n" not in str(error.value)
-    assert not list(tmp_path.rglob("*"))  # nothing half-written
+    assert not list(tmp_path.rglob("*"))  # no unfinished file
 
 
 def test_user_error_ends_the_script_with_one_line_and_status_2(tmp_path):
     (tmp_path / "bad.jsonl").write_text('{"prompt": "x", "chosen": "y", "rejected": "z"}\n{oops\n')
     status, _, line = run_script("train_reward.py", "--data", "bad.jsonl", cwd=tmp_path)
-    assert (
-        status == 2
-        and line.startswith("error: bad.jsonl, line 2: invalid JSON")
-        and not (tmp_path / "runs").exists()
-    )
+    assert status == 2 and line.startswith("error: bad.jsonl, line 2: invalid JSON")
+    assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.parametrize(("script", "arguments", "message"), [
@@ -630,7 +479,7 @@ def test_user_error_ends_the_script_with_one_line_and_status_2(tmp_path):
     (score, [], "give either"),
     (score, ["--prompt", "x", "--response", "y"], "one response alone"),
     (score, ["--data", "x.jsonl"], "needs --out"),
-    (score, ["--prompt", "x", "--response", "y", "--response", "z", "--rank", "reference"], "needs --reference"),
+    (score, [*PAIR, "--rank", "reference"], "needs --reference"),
 ])  # fmt: skip
 def test_usage_errors(script, arguments, message, capsys):
     with pytest.raises(SystemExit) as error:
@@ -733,20 +582,13 @@ def test_pairs_are_scored_whether_their_labels_can_be_read_or_not(tmp_path):
         {"prompt": 3, "response_a": "a", "response_b": "b"},
     ]
     (tmp_path / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    options = [
-        "--model",
-        "village",
-        "--data",
-        str(tmp_path / "d.jsonl"),
-        "--out",
-        str(tmp_path / "s.jsonl"),
-    ]
+    files = ["--data", str(tmp_path / "d.jsonl"), "--out", str(tmp_path / "s.jsonl")]
+    options = ["--model", "village", *files]
     fails(score, options, "line 3: column 'prompt' must be text")
     score.main([*options, "--on-bad-row", "skip"])
     lines = [json.loads(line) for line in (tmp_path / "s.jsonl").read_text().splitlines()]
-    assert ["probability" in line for line in lines] == [True, True, False] and lines[2][
-        "skipped"
-    ] == "that cannot be read"
+    assert ["probability" in line for line in lines] == [True, True, False]
+    assert lines[2]["skipped"] == "that cannot be read"
 
 
 def test_a_file_of_pairs_that_the_model_does_not_answer_is_marked(
@@ -763,7 +605,7 @@ def test_an_unfinished_run_is_named_as_such(tmp_path):
     (tmp_path / "run.partial").mkdir()
     fails(
         score,
-        ["--model", str(tmp_path / "run"), "--prompt", "x", "--response", "y", "--response", "z"],
+        ["--model", str(tmp_path / "run"), *PAIR],
         "is not finished; train it to its end with the same command and --resume",
     )
 
@@ -791,20 +633,15 @@ def test_run_folder_whose_backbone_changed(reward, tmp_path):
     record = json.loads((copy / "run.json").read_text())
     record["backbone"]["fingerprint"] = "0" * 16
     (copy / "run.json").write_text(json.dumps(record))
-    fails(
-        score,
-        ["--model", str(copy), "--prompt", "x", "--response", "y", "--response", "z"],
-        "another version of the backbone",
-    )
+    fails(score, ["--model", str(copy), *PAIR], "another version of the backbone")
 
 
 @pytest.mark.parametrize("script", ["train_pretrain.py", "train_reward.py", "score.py"])
 def test_help_opens_with_two_commands_and_shows_every_default(script):
     status, said, _ = run_script(script, "--help")
     assert status == 0
-    assert said.splitlines()[1].strip().startswith(f"python {script}") and said.splitlines()[
-        2
-    ].strip().startswith(f"python {script}")
+    first, second = (line.strip() for line in said.splitlines()[1:3])
+    assert first.startswith(f"python {script}") and second.startswith(f"python {script}")
     assert "(default: None)" not in said
     without = {"--help", "--overwrite"}
     without |= (

@@ -1,4 +1,4 @@
-"""studies/speed/train.py, score.py and growth.py: both ways compute the same, and the tables hold what was measured."""
+"""studies/speed/train.py, score.py, growth.py: both ways compute the same; tables and figures."""
 
 import json
 
@@ -20,6 +20,7 @@ from gram_mini.studies.speed.common import (
 )
 
 CPU = torch.device("cpu")
+SMALL = "--shape village --rounds 2 --max-length 256 --device cpu".split()
 
 
 @pytest.fixture(scope="module")
@@ -43,10 +44,8 @@ def test_the_usual_step_has_the_same_loss(model, monkeypatch):
     batch = rows("pretrain")
     assert len({row.length for row in batch}) > 1  # padding must not count
     monkeypatch.setattr(chunked, "LOGITS_AT_ONCE", 50 * SHAPES["village"].vocabulary)
-    ours, usual = (
-        loss_of(model, "pretrain", batch, PIECES["pretrain"]),
-        train.usual_loss(model, "pretrain", batch),
-    )
+    ours = loss_of(model, "pretrain", batch, PIECES["pretrain"])
+    usual = train.usual_loss(model, "pretrain", batch)
     assert ours.item() == pytest.approx(usual.item(), rel=1e-5)
 
 
@@ -56,13 +55,10 @@ def test_the_usual_loss_of_the_verdict_is_ours_and_the_label_mass(model):
     ids, last, right = judge_batch(rows("reward"), PIECES["reward"])
     at_end = hidden_states(model, ids)[torch.arange(6), last]  # (B, H)
     logits = output_head(model)(at_end)  # (B, V)
-    ours = (
-        losses.reward_loss(logits[:, list(LABELS)], right)
-        - losses.label_mass(logits, LABELS).log().mean()
-    )
-    assert train.usual_loss(model, "reward", rows("reward")).item() == pytest.approx(
-        ours.item(), rel=1e-5
-    )
+    mass = losses.label_mass(logits, LABELS)
+    ours = losses.reward_loss(logits[:, list(LABELS)], right) - mass.log().mean()
+    usual = train.usual_loss(model, "reward", rows("reward"))
+    assert usual.item() == pytest.approx(ours.item(), rel=1e-5)
 
 
 def test_lengths_of_a_file_and_drawn_ones(tmp_path):
@@ -70,10 +66,8 @@ def test_lengths_of_a_file_and_drawn_ones(tmp_path):
     row = {"prompt": "x" * 40, "response_a": "y" * 9, "response_b": "z" * 4}
     file.write_text(json.dumps(row) + "\n")
     assert {tuple(sorted(sizes)) for sizes in lengths_of(str(file), 3, 0)} == {(1, 3, 10)}
-    medians = [sorted(some)[500] for some in zip(*lengths_of(None, 1001, 0))]
-    assert all(
-        m == pytest.approx(median, rel=0.15) for m, (median, _) in zip(medians, common.LENGTHS)
-    )
+    medians = [sorted(lengths)[500] for lengths in zip(*lengths_of(None, 1001, 0))]
+    assert medians == [pytest.approx(median, rel=0.15) for median, _ in common.LENGTHS]
 
 
 def test_operations_are_those_that_torch_counts(model):
@@ -86,7 +80,7 @@ def test_operations_are_those_that_torch_counts(model):
             loss_of(model.train(), stage, batch, PIECES[stage]).backward()
         model.zero_grad()
         length = batch[0].length + PIECES[stage].fixed_tokens
-        # torch does not count the CPU's kernel
+        # torch does not count the kernel of the CPU
         attention = 3 * s.layers * 2 * length**2 * s.queries
         assert train.operations(s, stage, batch, 4, False) - attention == pytest.approx(
             counter.get_total_flops(), rel=0.05
@@ -99,70 +93,25 @@ def table_of(text):
 
 
 def test_train_prints_a_table(capsys):
-    train.main(
-        [
-            "--shape",
-            "village",
-            "--rounds",
-            "2",
-            "--max-length",
-            "256",
-            "--batch-size",
-            "2",
-            "--device",
-            "cpu",
-        ]
-    )
+    train.main([*SMALL, "--batch-size", "2"])
     out = capsys.readouterr().out
     assert [line[:2] for line in table_of(out)] == [
         [stage, way] for stage in train.STAGES for way in ("ours", "usual")
     ]
-    assert (
-        all(float(line[2]) > 0 and float(line[5]) > 0 for line in table_of(out))
-        and "GFLOP/s" in out
-    )
+    assert all(float(line[2]) > 0 and float(line[5]) > 0 for line in table_of(out))
+    assert "GFLOP/s" in out
 
 
 def test_train_against_trl(capsys):
     pytest.importorskip("trl")
-    arguments = [
-        "--rounds",
-        "2",
-        "--max-length",
-        "256",
-        "--batch-size",
-        "2",
-        "--device",
-        "cpu",
-        "--peer",
-        "trl",
-    ]
-    train.main(["--shape", "village", *arguments])
+    train.main([*SMALL, *"--batch-size 2 --peer trl".split()])
     ways = [line[1] for line in table_of(capsys.readouterr().out)]
-    assert ways == [
-        "ours",
-        "usual",
-        "TRL SFTTrainer",
-        "ours",
-        "usual",
-        "TRL SFTTrainer",
-        "TRL RewardTrainer",
-    ]
+    in_both_stages = ["ours", "usual", "TRL SFTTrainer"]
+    assert ways == [*in_both_stages, *in_both_stages, "TRL RewardTrainer"]
 
 
 def test_score_prints_a_table_and_both_ways_agree(capsys):
-    options = [
-        "--rounds",
-        "2",
-        "--pairs",
-        "3",
-        "--responses",
-        "4",
-        "--max-length",
-        "256",
-        "--device",
-        "cpu",
-    ]
+    options = "--rounds 2 --pairs 3 --responses 4 --max-length 256 --device cpu".split()
     score.main(["--shape", "village", *options])
     lines = table_of(capsys.readouterr().out)
     assert [line[:2] for line in lines] == [
@@ -175,34 +124,25 @@ def test_score_prints_a_table_and_both_ways_agree(capsys):
 
 
 def test_growth_writes_figures(tmp_path, capsys):
-    points = [
-        "--lengths",
-        "192",
-        "256",
-        "--batches",
-        "1",
-        "2",
-        "--responses",
-        "2",
-        "3",
-        "--length",
-        "200",
-        "--rounds",
-        "1",
-    ]
+    points = "--lengths 192 256 --batches 1 2 --responses 2 3 --length 200 --rounds 1".split()
     growth.main(["--shape", "village", *points, "--device", "cpu", "--out", str(tmp_path / "out")])
-    found = json.loads((tmp_path / "out" / "growth.json").read_text())
-    assert [p["at"] for p in found["length"]["pretrain"]] == [192, 256] and set(
-        found["responses"]
-    ) == {
-        "reference",
-        "round-robin",
-    }
-    assert all(p["seconds"] > 0 and p["gib"] > 0 for part in ("length", "batch", "responses") for line in found[part].values() for p in line)  # fmt: skip
+    record = json.loads((tmp_path / "out" / "growth.json").read_text())
+    assert [p["at"] for p in record["length"]["pretrain"]] == [192, 256]
+    assert set(record["responses"]) == {"reference", "round-robin"}
+    for part in ("length", "batch", "responses"):
+        for line in record[part].values():
+            assert all(p["seconds"] > 0 and p["gib"] > 0 for p in line)
     assert (tmp_path / "out" / "growth.png").read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize("script, arguments", [(train, ["--shape", "GPT-5"]), (score, ["--rounds", "0"]), (growth, ["--lengths", "64"])])  # fmt: skip
+@pytest.mark.parametrize(
+    "script, arguments",
+    [
+        (train, ["--shape", "GPT-5"]),
+        (score, ["--rounds", "0"]),
+        (growth, ["--lengths", "64"]),
+    ],
+)
 def test_usage_errors(script, arguments, capsys):
     with pytest.raises(SystemExit) as error:
         script.main(arguments)

@@ -1,4 +1,4 @@
-"""The studies on judges whose figures are known: one that sees the true reward, one at random, one that always says A."""
+"""The studies on judges whose figures are known: the true reward, chance, and always A."""
 
 import json
 import math
@@ -31,20 +31,22 @@ class FakeJudge:
         self.says = says
 
     def compare_many(self, pairs, average="probabilities", progress=None):
-        found = []
+        comparisons = []
         for pair in pairs:
             first, second = self.says(pair)
             odds = [
                 math.log(p / (1 - p)) if 0 < p < 1 else math.copysign(30, p - 0.5)
                 for p in (first, second)
             ]
-            found.append(Comparison((first + second) / 2, first, second, *odds, 1.0, False))
-        return found
+            average = (first + second) / 2
+            comparisons.append(Comparison(average, first, second, *odds, 1.0, False))
+        return comparisons
 
 
 def truth(pair):
     difference = TRUE[pair.prompt, pair.response_a] - TRUE[pair.prompt, pair.response_b]
-    return 1 / (1 + math.exp(-difference)), 1 / (1 + math.exp(-difference))
+    p = 1 / (1 + math.exp(-difference))
+    return p, p
 
 
 def at_random(pair):
@@ -56,7 +58,7 @@ JUDGES = {"truth": truth, "random": at_random, "always A": lambda pair: (1.0, 0.
 
 
 class FakeLab(lab_module.Lab):
-    """Trains nothing; every model is the judge it is given."""
+    """Trains nothing; every model is the same fake judge."""
 
     def __init__(self, folder, says):
         super().__init__(folder, "village", "village", [])
@@ -72,10 +74,8 @@ class FakeLab(lab_module.Lab):
 def test_true_rewards_of_all_responses():
     topic = topics("out-of-distribution")[0]
     text = f"{COURTEOUS[0]} {topic[1].statement.format(name=topic[0], value=FACTS[topic])}"
-    assert (
-        TRUE[question(*topic), text] == 3.0
-        and TRUE[question(*topic), f"{text} {RAMBLING[0]}"] == 2.5
-    )
+    assert TRUE[question(*topic), text] == 3.0
+    assert TRUE[question(*topic), f"{text} {RAMBLING[0]}"] == 2.5
     assert len(responses(topic)) == 6 * 4 * 3
     assert all(
         (p.prompt, p.response_a) in TRUE and p.probability == pytest.approx(truth(p)[0])
@@ -88,27 +88,21 @@ def test_table_of_judges_that_are_known(tmp_path):
         name: next(paper.table(FakeLab(tmp_path / name, says), 1)) for name, says in JUDGES.items()
     }
     sure = rows["truth"]
-    assert all(
-        sure[name] == 1.0
-        for name in ("in-distribution", "out-of-distribution", "fact", "courtesy", "length")
-    )
+    accuracies = ("in-distribution", "out-of-distribution", "fact", "courtesy", "length")
+    assert all(sure[name] == 1.0 for name in accuracies)
     pairs = village_pairs("out-of-distribution")
     entropy = -sum(
         p.probability * math.log(p.probability) + (1 - p.probability) * math.log(1 - p.probability)
         for p in pairs
     )
-    assert (
-        sure["cross-entropy"] == pytest.approx(entropy / len(pairs)) and sure["position gap"] == 0
-    )
+    assert sure["cross-entropy"] == pytest.approx(entropy / len(pairs))
+    assert sure["position gap"] == 0
     assert sure["calibration error"] < 1e-6 < 0.1 < rows["random"]["calibration error"]
     assert rows["random"]["out-of-distribution"] == pytest.approx(0.5, abs=0.04)
     assert rows["random"]["cross-entropy"] > sure["cross-entropy"] + 0.1
     says_a = rows["always A"]
-    assert (says_a["in-distribution"], says_a["out-of-distribution"], says_a["position gap"]) == (
-        0.5,
-        0.5,
-        1.0,
-    )
+    assert says_a["in-distribution"] == says_a["out-of-distribution"] == 0.5
+    assert says_a["position gap"] == 1.0
 
 
 def test_table_has_a_row_for_each_method(tmp_path):
@@ -119,19 +113,15 @@ def test_table_has_a_row_for_each_method(tmp_path):
 def test_best_of_n(tmp_path):
     by_judge = {}
     for name in ("truth", "random"):
-        rows = [
-            row
-            for row in paper.bon(FakeLab(tmp_path / name, JUDGES[name]), 1)
-            if row["method"] == "GRAM"
-        ]
+        lab = FakeLab(tmp_path / name, JUDGES[name])
+        rows = [row for row in paper.bon(lab, 1) if row["method"] == "GRAM"]
         assert [row["n"] for row in rows] == [1, 2, 4, 8, 16, 32, 64, 128, 256]
         assert rows[3]["KL"] == pytest.approx(math.log(8) - 7 / 8) and rows[0]["KL"] == 0
         by_judge[name] = [row["true reward"] for row in rows]
-    assert by_judge["truth"] == sorted(by_judge["truth"]) and by_judge["truth"][
-        -1
-    ] == pytest.approx(3.0, abs=0.05)
-    # One claim in six is right, two openings in four courteous, two endings in three rambling: 2/6
-    # + 1/2 - 1/3.
+    assert by_judge["truth"] == sorted(by_judge["truth"])
+    assert by_judge["truth"][-1] == pytest.approx(3.0, abs=0.05)
+    # One claim in six is right, two openings in four are courteous, two endings in three ramble:
+    # 2/6 + 1/2 - 1/3.
     assert by_judge["truth"][0] == by_judge["random"][0] == pytest.approx(0.5, abs=0.05)
     assert abs(by_judge["random"][-1] - 0.5) < 0.5
 
@@ -139,7 +129,7 @@ def test_best_of_n(tmp_path):
 def test_a_policy_is_what_it_says():
     policy = Policy(topics("out-of-distribution")[:5])
     assert policy.kl() == pytest.approx(0, abs=1e-6)
-    # half right, courteous, rambling
+    # half of them right, courteous, rambling
     assert policy.true_reward() == pytest.approx(2 * 0.5 + 0.5 - 0.5 * 0.5, abs=1e-5)
 
 
@@ -147,9 +137,8 @@ def test_a_policy_trained_against_the_truth_becomes_good_and_pays_in_kl():
     places = topics("out-of-distribution")[:10]
     for says, low, high in ((truth, 2.5, 3.0), (lambda pair: (0.5, 0.5), 1.0, 1.5)):
         rows = list(train_policy(FakeJudge(says), places, seed=0, steps=150))
-        assert rows[0][1] == pytest.approx(0, abs=1e-6) and rows[0][3] == pytest.approx(
-            1.25, abs=1e-4
-        )
+        assert rows[0][1] == pytest.approx(0, abs=1e-6)
+        assert rows[0][3] == pytest.approx(1.25, abs=1e-4)
         assert low <= rows[-1][3] <= high
         assert (rows[-1][1] > 0.5) == (says is truth)
 
@@ -205,9 +194,8 @@ def test_studies_share_models_and_their_figures(tmp_path, monkeypatch):
         for name in ("table", "smoothing", "noise", "unlabelled", "adapt")
     }
     assert "smoothing-0.1" in trained and "smoothing-0.05" not in trained  # eps 0.05 is GRAM
-    assert {"eps": 0.4, "bound": pytest.approx(math.log(1.5))}.items() <= rows["smoothing"][
-        -1
-    ].items()
+    last = rows["smoothing"][-1]
+    assert last["eps"] == 0.4 and last["bound"] == pytest.approx(math.log(1.5))
     monkeypatch.setattr(lab, "judge", lambda model: pytest.fail("all were judged"))
     assert list(paper.unlabelled(lab, 1)) == rows["unlabelled"]
 
@@ -217,24 +205,15 @@ def test_side_by_side_gives_the_same_rows(tmp_path):
     seeds.run_side_by_side(["smoothing", "unlabelled"], two, [1, 2], 2)
     for name in ("smoothing", "unlabelled"):
         for seed in (1, 2):
-            made = json.loads((tmp_path / "two" / "rows" / f"{name}-{seed}.json").read_text())[
-                "rows"
-            ]
-            assert made == json.loads(seeds.run_seed(name, one, seed).read_text())["rows"]
+            side_by_side = tmp_path / "two" / "rows" / f"{name}-{seed}.json"
+            rows = json.loads(side_by_side.read_text())["rows"]
+            assert rows == json.loads(seeds.run_seed(name, one, seed).read_text())["rows"]
 
 
 def test_an_error_in_a_process_is_the_users_one_line(tmp_path, capfd):
-    arguments = [
-        "table",
-        "--seeds",
-        "1",
-        "2",
-        "--runs",
-        str(tmp_path / "runs"),
-        "--results",
-        str(tmp_path / "results"),
-    ]
-    with pytest.raises(UserError, match="--training: [\w.]+ does not take .*--nothing"):
+    folders = ["--runs", str(tmp_path / "runs"), "--results", str(tmp_path / "results")]
+    arguments = [*"table --seeds 1 2".split(), *folders]
+    with pytest.raises(UserError, match=r"--training: [\w.]+ does not take .*--nothing"):
         studies.main([*arguments, "--training", "--nothing 3", "--jobs", "2"])
     assert "Traceback" not in capfd.readouterr().err
 
@@ -264,10 +243,8 @@ def test_a_folder_of_other_models_is_not_used(tmp_path):
 
 
 def test_data_that_changed_are_other_data(tmp_path):
-    data, rows = (
-        tmp_path / "d.jsonl",
-        [{"prompt": f"{i}?", "chosen": "good", "rejected": "bad"} for i in range(20)],
-    )
+    data = tmp_path / "d.jsonl"
+    rows = [{"prompt": f"{i}?", "chosen": "good", "rejected": "bad"} for i in range(20)]
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     lab_module.Lab(tmp_path / "runs", "village", str(data)).file("some", [])
     lab_module.Lab(tmp_path / "runs", "village", str(data))
@@ -313,21 +290,15 @@ def test_mistakes_are_told_before_anything_is_made(given, message, tmp_path, mon
 
 
 def test_models_are_trained_once_and_judged_as_trained(tmp_path, monkeypatch):
-    lab = lab_module.Lab(
-        tmp_path,
-        "village",
-        "village",
-        ["--steps", "1", "--lora-rank", "2", "--batch-size", "4"],
-        {"bits": 32},
-    )
+    training = "--steps 1 --lora-rank 2 --batch-size 4".split()
+    lab = lab_module.Lab(tmp_path, "village", "village", training, {"bits": 32})
     monkeypatch.setattr(
         lab_module, "village_pairs", lambda split, seed=0: village_pairs(split, 20, seed)
     )
     monkeypatch.setitem(lab_module.METHODS, "GRAM", (True, train_reward, ["--lr", "0.1"]))
     run = lab.method("GRAM", 1)
-    assert json.loads((run / "run.json").read_text())["init"]["folder"] == str(
-        tmp_path / "seed1" / "stage1"
-    )
+    record = json.loads((run / "run.json").read_text())
+    assert record["init"]["folder"] == str(tmp_path / "seed1" / "stage1")
     assert lab.evaluate(run)["margin"] != lab.evaluate("village")["margin"]
     monkeypatch.setattr(train_pretrain, "main", lambda argv: pytest.fail("stage 1 is there"))
     assert lab.method("GRAM", 1) == run

@@ -1,17 +1,19 @@
-"""On paper: operations and bytes of a training step and of a scored pair, and the time that a card
-needs at least.
+"""On paper: operations, bytes and least time of a training step and of a scored pair.
 
 Per pair of T tokens, with P weights in the matrices of a layer, L layers, Q the width of all
 queries, V the vocabulary, H the hidden size, and r rank of LoRA (gram_mini/studies/speed/train.py
 and score.py count the same way):
 
-  frozen matrices   2 P T L forward, and 2 P T L for the gradient of their inputs; a gradient of their own they have not
-  attention         2 T^2 Q L forward (scores and values, half of the square is masked), twice as much backward
+  frozen matrices   2 P T L forward, and 2 P T L for the gradient of their inputs; they have no
+                    gradient of their own
+  attention         2 T^2 Q L forward (scores and values, half of the square is masked), twice as
+                    much backward
   LoRA              2 r (inputs + outputs) T per matrix forward, twice as much backward
-  logits            2 H V per trained token forward, as much backward (stage 1); two rows in stage 2; V rows once in scoring
-  bytes             weights once per pass; each byte that is kept for the backward pass written and read once (memory.py);
-                    16 bytes per parameter of the adapter. Elementwise kernels that are not fused
-                    move several times as much.
+  logits            2 H V per trained token forward, as much backward (stage 1); two rows in stage
+                    2; V rows once in scoring
+  bytes             weights once per pass; each byte that is kept for the backward pass is written
+                    and read once (memory.py); 16 bytes per parameter of the adapter. Elementwise
+                    kernels that are not fused move several times as much.
 
 Scoring is of both orders. Shared, the instruction and the question (half of the pair here) are
 computed once.
@@ -38,28 +40,27 @@ def pair_of(s: Shape, stage: str, length: int):
     """A pair of ``length`` tokens: half of it instruction and question, a quarter each response."""
     pieces = PIECES[stage]
     answer = max(1, length // 4 - len(pieces.end))
-    return rows_of(
-        [(length - pieces.fixed_tokens - 2 * answer, answer, answer)],
-        pieces,
-        s.vocabulary,
-        length,
-        seed=0,
-    )
+    sizes = (length - pieces.fixed_tokens - 2 * answer, answer, answer)
+    return rows_of([sizes], pieces, s.vocabulary, length, seed=0)
 
 
 def training_bytes(s: Shape, pairs: int, length: int, rank: int) -> float:
     """Bytes of a step on so many pairs, in bf16."""
     weights = 2 * s.layers * sum(i * o for i, o in s.linear())
-    return (
-        2 * weights
-        + 16 * adapter_parameters(s, rank)
-        + 2 * pairs * length * s.layers * layer_bytes(s, rank)
-    )
+    kept = pairs * length * s.layers * layer_bytes(s, rank)
+    return 2 * weights + 16 * adapter_parameters(s, rank) + 2 * kept
 
 
 def main(argv=None) -> None:
     parser = options.parser(__doc__, EXAMPLES)
-    parser.add_argument("--models", nargs="+", choices=MODELS, metavar="NAME", default=["Qwen2.5-0.5B", "Qwen3-1.7B", "Llama-3.2-3B", "Qwen3-8B"], help="of " + ", ".join(MODELS))  # fmt: skip
+    parser.add_argument(
+        "--models",
+        nargs="+",
+        choices=MODELS,
+        metavar="NAME",
+        default=["Qwen2.5-0.5B", "Qwen3-1.7B", "Llama-3.2-3B", "Qwen3-8B"],
+        help="of " + ", ".join(MODELS),
+    )
     parser.add_argument(
         "--length",
         type=options.positive_int,
@@ -91,9 +92,8 @@ def main(argv=None) -> None:
     for name in args.models:
         s = MODELS[name]
         for stage in ("pretrain", "reward"):
-            step = args.batch_size * training_operations(
-                s, stage, pair_of(s, stage, args.length), args.lora_rank, False
-            )
+            pair = pair_of(s, stage, args.length)
+            step = args.batch_size * training_operations(s, stage, pair, args.lora_rank, False)
             size = training_bytes(s, args.batch_size, args.length, args.lora_rank)
             times = [
                 f"{1e3 * step / speed:.0f}, {1e3 * size / width:.0f}"
@@ -106,11 +106,13 @@ def main(argv=None) -> None:
         hours = 1e9 * shared / (args.reached * CARDS["H100 SXM"][0]) / 3600
         scored.append([name, f"{whole / 1e12:.2f}", *bounds, f"{hours:,.0f}"])
     print(
-        f"A step on {args.batch_size} pairs of {args.length} tokens in bf16; at least ms for the operations, ms for the bytes:\n"
+        f"A step on {args.batch_size} pairs of {args.length} tokens in bf16; "
+        "at least ms for the operations, ms for the bytes:\n"
     )
     print(table(["model", "stage", "TFLOP", "GB", *CARDS], lines))
     print(
-        f"\nScoring a pair of {args.length} tokens in both orders; at most pairs/s whole, shared; H100 hours for 10^9 pairs"
+        f"\nScoring a pair of {args.length} tokens in both orders; "
+        "at most pairs/s whole, shared; H100 hours for 10^9 pairs"
     )
     print(f"shared, at {args.reached:.0%} of the peak:\n")
     print(table(["model", "TFLOP", *CARDS, "hours"], scored))

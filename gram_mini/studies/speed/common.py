@@ -1,4 +1,4 @@
-"""What the benchmarks share: shapes of models, models built to a shape, rows, a training step, and its memory."""
+"""What the speed studies share: shapes of models, rows, a training step, and its memory."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ from gram_mini.training import clip_gradients
 
 GIB = 2**30
 LABELS = (5, 6)
-# median, and sigma of the logarithm, of prompt and responses in tokens
+# (median, sigma of the logarithm) of the tokens of prompt and responses
 LENGTHS = ((180, 0.9), (160, 0.8), (160, 0.8))
-# As many fixed tokens as our prompts have with Qwen's tokenizer; which ones does not matter.
+# As many fixed tokens as our prompts have with Qwen's tokenizer. Which ones does not matter.
 PIECES = {
     "pretrain": PromptPieces(start=[1] * 6, after_prompt=[1] * 18, between=[1] * 24, end=[1] * 12),
     "reward": PromptPieces(start=[1] * 82, after_prompt=[1] * 15, between=[1] * 24, end=[1] * 24),
@@ -49,7 +49,7 @@ class Shape:
     head_dim: int
     intermediate: int
     vocabulary: int
-    tied: bool  # whether the output matrix is the embeddings' own
+    tied: bool  # whether the output matrix is the one of the embeddings
 
     @property
     def queries(self) -> int:
@@ -60,7 +60,7 @@ class Shape:
         return self.kv_heads * self.head_dim
 
     def linear(self) -> list[tuple[int, int]]:
-        """(inputs, outputs) of the seven linear layers of a decoder layer: q, k, v, o, gate, up, down."""
+        """(inputs, outputs) of the linear layers of a decoder layer: q, k, v, o, gate, up, down."""
         h, q, k, i = self.hidden, self.queries, self.keys, self.intermediate
         return [(h, q), (h, k), (h, k), (q, h), (h, i), (h, i), (i, h)]
 
@@ -90,16 +90,15 @@ MODELS = {
     "Qwen3-8B": Shape("qwen3", 4096, 36, 32, 8, 128, 12288, 151936, False),
 }
 OTHERS = {
-    "village": Shape("qwen2", 96, 4, 4, 4, 24, 288, 718, True),  # the village's
-    "mid": Shape(
-        "qwen2", 512, 4, 8, 2, 64, 2048, 151936, True
-    ),  # a real vocabulary on a body that a CPU can train
+    "village": Shape("qwen2", 96, 4, 4, 4, 24, 288, 718, True),
+    # a real vocabulary on a body that a CPU can train
+    "mid": Shape("qwen2", 512, 4, 8, 2, 64, 2048, 151936, True),
 }
 SHAPES = {**OTHERS, **MODELS}
 
 
 def add_model_options(parser) -> None:
-    """Options of every benchmark that builds one model."""
+    """Options of every study that builds one model."""
     parser.add_argument(
         "--shape",
         choices=SHAPES,
@@ -137,7 +136,7 @@ def machine(device: torch.device) -> str:
 
 
 def build(s: Shape, bits: int, rank: int, device: torch.device):
-    """An adapted model with random weights, loaded as the scripts load one; the weights lie on disk meanwhile."""
+    """An adapted model with random weights, written to disk and loaded as the scripts load one."""
     with tempfile.TemporaryDirectory() as folder:
         AutoModelForCausalLM.from_config(s.config(), dtype=torch.bfloat16).save_pretrained(folder)
         return add_lora(load_model(folder, bits, device), rank)
@@ -148,8 +147,11 @@ def random_rows(batch: int, length: int, vocabulary: int) -> list[EncodedPair]:
     prompt = length // 4
     a = (length - prompt - 4) // 2
     sizes = (prompt, a, length - prompt - 4 - a)
-    draw = lambda n: torch.randint(vocabulary, (n,)).tolist()
-    return [EncodedPair(*map(draw, sizes), label=i % 2, row=i, uncut=sizes) for i in range(batch)]
+    rows = []
+    for i in range(batch):
+        tokens = [torch.randint(vocabulary, (size,)).tolist() for size in sizes]
+        rows.append(EncodedPair(tokens[0], tokens[1], tokens[2], label=i % 2, row=i, uncut=sizes))
+    return rows
 
 
 def lengths_of(data: str | None, count: int, seed: int) -> list[tuple[int, int, int]]:
@@ -157,12 +159,13 @@ def lengths_of(data: str | None, count: int, seed: int) -> list[tuple[int, int, 
     rng = random.Random(seed)
     if data is None:
         draw = lambda median, sigma: max(1, round(median * math.exp(rng.gauss(0, sigma))))
-        return [tuple(draw(*part) for part in LENGTHS) for _ in range(count)]
+        prompt, a, b = LENGTHS
+        return [(draw(*prompt), draw(*a), draw(*b)) for _ in range(count)]
     pairs = load_pairs(data, labelled=False, seed=seed).pairs
-    chosen = rng.choices(pairs, k=count)
+    tokens = lambda text: -(-len(text) // 4)  # a token for every four characters
     return [
-        tuple(-(-len(text) // 4) for text in (pair.prompt, pair.response_a, pair.response_b))
-        for pair in chosen
+        (tokens(pair.prompt), tokens(pair.response_a), tokens(pair.response_b))
+        for pair in rng.choices(pairs, k=count)
     ]
 
 
@@ -172,8 +175,9 @@ def rows_of(
     """Pairs of random tokens with these lengths, cut as real ones are."""
     rng, budget, rows = random.Random(seed), max_length - pieces.fixed_tokens, []
     for i, sizes in enumerate(lengths):
-        texts = (rng.choices(range(vocabulary), k=size) for size in sizes)
-        rows.append(EncodedPair(*truncate(*texts, budget), label=i % 2, row=i, uncut=sizes))
+        prompt, a, b = (rng.choices(range(vocabulary), k=size) for size in sizes)
+        prompt, a, b = truncate(prompt, a, b, budget)
+        rows.append(EncodedPair(prompt, a, b, label=i % 2, row=i, uncut=sizes))
     return rows
 
 
@@ -199,29 +203,23 @@ def take_step(model, optimizer, loss: torch.Tensor) -> None:
 
 
 def held_bytes(model, optimizer) -> int:
-    """Bytes of all weights, quantised or not, and of the optimiser's state (None: there is none)."""
+    """Bytes of all weights, quantised or not, and of the state of the optimiser (or None)."""
     states = optimizer.state.values() if optimizer else ()
     tensors = [*model.parameters(), *(t for state in states for t in state.values())]
     for parameter in model.parameters():
         if state := getattr(parameter, "quant_state", None):
-            tensors += [
-                state.absmax,
-                state.code,
-                state.offset,
-                state.state2.absmax,
-                state.state2.code,
-            ]
-    return sum(
-        {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values()
-    )
+            tensors += [state.absmax, state.code, state.offset]
+            tensors += [state.state2.absmax, state.state2.code]
+    storages = [tensor.untyped_storage() for tensor in tensors]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
 def growth(step) -> int:
     """Most bytes that torch's CPU allocator held during ``step`` beyond what it held before."""
     gc.collect()  # what is freed during the step must have been allocated in it
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
         step()
-    events = [e for e in seen.profiler.kineto_results.events() if e.name() == "[memory]"]
+    events = [e for e in record.profiler.kineto_results.events() if e.name() == "[memory]"]
     held = most = 0
     for event in sorted(events, key=lambda e: e.start_ns()):
         held += event.nbytes()
@@ -242,21 +240,21 @@ def matrix_peak(device: torch.device, dtype: torch.dtype) -> float:
     return 2 * n**3 / min(seconds(device, torch.matmul, a, b) for _ in range(8))
 
 
-def seconds(device: torch.device, action, *given) -> float:
-    """How long ``action(*given)`` takes."""
+def seconds(device: torch.device, action, *arguments) -> float:
+    """How long ``action(*arguments)`` takes."""
     synchronize(device)
     began = time.perf_counter()
-    action(*given)
+    action(*arguments)
     synchronize(device)
     return time.perf_counter() - began
 
 
-def peak_bytes(model, optimizer, action, *given) -> int:
-    """Most bytes that are held during ``action(*given)``: model, optimiser (or None), and what it allocates."""
+def peak_bytes(model, optimizer, action, *arguments) -> int:
+    """Most bytes held during ``action(*arguments)``, with the model and the optimiser (or None)."""
     if model.device.type == "cpu":
-        return held_bytes(model, optimizer) + growth(lambda: action(*given))
+        return held_bytes(model, optimizer) + growth(lambda: action(*arguments))
     torch.cuda.reset_peak_memory_stats(model.device)
-    action(*given)
+    action(*arguments)
     return torch.cuda.max_memory_allocated(model.device)
 
 

@@ -1,5 +1,4 @@
-"""How time and memory grow: over the length of a pair, the pairs of a batch, and the responses to
-one prompt.
+"""How time and memory grow with the length of a pair, the batch, and the responses to a prompt.
 
 Writes growth.json and growth.png to gram_mini/studies/results. Models, steps and ways of measuring
 are those of train.py and score.py; every point is a median over --rounds runs. All sequences of a
@@ -14,6 +13,7 @@ import statistics
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from matplotlib.figure import Figure
@@ -41,7 +41,8 @@ from gram_mini.studies.speed.score import judge_of, ours
 from gram_mini.training import optimizer_and_schedule
 
 EXAMPLES = """\
-  python -m gram_mini.studies.speed.growth                                   # the mid shape: 7 minutes on 2 CPU cores
+  # the mid shape: 7 minutes on 2 CPU cores
+  python -m gram_mini.studies.speed.growth
   python -m gram_mini.studies.speed.growth --shape village --out runs/growth"""
 
 RESULTS = Path(__file__).parent.parent / "results"
@@ -50,33 +51,31 @@ RANKINGS = {"reference": "against a reference", "round-robin": "round robin"}
 
 
 def points(values: list[int], make, rounds: int, device: torch.device) -> list[dict]:
-    """[{"at", "seconds" of a pair, "gib"}] where make(value) -> (action, its pairs, model, optimiser or None)."""
+    """A point {"at", "seconds" of a pair, "gib"} for each of the values.
+
+    ``make(value)`` gives (action, how many pairs it is about, model, optimiser or None).
+    """
     figures = []
     for value in tqdm(values, delay=2, leave=False):
         action, pairs, model, optimizer = make(value)
-        taken = statistics.median(seconds(device, action) for _ in range(rounds))
-        figures.append(
-            {
-                "at": value,
-                "seconds": taken / pairs,
-                "gib": peak_bytes(model, optimizer, action) / GIB,
-            }
-        )
+        duration = statistics.median(seconds(device, action) for _ in range(rounds))
+        size = peak_bytes(model, optimizer, action) / GIB
+        figures.append({"at": value, "seconds": duration / pairs, "gib": size})
     return figures
 
 
 def rows_at(count: int, length: int, stage: str, vocabulary: int) -> list[EncodedPair]:
-    """Pairs that fill ``length`` together with their prompt pieces: half of it question, a quarter each response."""
+    """Pairs that fill ``length`` with the prompt pieces: half question, a quarter each response."""
     pieces = PIECES["reward" if stage == "score" else stage]
     room = length - pieces.fixed_tokens
-    return rows_of(
-        [(room - 2 * (room // 4), room // 4, room // 4)] * count, pieces, vocabulary, length, seed=0
-    )
+    sizes = (room - 2 * (room // 4), room // 4, room // 4)
+    return rows_of([sizes] * count, pieces, vocabulary, length, seed=0)
 
 
 def measure(args, device: torch.device) -> dict:
     """The three parts of the figure: {"length" | "batch" | "responses": {name: points}}."""
-    s, figures = SHAPES[args.shape], {"length": {}, "batch": {}, "responses": {}}
+    s = SHAPES[args.shape]
+    figures: dict[str, dict[str, list[dict]]] = {"length": {}, "batch": {}, "responses": {}}
     model = build(s, args.bits, args.lora_rank, device).train()
     optimizer, _ = optimizer_and_schedule(model, 1e-4, 100)
     args.max_length = max(*args.lengths, args.length)  # judge_of reads it
@@ -98,23 +97,20 @@ def measure(args, device: torch.device) -> dict:
     def ranking(method: str, count: int):
         first, *others = rows_at(count + 1, args.length, "score", s.vocabulary)
         if method == "reference":
-            return score(
-                [replace(row, prompt=first.prompt, response_b=first.response_b) for row in others]
-            )
-        games = itertools.combinations(others, 2)
-        return score([replace(a, prompt=first.prompt, response_b=b.response_a) for a, b in games])
+            games = [(row, first.response_b) for row in others]
+        else:
+            games = [(a, b.response_a) for a, b in itertools.combinations(others, 2)]
+        return score([replace(a, prompt=first.prompt, response_b=b) for a, b in games])
 
     for stage in STAGES:
         at(stage, 1, 256)[0]()  # warm-up
         longer = partial(at, stage, args.batch_size)
         figures["length"][stage] = points(args.lengths, longer, args.rounds, device)
-        figures["batch"][stage] = points(
-            args.batches, partial(at, stage, length=args.length), args.rounds, device
-        )
+        larger = partial(at, stage, length=args.length)
+        figures["batch"][stage] = points(args.batches, larger, args.rounds, device)
     for method in RANKINGS:
-        figures["responses"][method] = points(
-            args.responses, partial(ranking, method), args.rounds, device
-        )
+        more = partial(ranking, method)
+        figures["responses"][method] = points(args.responses, more, args.rounds, device)
     return figures
 
 
@@ -122,29 +118,20 @@ def draw(figures: dict, args, picture: Path) -> None:
     """Four panels: seconds a pair over length, batch and responses, and memory over length."""
     figure = Figure(figsize=(11, 7))
     panels = figure.subplots(2, 2).flat
-    titles = (
+    pairs = f"pairs of {args.length} tokens"
+    contents = (
         ("length", "seconds", f"{args.batch_size} at once", "tokens of a pair"),
         ("length", "gib", f"{args.batch_size} at once", "tokens of a pair"),
-        ("batch", "seconds", f"pairs of {args.length} tokens", "pairs at once"),
-        (
-            "responses",
-            "seconds",
-            f"rankings, pairs of {args.length} tokens",
-            "responses to one prompt",
-        ),
+        ("batch", "seconds", pairs, "pairs at once"),
+        ("responses", "seconds", f"rankings, {pairs}", "responses to one prompt"),
     )
-    for panel, (part, what, title, along) in zip(panels, titles):
+    y_labels = {"seconds": "seconds a pair", "gib": "GiB at most"}
+    for panel, (part, figure_name, title, x_label) in zip(panels, contents):
         for name, line in figures[part].items():
-            panel.plot(
-                [p["at"] for p in line],
-                [p[what] for p in line],
-                "o-",
-                ms=3,
-                label={**STAGES, **RANKINGS}[name],
-            )
-        panel.set(
-            title=title, xlabel=along, ylabel="GiB at most" if what == "gib" else "seconds a pair"
-        )
+            label = {**STAGES, **RANKINGS}[name]
+            x, y = [p["at"] for p in line], [p[figure_name] for p in line]
+            panel.plot(x, y, "o-", ms=3, label=label)
+        panel.set(title=title, xlabel=x_label, ylabel=y_labels[figure_name])
         panel.set_xscale("log", base=2), panel.set_yscale("log", base=2)
         panel.grid(alpha=0.3), panel.legend()
         ticks = [p["at"] for p in next(iter(figures[part].values()))]
@@ -155,7 +142,7 @@ def draw(figures: dict, args, picture: Path) -> None:
 
 def main(argv=None) -> None:
     parser = options.parser(__doc__, EXAMPLES)
-    several = dict(nargs="+", type=options.positive_int, metavar="N")
+    several: dict[str, Any] = dict(nargs="+", type=options.positive_int, metavar="N")
     add_model_options(parser)
     parser.add_argument(
         "--lengths", default=[256, 512, 1024, 2048, 4096], **several, help="tokens of a pair"
@@ -187,20 +174,16 @@ def main(argv=None) -> None:
     )
     args = parser.parse_args(argv)
     if (shortest := min(*args.lengths, args.length)) < 192:
-        parser.error(
-            f"{shortest} tokens: the judge prompt alone takes {PIECES['reward'].fixed_tokens}; give at least 192"
-        )
+        fixed = PIECES["reward"].fixed_tokens
+        parser.error(f"{shortest} tokens: the judge prompt alone has {fixed}; give at least 192")
     check_place(args.out, "--out")
     device = pick_device(args.device)
     place = machine(device)
     figures = measure(args, device)
     args.out.mkdir(parents=True, exist_ok=True)
-    given = {
-        name: value
-        for name, value in vars(args).items()
-        if name not in ("out", "device", "max_length")
-    }
-    record = {"options": given, "place": place, "torch": torch.__version__, **figures}
+    left_out = ("out", "device", "max_length")
+    recorded = {name: value for name, value in vars(args).items() if name not in left_out}
+    record = {"options": recorded, "place": place, "torch": torch.__version__, **figures}
     write_whole(args.out / "growth.json", [json.dumps(record, indent=1) + "\n"], "results")
     draw(figures, args, args.out / "growth.png")
     print(f"wrote {args.out / 'growth.json'} and {args.out / 'growth.png'}")

@@ -1,12 +1,11 @@
-"""Peak memory and speed of stage 1, stage 2 and scoring, for the exact shapes of public models with
-random weights.
+"""Peak memory and speed of stage 1, stage 2 and scoring, for the shapes of public models.
 
-Neither memory nor speed depends on what the weights are, so nothing is downloaded. On a GPU every
-row is measured: peak of torch.cuda.max_memory_allocated, and tokens per second over --steps steps
-after a warm-up. Where there is none, the rows of real models are computed by the formula below
-(tests/wings/test_memory.py checks it against small models) and hold no speed; --tiny measures a
-small shape on the CPU. There the peak is what the model holds plus what torch allocates during one
-step, as torch.profiler sees it. The last table says which batch fits on which card.
+The weights are random, as neither memory nor speed depends on them, so nothing is downloaded. On a
+GPU every row is measured: peak of torch.cuda.max_memory_allocated, and tokens per second over
+--steps steps after a warm-up. Without a GPU, the rows of real models are computed by the formula
+below (tests/wings/test_memory.py checks it against small models) and hold no speed; --tiny measures
+a small shape on the CPU. There the peak is what the model holds plus what torch allocates during
+one step, as torch.profiler sees it. The last table says which batch fits on which card.
 
 Not in any figure: the CUDA context (about 0.5 GiB) and what the allocator loses to fragmentation.
 
@@ -14,33 +13,39 @@ The formula, in bytes, for bfloat16 on a GPU, padding counted as tokens. H is th
 K the widths of all queries and of all keys, I the MLP's width, V the vocabulary, r the rank of
 LoRA.
 
-  weights      NF4: half a byte per weight, one byte of scale per 64 weights, 4 bytes per 256 scales, and 1,092 bytes of
-               tables per matrix. Embeddings, output matrix, norms and biases are not quantised: 2 bytes each.
-  adapter      r (inputs + outputs) per linear layer in float32: weight, gradient and Adam's two moments, 16 bytes each.
-  activations  kept for the backward pass, per token and layer. A frozen matrix keeps none: its gradient is not asked for.
-      norms     4 H twice              each computes in float32 and keeps its input in it; 4 (Q + K) more where queries
-                                       and keys have norms of their own (Qwen3)
-      LoRA      2 (5 H + Q + I)        the input of each of the seven layers, each a copy of its own since peft casts it to
-                                       float32 and autocast casts it back: q, k, v, gate, up take H,
-                                       o takes Q, down takes I (with NF4 on a GPU peft casts
-                                       nothing: at most this much)
-      LoRA      2 * 7 r                what lies between its two matrices
-      attention 2 (2 Q + 2 K) + 4 heads  queries, keys, values, output, and the logarithms of the softmax's sums; SDPA
-                                       keeps no T x T matrix
-      MLP       2 * 3 I                gate before and after its SiLU, and up
+  weights      NF4: half a byte per weight, one byte of scale per 64 weights, 4 bytes per 256
+               scales, and 1,092 bytes of tables per matrix. Embeddings, output matrix, norms and
+               biases are not quantised: 2 bytes each.
+  adapter      r (inputs + outputs) per linear layer in float32: weight, gradient and Adam's two
+               moments, 16 bytes each.
+  activations  kept for the backward pass, per token and layer. A frozen matrix keeps none, as it
+               has no gradient.
+      norms      4 H twice         each computes in float32 and keeps its input in float32;
+                                   4 (Q + K) more where queries and keys are normalised (Qwen3)
+      LoRA       2 (5 H + Q + I)   the input of each of the seven layers. Each is a separate copy,
+                                   since peft casts it to float32 and autocast casts it back: q, k,
+                                   v, gate, up take H, o takes Q, down takes I. (With NF4 on a GPU
+                                   peft casts nothing: at most this much.)
+      LoRA       2 * 7 r           what is between its two matrices
+      attention  2 (2 Q + 2 K) + 4 heads
+                                   queries, keys, values, output, and the logarithms of the
+                                   softmax's sums; SDPA keeps no T x T matrix
+      MLP        2 * 3 I           gate before and after its SiLU, and up
                Then the last norm, 4 H, and its output, 2 H. With gradient checkpointing only the
                input of each layer is kept, 2 H, and one layer at a time has all of the above.
-  logits       12 per logit (stage 1): the log-probabilities, their gradient and the logits' are there together in float32. More
-               than 2^25 logits (chunked.LOGITS_AT_ONCE) are made that many at a time, 8 bytes each:
-               in bfloat16, in float32 where they become their gradient, and that in bfloat16. Stage
-               2 and scoring build logits for B sequences at most. Where scoring shares what
-               sequences begin with (prefixes.py), it holds keys and values of all layers besides, 5
-               K per token and layer at most; not in the tables.
-  in flight    2 * 3 I per token: in the backward pass of the MLP the gradient of its product, once through the adapter,
-               once through the frozen matrix, and their sum; 2 H, the gradient of the layer's output; and with NF4
-               the largest matrix dequantised, 2 bytes per weight, and its scales, 4 per 64. In scoring, at the up
-               projection: gate and up, 2 * 2 I, the adapter's output before and after scaling, 8 I,
-               the layer's input and its norm, 2 * 2 H, and the norm once more in float32, 4 H.
+  logits       12 per logit (stage 1): log-probabilities, their gradient and the gradient of the
+               logits are held together in float32. More than 2^25 logits (chunked.LOGITS_AT_ONCE)
+               are made that many at a time, 8 bytes each: in bfloat16, in float32 where they become
+               their gradient, and the gradient in bfloat16. Stage 2 and scoring build logits for B
+               sequences at most. Where scoring shares what sequences begin with (prefixes.py), it
+               also holds keys and values of all layers, 5 K per token and layer at most; that is
+               not in the tables.
+  in flight    2 * 3 I per token: in the backward pass of the MLP the gradient of its product, once
+               through the adapter, once through the frozen matrix, and their sum; 2 H, the gradient
+               of the layer's output; and with NF4 the largest matrix dequantised, 2 bytes per
+               weight, and its scales, 4 per 64. In scoring, at the up projection: gate and up,
+               2 * 2 I, the adapter's output before and after scaling, 8 I, the layer's input and
+               its norm, 2 * 2 H, and the norm once more in float32, 4 H.
 
 The logits are freed before the first layer's backward pass, so the peak is
 
@@ -78,14 +83,16 @@ from gram_mini.studies.speed.common import (
 from gram_mini.training import optimizer_and_schedule
 
 EXAMPLES = """\
-  python -m gram_mini.studies.speed.memory                                   # every model; without a GPU computed, in a second
-  python -m gram_mini.studies.speed.memory --tiny --steps 3                  # a small shape, measured, also on a CPU"""
+  # every model; without a GPU computed, in a second
+  python -m gram_mini.studies.speed.memory
+  # a small shape, measured, also on a CPU
+  python -m gram_mini.studies.speed.memory --tiny --steps 3"""
 
 TINY = {"tiny": Shape("qwen3", 256, 4, 4, 2, 64, 768, 4096, True)}
 STAGES = ("pretrain", "reward", "score")
-# a prompt of four fixed tokens
+# A prompt of four fixed tokens.
 PIECES = PromptPieces(start=[1], after_prompt=[1], between=[1], end=[1])
-EFFECTIVE_BATCH = 32  # pairs per optimiser step that a recipe comes to by gradient accumulation
+EFFECTIVE_BATCH = 32  # pairs per optimiser step, reached by gradient accumulation
 
 
 # ---- the formula ---------------------------------------------------------------------
@@ -103,8 +110,8 @@ def _matrix_bytes(weights: int, bits: int, a: int) -> int:
     if bits != 4:
         return a * weights
     scales = -(-weights // 64)
-    # tables of 16 and 256 values, an offset
-    return weights // 2 + scales + 4 * -(-scales // 256) + 4 * 16 + 4 * 256 + 4
+    tables = 4 * 16 + 4 * 256 + 4  # of 16 and 256 values, and an offset
+    return weights // 2 + scales + 4 * -(-scales // 256) + tables
 
 
 def adapter_parameters(s: Shape, rank: int) -> int:
@@ -133,10 +140,8 @@ def compute(
     """The terms of the formula in bytes, and their sum, the peak."""
     tokens, widest = batch * length, max(i * o for i, o in s.linear())
     workspace = 2 * widest + 4 * widest // 64 if bits == 4 else 0
-    weights, adapter = (
-        weight_bytes(s, bits),
-        (4 if stage == "score" else 16) * adapter_parameters(s, rank),
-    )
+    weights = weight_bytes(s, bits)
+    adapter = (4 if stage == "score" else 16) * adapter_parameters(s, rank)
     if stage == "score":
         activations = tokens * ((2 * 2 + 8) * s.intermediate + (2 * 2 + 4) * s.hidden) + workspace
     else:
@@ -145,12 +150,8 @@ def compute(
         in_flight = tokens * (2 * 3 * s.intermediate + 2 * s.hidden) + workspace
         again = tokens * layer_bytes(s, rank) if checkpointing else 0
         activations = kept_bytes(s, rank, tokens, checkpointing) + max(logits, in_flight + again)
-    return dict(
-        weights=weights,
-        adapter=adapter,
-        activations=activations,
-        peak=weights + adapter + activations,
-    )
+    peak = weights + adapter + activations
+    return dict(weights=weights, adapter=adapter, activations=activations, peak=peak)
 
 
 # ---- measuring -----------------------------------------------------------------------
@@ -197,12 +198,9 @@ def measure(
         step()
     synchronize(model.device)
     speed = steps * batch * length / (time.perf_counter() - began)
-    peak = (
-        torch.cuda.max_memory_allocated(model.device)
-        if on_gpu
-        else held_bytes(model, optimizer) + growth(step)
-    )
-    return peak, speed
+    if on_gpu:
+        return torch.cuda.max_memory_allocated(model.device), speed
+    return held_bytes(model, optimizer) + growth(step), speed
 
 
 # ---- tables --------------------------------------------------------------------------
@@ -217,24 +215,15 @@ def rows_of(name: str, s: Shape, args, device: torch.device, measured: bool):
         for stage in args.stages:
             for checkpointing in [False] if stage == "score" else args.checkpointing:
                 for length in args.lengths:
-                    setting = (stage, bits, checkpointing, args.batch_size, length)
+                    batch = (checkpointing, args.batch_size, length)
                     if measured:
-                        result = model and unless_full(
-                            measure,
-                            model,
-                            stage,
-                            checkpointing,
-                            args.batch_size,
-                            length,
-                            args.steps,
-                        )
-                        last = (
-                            (gib(result[0]), f"{result[1]:,.0f}", "measured")
-                            if result
-                            else ("does not fit", "", "measured")
-                        )
+                        result = model and unless_full(measure, model, stage, *batch, args.steps)
+                        last = ("does not fit", "", "measured")
+                        if result:
+                            last = (gib(result[0]), f"{result[1]:,.0f}", "measured")
                     else:
-                        last = (gib(compute(s, *setting, args.lora_rank)["peak"]), "", "computed")
+                        terms = compute(s, stage, bits, *batch, args.lora_rank)
+                        last = (gib(terms["peak"]), "", "computed")
                     on = "" if stage == "score" else "on" if checkpointing else "off"
                     yield [name, stage, str(bits), on, str(args.batch_size), str(length), *last]
 
@@ -244,7 +233,7 @@ def unless_full(function, *arguments):
     try:
         return function(*arguments)
     except torch.OutOfMemoryError:
-        pass  # only after this block is let go what the failed step held
+        pass  # what the failed step holds is freed only after this block
     gc.collect()
     torch.cuda.empty_cache()
     return None
@@ -255,10 +244,10 @@ def gib(size: int) -> str:
 
 
 def largest_batch(s: Shape, card: int, length: int, rank: int) -> tuple[int, int] | None:
-    """The largest batch (a power of two) with which both stages leave a tenth of ``card`` GiB free,
-    and its peak in bytes.
+    """The largest batch that leaves a tenth of ``card`` GiB free in both stages, and its peak.
 
-    NF4 and gradient checkpointing; None where not even one pair fits.
+    The batch is a power of two, the peak in bytes, with NF4 and gradient checkpointing. None where
+    not even one pair fits.
     """
     for batch in (32, 16, 8, 4, 2, 1):
         peak = max(
@@ -283,10 +272,8 @@ def largest_batches(
                 if batch is None:
                     cells.append("does not fit")
                 else:
-                    rows_at_once, peak = batch
-                    cells.append(
-                        f"batch {rows_at_once} x {EFFECTIVE_BATCH // rows_at_once} ({gib(peak)})"
-                    )
+                    pairs, peak = batch
+                    cells.append(f"batch {pairs} x {EFFECTIVE_BATCH // pairs} ({gib(peak)})")
             rows.append([name, str(length), *cells])
     return table(["model", "length", *(f"{card} GB" for card in cards)], rows)
 
@@ -301,9 +288,7 @@ def main(argv=None) -> None:
         metavar="NAME",
         help="of " + ", ".join(MODELS),
     )
-    parser.add_argument(
-        "--tiny", action="store_true", help="a small shape in the place of --models"
-    )
+    parser.add_argument("--tiny", action="store_true", help="a small shape instead of --models")
     parser.add_argument(
         "--lengths",
         nargs="+",
@@ -373,31 +358,16 @@ def main(argv=None) -> None:
     measured = args.tiny or device.type == "cuda"
     shapes = TINY if args.tiny else {name: MODELS[name] for name in args.models}
     rows = [row for name, s in shapes.items() for row in rows_of(name, s, args, device, measured)]
-    print(
-        table(
-            [
-                "model",
-                "stage",
-                "bits",
-                "checkpointing",
-                "batch",
-                "length",
-                "peak GiB",
-                "tokens/s",
-                "how",
-            ],
-            rows,
-        )
-    )
+    setting = ["model", "stage", "bits", "checkpointing", "batch", "length"]
+    print(table([*setting, "peak GiB", "tokens/s", "how"], rows))
     place = torch.cuda.get_device_name(device) if device.type == "cuda" else "this CPU"
     print(f"\nLoRA of rank {args.lora_rank}" + (f"; measured on {place}" if measured else ""))
     if args.tiny:
         return
     print(
-        "\nThe largest batch with which both stages leave a tenth of the card free, NF4 and gradient checkpointing; times the"
-    )
-    print(
-        f"forward passes per optimiser step (--grad-accum) for {EFFECTIVE_BATCH} pairs; computed peak in GiB:\n"
+        "\nThe largest batch with which both stages leave a tenth of the card free, NF4 and "
+        "gradient checkpointing; times the\nforward passes per optimiser step (--grad-accum) "
+        f"for {EFFECTIVE_BATCH} pairs; computed peak in GiB:\n"
     )
     print(largest_batches(shapes, args.cards, args.lengths, args.lora_rank))
 

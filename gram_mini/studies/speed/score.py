@@ -1,4 +1,4 @@
-"""Scoring of ours against the usual way, in turns on the same pairs of one process.
+"""Our scoring against the usual way, in turns on the same pairs of one process.
 
 The usual way is one sequence at a time with the logits of all its positions, in both orders, as the
 official evaluation does. Ours is Judge: batches by tokens, two rows of the output matrix, and what
@@ -6,7 +6,8 @@ sequences begin with computed once. "unshared" is ours without the last of these
 same model; with --bits 32 the adapter is merged.
 
   pairs       pairs of different prompts, each in both orders
-  reference   --responses responses to one prompt, ranked against a reference: as many pairs, which share the prompt
+  reference   --responses responses to one prompt, ranked against a reference: as many pairs, which
+              share the prompt
   round-robin six of these responses, each against each
 
 For each: pairs and tokens per second (medians over --rounds turns; tokens of whole sequences,
@@ -48,9 +49,12 @@ from gram_mini.studies.speed.common import (
 )
 
 EXAMPLES = """\
-  python -m gram_mini.studies.speed.score                                    # the mid shape, drawn lengths: 6 minutes on 2 CPU cores
-  python -m gram_mini.studies.speed.score --data pairs.jsonl                 # lengths of a file
-  python -m gram_mini.studies.speed.score --shape Qwen2.5-0.5B --bits 4 --max-length 1024    # on a GPU"""
+  # the mid shape, drawn lengths: 6 minutes on 2 CPU cores
+  python -m gram_mini.studies.speed.score
+  # lengths of a file
+  python -m gram_mini.studies.speed.score --data pairs.jsonl
+  # on a GPU
+  python -m gram_mini.studies.speed.score --shape Qwen2.5-0.5B --bits 4 --max-length 1024"""
 
 
 def judge_of(s: Shape, args, device: torch.device) -> Judge:
@@ -97,25 +101,23 @@ def operations(s: Shape, rows: list[EncodedPair]) -> float:
     total = 0
     for row in rows:
         length = row.length + PIECES["reward"].fixed_tokens
-        total += (
-            s.layers * (2 * length * sum(i * o for i, o in s.linear()) + 2 * length**2 * s.queries)
-            + 2 * s.hidden * s.vocabulary
-        )
+        layer = 2 * length * sum(i * o for i, o in s.linear()) + 2 * length**2 * s.queries
+        total += s.layers * layer + 2 * s.hidden * s.vocabulary
     return 2 * total
 
 
 def tasks(s: Shape, args) -> dict[str, list[list[EncodedPair]]]:
     """name -> the rows of each turn."""
-    pieces, rows_of_task = PIECES["reward"], {"pairs": [], "reference": [], "round-robin": []}
-    for turn in range(args.rounds):
-        lengths = lengths_of(args.data, args.pairs + args.responses + 1, args.seed + turn)
-        rows_of_task["pairs"].append(
-            rows_of(lengths[: args.pairs], pieces, s.vocabulary, args.max_length, args.seed + turn)
-        )
+    pieces = PIECES["reward"]
+    rows_of_task: dict[str, list[list[EncodedPair]]]
+    rows_of_task = {"pairs": [], "reference": [], "round-robin": []}
+    for seed in range(args.seed, args.seed + args.rounds):
+        lengths = lengths_of(args.data, args.pairs + args.responses + 1, seed)
+        sizes = lengths[: args.pairs]
+        rows_of_task["pairs"].append(rows_of(sizes, pieces, s.vocabulary, args.max_length, seed))
         # One prompt, and a response of each of the other pairs, cut so that any two of them fit.
-        group = rows_of(
-            lengths[args.pairs :], pieces, s.vocabulary, args.max_length, args.seed + turn
-        )
+        sizes = lengths[args.pairs :]
+        group = rows_of(sizes, pieces, s.vocabulary, args.max_length, seed)
         room = (args.max_length - pieces.fixed_tokens - len(group[0].prompt)) // 2
         first, *others = [
             replace(row, prompt=group[0].prompt, response_a=row.response_a[:room]) for row in group
@@ -172,7 +174,7 @@ def main(argv=None) -> None:
         ways = {"ours": ours, "unshared": unshared, "usual": usual}
         for way in ways.values():
             way(judge, turns[0][:2])  # warm-up
-        times = {way: [] for way in ways}
+        times: dict[str, list[float]] = {way: [] for way in ways}
         for rows in turns:
             for way, score in ways.items():
                 times[way].append(seconds(device, score, judge, rows))
@@ -184,43 +186,32 @@ def main(argv=None) -> None:
             2 * sum(row.length + PIECES["reward"].fixed_tokens for row in rows) for rows in turns
         ]
         for way, turn_times in times.items():
-            pairs = f"{statistics.median(len(rows) / t for rows, t in zip(turns, turn_times)):.2f}"
-            speed = f"{statistics.median(n / t for n, t in zip(tokens, turn_times)):,.0f}"
-            faster = (
-                ""
-                if way == "ours"
-                else spread([t / t_ours for t, t_ours in zip(turn_times, times["ours"])])
-            )
-            apart = "" if way == "ours" else f"{(results[way] - results['ours']).abs().max():.0e}"
-            lines.append([name, way, pairs, speed, faster, f"{peaks[way] / GIB:.2f}", apart])
+            pairs = statistics.median(len(rows) / t for rows, t in zip(turns, turn_times))
+            per_second = statistics.median(n / t for n, t in zip(tokens, turn_times))
+            faster = apart = ""
+            if way != "ours":
+                faster = spread([t / t_ours for t, t_ours in zip(turn_times, times["ours"])])
+                apart = f"{(results[way] - results['ours']).abs().max():.0e}"
+            cells = [f"{pairs:.2f}", f"{per_second:,.0f}", faster, f"{peaks[way] / GIB:.2f}", apart]
+            lines.append([name, way, *cells])
         reached[name] = statistics.median(
             operations(s, rows) / t for rows, t in zip(turns, times["ours"])
         )
-    # something else may have run during the first
+    # Something else may have run during the first measurement.
     best = max(best, matrix_peak(device, compute_dtype(args.bits, device)))
+    head = ["task", "way", "pairs/s", "tokens/s", "ours is faster by", "peak GiB", "log-odds apart"]
+    print(table(head, lines))
     print(
-        table(
-            [
-                "task",
-                "way",
-                "pairs/s",
-                "tokens/s",
-                "ours is faster by",
-                "peak GiB",
-                "log-odds apart",
-            ],
-            lines,
-        )
-    )
-    place = machine(device)
-    print(
-        f"\n{args.shape}, {args.bits} bits, at most {args.max_length} tokens ({'of ' + args.data if args.data else 'drawn'}), "
-        f"{args.pairs} pairs, {args.responses} responses, {args.rounds} turns, {place}, torch {torch.__version__}"
+        f"\n{args.shape}, {args.bits} bits, at most {args.max_length} tokens "
+        f"({'of ' + args.data if args.data else 'drawn'}), {args.pairs} pairs, "
+        f"{args.responses} responses, {args.rounds} turns, {machine(device)}, "
+        f"torch {torch.__version__}"
     )
     for name, speed in reached.items():
         print(
-            f"{name}: as many results as unshared sequences without padding give at {speed / 1e9:,.0f} GFLOP/s, "
-            f"{speed / best:.0%} of the {best / 1e9:,.0f} that matrix products reach here"
+            f"{name}: as many results as unshared sequences without padding give at "
+            f"{speed / 1e9:,.0f} GFLOP/s, {speed / best:.0%} of the {best / 1e9:,.0f} "
+            "that matrix products reach here"
         )
 
 

@@ -71,9 +71,13 @@ from gram_mini.studies.speed.common import (
 from gram_mini.training import optimizer_and_schedule
 
 EXAMPLES = """\
-  python -m gram_mini.studies.speed.train                                    # the mid shape, drawn lengths: 2 minutes on 2 CPU cores
-  python -m gram_mini.studies.speed.train --data pairs.jsonl --peer trl      # lengths of a file, and against TRL (pip install trl)
-  python -m gram_mini.studies.speed.train --shape Qwen2.5-0.5B --bits 4 --batch-size 8 --max-length 1024    # on a GPU"""
+  # the mid shape, drawn lengths: 2 minutes on 2 CPU cores
+  python -m gram_mini.studies.speed.train
+  # lengths of a file, and against TRL (pip install trl)
+  python -m gram_mini.studies.speed.train --data pairs.jsonl --peer trl
+  # on a GPU
+  python -m gram_mini.studies.speed.train --shape Qwen2.5-0.5B --bits 4 \\
+      --batch-size 8 --max-length 1024"""
 
 STAGES = ("pretrain", "reward")
 TRAINERS = {"pretrain": ("SFTTrainer",), "reward": ("SFTTrainer", "RewardTrainer")}
@@ -83,23 +87,22 @@ TRAINERS = {"pretrain": ("SFTTrainer",), "reward": ("SFTTrainer", "RewardTrainer
 
 
 def usual_batch(stage: str, rows: list[EncodedPair]) -> dict[str, torch.Tensor]:
-    """input_ids, attention_mask and labels (B, T) as transformers' models take them; they shift the labels themselves."""
+    """input_ids, attention_mask and labels (B, T) for transformers, which shifts the labels."""
     sequences = [join(PIECES[stage], row) for row in rows]
     if stage == "pretrain":
         _, targets = pair_batch(rows, PIECES[stage])  # (B, T)
         labels = torch.cat([torch.full((len(rows), 1), IGNORED), targets[:, :-1]], dim=1)
     else:
         verdicts = [LABELS[label] for label in right_labels(rows)]
-        labels = pad(
-            [[IGNORED] * len(ids) + [verdict] for ids, verdict in zip(sequences, verdicts)], IGNORED
-        )
+        targets = [[IGNORED] * len(ids) + [verdict] for ids, verdict in zip(sequences, verdicts)]
+        labels = pad(targets, IGNORED)
         sequences = [ids + [verdict] for ids, verdict in zip(sequences, verdicts)]
     mask = pad([[1] * len(ids) for ids in sequences], 0)
     return {"input_ids": pad(sequences, 0), "attention_mask": mask, "labels": labels}
 
 
 def usual_loss(model, stage: str, rows: list[EncodedPair]) -> torch.Tensor:
-    """The loss of transformers' own forward pass, in half precision as trainers run it (--bits 16, and 4 on a GPU)."""
+    """The loss of transformers' own forward pass, in half precision where trainers use it."""
     batch = {name: tensor.to(model.device) for name, tensor in usual_batch(stage, rows).items()}
     with half_precision(model):
         return model(**batch).loss
@@ -122,12 +125,22 @@ def trl_trainer(kind: str, model, stage: str, batches: list[list[EncodedPair]], 
 
     rows = [row for batch in batches for row in batch]
     options = dict(
-        output_dir="runs/benchmark", per_device_train_batch_size=args.batch_size, max_steps=len(batches), max_length=None,
-        train_sampling_strategy="sequential", learning_rate=1e-4, gradient_checkpointing=args.gradient_checkpointing,
-        bf16=model.get_input_embeddings().weight.dtype == torch.bfloat16, use_cpu=model.device.type == "cpu",
-        report_to=[], save_strategy="no", logging_strategy="no", disable_tqdm=True, dataloader_pin_memory=False,
-    )  # fmt: skip
-    tokenizer = load_tokenizer(VILLAGE)  # is not asked for anything: the rows are token ids
+        output_dir="runs/benchmark",
+        per_device_train_batch_size=args.batch_size,
+        max_steps=len(batches),
+        max_length=None,
+        train_sampling_strategy="sequential",
+        learning_rate=1e-4,
+        gradient_checkpointing=args.gradient_checkpointing,
+        bf16=model.get_input_embeddings().weight.dtype == torch.bfloat16,
+        use_cpu=model.device.type == "cpu",
+        report_to=[],
+        save_strategy="no",
+        logging_strategy="no",
+        disable_tqdm=True,
+        dataloader_pin_memory=False,
+    )
+    tokenizer = load_tokenizer(VILLAGE)  # a required argument; the rows are token ids already
     if kind == "RewardTrainer":
         orders = [order for row in rows for order in (row, row.swapped())]
         parts = [response_segments(PIECES[stage], order) for order in orders]
@@ -135,9 +148,10 @@ def trl_trainer(kind: str, model, stage: str, batches: list[list[EncodedPair]], 
         data = Dataset.from_dict({"chosen_ids": ids[0::2], "rejected_ids": ids[1::2]})
         config = trl.RewardConfig(**options)
     else:
-        batch = [usual_batch(stage, [row]) for row in rows]
+        columns = ("input_ids", "labels")
+        encoded = [usual_batch(stage, [row]) for row in rows]
         data = Dataset.from_dict(
-            {name: [one[name][0].tolist() for one in batch] for name in ("input_ids", "labels")}
+            {name: [tensors[name][0].tolist() for tensors in encoded] for name in columns}
         )
         config = trl.SFTConfig(**options, dataset_kwargs={"skip_prepare_dataset": True})
     trainer = getattr(trl, kind)(
@@ -155,13 +169,8 @@ class InTurns(TrainerCallback):
     """Times each step of a trainer, and after it ours on the same batch."""
 
     def __init__(self, device, ours, batches):
-        self.device, self.ours, self.batches, self.times, self.began = (
-            device,
-            ours,
-            batches,
-            [],
-            0.0,
-        )
+        self.device, self.ours, self.batches = device, ours, batches
+        self.times, self.began = [], 0.0
 
     def on_step_begin(self, args, state, control, **more):
         synchronize(self.device)
@@ -169,12 +178,13 @@ class InTurns(TrainerCallback):
 
     def on_step_end(self, args, state, control, **more):
         synchronize(self.device)
-        theirs = time.perf_counter() - self.began
-        self.times.append((theirs, seconds(self.device, self.ours, self.batches[len(self.times)])))
+        of_trainer = time.perf_counter() - self.began
+        batch = self.batches[len(self.times)]
+        self.times.append((of_trainer, seconds(self.device, self.ours, batch)))
 
 
 def with_scalar_head(s: Shape, args, device):
-    """The adapted model of a shape as transformers' classifier with one output, which RewardTrainer wants."""
+    """The adapted model of a shape as a classifier with one output, for RewardTrainer."""
     with tempfile.TemporaryDirectory() as folder:
         config = s.config()
         config.num_labels, config.pad_token_id = 1, 0
@@ -201,29 +211,25 @@ def with_scalar_head(s: Shape, args, device):
 def operations(
     s: Shape, stage: str, rows: list[EncodedPair], rank: int, checkpointing: bool
 ) -> float:
-    """Floating-point operations that a step needs, padding apart; the head of gram_mini/studies/speed/bounds.py says what counts."""
-    # forward, and the gradient of the inputs; frozen weights need none
-    total, passes = (0, 3 if checkpointing else 2)
-    frozen, adapter = (
-        sum(f(i, o) for i, o in s.linear())
-        for f in (lambda i, o: i * o, lambda i, o: rank * (i + o))
-    )
+    """Floating-point operations that a step needs without padding, counted as in bounds.py."""
+    total = 0
+    # Forward, and the gradient of the inputs. Frozen weights have no gradient.
+    passes = 3 if checkpointing else 2
+    frozen = sum(i * o for i, o in s.linear())
+    adapter = sum(rank * (i + o) for i, o in s.linear())
     for row in rows:
         length = row.length + PIECES[stage].fixed_tokens
-        layer = passes * 2 * length * frozen + (passes + 1) * (
-            2 * length * adapter + 2 * length**2 * s.queries
-        )
-        logits = (
-            trained_tokens(PIECES[stage], [row]) * s.vocabulary
-            if stage == "pretrain"
-            else len(LABELS)
-        )
+        with_gradient = 2 * length * adapter + 2 * length**2 * s.queries
+        layer = passes * 2 * length * frozen + (passes + 1) * with_gradient
+        logits = len(LABELS)
+        if stage == "pretrain":
+            logits = trained_tokens(PIECES[stage], [row]) * s.vocabulary
         total += s.layers * layer + 2 * 2 * logits * s.hidden
     return total
 
 
 def compare(s: Shape, stage: str, args, device: torch.device) -> tuple[list[list[str]], float]:
-    """The rows of the table for one stage, and our step's operations per second."""
+    """The rows of the table for one stage, and the operations per second of our step."""
     pieces = PIECES[stage]
     lengths = lengths_of(args.data, args.batch_size * max(16, args.rounds), args.seed)
     rows = rows_of(lengths, pieces, s.vocabulary, args.max_length, args.seed)
@@ -243,44 +249,40 @@ def compare(s: Shape, stage: str, args, device: torch.device) -> tuple[list[list
         take_step(model, optimizer, loss_of(model, stage, batch, pieces))
 
     usual(batches[0]), ours(batches[0])  # warm-up
-    usual_peak, our_peak = (
-        peak_bytes(model, optimizer, way, batches[largest]) for way in (usual, ours)
-    )
-    usual_times, our_times = zip(
-        *((seconds(device, usual, batch), seconds(device, ours, batch)) for batch in batches)
-    )
-    results = [("ours", our_times, None, our_peak), ("usual", usual_times, our_times, usual_peak)]
+    usual_peak = peak_bytes(model, optimizer, usual, batches[largest])
+    our_peak = peak_bytes(model, optimizer, ours, batches[largest])
+    usual_times: list[float] = []
+    our_times: list[float] = []
+    for batch in batches:
+        usual_times.append(seconds(device, usual, batch))
+        our_times.append(seconds(device, ours, batch))
+    # (way, times, times of ours in the same turns, peak)
+    results: list[tuple[str, list[float], list[float], int]]
+    results = [("ours", our_times, [], our_peak), ("usual", usual_times, our_times, usual_peak)]
     for kind in TRAINERS[stage] if args.peer else ():
-        theirs = with_scalar_head(s, args, device) if kind == "RewardTrainer" else model
+        peer_model = with_scalar_head(s, args, device) if kind == "RewardTrainer" else model
         turns = InTurns(device, ours, batches)
-        trainer = trl_trainer(kind, theirs, stage, batches, args, turns)
+        trainer = trl_trainer(kind, peer_model, stage, batches, args, turns)
         trainer.train()
         place = largest * args.batch_size
-        batch = trainer.data_collator(
-            [trainer.train_dataset[k] for k in range(place, place + args.batch_size)]
-        )
-        batch = {name: tensor.to(device) for name, tensor in batch.items()}
-        peak = peak_bytes(theirs, trainer.optimizer, trainer.training_step, theirs, batch)
-        theirs.zero_grad()
-        results.append((f"TRL {kind}", *zip(*turns.times), peak))
+        examples = [trainer.train_dataset[k] for k in range(place, place + args.batch_size)]
+        collated = trainer.data_collator(examples)
+        inputs = {name: tensor.to(device) for name, tensor in collated.items()}
+        peak = peak_bytes(peer_model, trainer.optimizer, trainer.training_step, peer_model, inputs)
+        peer_model.zero_grad()
+        peer_times, ours_beside = map(list, zip(*turns.times))
+        results.append((f"TRL {kind}", peer_times, ours_beside, peak))
 
     tokens = [sum(row.length + pieces.fixed_tokens for row in batch) for batch in batches]
     lines = []
-    for way, times, beside, peak in results:  # beside: the times of ours in the same turns
+    for way, times, beside, peak in results:
         per_second = f"{statistics.median(len(batch) / t for batch, t in zip(batches, times)):.2f}"
         speed = f"{statistics.median(n / t for n, t in zip(tokens, times)):,.0f}"
-        faster = spread([t / ours for t, ours in zip(times, beside)]) if beside else ""
-        lines.append(
-            [
-                stage,
-                way,
-                per_second,
-                speed,
-                faster,
-                f"{peak / GIB:.2f}",
-                f"{our_peak / peak:.2f}" if beside else "",
-            ]
-        )
+        faster = share = ""
+        if beside:
+            faster = spread([t / t_ours for t, t_ours in zip(times, beside)])
+            share = f"{our_peak / peak:.2f}"
+        lines.append([stage, way, per_second, speed, faster, f"{peak / GIB:.2f}", share])
     needed = [
         operations(s, stage, batch, args.lora_rank, args.gradient_checkpointing)
         for batch in batches
@@ -326,29 +328,19 @@ def main(argv=None) -> None:
     for stage in args.stages:
         rows, reached[stage] = compare(s, stage, args, device)
         lines += rows
-    best = max(best, matrix_peak(device, dtype))  # something else may have run during the first
+    # Something else may have run during the first measurement.
+    best = max(best, matrix_peak(device, dtype))
+    head = ["stage", "way", "pairs/s", "tokens/s", "ours is faster by", "peak GiB"]
+    print(table([*head, "our peak / this"], lines))
     print(
-        table(
-            [
-                "stage",
-                "way",
-                "pairs/s",
-                "tokens/s",
-                "ours is faster by",
-                "peak GiB",
-                "our peak / this",
-            ],
-            lines,
-        )
-    )
-    name = machine(device)
-    print(
-        f"\n{args.shape}, {args.bits} bits, {args.batch_size} pairs of at most {args.max_length} tokens "
-        f"({'of ' + args.data if args.data else 'drawn'}), {args.rounds} turns, {name}, torch {torch.__version__}"
+        f"\n{args.shape}, {args.bits} bits, {args.batch_size} pairs of at most {args.max_length} "
+        f"tokens ({'of ' + args.data if args.data else 'drawn'}), {args.rounds} turns, "
+        f"{machine(device)}, torch {torch.__version__}"
     )
     for stage, speed in reached.items():
         print(
-            f"{stage}: {speed / 1e9:,.0f} of {best / 1e9:,.0f} GFLOP/s that {dtype} products reach here: {speed / best:.0%}"
+            f"{stage}: {speed / 1e9:,.0f} of {best / 1e9:,.0f} GFLOP/s "
+            f"that {dtype} products reach here: {speed / best:.0%}"
         )
 
 
