@@ -95,8 +95,7 @@ def parse_pairs(
         labelled: whether to read ratings and labels. If not, they may hold anything.
         pairs: "all" pairs of several scored responses, or only "best-worst".
 
-    Returns:
-        The pairs, ties included, and a count of the responses that are in no pair, by reason.
+    Returns the pairs, ties included, and a count of the responses that are in no pair, by reason.
 
     Raises:
         UserError: columns missing or of the wrong type; names the place and the column.

@@ -122,7 +122,7 @@ def score_options(description: str, argv=None) -> argparse.Namespace:
     g.add_argument(
         "--rank",
         choices=METHODS,
-        help="how to rank (default: reference where there is one, else round-robin)",
+        help="how to rank (default: reference if there is one, else round-robin)",
     )
     g.add_argument(
         "--average",

@@ -1,13 +1,12 @@
 """A run of a training script: everything around the training loop.
 
-    run = Run("reward", args)        folder, processes and device; errors come before any work
-    for batch in run.steps(...):     resumes before the first step; logs and saves after each
-        for part in run.passes(batch):    this process's share of the step, as many pairs as fit
-            run.note(...)                 figures for the log
-        if run.finite(gradient_norm): ... steps with a loss or gradient that is not finite are
-                                          skipped and counted
+    run = Run("reward", args)               folder, processes, device; errors come before any work
+    for batch in run.steps(...):            resumes before the first step; logs and saves after each
+        for part in run.passes(batch):      this process's share of the step, as many pairs as fit
+            run.note(...)                   figures for the log
+        if run.finite(gradient_norm): ...   other steps are skipped and counted
         if run.evaluation_due(): run.log_held_out(...)
-    run.finish(...)                  adapter, tokenizer, run.json, log.csv, plot.png
+    run.finish(...)                         adapter, tokenizer, run.json, log.csv, plot.png
 
 Model call, loss, backward pass and optimiser step are in the script.
 """

@@ -30,10 +30,9 @@ def as_trl_reward(judge: Judge, against: str = "first", average: str = "probabil
         against: "first" or "all".
         average: "probabilities" or "logits", as in Judge.compare_many.
 
-    Returns:
-        f(prompts, completions, completion_ids=None, reference=None, **others) -> one reward for
-        each completion. Texts and lists of messages are read as in training
-        (reading.formats.parse_pairs). Tool messages are not supported.
+    Returns f(prompts, completions, completion_ids=None, reference=None, **others) -> one reward for
+    each completion. Texts and lists of messages are read as in training, by
+    reading.formats.parse_pairs. Tool messages are not supported.
 
     Raises:
         ValueError: another ``against``; from f, a completion with nothing to be compared with.

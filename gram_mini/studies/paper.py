@@ -127,7 +127,7 @@ def flipped(pairs: list[Pair], share: float, side: str, seed: int) -> list[Pair]
 
 
 def unlabelled(lab: Lab, seed: int):
-    """Stage 1 on more or fewer pairs and steps, about the test's villagers (in domain) or others."""
+    """Stage 1 on more or fewer pairs and steps, about the villagers of the test or about others."""
     everything = lab.pairs("unlabelled", seed)
     data = lab.file(f"labelled-{seed}", lab.pairs("labelled", seed))
     parts = [

@@ -190,7 +190,7 @@ def verdict_tokens(tokenizer) -> torch.Tensor:
 def weighted_loss(
     logits: torch.Tensor, targets: torch.Tensor, verdicts: torch.Tensor
 ) -> torch.Tensor:
-    """Next-token loss in nats; a verdict weighs as much as five other tokens, since few are one.
+    """Next-token loss in nats; verdicts are rare, so one weighs as much as five other tokens.
 
     Args:
         logits: (B, T, V).

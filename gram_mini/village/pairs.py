@@ -44,18 +44,17 @@ def village_pairs(split: str, count: int | None = None, seed: int = 0) -> list[P
     """Draw pairs of a split of the village.
 
     "labelled" and "adaptation" carry labels sampled from Bradley-Terry on the true rewards. The two
-    test splits hold only pairs of unequal true reward, and their label is the truly better
-    response, so that a perfect reward model has accuracy 1. "adaptation" asks the questions of the
-    out-of-distribution test, but holds none of its pairs.
+    test splits hold only pairs of unequal true reward. Their label is the truly better response, so
+    that a perfect reward model has accuracy 1. "adaptation" has the questions of the test out of
+    distribution, but none of its pairs.
 
     Args:
         split: a key of SPLITS.
         count: number of pairs; by default that of SPLITS.
         seed: draws the pairs.
 
-    Returns:
-        Pairs whose ``probability`` is the true P(y_a preferred) and whose ``differs`` is a subset
-        of {"fact", "courtesy", "length"}.
+    Returns pairs whose ``probability`` is the true P(y_a preferred) and whose ``differs`` is a
+    subset of {"fact", "courtesy", "length"}.
     """
     _, p_right, spurious, default = SPLITS[split]
     test = split.endswith("distribution")
