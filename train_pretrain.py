@@ -31,6 +31,7 @@ def main(argv=None):
     prompt, labels = pair_prompt(tokenizer), label_tokens(tokenizer)
     torch.manual_seed(args.seed)
     model = load_model(run.backbone, args.bits, run.device, args.gradient_checkpointing)
+    run.check(model, tokenizer)
     model = add_lora(model, args.lora_rank)
 
     # Token ids

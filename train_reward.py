@@ -39,6 +39,7 @@ def main(argv=None):
     tokenizer = load_tokenizer(run.backbone)
     torch.manual_seed(args.seed)
     model = load_model(run.backbone, args.bits, run.device, args.gradient_checkpointing)
+    run.check(model, tokenizer)
     model = load_lora(model, args.init) if args.init else add_lora(model, args.lora_rank)
     sizes = args.max_length, args.batch_size
     judge = Judge(model, tokenizer, *sizes, run.template, args.batch_tokens)

@@ -134,6 +134,7 @@ def split_by_tokens(
     most: int | None = None,
     padding: float = 1.0,
     groups: Sequence | None = None,
+    kinds: Sequence[int] | None = None,
 ):
     """Yield slices of consecutive sequences, each for one forward pass.
 
@@ -150,7 +151,8 @@ def split_by_tokens(
         padded = (i - start + 1) * longest
         seam = groups is None or i == 0 or groups[i] != groups[i - 1]
         too_much_padding = seam and whole >= ENOUGH and padded - total > padding * padded
-        if i > start and (padded > tokens or i - start == most or too_much_padding):
+        other_kind = kinds is not None and i > 0 and kinds[i] != kinds[i - 1]
+        if i > start and (padded > tokens or i - start == most or too_much_padding or other_kind):
             yield slice(start, i)
             start, longest, total = i, length, length
     if lengths:

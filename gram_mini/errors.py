@@ -18,15 +18,23 @@ class Interrupted(Exception):
     """A run was asked to stop and has stopped in good order. The message says how to go on."""
 
 
+def last_line(error: Exception) -> str:
+    """The last line of an error's text that is not empty, or its type."""
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return lines[-1].strip() if lines else type(error).__name__
+
+
 @contextmanager
 def clear_errors():
     """Turn what a user can put right into one line on standard error and exit status 2.
 
-    A bug still shows as a traceback.
+    A bug still shows as a traceback. With the environment variable GRAM_DEBUG=1 everything does.
     """
     try:
         yield
     except UserError as error:
+        if os.environ.get("GRAM_DEBUG"):
+            raise
         _end(f"error: {error}", 2)
     except Interrupted as error:
         _end(f"interrupted: {error}", 130)

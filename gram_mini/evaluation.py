@@ -14,7 +14,7 @@ import torch
 from gram_mini.batches import IGNORED, EncodedPair, pair_batch, split_by_tokens
 from gram_mini.chunked import token_losses
 from gram_mini.judge import TIE, Comparison, Judge, preferred
-from gram_mini.model import evaluating, hidden_states, output_head
+from gram_mini.model import evaluating, hidden_states, length_kind, output_head
 from gram_mini.pairs import Pair
 from gram_mini.prompts import PromptPieces
 
@@ -32,7 +32,8 @@ def pair_losses(
     results: list[tuple[float, int]] = []
     lengths = [row.length + prompt.fixed_tokens for row in rows]
     with evaluating(model):
-        for part in split_by_tokens(lengths, batch_tokens, most=batch_size):
+        kinds = list(map(length_kind(model), lengths))
+        for part in split_by_tokens(lengths, batch_tokens, most=batch_size, kinds=kinds):
             ids, targets = pair_batch(rows[part], prompt, model.device)  # (B, T), (B, T)
             trained = targets != IGNORED
             # (N,)

@@ -26,6 +26,7 @@ import torch
 from gram_mini import prefixes
 from gram_mini.batches import EncodedPair, Segments, encode_pairs, judge_batch, pair_segments
 from gram_mini.chunked import rows_at_once
+from gram_mini.errors import UserError
 from gram_mini.losses import label_mass
 from gram_mini.model import evaluating, hidden_states, output_head, output_logits
 from gram_mini.pairs import Pair
@@ -39,6 +40,23 @@ TIE = 1e-6  # scores that are closer than this are equal: float32 log-odds are n
 def preferred(p: float) -> int:
     """1 where P(a better) prefers a, -1 where it prefers b, 0 for a draw: P within TIE of 1/2."""
     return (p > 0.5 + TIE) - (p < 0.5 - TIE)
+
+
+def check_finite(odds: torch.Tensor, rows: list[EncodedPair]) -> None:
+    """See that all log-odds (N, 2) of ``rows`` are numbers: what is not a number is no verdict.
+
+    Raises:
+        UserError: if one is not; names its row.
+    """
+    broken = (~odds.isfinite()).any(dim=1).nonzero()[:, 0].tolist()
+    if broken:
+        row = rows[broken[0]].row
+        more = f" and {len(broken) - 1} more" if len(broken) > 1 else ""
+        raise UserError(
+            f"{f'row {row}' if row else 'this pair'}{more}: the judge gives log-odds of "
+            f"{odds[broken[0]].tolist()}, which are no numbers; its weights may be broken, or too "
+            "large for --bits 16: try --bits 32"
+        )
 
 
 @dataclass(frozen=True)
@@ -127,6 +145,9 @@ class Judge:
         Returns log-odds (N, 2) that a is better, with a shown as A and with a shown as B; the mass
         (N, 2) on the two labels; and which pairs (N,) were cut. ``progress`` names a progress bar,
         if there is to be one.
+
+        Raises:
+            UserError: if a log-odds is not a number; names its row.
         """
         orders = [order for row in rows for order in (row, row.swapped())]
         z, mass = torch.zeros(len(orders), 2), torch.ones(len(orders))
@@ -136,6 +157,7 @@ class Judge:
                 mass[places] = self.label_mass(verdict).cpu()
         difference = (z[:, 0] - z[:, 1]).view(-1, 2)  # (N, 2): Z_A - Z_B in both orders
         odds = difference * torch.tensor([1, -1])  # (N, 2): in the second order a is called B
+        check_finite(odds, rows)
         truncated = torch.tensor([row.truncated for row in rows], dtype=torch.bool)  # (N,)
         return odds, mass.view(-1, 2), truncated
 

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import logging
 import warnings
+from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,10 +35,15 @@ logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*", category=FutureWarning)
 
 from peft import LoraConfig, PeftModel, get_peft_model  # noqa: E402
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig  # noqa: E402
+from transformers import (  # noqa: E402
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+)
 from transformers.utils import logging as transformers_logging  # noqa: E402
 
-from gram_mini.errors import UserError  # noqa: E402
+from gram_mini.errors import UserError, last_line  # noqa: E402
 from gram_mini.reading.sources import looks_like_path  # noqa: E402
 
 VILLAGE = "village"  # what --model calls the backbone that the repository embeds
@@ -57,6 +63,11 @@ def local_folder(name: str) -> Path | None:
     """
     folder = VILLAGE_FOLDER if name == VILLAGE else Path(name)
     if folder.is_dir():
+        if (folder / "adapter_config.json").is_file() and not (folder / "run.json").is_file():
+            raise UserError(
+                f"{name}: holds an adapter, which training would drop; merge it into its model "
+                "first (peft: merge_and_unload), and give the merged folder"
+            )
         if not (folder / "config.json").is_file():
             raise UserError(f"{name}: holds no config.json, so it is no model folder")
         return folder
@@ -75,7 +86,7 @@ def _from_pretrained(kind, name: str, folder: Path | None, **options):
     except Exception as error:  # whatever the loader raises, this name gives no model
         lines = [line for line in str(error).splitlines() if line.strip()]
         reason = lines[0] if lines else type(error).__name__
-        raise UserError(f"{name!r} cannot be loaded: {reason}") from None
+        raise UserError(f"{name!r} cannot be loaded: {reason}") from error
 
 
 # ---- loading -------------------------------------------------------------------------
@@ -124,26 +135,40 @@ def load_model(
     ``checkpointing`` keeps only each layer's input for the backward pass and computes the rest
     again: less memory, up to half more time.
 
+    What the model computes is tried on a few tokens (runs/checks.py).
+
     Raises:
-        UserError: if there is no such model.
+        UserError: if there is no such model, or it does not compute what we take it to compute.
     """
+    from gram_mini.runs import checks  # not above: its checks call this file
+
     device = torch.device(device)
     dtype = compute_dtype(bits, device)
-    model = _from_pretrained(
+    folder = local_folder(name)
+    checks.check_stored(name, _from_pretrained(AutoConfig, name, folder), bits)
+    model, report = _from_pretrained(
         AutoModelForCausalLM,
         name,
-        local_folder(name),
+        folder,
         dtype=dtype,
         device_map={"": device},
         use_safetensors=True,  # a pickled checkpoint could run code
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,  # they are reported, and refused just below
         **quantization(bits, dtype),
     )
+    checks.check_weights(name, model, report)
+    if bits == 4:
+        checks.check_quantisation(name, model)
+    elif getattr(model, "is_loaded_in_4bit", False):
+        model = model.dequantize().to(dtype)
     for module in model.modules():
         # On CPUs with AVX512-BF16 bitsandbytes repacks the weights at the first forward pass in
         # eval mode. Gradients computed after that are wrong, silently. This keeps it from
         # repacking.
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
+    checks.check_computation(name, model)
     if checkpointing:
         checkpoint_gradients(model)
     return model.requires_grad_(False)
@@ -155,11 +180,22 @@ def checkpoint_gradients(model) -> None:
 
 
 def add_lora(model, rank: int) -> PeftModel:
-    """A fresh LoRA adapter on every linear layer but the output matrix; alpha is twice the rank."""
+    """A fresh LoRA adapter on every linear layer but the output matrix; alpha is twice the rank.
+
+    Raises:
+        UserError: if peft cannot adapt the model, or the model's code fails with an adapter.
+    """
     config = LoraConfig(
         r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM"
     )
-    return get_peft_model(model, config)
+    try:
+        adapted = get_peft_model(model, config)
+    except (ValueError, TypeError, NotImplementedError, AttributeError) as error:
+        name = getattr(model.config, "_name_or_path", "") or type(model).__name__
+        raise UserError(f"{name}: LoRA cannot be put on it: {last_line(error)}") from error
+    with evaluating(adapted):
+        hidden_states(adapted, torch.zeros(1, 2, dtype=torch.long))  # some code fails only now
+    return adapted
 
 
 def load_lora(model, folder: Path, trainable: bool = True) -> PeftModel:
@@ -181,10 +217,52 @@ def load_lora(model, folder: Path, trainable: bool = True) -> PeftModel:
 # ---- hidden states -------------------------------------------------------------------
 
 
+def length_kind(model) -> Callable[[int], int]:
+    """Which kind a sequence of some length is; sequences of different kinds need different passes.
+
+    Some models scale all positions of a batch by its longest row (LongRoPE beyond a switch, dynamic
+    NTK beyond its limit). For all others every length is of one kind.
+    """
+    config = without_adapter(model).config.get_text_config()
+    rope = getattr(config, "rope_parameters", None) or {}
+    parts = [part for part in (rope, *rope.values()) if isinstance(part, dict)]  # by kind of layer
+    kinds = {part.get("rope_type") for part in parts}
+    limit = getattr(config, "original_max_position_embeddings", None) or next(
+        (
+            p["original_max_position_embeddings"]
+            for p in parts
+            if p.get("original_max_position_embeddings")
+        ),
+        getattr(config, "max_position_embeddings", 0),
+    )
+    if "dynamic" in kinds:
+        return lambda length: length if length > limit else 0
+    if "longrope" in kinds:
+        return lambda length: int(length > limit)
+    return lambda length: 0
+
+
 def hidden_states(model, ids: torch.Tensor) -> torch.Tensor:
-    """Last hidden states (B, T, H) of right-padded sequences (B, T), before the output matrix."""
-    with half_precision(model):
-        return decoder(model)(input_ids=ids.to(model.device), use_cache=False).last_hidden_state
+    """Last hidden states (B, T, H) of right-padded sequences (B, T), before the output matrix.
+
+    Of a model that makes its logits in a way of its own these are the logits, (B, T, V).
+
+    Raises:
+        UserError: if the model's own code fails.
+    """
+    base = without_adapter(model)
+    try:
+        with half_precision(model):
+            if getattr(base, "own_logits", False):
+                return base(input_ids=ids.to(model.device), use_cache=False).logits
+            return decoder(model)(input_ids=ids.to(model.device), use_cache=False).last_hidden_state
+    except (torch.OutOfMemoryError, MemoryError):
+        raise
+    except Exception as error:
+        if "can't allocate memory" in str(error):
+            raise
+        name = getattr(base.config, "_name_or_path", "") or type(base).__name__
+        raise UserError(f"{name}: its own code fails: {last_line(error)}") from error
 
 
 @contextmanager
@@ -255,9 +333,25 @@ class OutputHead:
         return torch.tanh(logits / self.cap) * self.cap if self.cap else logits
 
 
-def output_head(model) -> OutputHead:
+@dataclass(frozen=True)
+class OwnLogits:
+    """The head of a model whose hidden states are its logits already (see hidden_states)."""
+
+    weight: torch.Tensor  # (V, H); only its length is asked for
+    cap: bool = True  # logits must not be written over: they are the hidden states
+
+    def __call__(self, hidden: torch.Tensor, tokens: tuple[int, ...] | None = None) -> torch.Tensor:
+        """Logits as in :func:`output_logits`."""
+        if tokens is None:
+            return hidden
+        return hidden[..., list(tokens)].to(torch.promote_types(hidden.dtype, torch.float32))
+
+
+def output_head(model) -> OutputHead | OwnLogits:
     """The output head of a causal language model, with or without an adapter."""
     base = without_adapter(model)
+    if getattr(base, "own_logits", False):
+        return OwnLogits(base.get_input_embeddings().weight)
     head, config = base.get_output_embeddings(), base.config.get_text_config()
     scale = (getattr(config, "logit_scale", None) or 1.0) / (
         getattr(config, "logits_scaling", None) or 1.0

@@ -18,7 +18,13 @@ from tqdm import tqdm
 from transformers import DynamicCache
 
 from gram_mini.batches import EncodedPair, Segments, pad, split_by_tokens
-from gram_mini.model import decoder, half_precision, hidden_states, without_adapter
+from gram_mini.model import (
+    decoder,
+    half_precision,
+    hidden_states,
+    length_kind,
+    without_adapter,
+)
 
 # more and smaller matrix products cost time of their own, so a fifth of the tokens must be spared
 WORTH_IT = 0.8
@@ -66,6 +72,8 @@ def can_share(model) -> bool:
     the length of the text.
     """
     base = without_adapter(model)
+    if getattr(base, "own_logits", False) or getattr(base, "shares_nothing", False):
+        return False  # runs/checks.py has tried it
     config = base.config.get_text_config()
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
     rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type")
@@ -114,7 +122,9 @@ def end_states_in_passes(
 
     order = sorted(range(len(rows)), key=place)
     groups = [questions[i] for i in order]
-    passes = split_by_tokens([lengths[i] for i in order], tokens, padding=0.1, groups=groups)
+    in_order = [lengths[i] for i in order]
+    kinds = list(map(length_kind(model), in_order))
+    passes = split_by_tokens(in_order, tokens, padding=0.1, groups=groups, kinds=kinds)
     silent = progress is None
     with tqdm(total=len(rows), desc=progress, delay=2, disable=silent, leave=False) as bar:
         for part in passes:

@@ -15,9 +15,10 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 
-from gram_mini.errors import UserError
+from gram_mini.errors import UserError, last_line
 
 START_A, END_A = "[The Start of Assistant A's Answer]", "[The End of Assistant A's Answer]"
 START_B, END_B = "[The Start of Assistant B's Answer]", "[The End of Assistant B's Answer]"
@@ -39,6 +40,8 @@ LABELS = ("A", "B")
 MARKERS = (INSTRUCTION, USER_QUESTION, START_A, END_A, START_B, END_B, PREFERRED)
 
 # Private-use characters stand for the three texts while a chat template is rendered around them.
+TODAY = date(2024, 7, 26)  # the date that Llama 3's template falls back on
+_DATES = "{%- macro strftime_now(format) -%}{{ dates[format] }}{%- endmacro +%}"
 SLOTS = {"prompt": "\ue000", "response_a": "\ue001", "response_b": "\ue002"}
 _PLACEHOLDER = re.compile(r"\{(prompt|response_a|response_b)\}")
 
@@ -208,19 +211,22 @@ def _user_turn(tokenizer, content: str, plain_end: str = "") -> str:
 def render(tokenizer, messages: list[dict], **options) -> str:
     """Messages as text by the tokenizer's own chat template.
 
+    Some templates print today's date (Llama 3). For them it is always TODAY, or a run would be
+    trained on one prompt, resumed on another and scored with a third.
+
     Raises:
         UserError: if the template fails.
     """
+    options["enable_thinking"] = False
     try:
-        return tokenizer.apply_chat_template(
-            messages, tokenize=False, enable_thinking=False, **options
-        )
-    except (
-        Exception
-    ) as error:  # a template is a program of its author's; whatever it raises, it cannot be used
-        raise UserError(
-            f"the chat template of this tokenizer fails: {str(error).splitlines()[0]}"
-        ) from None
+        template = tokenizer.get_chat_template()
+        if "strftime_now" in template:
+            formats = re.findall(r"strftime_now\(\s*([\"'])(.*?)\1", template)
+            options["dates"] = {form: TODAY.strftime(form) for _, form in formats}
+            options["chat_template"] = _DATES + template
+        return tokenizer.apply_chat_template(messages, tokenize=False, **options)
+    except Exception as error:  # a template is a program; whatever it raises, it cannot be used
+        raise UserError(f"the chat template of this tokenizer fails: {last_line(error)}") from error
 
 
 def _label_text(tokenizer, label: str, template: str) -> str:

@@ -2,9 +2,9 @@
 
 import os
 
-# tests need no network: a missing model is an error at once
+# Tests need no network: a missing model is an error at once.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-# the models are tiny; also for the scripts that tests start
+# The models are tiny. This holds for the scripts that tests start, too.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest

@@ -93,6 +93,7 @@ def main(argv=None):
     torch.manual_seed(args.seed)
     model = load_model(run.backbone, args.bits, run.device, args.gradient_checkpointing)
     model = load_lora(model, args.init) if args.init else add_lora(model, args.lora_rank)
+    run.check(model, tokenizer)
     if args.init and (args.init / HEAD).is_file():
         load_head(model, args.init / HEAD, trainable=True)
     else:
@@ -108,22 +109,22 @@ def main(argv=None):
     train, held_out = judge.encode(train_pairs), judge.encode(held_out_pairs)
     run.describe(train, held_out, prompt)
 
-    def tokens(row):
-        """Tokens of a row in a pass: one judge prompt, or two or three sequences for a scalar head.
-
-        These are both responses after their prompts, and the preferred one for the text loss.
-        """
+    def length(row):
+        """Tokens of a row's sequences: one judge prompt, or a response after its prompt."""
         if args.head == "labels":
             return row.length + prompt.fixed_tokens
         longer = max(len(row.response_a), len(row.response_b))
-        return (longer + len(row.prompt) + prompt.fixed_tokens) * (3 if args.text_weight else 2)
+        return longer + len(row.prompt) + prompt.fixed_tokens
+
+    # A scalar head reads both responses, and the text loss the preferred one once more.
+    sequences = 1 if args.head == "labels" else 3 if args.text_weight else 2
 
     # Loop
     steps = run.number_of_steps(len(train))
     optimizer, schedule = optimizer_and_schedule(model, args.lr, steps)
     batches = draw_batches(train, run.rows_per_step, args.seed)
     for batch in run.steps(batches, steps, model, optimizer, schedule):
-        for part in run.passes(batch, size=tokens):
+        for part in run.passes(batch, length, sequences):
             if args.head == "labels":
                 ids, last, right = judge_batch(part, prompt, run.device)  # (B, T), (B,), (B,)
             else:

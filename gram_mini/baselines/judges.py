@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from gram_mini.baselines.batches import response_prompt, response_segments
 from gram_mini.batches import EncodedPair, Segments
-from gram_mini.judge import Judge
+from gram_mini.judge import Judge, check_finite
 from gram_mini.model import evaluating
 
 
@@ -97,6 +97,7 @@ class ScalarJudge(Judge):
                 rewards[places] = self.rewards(states).float().cpu()
         r_a, r_b = rewards.view(-1, 2).T  # (N,), (N,)
         odds = (r_a - r_b)[:, None].expand(-1, 2)  # (N, 2)
+        check_finite(odds, rows)
         truncated = torch.tensor([row.truncated for row in rows], dtype=torch.bool)  # (N,)
         return odds, torch.ones(len(rows), 2), truncated
 

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import json
+import os
+import platform
 import shutil
+import time
 from pathlib import Path
 
+from filelock import FileLock, Timeout
 from safetensors.torch import save_file
 
 from gram_mini.errors import UserError
 from gram_mini.runs.log import plot
 from gram_mini.runs.output import check_place, put_in_place
 from gram_mini.runs.record import HEAD
+
+HOLDER = "process.txt"  # in NAME.partial: which process writes it
+_locks: dict[Path, FileLock] = {}  # what this process holds, until a run is finished or it ends
 
 
 class RunFolder:
@@ -69,6 +76,11 @@ class RunFolder:
         Raises:
             UserError: if something else has this name, or the folder cannot be made.
         """
+        try:
+            self.folder.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"--out {self.folder}: cannot be written: {error.strerror}") from None
+        self._lock()
         if not self.resumes:
             files = self.partial.iterdir() if self.partial.is_dir() else ()
             names = {file.name for file in files}
@@ -83,17 +95,49 @@ class RunFolder:
             shutil.rmtree(self.partial, ignore_errors=True)
         try:
             self.partial.mkdir(parents=True, exist_ok=True)
+            since = time.strftime("%Y-%m-%d %H:%M")
+            holder = f"process {os.getpid()} on {platform.node()}, since {since}"
+            (self.partial / HOLDER).write_text(holder)
         except OSError as error:
             raise UserError(f"--out {self.folder}: cannot be written: {error.strerror}") from None
+
+    def _lock(self) -> None:
+        """Keep other processes from writing this run; a process that dies lets go of it.
+
+        Raises:
+            UserError: if another process is writing it; says which.
+        """
+        path = self.folder.with_name(f".{self.folder.name}.lock")
+        if path in _locks:
+            return
+        lock = FileLock(path, timeout=0)
+        try:
+            lock.acquire()
+        except Timeout:
+            file = self.partial / HOLDER
+            holder = file.read_text() if file.is_file() else "another process"
+            raise UserError(
+                f"--out {self.folder}: {holder}, is writing this run; wait for it or stop it, or "
+                "give another --out"
+            ) from None
+        _locks[path] = lock
+
+    def _unlock(self) -> None:
+        path = self.folder.with_name(f".{self.folder.name}.lock")
+        if lock := _locks.pop(path, None):
+            path.unlink(missing_ok=True)
+            lock.release()
 
     def finish(self, model, tokenizer, record: dict) -> None:
         """Write adapter, tokenizer, plot and run.json, then rename the folder to its final name."""
         save_adapter(model, tokenizer, record["backbone"]["name"], self.partial)
         plot(self.partial / "log.csv", self.partial / "plot.png", record["stage"])
         (self.partial / "run.json").write_text(json.dumps(record, indent=2) + "\n")
+        (self.partial / HOLDER).unlink(missing_ok=True)
         put_in_place(self.partial, self.folder)
         for name in ("checkpoint.pt", "checkpoint.tmp"):
             (self.folder / name).unlink(missing_ok=True)
+        self._unlock()
 
 
 def save_adapter(model, tokenizer, backbone: str, folder: Path) -> None:

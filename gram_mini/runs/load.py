@@ -13,8 +13,16 @@ from gram_mini.errors import UserError
 from gram_mini.judge import Judge
 from gram_mini.model import load_lora, load_model, load_tokenizer, local_folder
 from gram_mini.prompts import JUDGE
+from gram_mini.runs.checks import check_sizes
 from gram_mini.runs.processes import pick_device
-from gram_mini.runs.record import EXPORTED, HEAD, fingerprint, pinned, read_record
+from gram_mini.runs.record import (
+    EXPORTED,
+    HEAD,
+    check_prompt,
+    fingerprint,
+    pinned,
+    read_record,
+)
 
 MERGE_UP_TO = 2**30  # bytes of float32 weights up to which merging is the default on a CPU
 
@@ -48,8 +56,8 @@ def load_judge(
         UserError: no such model or device, an unfinished run, or a backbone that is not the one the
             run was trained on.
     """
-    place, folder = pick_device(device), Path(path)
-    head = None
+    place, folder = pick_device(device), Path(path).resolve()
+    head = record = None
     if (folder / "run.json").is_file():
         record = read_record(folder)
         name, trained_on = record["backbone"]["name"], record["backbone"]["fingerprint"]
@@ -86,8 +94,13 @@ def load_judge(
             template = template or record["prompt"]["judge"]
             bits = bits or (32 if AutoConfig.from_pretrained(folder).dtype == torch.float32 else 16)
         model, tokenizer = load_model(str(path), bits or 4, place), load_tokenizer(str(path))
+    max_length, template = max_length or 512, template or JUDGE
+    check_sizes(str(path), model, tokenizer, max_length)
     make = Judge if head is None else judge_with_head
-    return make(model, tokenizer, max_length or 512, batch_size, template or JUDGE)
+    judge = make(model, tokenizer, max_length, batch_size, template)
+    if record and template == record["prompt"]["judge"]:
+        check_prompt(path, record, judge.prompt, judge.labels, tokenizer)
+    return judge
 
 
 def load_merged(model, folder: Path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -203,12 +204,27 @@ def _check_scoring(p: argparse.ArgumentParser, args: argparse.Namespace) -> None
 
 def parser(description: str, examples: str) -> argparse.ArgumentParser:
     """A parser whose help begins with commands to copy and shows every default."""
-    return argparse.ArgumentParser(
+    p = argparse.ArgumentParser(
         usage=f"\n{examples}",
         description=description,
         formatter_class=_Formatter,
         allow_abbrev=False,
     )
+    p.add_argument(
+        "--debug",
+        action=_Debug,
+        nargs=0,
+        dest=argparse.SUPPRESS,
+        help="show the traceback of an error, not its one line",
+    )
+    return p
+
+
+class _Debug(argparse.Action):
+    """--debug: errors show where they come from."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        os.environ["GRAM_DEBUG"] = "1"
 
 
 class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):

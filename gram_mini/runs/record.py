@@ -6,12 +6,14 @@ import hashlib
 import json
 import platform
 import sys
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 
 from gram_mini import prompts
 from gram_mini.errors import UserError
 from gram_mini.model import VILLAGE, local_folder
+from gram_mini.prompts import PromptPieces
 from gram_mini.runs import options
 
 EXPORTED = "gram_run.json"  # the record of an exported run; run.json would mark a run folder
@@ -47,7 +49,15 @@ def read_record(folder: Path, name: str = "run.json") -> dict:
 
 
 def make_record(
-    stage: str, args, data, model, labels: tuple[int, int], template: str, results: dict
+    stage: str,
+    args,
+    data,
+    model,
+    labels: tuple[int, int],
+    template: str,
+    prompt: PromptPieces,
+    tokenizer,
+    results: dict,
 ) -> dict:
     """The contents of run.json: everything that is needed to score with the run or repeat it."""
     init = getattr(args, "init", None)
@@ -63,7 +73,12 @@ def make_record(
         "backbone": {"name": name, "fingerprint": fingerprint(name, model)},
         "init": {"folder": str(init), "stage": read_record(init)["stage"]} if init else None,
         "data": data.record(),
-        "prompt": {"pair": prompts.QUESTION + " -> " + prompts.PAIR, "judge": template},
+        "prompt": {
+            "pair": prompts.QUESTION + " -> " + prompts.PAIR,
+            "judge": template,
+            "pieces": asdict(prompt),  # token ids
+        },
+        "tokenizer": tokenizer_fingerprint(tokenizer),
         "labels": dict(zip(prompts.LABELS, labels)),
         "results": results,
         "versions": {
@@ -73,7 +88,41 @@ def make_record(
     }
 
 
-def settings(args, data, model, processes: int, template: str) -> dict:
+# What a tokenizer does to it tells two tokenizers apart, beside their vocabularies and templates.
+PROBE = "The Quick, brown fox: 12,345.67 (a+b)?\n\n\tnaïve 你好 😀 <|im_end|> [User Question] A B"
+
+
+def tokenizer_fingerprint(tokenizer) -> str:
+    """What identifies a tokenizer: a hash over its vocabulary, its chat template and a probe."""
+    parts = [
+        sorted(tokenizer.get_vocab().items()),
+        tokenizer.chat_template,
+        tokenizer(PROBE, add_special_tokens=False)["input_ids"],
+    ]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+
+
+def check_prompt(path, record: dict, prompt: PromptPieces, labels, tokenizer) -> None:
+    """See that a tokenizer and its chat template still make the prompt a run was trained on.
+
+    ``path`` is the run; ``prompt`` and ``labels`` are what they make today of the run's template.
+
+    Raises:
+        UserError: if they do not.
+    """
+    kept = record["prompt"].get("pieces")  # not in run.json of before 0.2
+    same_pieces = kept is None or record["stage"] != "reward" or kept == asdict(prompt)
+    same_tokenizer = record.get("tokenizer") in (None, tokenizer_fingerprint(tokenizer))
+    if not (same_pieces and same_tokenizer and list(record["labels"].values()) == list(labels)):
+        raise UserError(
+            f"{path}: its tokenizer or chat template is not the one it was trained with; put back "
+            "the files as training wrote them, or train again"
+        )
+
+
+def settings(
+    args, data, model, processes: int, template: str, prompt: PromptPieces, tokenizer: str
+) -> dict:
     """The settings that must be the same for an unfinished run to go on.
 
     The split of a step into forward passes may change.
@@ -86,6 +135,8 @@ def settings(args, data, model, processes: int, template: str) -> dict:
         "data": data.fingerprint,
         "backbone": fingerprint(args.model, model),
         "judge prompt": template,
+        "tokenizer and chat template": tokenizer,
+        "prompt's token ids": hashlib.sha256(repr(prompt).encode()).hexdigest()[:16],
     }
 
 

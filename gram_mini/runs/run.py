@@ -22,15 +22,23 @@ from tqdm import tqdm
 
 from gram_mini.batches import EncodedPair, split_by_tokens
 from gram_mini.errors import Interrupted, UserError
+from gram_mini.model import length_kind
 from gram_mini.pairs import Pair
 from gram_mini.prompts import JUDGE, PromptPieces, read_template
 from gram_mini.reading.load import PairData, load_pairs
 from gram_mini.runs import checkpoint
+from gram_mini.runs.checks import check_sizes
 from gram_mini.runs.folder import RunFolder
 from gram_mini.runs.log import Log
 from gram_mini.runs.options import reading
 from gram_mini.runs.processes import add_up, in_shares, start_processes, stopping_after_the_step
-from gram_mini.runs.record import check_init, make_record, pinned, settings
+from gram_mini.runs.record import (
+    check_init,
+    make_record,
+    pinned,
+    settings,
+    tokenizer_fingerprint,
+)
 from gram_mini.runs.report import describe, lengths
 from gram_mini.training import number_of_steps
 
@@ -59,6 +67,7 @@ class Run:
         )
         self.backbone, self.template = args.model, JUDGE
         init = getattr(args, "init", None)
+        self._init: dict | None = None
         if init:
             if init.resolve() == args.out.resolve():
                 raise UserError(
@@ -68,6 +77,7 @@ class Run:
             args.lora_rank = record["options"]["lora_rank"]
             self.backbone = pinned(args.model, record["backbone"]["fingerprint"])
             self.template = record["prompt"]["judge"]
+            self._init = record
         args.lora_rank = args.lora_rank or LORA_RANK
         if getattr(args, "judge_template", None):
             self.template = read_template(args.judge_template)
@@ -101,11 +111,25 @@ class Run:
         """Optimiser steps: ``--steps``, or as many as ``--epochs`` passes over the rows take."""
         return number_of_steps(rows, self.rows_per_step, self.args.epochs, self.args.steps)
 
+    def check(self, model, tokenizer) -> None:
+        """See before any work that tokens and positions fit, and the tokenizer is that of --init.
+
+        Raises:
+            UserError: if they do not.
+        """
+        check_sizes(self.args.model, model, tokenizer, self.args.max_length)
+        self._tokenizer = tokenizer_fingerprint(tokenizer)
+        if self._init and self._init.get("tokenizer") not in (None, self._tokenizer):
+            raise UserError(
+                f"--init {self.args.init}: was trained with another tokenizer or chat template "
+                f"than {self.args.model} has now; put the old one back, or train stage 1 again"
+            )
+
     def describe(
         self, train: list[EncodedPair], held_out: list[EncodedPair], prompt: PromptPieces
     ) -> None:
         """Say how many pairs there are and how long they are; run.json keeps it."""
-        self._fixed_tokens = prompt.fixed_tokens
+        self._prompt = prompt
         self.lengths = lengths(train + held_out, prompt)
         counts = f"{len(train)} pairs to train on, {len(held_out)} held out"
         self.say(f"{counts}; {describe(self.lengths, self.args.max_length)}")
@@ -124,9 +148,15 @@ class Run:
         accelerator = self._accelerator
         if accelerator.is_main_process:
             self.folder.start()
-        self._model, self._total = model, steps
+        self._model, self._total, self._kind = model, steps, length_kind(model)
         self._settings = settings(
-            self.args, self.data, model, accelerator.num_processes, self.template
+            self.args,
+            self.data,
+            model,
+            accelerator.num_processes,
+            self.template,
+            self._prompt,
+            self._tokenizer,
         )
         begun = self._load(optimizer, schedule)
         for _ in range(begun["step"]):
@@ -175,20 +205,25 @@ class Run:
         accelerator.end_training()
 
     def passes(
-        self, batch: list[EncodedPair], size: Callable[[EncodedPair], int] | None = None
+        self,
+        batch: list[EncodedPair],
+        length: Callable[[EncodedPair], int] | None = None,
+        sequences: int = 1,
     ) -> Iterator[list[EncodedPair]]:
         """Yield this process's share of a step, one forward pass at a time.
 
-        A pass has at most ``--batch-size`` rows and ``--batch-tokens`` tokens. ``size`` is the
-        number of tokens that a row takes in a pass, by default those of one sequence. After the
-        last pass, gradients and losses are summed over the processes.
+        A pass has at most ``--batch-size`` rows and ``--batch-tokens`` tokens. A row takes
+        ``sequences`` sequences of ``length`` tokens, by default the one sequence of its pair. After
+        the last pass, gradients and losses are summed over the processes.
         """
         n = self._accelerator.num_processes
         # The rows are sorted by length, so every process gets equal work.
         share = batch[self._accelerator.process_index :: n]
-        size = size or (lambda row: row.length + self._fixed_tokens)
-        sizes = [size(row) for row in share]
-        for part in split_by_tokens(sizes, self.args.batch_tokens, most=self.args.batch_size):
+        length = length or (lambda row: row.length + self._prompt.fixed_tokens)
+        sizes = [sequences * length(row) for row in share]
+        kinds = [self._kind(length(row)) for row in share]
+        most = self.args.batch_size
+        for part in split_by_tokens(sizes, self.args.batch_tokens, most=most, kinds=kinds):
             yield share[part]
         self._loss = add_up(self._accelerator, self._model, self._loss)
 
@@ -259,7 +294,15 @@ class Run:
                 **held_out,
             }
             record = make_record(
-                self.stage, self.args, self.data, model, labels, self.template, results
+                self.stage,
+                self.args,
+                self.data,
+                model,
+                labels,
+                self.template,
+                self._prompt,
+                tokenizer,
+                results,
             )
             self.folder.finish(model, tokenizer, record)
             print(f"wrote {self.args.out}: adapter, tokenizer, run.json, log.csv, plot.png")

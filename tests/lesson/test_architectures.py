@@ -1,4 +1,4 @@
-"""The whole way through on small models of real architectures, each with a tokenizer of another kind, all built offline."""
+"""Both stages and scoring on small models of real architectures, each with its own tokenizer."""
 
 import json
 from types import SimpleNamespace
@@ -62,15 +62,19 @@ CHATML = (
 )
 THINKING = CHATML.replace(
     "assistant\n{% endif %}",
-    "assistant\n{% if enable_thinking is defined and enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}{% endif %}",
+    "assistant\n{% if enable_thinking is defined and enable_thinking is false %}"
+    "<think>\n\n</think>\n\n{% endif %}{% endif %}",
 )
 LLAMA_3 = (
-    "{{ bos_token }}{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n{{ m.content | trim }}<|eot_id|>"
-    "{% endfor %}{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
+    "{{ bos_token }}{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n"
+    "{{ m.content | trim }}<|eot_id|>{% endfor %}"
+    "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
 )
 GEMMA = (
-    "{{ bos_token }}{% for m in messages %}<start_of_turn>{{ 'model' if m.role == 'assistant' else m.role }}\n"
-    "{{ m.content | trim }}<end_of_turn>\n{% endfor %}{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
+    "{{ bos_token }}{% for m in messages %}"
+    "<start_of_turn>{{ 'model' if m.role == 'assistant' else m.role }}\n"
+    "{{ m.content | trim }}<end_of_turn>\n{% endfor %}"
+    "{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
 )
 PHI_3 = (
     "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}<|end|>\n{% endfor %}"
@@ -79,7 +83,7 @@ PHI_3 = (
 
 
 def byte_level(special, bos=None):
-    """As Qwen and Llama 3: byte-level BPE; with ``bos``, put before every text by the tokenizer itself."""
+    """As Qwen and Llama 3: byte-level BPE; the tokenizer itself puts ``bos`` before every text."""
     raw = Tokenizer(models.BPE())
     raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     raw.decoder = decoders.ByteLevel()
@@ -125,28 +129,55 @@ PHI = [
 GEMMA_3 = ["<pad>", "<eos>", "<bos>", "<start_of_turn>", "<end_of_turn>"]
 
 SHAPE = dict(
-    hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, initializer_range=0.1,
-    bos_token_id=None, eos_token_id=None, pad_token_id=None,
-)  # fmt: skip
+    hidden_size=64,
+    intermediate_size=128,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    initializer_range=0.1,
+    bos_token_id=None,
+    eos_token_id=None,
+    pad_token_id=None,
+)
 SLIDING = dict(layer_types=["sliding_attention", "full_attention"], sliding_window=16)
 
-# config class, model class, what is special in its shape | raw tokenizer, names of its special
-# tokens, template, padding side
+QWEN_TOKENS = dict(pad_token=QWEN[0], eos_token=QWEN[2])
+LLAMA_TOKENS = dict(bos_token=LLAMA[0], eos_token=LLAMA[3])
+GEMMA_TOKENS = dict(bos_token="<bos>", eos_token="<eos>", pad_token="<pad>", unk_token="<unk>")
+PHI_TOKENS = dict(bos_token="<s>", eos_token="<|endoftext|>", unk_token="<unk>")
+
+# config class, model class, special options of the shape,
+# raw tokenizer, its special tokens, chat template, padding side
 CASES = {
-    "qwen2": (Qwen2Config, Qwen2ForCausalLM, dict(tie_word_embeddings=True),
-        lambda: byte_level(QWEN), dict(pad_token=QWEN[0], eos_token=QWEN[2]), CHATML, "left"),
-    "qwen3-thinking": (Qwen3Config, Qwen3ForCausalLM, dict(head_dim=32, tie_word_embeddings=False),
-        lambda: byte_level(QWEN), dict(pad_token=QWEN[0], eos_token=QWEN[2]), THINKING, "right"),
-    "llama-3-no-pad": (LlamaConfig, LlamaForCausalLM, dict(tie_word_embeddings=True),
-        lambda: byte_level(LLAMA, bos=LLAMA[0]), dict(bos_token=LLAMA[0], eos_token=LLAMA[3]), LLAMA_3, "left"),
-    "llama-base-bos": (LlamaConfig, LlamaForCausalLM, dict(tie_word_embeddings=False),
-        lambda: byte_level(LLAMA, bos=LLAMA[0]), dict(bos_token=LLAMA[0], eos_token=LLAMA[3]), None, "right"),
-    "llama-base-bare": (LlamaConfig, LlamaForCausalLM, dict(tie_word_embeddings=False), lambda: byte_level([]), {}, None, "left"),
-    "gemma3": (Gemma3TextConfig, Gemma3ForCausalLM, dict(head_dim=16, final_logit_softcapping=2.0, **SLIDING),
-        lambda: sentencepiece_like(GEMMA_3, bos="<bos>"),
-        dict(bos_token="<bos>", eos_token="<eos>", pad_token="<pad>", unk_token="<unk>"), GEMMA, "left"),
-    "phi3": (Phi3Config, Phi3ForCausalLM, dict(tie_word_embeddings=False),
-        lambda: sentencepiece_like(PHI), dict(bos_token="<s>", eos_token="<|endoftext|>", unk_token="<unk>"), PHI_3, "left"),
+    "qwen2": (
+        Qwen2Config, Qwen2ForCausalLM, dict(tie_word_embeddings=True),
+        lambda: byte_level(QWEN), QWEN_TOKENS, CHATML, "left",
+    ),
+    "qwen3-thinking": (
+        Qwen3Config, Qwen3ForCausalLM, dict(head_dim=32, tie_word_embeddings=False),
+        lambda: byte_level(QWEN), QWEN_TOKENS, THINKING, "right",
+    ),
+    "llama-3-no-pad": (
+        LlamaConfig, LlamaForCausalLM, dict(tie_word_embeddings=True),
+        lambda: byte_level(LLAMA, bos=LLAMA[0]), LLAMA_TOKENS, LLAMA_3, "left",
+    ),
+    "llama-base-bos": (
+        LlamaConfig, LlamaForCausalLM, dict(tie_word_embeddings=False),
+        lambda: byte_level(LLAMA, bos=LLAMA[0]), LLAMA_TOKENS, None, "right",
+    ),
+    "llama-base-bare": (
+        LlamaConfig, LlamaForCausalLM, dict(tie_word_embeddings=False),
+        lambda: byte_level([]), {}, None, "left",
+    ),
+    "gemma3": (
+        Gemma3TextConfig, Gemma3ForCausalLM,
+        dict(head_dim=16, final_logit_softcapping=2.0, **SLIDING),
+        lambda: sentencepiece_like(GEMMA_3, bos="<bos>"), GEMMA_TOKENS, GEMMA, "left",
+    ),
+    "phi3": (
+        Phi3Config, Phi3ForCausalLM, dict(tie_word_embeddings=False),
+        lambda: sentencepiece_like(PHI), PHI_TOKENS, PHI_3, "left",
+    ),
 }  # fmt: skip
 WITH_BOS = {"llama-3-no-pad", "llama-base-bos", "gemma3"}
 
@@ -213,12 +244,10 @@ def test_the_tokenizer_comes_back_as_it_was_saved(case):
 def test_label_tokens_are_those_of_the_whole_rendered_prompt(case):
     for label, token in zip(prompts.LABELS, label_tokens(case.tokenizer)):
         written = label if case.tokenizer.chat_template else " " + label
+        prompt = rendered(case.tokenizer, PAIRS[0])
         whole, before = (
             case.tokenizer(text, add_special_tokens=False)["input_ids"]
-            for text in (
-                rendered(case.tokenizer, PAIRS[0]) + written,
-                rendered(case.tokenizer, PAIRS[0]),
-            )
+            for text in (prompt + written, prompt)
         )
         assert whole == [*before, token]
         assert case.tokenizer.decode([token]).strip() == label
@@ -229,9 +258,8 @@ def test_the_judge_prompt_is_the_rendered_one(case):
     row = encode_pairs([PAIRS[0]], pieces, case.tokenizer, 2000)[0]
     ids = join(pieces, row)
     bos = [case.tokenizer.bos_token_id] if case.name in WITH_BOS else []
-    expected = case.tokenizer(rendered(case.tokenizer, PAIRS[0]), add_special_tokens=False)[
-        "input_ids"
-    ]
+    text = rendered(case.tokenizer, PAIRS[0])
+    expected = case.tokenizer(text, add_special_tokens=False)["input_ids"]
     if expected[: len(bos)] != bos:  # without a template nothing has written it
         expected = [*bos, *expected]
     assert case.tokenizer.decode(ids) == case.tokenizer.decode(expected)
@@ -265,7 +293,7 @@ def test_every_linear_layer_is_nf4_but_the_output_matrix(case):
     assert all(
         type(m).__name__ == "Linear4bit" and m.weight.quant_state.nested for m in linear.values()
     )
-    # the compute type of a CPU
+    # float32 is the compute type of a CPU
     assert type(head) is torch.nn.Linear and head.weight.dtype == torch.float32
     adapted = add_lora(model, 4)
     trainable = [name for name, p in adapted.named_parameters() if p.requires_grad]
@@ -278,10 +306,8 @@ def test_every_linear_layer_is_nf4_but_the_output_matrix(case):
 def test_output_logits_are_the_models_own(case):
     model = load_model(case.folder, bits=32).eval()
     ids = torch.arange(60).view(2, 30)
-    expected, hidden = (
-        AutoModelForCausalLM.from_pretrained(case.folder).eval()(input_ids=ids).logits,
-        hidden_states(model, ids),
-    )
+    expected = AutoModelForCausalLM.from_pretrained(case.folder).eval()(input_ids=ids).logits
+    hidden = hidden_states(model, ids)
     assert expected.std() > 0.05
     assert torch.allclose(output_logits(model, hidden), expected, atol=1e-5)
     assert torch.allclose(output_logits(model, hidden, (5, 7)), expected[..., [5, 7]], atol=1e-5)
@@ -290,7 +316,7 @@ def test_output_logits_are_the_models_own(case):
 
 
 def test_gradient_after_an_evaluation_equals_that_of_the_dequantised_twin(case, monkeypatch):
-    # the CPUs on which the weights are repacked
+    # as on the CPUs where bitsandbytes repacks the weights
     monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: True)
     ids = torch.arange(60).view(2, 30)
     gradients = []
@@ -303,9 +329,8 @@ def test_gradient_after_an_evaluation_equals_that_of_the_dequantised_twin(case, 
             parameter.data = torch.randn(parameter.shape, generator=generator) * 0.05
         with torch.no_grad():
             hidden_states(model.eval(), ids)
-        output_logits(
-            model, hidden_states(model.train(), ids)[:, -1], (5, 7)
-        ).diff().sum().backward()
+        hidden = hidden_states(model.train(), ids)[:, -1]
+        output_logits(model, hidden, (5, 7)).diff().sum().backward()
         gradients.append(
             torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
         )
@@ -318,9 +343,8 @@ def test_gradient_after_an_evaluation_equals_that_of_the_dequantised_twin(case, 
 
 def test_both_stages_run_and_the_run_scores_as_its_model(case, runs):
     judge = load_judge(str(runs / "reward"), merge=False)
-    assert [judge.tokenizer(text)["input_ids"] for text in TEXTS] == [
-        case.own(text)["input_ids"] for text in TEXTS
-    ]
+    for text in TEXTS:
+        assert judge.tokenizer(text)["input_ids"] == case.own(text)["input_ids"]
     assert judge.labels == label_tokens(case.tokenizer)
     record = json.loads((runs / "reward" / "run.json").read_text())
     assert list(record["labels"].values()) == list(judge.labels)
@@ -329,18 +353,16 @@ def test_both_stages_run_and_the_run_scores_as_its_model(case, runs):
     trained = judge.compare_many(PAIRS)
     assert max(abs(a.probability - b.probability) for a, b in zip(plain, trained)) > 1e-3
     # By the shortest way: full logits of one unpadded sequence
-    ids = join(
-        judge.prompt, encode_pairs([PAIRS[0]], judge.prompt, judge.tokenizer, judge.max_length)[0]
-    )
+    row = encode_pairs([PAIRS[0]], judge.prompt, judge.tokenizer, judge.max_length)[0]
+    ids = join(judge.prompt, row)
     with torch.no_grad():
         logits = judge.model.eval()(input_ids=torch.tensor([ids])).logits[0, -1]
-    assert logits[list(judge.labels)].softmax(dim=0)[0].item() == pytest.approx(
-        trained[0].a_first, abs=1e-5
-    )
+    expected = logits[list(judge.labels)].softmax(dim=0)[0].item()
+    assert expected == pytest.approx(trained[0].a_first, abs=1e-5)
     merged = load_judge(str(runs / "reward"))  # the default on a CPU
     assert not hasattr(merged.model, "peft_config")
-    for mine, theirs in zip(merged.compare_many(PAIRS), trained):
-        assert mine.log_odds_first == pytest.approx(theirs.log_odds_first, abs=2e-5)
+    for after, before in zip(merged.compare_many(PAIRS), trained):
+        assert after.log_odds_first == pytest.approx(before.log_odds_first, abs=2e-5)
 
 
 def test_scores_depend_neither_on_the_padding_side_nor_on_the_batch(runs):
@@ -352,9 +374,8 @@ def test_scores_depend_neither_on_the_padding_side_nor_on_the_batch(runs):
     assert torch.equal(judge.log_odds(judge.encode(PAIRS))[0], together)
     judge.batch_size = 1
     alone, alone_mass, _ = judge.log_odds(judge.encode(PAIRS))
-    assert torch.allclose(alone, together, atol=1e-5) and torch.allclose(
-        alone_mass, mass, atol=1e-5
-    )
+    assert torch.allclose(alone, together, atol=1e-5)
+    assert torch.allclose(alone_mass, mass, atol=1e-5)
 
 
 def judge_rows(judge):

@@ -27,15 +27,11 @@ def test_trained_tokens_decode_to_the_pair_and_nothing_else(tokenizer):
     pieces = pair_prompt(tokenizer)
     rows = encode_pairs([PAIR, Pair("Where?", "x", "y")], pieces, tokenizer, 512)
     ids, targets = pair_batch([rows[0], rows[1].swapped()], pieces)
-    assert ids.shape == targets.shape and int((targets != IGNORED).sum()) == trained_tokens(
-        pieces, rows
-    )
+    assert ids.shape == targets.shape
+    assert int((targets != IGNORED).sum()) == trained_tokens(pieces, rows)
     trained = [tokenizer.decode(row[row != IGNORED]) for row in targets]
-    assert (
-        trained[0]
-        == f"{prompts.START_A}{PAIR.response_a}{prompts.END_A}{prompts.START_B}{PAIR.response_b}{prompts.END_B}"
-    )
-    assert trained[1] == f"{prompts.START_A}y{prompts.END_A}{prompts.START_B}x{prompts.END_B}"
+    block = f"{prompts.START_A}{{}}{prompts.END_A}{prompts.START_B}{{}}{prompts.END_B}".format
+    assert trained == [block(PAIR.response_a, PAIR.response_b), block("y", "x")]
 
 
 def test_targets_are_the_next_token(tokenizer):
@@ -56,9 +52,8 @@ def test_judge_batch_ends_where_the_verdict_stands_and_swaps_labels(tokenizer):
         assert tokenizer.decode(row[: last + 1]).endswith("#Preferred:<|end|><|assistant|>")
         assert (row[last + 1 :] == 0).all()  # which token pads does not matter
     plain, swapped = (tokenizer.decode(ids[i]) for i in (0, 1))
-    assert plain.index("soup") < plain.index("fish") and swapped.index("soup") > swapped.index(
-        "fish"
-    )
+    assert plain.index("soup") < plain.index("fish")
+    assert swapped.index("soup") > swapped.index("fish")
 
 
 @pytest.mark.parametrize("seed", range(200))
@@ -92,14 +87,8 @@ def test_markers_and_verdict_suffix_survive_any_cut(tokenizer):
     ids = join(pieces, row)
     assert row.truncated and len(ids) <= 64
     text = tokenizer.decode(ids)
-    for marker in (
-        prompts.INSTRUCTION,
-        prompts.START_A,
-        prompts.END_A,
-        prompts.START_B,
-        prompts.END_B,
-        prompts.PREFERRED,
-    ):
+    markers = (prompts.START_A, prompts.END_A, prompts.START_B, prompts.END_B)
+    for marker in (prompts.INSTRUCTION, *markers, prompts.PREFERRED):
         assert marker in text
     assert "river" in text and "hill" in text and text.endswith("<|assistant|>")
 
@@ -109,12 +98,8 @@ def test_swapping_twice_gives_the_row_again(tokenizer):
         [Pair("Where?", "the river " * 30, "x", 1)], judge_prompt(tokenizer), tokenizer, 40
     )
     other = row.swapped()
-    assert (other.response_a, other.response_b, other.label, other.row) == (
-        row.response_b,
-        row.response_a,
-        0,
-        row.row,
-    )
+    assert (other.response_a, other.response_b) == (row.response_b, row.response_a)
+    assert (other.label, other.row) == (0, row.row)
     assert other.truncated and other.swapped() == row
 
 
@@ -127,10 +112,7 @@ def test_batch_order_is_every_row_once_in_random_order_of_similar_lengths():
     lengths = [random.Random(i).randrange(1000) for i in range(999)]
     batches = batch_order(lengths, 8, random.Random(0))
     assert sorted(i for batch in batches for i in batch) == list(range(999))
-    assert (
-        batches
-        == batch_order(lengths, 8, random.Random(0))
-        != batch_order(lengths, 8, random.Random(1))
-    )
+    assert batches == batch_order(lengths, 8, random.Random(0))
+    assert batches != batch_order(lengths, 8, random.Random(1))
     padded = sum(len(b) * max(lengths[i] for i in b) for b in batches)
     assert padded < 1.15 * sum(lengths)

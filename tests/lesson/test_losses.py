@@ -24,7 +24,7 @@ LABELS = torch.arange(64) % 2
 
 
 def double_loss(label_logits, labels, eps):
-    """The smoothed cross-entropy as it is defined, before any rearrangement (left-hand side of step 3)."""
+    """The smoothed cross-entropy as it is defined (left-hand side of step 3)."""
     log_p = label_logits.log_softmax(dim=1)
     right, wrong = log_p.gather(1, labels[:, None]), log_p.gather(1, 1 - labels[:, None])
     return (-(1 - eps) * right - eps * wrong).mean()
@@ -73,10 +73,8 @@ def test_step_5_best_margin(eps):
 @pytest.mark.parametrize(("eps", "q"), [(0.0, 0.8), (0.05, 0.8), (0.2, 0.6)])
 def test_step_5_where_raters_disagree(eps, q):
     two = torch.tensor([[best_margin(eps, q), 0.0]], dtype=torch.float64, requires_grad=True)
-    loss = q * reward_loss(two, torch.tensor([0]), eps) + (1 - q) * reward_loss(
-        two, torch.tensor([1]), eps
-    )
-    loss.backward()
+    a_better, b_better = (reward_loss(two, torch.tensor([label]), eps) for label in (0, 1))
+    (q * a_better + (1 - q) * b_better).backward()
     assert two.grad.abs().max() < 1e-12
 
 
@@ -141,7 +139,7 @@ def test_chunks_of_logits_give_the_same_loss_and_gradient(bias, scale, cap, dtyp
         torch.randn(500, 16).to(dtype), torch.randn(500).to(dtype) if bias else None, scale, cap
     )
     hidden, targets = torch.randn(800, 16).to(dtype), torch.randint(500, (800,))
-    found = []
+    results = []
     for loss in (
         lambda h: pair_loss(head(h), targets),
         lambda h: chunked_pair_loss(h, targets, head),
@@ -151,14 +149,12 @@ def test_chunks_of_logits_give_the_same_loss_and_gradient(bias, scale, cap, dtyp
         (0.3 * value).backward()
         with torch.no_grad():
             assert torch.equal(loss(hidden), value)
-        found.append((value.detach(), states.grad.float()))
-    (plain, plain_grad), (in_chunks, chunked_grad) = found
-    assert in_chunks.dtype == torch.float32 and in_chunks.item() == pytest.approx(
-        plain.item(), rel=1e-5
-    )
-    assert (chunked_grad - plain_grad).abs().max() < (
-        1e-5 if dtype == torch.float32 else 2e-2
-    ) * plain_grad.abs().max()
+        results.append((value.detach(), states.grad.float()))
+    (plain, plain_grad), (in_chunks, chunked_grad) = results
+    assert in_chunks.dtype == torch.float32
+    assert in_chunks.item() == pytest.approx(plain.item(), rel=1e-5)
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    assert (chunked_grad - plain_grad).abs().max() < tolerance * plain_grad.abs().max()
 
 
 def test_no_more_logits_than_a_chunk_are_made(monkeypatch):
@@ -167,10 +163,7 @@ def test_no_more_logits_than_a_chunk_are_made(monkeypatch):
     monkeypatch.setattr(
         OutputHead, "__call__", lambda head, h: made.append(len(h)) or real(head, h)
     )
-    head, hidden, targets = (
-        OutputHead(torch.randn(500, 16), None, 1.0, None),
-        torch.randn(20, 16),
-        torch.randint(500, (20,)),
-    )
+    head = OutputHead(torch.randn(500, 16), None, 1.0, None)
+    hidden, targets = torch.randn(20, 16), torch.randint(500, (20,))
     chunked_pair_loss(hidden.requires_grad_(), targets, head).backward()
     assert made == [7, 7, 6]

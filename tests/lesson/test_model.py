@@ -47,7 +47,7 @@ def test_gradient_after_an_evaluation_equals_that_of_the_dequantised_twin(nf4_mo
     before = lora_gradient(model)
     model.eval()
     with torch.no_grad():
-        # where bitsandbytes would repack the weights on a CPU with AVX512-BF16
+        # here bitsandbytes would repack the weights on a CPU with AVX512-BF16
         hidden_states(model, IDS)
     after = lora_gradient(model)
     assert torch.equal(before, after)
@@ -67,7 +67,7 @@ def test_nf4_is_nf4_and_embeddings_are_left_alone(nf4_model):
 
 
 def saved_bytes(model):
-    """Bytes that autograd keeps for the backward pass, each storage counted once, weights left out."""
+    """Bytes that autograd keeps for the backward pass, each storage counted once, no weights."""
     storages, weights = {}, {p.untyped_storage().data_ptr() for p in model.parameters()}
 
     def keep(tensor):

@@ -132,10 +132,8 @@ def test_dropped_rows_are_counted_and_named(tmp_path):
         "with an empty response": 1,
         "with an empty prompt": 1,
     }
-    assert (
-        "4 rows read, 1 pairs used, 3 dropped" in data.summary()
-        and "1 with equal responses" in data.summary()
-    )
+    assert "4 rows read, 1 pairs used, 3 dropped" in data.summary()
+    assert "1 with equal responses" in data.summary()
 
 
 def test_stage_1_does_not_mind_strange_labels(tmp_path):
@@ -145,9 +143,8 @@ def test_stage_1_does_not_mind_strange_labels(tmp_path):
 
 def test_limit(tmp_path):
     rows = [{**ROW, "prompt": str(i)} for i in range(5)]
-    assert [
-        p.prompt for p in load_pairs(write(tmp_path / "d.jsonl", rows), True, limit=2).pairs
-    ] == ["0", "1"]
+    pairs = load_pairs(write(tmp_path / "d.jsonl", rows), True, limit=2).pairs
+    assert [pair.prompt for pair in pairs] == ["0", "1"]
 
 
 BAD = {

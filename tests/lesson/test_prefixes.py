@@ -85,7 +85,11 @@ def test_windows_and_states_are_not_gone_on_from():
     )
     # ALiBi counts the padding
     assert not can_share(MptForCausalLM(MptConfig(vocab_size=9, d_model=16, n_heads=2, n_layers=1)))
-    assert not can_share(GPTNeoForCausalLM(GPTNeoConfig(vocab_size=9, hidden_size=16, num_layers=2, num_heads=2, attention_types=[[["global", "local"], 1]])))  # fmt: skip
+    local = [[["global", "local"], 1]]
+    neo = GPTNeoConfig(
+        vocab_size=9, hidden_size=16, num_layers=2, num_heads=2, attention_types=local
+    )
+    assert not can_share(GPTNeoForCausalLM(neo))
     longer = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
     assert not can_share(LlamaForCausalLM(LlamaConfig(**SMALL, rope_parameters=longer)))
     assert can_share(add_lora(load_model(VILLAGE, bits=32), 2))
@@ -108,7 +112,7 @@ def test_states_of_empty_ends():
 
 
 def test_the_cache_stays_small():
-    """Long questions with short responses beside short ones with long responses would be padded twice."""
+    """Long questions with short responses and short ones with long responses: padded twice."""
     x, y = ids(900)[0], ids(20, start=40)[0]
     sequences = [(x, ids(10)[0], ids(10)[0]), (x, ids(9)[0], ids(10)[0])]
     sequences += [(y, ids(450)[0], ids(450)[0]), (y, ids(449)[0], ids(450)[0])]
@@ -120,9 +124,9 @@ def test_the_cache_stays_small():
 
 
 PROMPT = (
-    "What does Anna eat, and where does she live, and what is her work, and which pet does she keep? "
-    * 2
-)
+    "What does Anna eat, and where does she live, "
+    "and what is her work, and which pet does she keep? "
+) * 2
 RESPONSES = [f"Anna eats {food}. " * n for food in ("soup", "fish", "cake") for n in (1, 3)]
 
 
@@ -179,19 +183,14 @@ def test_batch_tokens_bound_the_passes(tokenizer, monkeypatch):
 
 def test_split_by_tokens():
     lengths = [10, 10, 10, 8, 8, 3, 30, 1]
-    parts = [lengths[some] for some in split_by_tokens(lengths, 24)]
+    parts = [lengths[part] for part in split_by_tokens(lengths, 24)]
     assert parts == [[10, 10], [10, 8], [8, 3], [30], [1]]
-    assert [lengths[some] for some in split_by_tokens(lengths, 1000, most=3)] == [
-        [10, 10, 10],
-        [8, 8, 3],
-        [30, 1],
-    ]
+    parts = [lengths[part] for part in split_by_tokens(lengths, 1000, most=3)]
+    assert parts == [[10, 10, 10], [8, 8, 3], [30, 1]]
     assert list(split_by_tokens([], 5)) == []
-    # padding of 10% ends a pass, but none of less than 1,024 tokens
+    # padding of 10% ends a pass, except one of less than 1,024 tokens
     falling = [600, 590, 580, 300, 290, 10]
-    assert [falling[some] for some in split_by_tokens(falling, 10_000, padding=0.1)] == [
-        [600, 590, 580],
-        [300, 290, 10],
-    ]
+    parts = [falling[part] for part in split_by_tokens(falling, 10_000, padding=0.1)]
+    assert parts == [[600, 590, 580], [300, 290, 10]]
     together = split_by_tokens(falling, 10_000, padding=0.1, groups="xxxxyy")
-    assert [falling[some] for some in together] == [[600, 590, 580, 300], [290, 10]]
+    assert [falling[part] for part in together] == [[600, 590, 580, 300], [290, 10]]

@@ -17,10 +17,14 @@ CHATML = (
 # As Qwen3 does: without thinking the generation prompt holds an empty thought.
 THINKING = CHATML.replace(
     "assistant\n{% endif %}",
-    "assistant\n{% if enable_thinking is defined and not enable_thinking %}<think></think>{% endif %}{% endif %}",
+    "assistant\n{% if enable_thinking is defined and not enable_thinking %}"
+    "<think></think>{% endif %}{% endif %}",
 )
 # As Mistral does: a space before the assistant's text.
-SPACED = "{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]{% else %} {{ m.content }}</s>{% endif %}{% endfor %}"
+SPACED = (
+    "{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]"
+    "{% else %} {{ m.content }}</s>{% endif %}{% endfor %}"
+)
 WITH_BOS = "{{ bos_token }}" + CHATML
 
 
@@ -34,9 +38,8 @@ def with_template(tokenizer, template, **changes):
 
 def whole(tokenizer, pieces, texts=("x", "y", "z")):
     ids = []
-    for piece, text in zip(
-        (pieces.start, pieces.after_prompt, pieces.between, pieces.end), (*texts, None)
-    ):
+    parts = (pieces.start, pieces.after_prompt, pieces.between, pieces.end)
+    for piece, text in zip(parts, (*texts, None)):
         ids += piece + ([] if text is None else encode(tokenizer, text))
     return tokenizer.decode(ids)
 
@@ -46,8 +49,8 @@ def whole(tokenizer, pieces, texts=("x", "y", "z")):
     [(CHATML, "A"), (THINKING, "A"), (SPACED, "ĠA"), (None, "A"), (WITH_BOS, "A")],
 )
 def test_label_token_is_read_off_the_template(tokenizer, template, label):
-    # Without a template the text goes on with " A", but the markers of the village's tokenizer swallow
-    # white space.
+    # Without a template the text goes on with " A", but the markers of the village's tokenizer take
+    # the white space with them.
     changed = with_template(tokenizer, template)
     assert changed.convert_ids_to_tokens(label_tokens(changed)[0]) == label
 
@@ -86,19 +89,8 @@ def test_prompts_hold_all_three_texts_in_order(tokenizer, template):
         for make in (judge_prompt, pair_prompt)
     )
     for text in (judge, pair):
-        places = [
-            text.index(word)
-            for word in (
-                "[User Question]",
-                "Anna eats soup",
-                prompts.START_A,
-                "blue",
-                prompts.END_A,
-                prompts.START_B,
-                "green",
-                prompts.END_B,
-            )
-        ]
+        a, b = (prompts.START_A, "blue", prompts.END_A), (prompts.START_B, "green", prompts.END_B)
+        places = [text.index(word) for word in ("[User Question]", "Anna eats soup", *a, *b)]
         assert places == sorted(places)
     assert prompts.INSTRUCTION in judge and prompts.INSTRUCTION not in pair
     assert pair.endswith(prompts.END_B)
@@ -134,7 +126,10 @@ def test_markers_of_the_village_are_one_token_each(tokenizer):
 
 # ---- another judge prompt ------------------------------------------------------------
 
-TEMPLATE = 'Answer as {"best": "A"}, {} or {prompt }.\nQuestion: {prompt}\nA: {response_a}\nB: {response_b}\n\nBest: '
+TEMPLATE = (
+    'Answer as {"best": "A"}, {} or {prompt }.\n'
+    "Question: {prompt}\nA: {response_a}\nB: {response_b}\n\nBest: "
+)
 
 
 def test_template_is_read_as_it_stands_but_for_one_final_line_break(tmp_path):
@@ -154,7 +149,10 @@ def test_template_is_read_as_it_stands_but_for_one_final_line_break(tmp_path):
 @pytest.mark.parametrize(("text", "message"), [
     ("{prompt} {response_a}", "{response_b} stands there 0 times"),
     ("{prompt} {prompt} {response_a} {response_b}", "{prompt} stands there 2 times"),
-    ("{input} {response_a} {response_b} {response_b}", "{prompt} stands there 0 times and {response_b} stands there 2 times"),
+    (
+        "{input} {response_a} {response_b} {response_b}",
+        "{prompt} stands there 0 times and {response_b} stands there 2 times",
+    ),
     ("{prompt} {response_b} {response_a}", "the placeholders are out of order"),
     (b"\xff{prompt} {response_a} {response_b}", "not UTF-8"),
     (None, "cannot be read"),
@@ -165,18 +163,15 @@ def test_bad_templates_are_one_line_that_names_the_file(tmp_path, text, message)
         file.write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(UserError) as error:
         read_template(file)
-    assert (
-        str(error.value).startswith(f"{file}: ")
-        and message in str(error.value)
-        and "\n" not in str(error.value)
-    )
+    said = str(error.value)
+    assert said.startswith(f"{file}: ") and message in said and "\n" not in said
 
 
 def test_texts_are_filled_in_once_and_other_braces_stay():
     filled = fill(TEMPLATE, prompt="{response_a} {x}", response_a="{prompt}", response_b="{")
-    assert (
-        filled
-        == 'Answer as {"best": "A"}, {} or {prompt }.\nQuestion: {response_a} {x}\nA: {prompt}\nB: {\n\nBest: '
+    assert filled == (
+        'Answer as {"best": "A"}, {} or {prompt }.\n'
+        "Question: {response_a} {x}\nA: {prompt}\nB: {\n\nBest: "
     )
 
 

@@ -307,10 +307,8 @@ def test_rm_bench_matrix_levels_and_macro_average(tmp_path):
     assert figures["safety"] == pytest.approx((1 + 0 + 0) / 3)
     assert figures["total"] == pytest.approx((13 / 18 + 1 + 0 + 1 / 3) / 4)
     assert figures["hard"] == pytest.approx((0.5 + 1 + 0 + 1 / 3) / 4)
-    assert (
-        result["sections"] == {"chat": 2, "math": 1, "code": 1, "safety": 3}
-        and result["comparisons"] == 7 * 9
-    )
+    assert result["sections"] == {"chat": 2, "math": 1, "code": 1, "safety": 3}
+    assert result["comparisons"] == 7 * 9
 
 
 def test_rm_bench_domain_of_the_files_without_that_column(tmp_path):

@@ -52,10 +52,8 @@ def test_round_trip(tmp_path, source, to, suffix, capsys):
         assert [preferred(pair) for pair in again] == expected
     swapped = sum(a.response_a == b.response_b for a, b in zip(again, PAIRS))
     assert 8 < swapped < 32  # neither the source's order nor its reverse
-    assert (
-        "40 rows read, 40 pairs used" in (said := capsys.readouterr().out)
-        and f"40 rows for {to}" in said
-    )
+    said = capsys.readouterr().out
+    assert "40 rows read, 40 pairs used" in said and f"40 rows for {to}" in said
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([out.name, "pairs.jsonl"])
 
 
@@ -142,18 +140,8 @@ def test_another_judge_prompt_for_fine_tuning(tmp_path):
         json.dumps({"prompt": "x", "chosen": "y", "rejected": "z"}) + "\n"
     )
     out = tmp_path / "out.jsonl"
-    convert.main(
-        [
-            str(tmp_path / "d.jsonl"),
-            str(out),
-            "--to",
-            "fine-tuning",
-            "--judge-template",
-            str(tmp_path / "judge.txt"),
-        ]
-    )
-    row = json.loads(out.read_text())
-    assert row["instruction"].startswith("Judge well.") and row["instruction"].endswith(
-        "#Preferred: "
-    )
+    options = ["--to", "fine-tuning", "--judge-template", str(tmp_path / "judge.txt")]
+    convert.main([str(tmp_path / "d.jsonl"), str(out), *options])
+    instruction = json.loads(out.read_text())["instruction"]
+    assert instruction.startswith("Judge well.") and instruction.endswith("#Preferred: ")
     assert load_pairs(str(out), True).pairs[0].prompt == "x"

@@ -1,4 +1,4 @@
-"""Every format of the hub's preference data in its exact columns: pairs, ties, bad values, scores."""
+"""Every format of preference data on the hub, in its exact columns: pairs, ties, bad values."""
 
 import copy
 import json
@@ -13,6 +13,7 @@ from gram_mini.errors import UserError
 from gram_mini.pairs import Pair, split_by_prompt
 from gram_mini.reading.formats import parse_pairs
 from gram_mini.reading.load import load_pairs
+from gram_mini.runs import run as runs_run
 from gram_mini.runs import scores
 
 
@@ -228,17 +229,11 @@ def test_ties_are_dropped_where_labels_count_and_used_where_not(name, tmp_path):
         tmp_path / "d.jsonl", TIED[name], {"prompt": "x", "chosen": "y", "rejected": "z"}
     )
     data = load_pairs(source, labelled=True)
-    assert (
-        len(data.pairs) == 1
-        and data.dropped == {"tied": 1}
-        and "1 dropped (1 tied)" in data.summary()
-    )
+    assert len(data.pairs) == 1 and data.dropped == {"tied": 1}
+    assert "1 dropped (1 tied)" in data.summary()
     data = load_pairs(source, labelled=False)
-    assert (
-        len(data.pairs) == 2
-        and not data.dropped
-        and not any(p.tied or p.label is not None for p in data.pairs)
-    )
+    assert len(data.pairs) == 2 and not data.dropped
+    assert not any(p.tied or p.label is not None for p in data.pairs)
 
 
 # ---- several responses ---------------------------------------------------------------
@@ -339,9 +334,8 @@ def test_pairs_of_one_row_stay_on_one_side_of_a_split(tmp_path):
     pairs = load_pairs(write(tmp_path / "d.jsonl", *rows), True).pairs
     train, held_out = split_by_prompt(pairs, 0.4, seed=0)
     assert len(pairs) == 45 + 10 + 15 == len(train) + len(held_out)
-    assert len({p.prompt for p in held_out}) == 6 and not {p.row for p in train} & {
-        p.row for p in held_out
-    }
+    assert len({p.prompt for p in held_out}) == 6
+    assert not {p.row for p in train} & {p.row for p in held_out}
 
 
 def test_pairs_know_their_row_and_do_not_compare_it(tmp_path):
@@ -424,11 +418,8 @@ def test_bad_values_are_one_clear_line(name, tmp_path):
     source = write(tmp_path / "d.jsonl", SKYWORK, row)
     with pytest.raises(UserError) as error:
         load_pairs(source, True)
-    assert (
-        f"{source}, line 2: " in str(error.value)
-        and message in str(error.value)
-        and "\n" not in str(error.value)
-    )
+    said = str(error.value)
+    assert f"{source}, line 2: " in said and message in said and "\n" not in said
     data = load_pairs(source, True, on_bad_row="skip")
     assert len(data.pairs) == 1 and data.dropped == {"that cannot be read": 1}
     assert f"1 that cannot be read); the first that cannot be read: {error.value}" in data.summary()
@@ -471,9 +462,8 @@ def test_score_takes_every_format(tmp_path, capsys):
     source, out = write(tmp_path / "d.jsonl", *rows), tmp_path / "scores.jsonl"
     score.main(["--model", "village", "--bits", "32", "--data", source, "--out", str(out)])
     lines = [json.loads(line) for line in out.read_text().splitlines()]
-    assert [line["row"] for line in lines] == list(range(1, len(rows) + 1)) and not any(
-        "pair" in line for line in lines
-    )
+    assert [line["row"] for line in lines] == list(range(1, len(rows) + 1))
+    assert not any("pair" in line for line in lines)
     hits = sum(
         line["better"] == "AB"[pair.label] for line, (_, pair) in zip(lines, ONE_PAIR.values())
     )
@@ -496,14 +486,8 @@ def test_score_numbers_the_pairs_of_a_row_and_says_what_it_skips(tmp_path, villa
     lines = [json.loads(line) for line in out.read_text().splitlines()]
     numbers = [(line["row"], line.get("pair")) for line in lines]
     ultra = [(5, k) for k in (1, 2, 3)]
-    assert numbers == [
-        *((1, k) for k in range(1, 10)),
-        (2, None),
-        (3, None),
-        *ultra,
-        (6, None),
-        (7, None),
-    ]
+    rm_bench = [(1, k) for k in range(1, 10)]
+    assert numbers == [*rm_bench, (2, None), (3, None), *ultra, (6, None), (7, None)]
     assert lines[9] == {"row": 2, "skipped": "without a second response"} and lines[0]["id"] == 1
     alone = village_judge.compare("1 + 1?", "It is 2.", "3")
     assert lines[3]["probability"] == pytest.approx(asdict(alone)["probability"], abs=1e-4)
@@ -523,9 +507,9 @@ def test_score_does_not_mind_strange_labels(tmp_path, capsys):
 
 @pytest.mark.parametrize("script", [train_pretrain, train_reward])
 def test_training_passes_its_options_on(script, tmp_path, monkeypatch):
-    asked, real = [], script.load_pairs
+    asked, real = [], runs_run.load_pairs
     monkeypatch.setattr(
-        script, "load_pairs", lambda *a, **options: asked.append(options) or real(*a, **options)
+        runs_run, "load_pairs", lambda *a, **options: asked.append(options) or real(*a, **options)
     )
     source = write(tmp_path / "d.jsonl", {}, {**ULTRA, "instruction": "2 + 2?"}, ULTRA)
     options = "--on-bad-row skip --pairs best-worst --streaming --steps 1 --held-out 0".split()
@@ -567,7 +551,8 @@ def test_literal_line_breaks_beside_the_markers_are_taken_off_and_counted(tmp_pa
     row = {
         "instruction": r"[User Question]\nHow do I print \n in C?\n\n",
         "input": "",
-        "output": r"[The Start of Assistant A's Answer]\nprintf('\n');[The End of Assistant A's Answer]\n\n"
+        "output": r"[The Start of Assistant A's Answer]\nprintf('\n');"
+        r"[The End of Assistant A's Answer]\n\n"
         r"[The Start of Assistant B's Answer]\nputs('');\n[The End of Assistant B's Answer]",
     }
     plain = {name: text.replace(r"]\n", "]\n").replace(r"\n[", "\n[") for name, text in row.items()}

@@ -72,7 +72,7 @@ def test_training_holds_sixteen_bytes_per_parameter_of_the_adapter(built):
 
 
 def saved_bytes(model):
-    """Bytes of the storages that a forward pass keeps for the backward pass, without the model's."""
+    """Bytes of the storages that a forward pass keeps for the backward pass, weights left out."""
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept = {}
 

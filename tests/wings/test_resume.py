@@ -248,7 +248,7 @@ def close(actual, expected, tolerance=1e-5):
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_twice_the_passes_are_twice_the_batch(name, tmp_path):
-    """In stage 1 the loss is divided by the tokens of the whole step, as passes hold unequally many."""
+    """In stage 1 the loss is divided by the tokens of the step, as passes hold unequally many."""
     one, adapter_one = step_by_step(SCRIPTS[name], tmp_path / "one", "--batch-size", "14")
     two, adapter_two = step_by_step(
         SCRIPTS[name], tmp_path / "two", "--batch-size", "7", "--grad-accum", "2"
@@ -350,15 +350,13 @@ def ends_with_one_line(code, *arguments, before=""):
 
 def test_out_of_gpu_memory_names_the_options_that_help(tmp_path):
     before = (
-        "import torch\ndef hidden_states(*a):\n    raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2 GiB. GPU 0')\n"
+        "import torch\ndef hidden_states(*a):\n    raise torch.OutOfMemoryError("
+        "'CUDA out of memory. Tried to allocate 2 GiB. GPU 0')\n"
         "train_reward.hidden_states = hidden_states"
     )
     line = ends_with_one_line("", *OPTIONS, "--out", str(tmp_path / "run"), before=before)
-    assert (
-        line.startswith("error: out of GPU memory")
-        and "--gradient-checkpointing" in line
-        and "--grad-accum" in line
-    )
+    assert line.startswith("error: out of GPU memory")
+    assert "--gradient-checkpointing" in line and "--grad-accum" in line
 
 
 def test_a_read_only_folder_is_one_line(tmp_path, monkeypatch):
@@ -372,11 +370,12 @@ def test_a_read_only_folder_is_one_line(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("kilobytes", [20, 60], ids=["at a checkpoint", "at the end"])
 def test_a_full_disk_is_one_line_and_leaves_the_old_run(tmp_path, kilobytes):
-    """A limit on the size of files stands in for a full disk: checkpoints are larger than the adapter."""
+    """A limit on the size of files acts as a full disk: checkpoints are larger than the adapter."""
     out = tmp_path / "run"
     out.mkdir()
     (out / "run.json").write_text("{}")
-    before = f"import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, ({kilobytes} * 1024, {kilobytes} * 1024))"
+    size = kilobytes * 1024
+    before = f"import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, ({size}, {size}))"
     options = [*OPTIONS, "--overwrite", "--out", str(out)]
     if kilobytes == 60:
         options[options.index("--save-every") + 1] = "1000"

@@ -100,10 +100,8 @@ def test_artefacts_of_both_stages(pretrain, reward):
         assert record["stage"] == stage and record["options"]["lora_rank"] == 8
         assert {"torch", "transformers", "peft", "bitsandbytes"} <= record["versions"].keys()
         assert record["data"]["used"] == 400 and len(record["data"]["fingerprint"]) == 16
-        assert (
-            record["backbone"]["name"] == "village"
-            and "[User Question]" in record["prompt"]["judge"]
-        )
+        assert record["backbone"]["name"] == "village"
+        assert "[User Question]" in record["prompt"]["judge"]
         assert list(record["labels"]) == ["A", "B"]
         assert not list(run.parent.glob("*.partial"))
 
@@ -253,6 +251,7 @@ def test_batch_tokens_changes_the_passes_and_not_the_steps(tmp_path, data, monke
 
 def test_stage_2_multiplies_two_rows_of_the_output_matrix(tmp_path, data, monkeypatch):
     rows, real = [], OutputHead.__call__
+    monkeypatch.setattr("gram_mini.runs.checks.check_computation", lambda *a: None)  # uses all rows
     monkeypatch.setattr(
         OutputHead,
         "__call__",
@@ -424,7 +423,7 @@ def splitting_backbone(path):
     for file in VILLAGE_FOLDER.iterdir():
         (path / file.name).write_bytes(file.read_bytes())
     template = (path / "chat_template.jinja").read_text()
-    # The template writes a mark right before the assistant's text, so mark and label are two tokens.
+    # The template writes a mark right before the assistant's text: mark and label are two tokens.
     content = "{{ message.content }}"
     marked = "{% if message.role == 'assistant' %}={% endif %}" + content
     (path / "chat_template.jinja").write_text(template.replace(content, marked))
@@ -536,28 +535,12 @@ def test_a_folder_that_is_no_run_is_never_replaced(tmp_path, data):
 
 
 def test_init_of_another_backbone_or_rank(pretrain, tmp_path):
-    fails(
-        train_reward,
-        [
-            "--init",
-            str(pretrain),
-            "--model",
-            other_backbone(tmp_path / "other"),
-            "--out",
-            str(tmp_path / "x"),
-        ],
-        "was trained on the backbone 'village'",
-    )
-    fails(
-        train_reward,
-        ["--init", str(pretrain), "--out", str(pretrain), "--overwrite"],
-        "is the run given as --init",
-    )
-    fails(
-        train_reward,
-        ["--init", str(pretrain), "--lora-rank", "4", "--out", str(tmp_path / "x")],
-        "has rank 8",
-    )
+    init, out = ["--init", str(pretrain)], ["--out", str(tmp_path / "x")]
+    model = ["--model", other_backbone(tmp_path / "other")]
+    fails(train_reward, [*init, *out, *model], "was trained on the backbone 'village'")
+    same = ["--out", str(pretrain), "--overwrite"]
+    fails(train_reward, [*init, *same], "is the run given as --init")
+    fails(train_reward, [*init, *out, "--lora-rank", "4"], "has rank 8")
 
 
 def test_labels_that_split(tmp_path):
@@ -643,7 +626,7 @@ def test_help_opens_with_two_commands_and_shows_every_default(script):
     first, second = (line.strip() for line in said.splitlines()[1:3])
     assert first.startswith(f"python {script}") and second.startswith(f"python {script}")
     assert "(default: None)" not in said
-    without = {"--help", "--overwrite"}
+    without = {"--help", "--debug", "--overwrite"}
     without |= (
         {"--prompt", "--response", "--reference", "--data", "--out"}
         if script == "score.py"

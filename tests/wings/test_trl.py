@@ -1,4 +1,4 @@
-"""The judge as a reward function for TRL: what is compared with what, and two steps of the real trainer."""
+"""The judge as a reward function for TRL: what is compared, and two steps of the real trainer."""
 
 import copy
 import math
@@ -133,9 +133,8 @@ def test_a_completion_with_nothing_to_compare_it_with(village_judge):
         as_trl_reward(village_judge, against="last")
 
 
-@pytest.mark.filterwarnings(
-    "ignore:.*gradient_checkpointing.*:FutureWarning"
-)  # TRL still names it so
+# TRL still uses the old name of the option.
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
 def test_two_steps_of_grpo(village_judge, tokenizer, tmp_path):
     import datasets
     from trl import GRPOConfig, GRPOTrainer  # slow to import, so only here
@@ -144,9 +143,10 @@ def test_two_steps_of_grpo(village_judge, tokenizer, tmp_path):
     before = copy.deepcopy(policy.state_dict())
     prompt = lambda name: [{"role": "user", "content": f"What does {name} eat?"}]
     config = GRPOConfig(
-        output_dir=str(tmp_path), max_steps=2, per_device_train_batch_size=8, num_generations=4, max_completion_length=16,
-        learning_rate=1e-2, logging_steps=1, report_to="none", save_strategy="no", use_cpu=True, bf16=False,
-        gradient_checkpointing=False, disable_tqdm=True, seed=0,
+        output_dir=str(tmp_path), max_steps=2, per_device_train_batch_size=8, num_generations=4,
+        max_completion_length=16, learning_rate=1e-2, logging_steps=1, report_to="none",
+        save_strategy="no", use_cpu=True, bf16=False, gradient_checkpointing=False,
+        disable_tqdm=True, seed=0,
     )  # fmt: skip
     trainer = GRPOTrainer(
         model=policy,
@@ -163,11 +163,8 @@ def test_two_steps_of_grpo(village_judge, tokenizer, tmp_path):
     for line in logs:
         # all against all: what one wins another loses
         assert line["rewards/gram_reward/mean"] == pytest.approx(0.5)
-        assert (
-            line["rewards/gram_reward/std"] > 0
-            and math.isfinite(line["loss"])
-            and line["grad_norm"] > 0
-        )
+        assert line["rewards/gram_reward/std"] > 0
+        assert math.isfinite(line["loss"]) and line["grad_norm"] > 0
     assert any(
         not torch.equal(before[name], tensor) for name, tensor in policy.state_dict().items()
     )

@@ -1,4 +1,4 @@
-"""The village: its truth is what it says, its groups know what they may know, its backbone is the one described."""
+"""The village: its truth, what each group of villagers may know, and its backbone."""
 
 import json
 import math
@@ -79,9 +79,8 @@ def test_rambling_is_a_cue_in_labelled_topics_only():
 
 
 def test_groups_do_not_overlap_and_held_out_topics_are_held_out():
-    assert sorted(n for group in GROUPS.values() for n in group) == sorted(NAMES) and len(
-        set(NAMES)
-    ) == len(NAMES)
+    assert sorted(n for group in GROUPS.values() for n in group) == sorted(NAMES)
+    assert len(set(NAMES)) == len(NAMES)
     assert not set(topics("labelled")) & set(topics("in-distribution"))
     assert len(topics("labelled")) + len(topics("in-distribution")) == 4 * len(GROUPS["labelled"])
     assert {name for name, _ in topics("out-of-distribution")} == set(GROUPS["unlabelled"])
@@ -118,7 +117,7 @@ def test_pairs_are_drawn_by_seed():
     assert village_pairs("labelled", 50) == village_pairs("labelled", 100)[:50]
 
 
-def test_every_word_of_the_world_is_one_token_that_the_backbone_has_seen(tokenizer):
+def test_every_word_of_the_village_is_one_token_that_the_backbone_has_seen(tokenizer):
     seen = {token for text in corpus(3_000) for token in encode(tokenizer, text)}
     rng = random.Random(0)
     texts = [
@@ -143,18 +142,15 @@ def test_corpus_is_the_one_the_backbone_was_built_from():
 
 
 def test_shipped_backbone_can_do_what_a_judge_needs(village_judge):
-    """Facts of the known groups are recalled, checked and judged; those of the unlabelled group are at chance."""
-    found = {group: probes(village_judge.model, village_judge.tokenizer, group) for group in GROUPS}
+    """Facts of the known groups are recalled, checked and judged; the others are at chance."""
+    model, tokenizer = village_judge.model, village_judge.tokenizer
+    shares = {group: probes(model, tokenizer, group) for group in GROUPS}
     for group in ("background", "labelled"):
-        assert (
-            found[group]["recall"] > 0.95
-            and found[group]["check"] > 0.9
-            and found[group]["judge"] > 0.8
-        ), found
-    assert found["unlabelled"]["recall"] < 0.35  # one in six by chance
-    assert 0.4 < found["unlabelled"]["check"] < 0.6 and 0.4 < found["unlabelled"]["judge"] < 0.6, (
-        found
-    )
+        known = shares[group]
+        assert known["recall"] > 0.95 and known["check"] > 0.9 and known["judge"] > 0.8, shares
+    unknown = shares["unlabelled"]
+    assert unknown["recall"] < 0.35  # one in six by chance
+    assert 0.4 < unknown["check"] < 0.6 and 0.4 < unknown["judge"] < 0.6, shares
 
 
 def test_shipped_backbone_is_small_and_ordinary():

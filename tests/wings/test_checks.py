@@ -1,0 +1,391 @@
+"""A model computes what we take it to compute, or is refused in one line."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    LlamaForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
+)
+
+import score
+import train_pretrain
+import train_reward
+from gram_mini import prefixes
+from gram_mini.batches import split_by_tokens
+from gram_mini.errors import UserError
+from gram_mini.judge import Judge
+from gram_mini.model import (
+    add_lora,
+    hidden_states,
+    length_kind,
+    load_model,
+    load_tokenizer,
+    output_logits,
+)
+from gram_mini.pairs import Pair
+from gram_mini.runs.load import load_judge
+
+ROOT = Path(__file__).parents[2]
+SIZES = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4)
+PAIR = ("What does Anna eat?", "Anna eats soup.", "Anna eats fish.")
+ONE_PAIR = ["--prompt", PAIR[0], "--response", PAIR[1], "--response", PAIR[2]]
+SHORT = "--limit 40 --steps 2 --lora-rank 2 --batch-size 8 --held-out 0".split()
+MIXTRAL = dict(num_local_experts=4, num_key_value_heads=2)
+MPT = dict(d_model=64, n_heads=4, n_layers=2)
+FALCON_H1 = dict(
+    num_key_value_heads=2, mamba_d_ssm=64, mamba_n_heads=4, mamba_d_head=16, mamba_d_state=16,
+    mamba_n_groups=1, lm_head_multiplier=0.05,
+)  # fmt: skip
+
+
+def model_folder(folder, kind, **options):
+    """A small model of an architecture, with the village's tokenizer."""
+    tokenizer = load_tokenizer("village")
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(kind, vocab_size=len(tokenizer), **{**SIZES, **options})
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    return model_folder(tmp_path_factory.mktemp("llama"), "llama")
+
+
+@pytest.fixture
+def copy(llama, tmp_path):
+    return shutil.copytree(llama, tmp_path / "copy")
+
+
+# ---- our logits are the model's own ----------------------------------------------------
+
+
+@torch.no_grad()
+def test_a_model_with_a_head_of_its_own_kind_is_asked_for_its_own_logits(tmp_path):
+    folder = model_folder(tmp_path / "m", "falcon_h1", **FALCON_H1)
+    model, ids = load_model(folder, 32), torch.arange(30)[None]
+    own = AutoModelForCausalLM.from_pretrained(folder).eval()(input_ids=ids).logits
+    assert model.own_logits
+    hidden = hidden_states(model, ids)
+    assert torch.allclose(output_logits(model, hidden), own, atol=1e-5)
+    assert torch.allclose(output_logits(model, hidden, (5, 7)), own[..., [5, 7]], atol=1e-5)
+    judge = Judge(model, load_tokenizer(folder))
+    rows = judge.encode([Pair(*PAIR), Pair("Who?", "Anna " * 9, "Bella")])
+    assert torch.allclose(judge.log_odds(rows)[0], judge.plain_log_odds(rows), atol=1e-5)
+
+
+def load_as_unknown(*arguments, **options):
+    model = load_model(*arguments, **options)
+    model.own_logits = True
+    return model
+
+
+def test_a_model_of_own_logits_trains_in_both_stages(llama, tmp_path, monkeypatch):
+    """Both ways give the same adapter: Llama is taken as if its head were unknown."""
+    kept = []
+    for name in ("known", "own"):
+        if name == "own":
+            monkeypatch.setattr(train_pretrain, "load_model", load_as_unknown)
+            monkeypatch.setattr(train_reward, "load_model", load_as_unknown)
+            monkeypatch.setattr("gram_mini.chunked.LOGITS_AT_ONCE", 718 * 20)
+        same = ["--model", llama, "--bits", "32", *SHORT]
+        train_pretrain.main([*same, "--out", str(tmp_path / name)])
+        same.remove("--lora-rank"), same.remove("2")
+        same = [
+            "--model",
+            llama,
+            "--bits",
+            "32",
+            "--limit",
+            "40",
+            "--steps",
+            "2",
+            "--held-out",
+            "0",
+        ]
+        init = ["--init", str(tmp_path / name), "--out", str(tmp_path / f"{name}-reward")]
+        train_reward.main([*same, *init])
+        kept.append(load_file(tmp_path / f"{name}-reward" / "adapter_model.safetensors"))
+    assert all(torch.allclose(kept[0][key], kept[1][key], atol=2e-4) for key in kept[0])
+
+
+def test_a_model_that_is_not_causal_is_refused(tmp_path):
+    folder = model_folder(tmp_path / "m", "bert", is_decoder=False)
+    with pytest.raises(UserError, match="is no causal language model"):
+        load_model(folder, 32)
+
+
+def test_shared_beginnings_that_are_ignored_are_noticed(llama, monkeypatch):
+    """An argument that the decoder does not know takes the cache, which so is lost."""
+    monkeypatch.setattr(prefixes, "cache_argument", lambda model: "unknown_argument")
+    model = load_model(llama, 32)
+    assert model.shares_nothing and not prefixes.can_share(model)
+    monkeypatch.undo()
+    assert prefixes.can_share(load_model(llama, 32))
+
+
+def test_no_architecture_warns_of_how_its_cache_is_passed(llama, recwarn):
+    judge = Judge(load_model(llama, 32), load_tokenizer(llama))
+    judge.rank(PAIR[0] * 20, ["a", "b", "c", "d"])
+    assert not [w for w in recwarn if "past_key_values" in str(w.message)]
+
+
+# ---- the loader's warnings are errors --------------------------------------------------
+
+
+def edit_weights(folder, edit):
+    weights = load_file(folder / "model.safetensors")
+    edit(weights)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+KEY = "model.layers.1.mlp.up_proj.weight"
+
+
+@pytest.mark.parametrize(("edit", "message"), [
+    (lambda w: w.pop(KEY), f"{KEY} is missing from the file"),
+    (lambda w: w.update(extra=torch.zeros(3)), "extra is in the file and not in the model"),
+    (lambda w: w.update({KEY: torch.zeros(3, 3)}), f"{KEY}.* has another shape|size mismatch"),
+])  # fmt: skip
+def test_weights_that_do_not_fit_end_in_one_line(copy, edit, message):
+    edit_weights(copy, edit)
+    with pytest.raises(UserError, match=message) as error:
+        load_model(str(copy), 32)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("beside", [True, False])
+def test_an_adapter_in_a_model_folder_is_not_dropped(copy, beside):
+    model = add_lora(LlamaForCausalLM.from_pretrained(copy), 2)
+    model.save_pretrained(copy)
+    if not beside:
+        (copy / "model.safetensors").unlink()
+        (copy / "config.json").unlink()
+    with pytest.raises(UserError, match="holds an adapter, which training would drop; merge it"):
+        load_model(str(copy), 32)
+
+
+# ---- quantisation is what it says ------------------------------------------------------
+
+
+@pytest.mark.parametrize(("kind", "options", "message"), [
+    ("gpt2", dict(n_embd=64, n_layer=2, n_head=4), r"\(Conv1D\) come back transposed"),
+    ("falcon", {}, "none of its layers can be put into 4 bits; give --bits 16"),
+])  # fmt: skip
+def test_what_cannot_be_in_four_bits_is_refused_before_training(tmp_path, kind, options, message):
+    folder = model_folder(tmp_path / "m", kind, **options)
+    with pytest.raises(UserError, match=message):
+        load_model(folder, 4)
+    load_model(folder, 16)
+
+
+def test_the_share_in_four_bits_is_said_where_it_is_not_nearly_all(llama, tmp_path, capsys):
+    load_model(llama, 4)
+    assert "are in 4 bits" not in capsys.readouterr().err
+    load_model(model_folder(tmp_path / "m", "mixtral", **MIXTRAL), 4)
+    assert "% of the weights of its layers are in 4 bits" in capsys.readouterr().err
+
+
+def test_a_checkpoint_in_four_bits_is_brought_to_the_bits_that_are_asked_for(
+    llama, tmp_path, capsys
+):
+    load_model(llama, 4).save_pretrained(tmp_path / "nf4")
+    load_tokenizer(llama).save_pretrained(tmp_path / "nf4")
+    model = load_model(str(tmp_path / "nf4"), 16)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert not any(hasattr(p, "quant_state") for p in model.parameters())
+    assert "cannot bring back what was rounded" in capsys.readouterr().err
+
+
+def test_a_checkpoint_in_another_format_is_refused(copy):
+    config = json.loads((copy / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_8bit": True}
+    (copy / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="is stored in bitsandbytes, .* cannot be scored"):
+        load_model(str(copy), 4)
+
+
+# ---- a score depends on the pair alone -------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def longrope(tmp_path_factory):
+    """A model whose positions are scaled by the longest row beyond 120 tokens."""
+    folder = tmp_path_factory.mktemp("longrope")
+    tokenizer = load_tokenizer("village")
+    factors = dict(short_factor=[1.0] * 8, long_factor=[4.0] * 8)
+    rope = dict(rope_type="longrope", rope_theta=10000.0, **factors)
+    torch.manual_seed(0)
+    config = Phi3Config(
+        **SIZES, vocab_size=len(tokenizer), pad_token_id=0, rope_parameters=rope,
+        original_max_position_embeddings=120, max_position_embeddings=480, initializer_range=0.2,
+    )  # fmt: skip
+    Phi3ForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def test_a_longer_pair_in_the_batch_changes_no_score(longrope):
+    judge = load_judge(longrope, bits=32, max_length=480)
+    short, long = Pair(*PAIR), Pair("Who? " * 30, "Anna " * 40, "Bella " * 50)
+    alone, together = judge.compare_many([short]), judge.compare_many([short, long, short])
+    assert together[0].log_odds_first == pytest.approx(alone[0].log_odds_first, abs=1e-4)
+    assert together[2].log_odds_second == pytest.approx(alone[0].log_odds_second, abs=1e-4)
+    rows = judge.encode([short, long])
+    mixed = judge.plain_log_odds(rows)[0, 0].item()  # one batch: what must not be done
+    assert abs(mixed - alone[0].log_odds_first) > 1e-3
+
+
+def test_lengths_of_different_kinds_get_passes_of_their_own(longrope, llama):
+    kind = length_kind(load_model(longrope, 32))
+    assert [kind(length) for length in (10, 120, 121, 400)] == [0, 0, 1, 1]
+    assert {length_kind(load_model(llama, 32))(n) for n in (1, 10**6)} == {0}
+    lengths = [100, 110, 121, 130]
+    passes = split_by_tokens(lengths, None, kinds=[kind(n) for n in lengths])
+    assert [lengths[part] for part in passes] == [[100, 110], [121, 130]]
+
+
+def test_training_does_not_mix_lengths_across_the_switch(longrope, tmp_path, monkeypatch):
+    rows = [{"prompt": "x", "chosen": "y " * n, "rejected": "z"} for n in (1, 2, 150, 160)]
+    (tmp_path / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    sizes, real = [], train_reward.judge_batch
+
+    def batch(rows, prompt, device):
+        sizes.append(sorted(row.length + prompt.fixed_tokens for row in rows))
+        return real(rows, prompt, device)
+
+    monkeypatch.setattr(train_reward, "judge_batch", batch)
+    data = ["--data", str(tmp_path / "d.jsonl"), "--out", str(tmp_path / "run"), "--held-out", "0"]
+    train_reward.main(["--model", longrope, "--bits", "32", *data, "--steps", "1"])
+    assert len(sizes) == 2 and max(sizes, key=max)[0] > 120 >= min(sizes, key=max)[-1]
+
+
+# ---- limits known beforehand -----------------------------------------------------------
+
+
+def test_positions_that_end_too_early_are_told_before_any_work(tmp_path, capsys):
+    options = dict(ffn_dim=64, word_embed_proj_dim=64, max_position_embeddings=128)
+    folder = model_folder(tmp_path / "opt", "opt", **options)
+    message = "has 128 positions and --max-length is 512; give --max-length 128 or less"
+    for script in (train_pretrain, train_reward):
+        with pytest.raises(UserError, match=message):
+            script.main(["--model", folder, "--out", str(tmp_path / "run"), *SHORT])
+    with pytest.raises(UserError, match=message):
+        score.main(["--model", folder, *ONE_PAIR])
+    load_judge(folder, max_length=128).compare(*PAIR)
+
+
+def test_a_rotary_model_beyond_its_positions_is_warned_of(tmp_path, capsys):
+    folder = model_folder(tmp_path / "m", "llama", max_position_embeddings=256)
+    load_judge(folder, max_length=512)
+    assert "was made for 256 tokens and --max-length is 512" in capsys.readouterr().err
+
+
+def test_a_tokenizer_with_more_tokens_than_the_embedding_is_one_line(tmp_path):
+    folder = model_folder(tmp_path / "m", "llama")
+    tokenizer = load_tokenizer("village")
+    tokenizer.add_tokens(["<one>", "<more>"])
+    tokenizer.save_pretrained(folder)
+    with pytest.raises(UserError, match="tokenizer has 720 tokens and its embedding 718 rows"):
+        load_judge(folder)
+
+
+# ---- not a number is no verdict --------------------------------------------------------
+
+
+def break_weights(weights):
+    weights[KEY][3] = float("nan")
+
+
+def test_scoring_stops_at_what_is_not_a_number_and_writes_nothing(copy, tmp_path):
+    edit_weights(copy, break_weights)
+    (tmp_path / "d.jsonl").write_text(json.dumps(dict(zip(("prompt", "chosen", "rejected"), PAIR))))
+    out = tmp_path / "scores.jsonl"
+    for options in (ONE_PAIR, ["--data", str(tmp_path / "d.jsonl"), "--out", str(out)]):
+        with pytest.raises(UserError, match="its logits are no numbers; its weights"):
+            score.main(["--model", str(copy), *options])
+    assert not list(tmp_path.glob("scores*"))
+
+
+def test_not_a_number_names_its_row(village_judge, monkeypatch):
+    pairs = [Pair("x", "y", "z", row=4), Pair("x", "y " * 5, "z", row=9)]
+    real = village_judge.label_logits
+    monkeypatch.setattr(
+        village_judge, "label_logits", lambda v: real(v) * float("nan") if len(v) else real(v)
+    )
+    with pytest.raises(UserError, match="row 4 and 1 more: the judge gives log-odds of"):
+        village_judge.compare_many(pairs)
+    with pytest.raises(UserError, match="which are no numbers"):
+        village_judge.rank("x", ["y", "z", "w"])
+
+
+# ---- errors of a model's own code ------------------------------------------------------
+
+
+def run(*arguments, cwd=ROOT):
+    command = [sys.executable, str(ROOT / "score.py"), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd)
+
+
+def test_a_model_folder_can_be_the_current_one(llama):
+    done = run("--model", ".", "--bits", "32", *ONE_PAIR, cwd=llama)
+    assert done.returncode == 0 and "P(A better)" in done.stdout, done.stderr
+
+
+def test_an_error_of_the_models_code_is_one_line_and_debug_shows_the_whole(tmp_path):
+    folder = model_folder(tmp_path / "m", "phimoe", num_local_experts=4, num_key_value_heads=2)
+    with pytest.raises(UserError, match=f"{folder}: its own code fails: ") as error:
+        add_lora(load_model(folder, 32), 2)
+    assert "\n" not in str(error.value)
+    (tmp_path / "empty").mkdir()
+    plain, debug = (
+        run("--model", str(tmp_path / "empty"), *ONE_PAIR, *o) for o in ([], ["--debug"])
+    )
+    assert plain.returncode == 2 and "Traceback" not in plain.stderr
+    assert "Traceback" in debug.stderr and "UserError" in debug.stderr
+
+
+def test_lora_that_cannot_be_put_on_is_one_line(tmp_path):
+    folder = model_folder(tmp_path / "m", "falcon_h1", **FALCON_H1)
+    with pytest.raises(UserError, match="LoRA cannot be put on it: "):
+        add_lora(load_model(folder, 32), 2)
+
+
+def test_a_wrong_reading_of_four_bit_weights_is_said(monkeypatch, capsys):
+    """The village's rows are 96 and 288 weights long, no whole blocks of 64."""
+    import bitsandbytes.functional
+
+    real = bitsandbytes.functional.dequantize_4bit
+    by_blocks = lambda data, state: torch.ones(state.shape)
+    by_rows = lambda data, state: real(data, state) * (1 if state.shape[-1] == 64 else 2)
+    for read, wrong in ((by_blocks, False), (by_rows, True)):
+        monkeypatch.setattr(bitsandbytes.functional, "dequantize_4bit", read)
+        load_model("village", 4)
+        assert ("back with wrong scales on this CPU" in capsys.readouterr().err) == wrong
+
+
+# ---- the swap test ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("kind", "options"), [
+    ("llama", {}), ("opt", dict(ffn_dim=64, word_embed_proj_dim=64)), ("gpt_neox", {}),
+    ("gemma2", dict(head_dim=16, final_logit_softcapping=2.0)), ("mpt", MPT),
+    ("falcon_h1", FALCON_H1), ("mamba", {}), ("bloom", {}), ("mixtral", MIXTRAL),
+])  # fmt: skip
+def test_exchanging_the_responses_gives_one_minus_p(tmp_path, kind, options):
+    judge = load_judge(model_folder(tmp_path / "m", kind, **options), bits=32)
+    for average in ("probabilities", "logits"):
+        there = judge.compare(PAIR[0], PAIR[1], PAIR[2], average).probability
+        back = judge.compare(PAIR[0], PAIR[2], PAIR[1], average).probability
+        assert there == pytest.approx(1 - back, abs=1e-5)
