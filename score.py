@@ -1,10 +1,9 @@
-"""Score responses with a judge: which of two is better, a reward against a reference, a ranking of
-n.
+"""Score responses with a judge: which is better, rewards against a reference, rankings.
 
 Every comparison is made in both orders. On the command line two responses give a comparison, more
-(or --rank) a ranking, --reference the reward of each. With --data, every row of a file becomes a
-line of JSON (a row that gives several pairs one line each, numbered by "pair"; a row that gives
-none a line with "skipped", the reason):
+(or --rank) a ranking, --reference the reward of each. With --data, a file's rows become lines of
+JSON, each with "row" and the row's "id". A row with several pairs gives a line for each, numbered
+by "pair". A row with none gives a line with "skipped", the reason.
 
   prompt, chosen, rejected (or any other format of gram_mini/reading/README.md)    -> a comparison
       probability    P(the first response, A, is better), the average of both orders

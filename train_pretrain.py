@@ -1,6 +1,7 @@
 """Stage 1 of GRAM: learn to generate a pair of responses, from pairs that nobody labelled.
 
-The loss is -log pi(y_a, y_b | x): the next-token loss on both responses, after the prompt x.
+The loss is -log pi(y_a, y_b | x): the next-token loss on both responses and the markers around
+them, after the prompt x.
 Any preference data will do: labels are dropped, and which response comes first is drawn at random.
 """
 
@@ -26,9 +27,10 @@ def main(argv=None):
     pairs = run.load_pairs(labelled=False)
     train_pairs, held_out_pairs = split_by_prompt(pairs, args.held_out, args.seed)
 
-    # Judge: no judge yet, but the model that will be one, with an adapter to train
+    # Judge: the model that will be one in stage 2, with a fresh adapter
     tokenizer = load_tokenizer(run.backbone)
-    prompt, labels = pair_prompt(tokenizer), label_tokens(tokenizer)
+    prompt = pair_prompt(tokenizer)  # the fixed words around x, y_a and y_b
+    labels = label_tokens(tokenizer)  # not used yet: a model without them must not get so far
     torch.manual_seed(args.seed)
     model = load_model(run.backbone, args.bits, run.device, args.gradient_checkpointing)
     run.check(model, tokenizer)
@@ -48,9 +50,9 @@ def main(argv=None):
         for part in run.passes(batch):  # all at once, or as many rows as fit
             ids, targets = pair_batch(part, prompt, run.device)  # (B, T), (B, T): the next token
             hidden = hidden_states(model, ids)  # (B, T, H)
-            pair = targets != IGNORED  # (B, T): where a token of y_a, y_b or a marker comes next
-            head = output_head(model)  # logits are made of these hidden states alone
-            loss = chunked_pair_loss(hidden[pair], targets[pair], head)  # -log pi(y_a, y_b | x)
+            trained = targets != IGNORED  # (B, T): where a token of y_a, y_b or a marker comes next
+            states, following = hidden[trained], targets[trained]  # (N, H), (N,)
+            loss = chunked_pair_loss(states, following, output_head(model))  # -log pi(y_a, y_b | x)
             share = trained_tokens(prompt, part) / trained_tokens(prompt, batch)  # mean over tokens
             (loss * share).backward()
             run.note(share, ids.numel(), loss=loss)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import random
+import re
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -17,7 +18,7 @@ from tqdm import tqdm
 
 from gram_mini.errors import UserError
 from gram_mini.pairs import Pair
-from gram_mini.prompts import PromptPieces
+from gram_mini.prompts import MARKERS, PromptPieces
 
 ENOUGH = 1024  # tokens of a forward pass; below this, smaller passes cost more than padding
 IGNORED = -100  # target of a position that carries no loss, torch's default ignore_index
@@ -35,6 +36,7 @@ class EncodedPair:
     label: int | None
     row: int
     uncut: tuple[int, int, int]  # how long the three were before they were cut
+    cut_alike: bool = False  # whether cutting alone made one response the beginning of the other
 
     @property
     def length(self) -> int:
@@ -72,18 +74,61 @@ def encode_pairs(
             f"prompt's own words take {pieces.fixed_tokens}; give at least "
             f"{pieces.fixed_tokens + 6}"
         )
-    # A response that spells out "<|im_end|>" must not end the user's turn: it is only text.
-    options = dict(add_special_tokens=False, split_special_tokens=True, verbose=False)
+    reserved = reserved_tokens(pieces, tokenizer)
     encoded = []
     starts = range(0, len(pairs), 1000)
     for start in tqdm(starts, desc="tokenising", unit="k", delay=2, leave=False):
         chunk = pairs[start : start + 1000]
-        texts = [(pair.prompt, pair.response_a, pair.response_b) for pair in chunk]
-        ids = tokenizer([text.strip() for three in texts for text in three], **options)["input_ids"]
+        threes = [(pair.prompt, pair.response_a, pair.response_b) for pair in chunk]
+        ids = encode_texts(
+            [text.strip() for three in threes for text in three], tokenizer, reserved
+        )
         for pair, prompt, a, b in zip(chunk, ids[0::3], ids[1::3], ids[2::3]):
             uncut = (len(prompt), len(a), len(b))
             x, y_a, y_b = (array("i", text) for text in truncate(prompt, a, b, budget))
-            encoded.append(EncodedPair(x, y_a, y_b, pair.label, pair.row, uncut))
+            texts = pair.response_a.strip(), pair.response_b.strip()
+            cut_alike = one_begins_other(y_a, y_b) and not one_begins_other(*texts)
+            encoded.append(EncodedPair(x, y_a, y_b, pair.label, pair.row, uncut, cut_alike))
+    return encoded
+
+
+def one_begins_other(a: Sequence, b: Sequence) -> bool:
+    """Whether one of two texts, or lists of tokens, is the beginning of the other."""
+    shorter = min(len(a), len(b))
+    return a[:shorter] == b[:shorter]
+
+
+def reserved_tokens(pieces: PromptPieces, tokenizer) -> dict[int, str]:
+    """Tokens that belong to the prompt alone, and what they spell: those of its pieces, and the
+    special ones, as far as they were added to the tokenizer's vocabulary.
+    """
+    own = {*pieces.start, *pieces.after_prompt, *pieces.between, *pieces.end}
+    return {
+        i: token.content
+        for i, token in tokenizer.added_tokens_decoder.items()
+        if (i in own or token.special or token.content in MARKERS)
+        and i != tokenizer.unk_token_id
+        and len(token.content.strip()) > 1  # white space may be a token of its own
+    }
+
+
+def encode_texts(texts: list[str], tokenizer, reserved: dict[int, str]) -> list[list[int]]:
+    """Token ids of texts, none of them a reserved one: a response that spells out "<|im_end|>" must
+    not end the user's turn. It is only text.
+
+    A text out of which a reserved token comes is encoded in parts, cut within what spells it out.
+    """
+    options = dict(add_special_tokens=False, split_special_tokens=True, verbose=False)
+    encoded = tokenizer(texts, **options)["input_ids"]
+    for n, (text, ids) in enumerate(zip(texts, encoded)):
+        if reserved.keys().isdisjoint(ids) or len(text) < 2:
+            continue
+        spelled = [re.finditer(re.escape(content), text) for content in reserved.values()]
+        # Where nothing spells it out, the tokenizer changes the text first (upper case, say).
+        cuts = {match.start() + 1 for each in spelled for match in each} or {len(text) // 2}
+        ends = [0, *sorted(cuts), len(text)]
+        parts = [text[start:end] for start, end in zip(ends, ends[1:])]
+        encoded[n] = [i for part in encode_texts(parts, tokenizer, reserved) for i in part]
     return encoded
 
 
@@ -199,7 +244,8 @@ def pair_batch(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Stage 1: sequences, and as targets the next token where it is part of the assistant's turn.
 
-    Returns ids (B, T) and targets (B, T), IGNORED on the prompt and on padding.
+    Returns ids (B, T) and targets (B, T): the next token where it belongs to the responses or the
+    markers around them, IGNORED elsewhere.
     """
     sequences = [join(pieces, row) for row in rows]
     # tokens that are not trained on

@@ -69,6 +69,7 @@ def _chunk(
     targets = targets[:, None]  # (n, 1)
     with torch.enable_grad():
         logits = head(hidden)  # (n, V)
+    # z (n, V) is first the logits, then their exponentials, then probabilities, then the gradient.
     z = logits.detach().to(torch.promote_types(logits.dtype, torch.float32), copy=bool(head.cap))
     largest, right = z.amax(dim=1, keepdim=True), z.gather(1, targets)  # (n, 1), (n, 1)
     z.sub_(largest).exp_()

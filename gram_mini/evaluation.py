@@ -102,11 +102,11 @@ def summarise(pairs: list[Pair], results: list[Comparison]) -> Evaluation:
     # Pairs of one prompt stand or fall together, so the interval counts prompts (cluster-robust).
     residuals = sum((sum(h) - accuracy * len(h)) ** 2 for h in hits.values())
     prompts = len(hits)
-    widen = student_t(prompts - 1) * math.sqrt(prompts / (prompts - 1)) if prompts > 1 else math.inf
+    widen = student_t(prompts - 1) * math.sqrt(prompts / (prompts - 1)) if prompts > 1 else 0.0
     return Evaluation(
         pairs=len(pairs),
         accuracy=accuracy,
-        interval=min(1.0, widen * math.sqrt(residuals) / len(pairs)) if residuals else 0.0,
+        interval=min(1.0, widen * math.sqrt(residuals) / len(pairs)) if prompts > 1 else 1.0,
         loss=sum(_softplus(-m) for m in margins) / len(margins),
         margin=sum(margins) / len(margins),
         label_mass=sum(r.label_mass for r in results) / len(results),

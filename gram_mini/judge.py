@@ -96,10 +96,9 @@ class Judge:
         model: causal language model, with or without an adapter.
         tokenizer: its tokenizer; the label tokens are looked up in it.
         max_length: tokens per judge prompt; longer texts are cut (see batches.truncate).
-        batch_size: judge prompts of max_length per forward pass; of shorter ones as many more as
-            have the same number of tokens.
+        batch_size: a forward pass holds at most batch_size x max_length tokens.
         template: the judge prompt, with placeholders as in prompts.JUDGE.
-        batch_tokens: fewer tokens per forward pass than these.
+        batch_tokens: and at most these, if given.
 
     runs.load_judge makes one from a run folder, a model folder or a name on the hub.
     """

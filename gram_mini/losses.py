@@ -1,8 +1,8 @@
 """The two losses of GRAM, and why the second is a regularised Bradley-Terry loss.
 
-Stage 1 is the negative log-likelihood of the pair of responses, -log pi(y_a, y_b | x): what the
-paper calls pre-training on unlabeled data. It is a sum over the tokens of the pair, markers
-included; we take its mean per token, as language models are trained.
+Stage 1 is the negative log-likelihood of the pair of responses, -log pi(y_a, y_b | x). The paper
+calls it pre-training on unlabeled data. It is a sum over the tokens of the pair, markers included;
+we take its mean per token, as language models are trained.
 
 Stage 2, derived step by step. Write s = (x, y_a, y_b) for the judge prompt, Z_t for the logit of
 token t after it, w for the label of the preferred response (A or B), l for the other one.
@@ -13,11 +13,12 @@ token t after it, w for the label of the preferred response (A or B), l for the 
 
 2. Only two tokens can be right. Normalise over these two alone:
 
-       p(w | s) = exp(Z_w) / (exp(Z_w) + exp(Z_l)) = 1 / (1 + exp(-(Z_w - Z_l))) = sigmoid(Z_w -
-       Z_l).
+       p(w | s) = exp(Z_w) / (exp(Z_w) + exp(Z_l))
+                = 1 / (1 + exp(-(Z_w - Z_l)))
+                = sigmoid(Z_w - Z_l).
 
    With m = Z_w - Z_l the loss is -log sigmoid(m): the Bradley-Terry loss, with the logits of the
-   label tokens in the place of two scalar rewards.
+   label tokens instead of two scalar rewards.
 
 3. Smooth the label: w is the target with 1 - eps, l with eps. Since p(l | s) = sigmoid(-m) and
    log sigmoid(-m) = log sigmoid(m) - m,
@@ -26,40 +27,40 @@ token t after it, w for the label of the preferred response (A or B), l for the 
              = -(1 - eps) log sigmoid(m) - eps log sigmoid(m) + eps m
              = -log sigmoid(m) + eps m.
 
-   Bradley-Terry plus a regulariser that pulls the margin down (the paper: a regularized pairwise
-   ranking loss).
+   That is Bradley-Terry plus a regulariser that pulls the margin down (the paper: a regularized
+   pairwise ranking loss).
 
 4. Its gradient, with d/dm log sigmoid(m) = sigmoid(-m):
 
        dL_eps/dm = -sigmoid(-m) + eps.
 
-   Far to the left (the pair is judged wrongly) it is -(1 - eps); far to the right it is +eps: where
-   plain Bradley-Terry goes on pushing a margin that is large already, smoothing pushes it back.
+   Far to the left (the pair is judged wrongly) it is -(1 - eps); far to the right it is +eps.
+   Plain Bradley-Terry goes on pushing a margin that is large already; smoothing pushes it back.
 
 5. It vanishes at sigmoid(-m) = eps, the best margin
 
-       m* = log((1 - eps) / eps),
+       m* = log((1 - eps) / eps).
 
-   finite for every eps > 0; infinite for eps = 0 and 0 for eps = 1/2, where nothing is learned. The
-   second derivative sigmoid(m) sigmoid(-m) is positive, so this is the minimum. It is the best
-   margin of a pair whose label is certain. Where only a share q of the raters prefers w, the target
-   of w is q (1 - eps) + (1 - q) eps on average, and that stands in the place of 1 - eps: the noise
-   of the labels keeps margins down too, often more than the smoothing does.
+   It is finite for every eps > 0, infinite for eps = 0, and 0 for eps = 1/2, where nothing is
+   learned. The second derivative sigmoid(m) sigmoid(-m) is positive, so this is the minimum.
 
-6. torch's CrossEntropyLoss(label_smoothing=e) spreads e over *all* classes, the right one included:
-with
-   two classes the target of w is 1 - e + e/2 = 1 - e/2. Hence e = 2 eps. The official configuration
-   (NiuTrans/GRAM, examples/train_full/qwen3_fine_tuning_rm.yaml) has e = 0.1, that is eps = 0.05.
+   It is the best margin of a pair whose label is certain. Where only a share q of the raters
+   prefers w, the target of w is q (1 - eps) + (1 - q) eps on average instead of 1 - eps. So the
+   noise of the labels keeps margins down too, often more than the smoothing does.
 
-7. What step 2 left out: with the mass M = pi(A | s) + pi(B | s) that the model puts on the two
-labels,
-   pi(w | s) = p(w | s) * M, so
+6. torch's CrossEntropyLoss(label_smoothing=e) spreads e over *all* classes, the right one included.
+   With two classes the target of w is 1 - e + e/2 = 1 - e/2. Hence e = 2 eps. The official
+   configuration (NiuTrans/GRAM, examples/train_full/qwen3_fine_tuning_rm.yaml) has e = 0.1, that
+   is eps = 0.05.
+
+7. What step 2 left out. With the mass M = pi(A | s) + pi(B | s) that the model puts on the two
+   labels, pi(w | s) = p(w | s) M, so
 
        -log pi(w | s) = -log sigmoid(m) - log M.
 
    The loss over the full vocabulary is the two-label loss plus a term that teaches the model to
-   answer with A or B at all. Scores never read it, since they compare the two labels; so we train
-   without it and log M, to see what becomes of it.
+   answer with A or B at all. Scores never read it, since they compare the two labels. So we train
+   without it, and log M to see what becomes of it.
 """
 
 from __future__ import annotations
@@ -75,28 +76,28 @@ def pair_loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     fast twin.
 
     Args:
-        logits: (N, V), one row for each token that is trained on, and for no other.
-        targets: (N,), the token that follows.
+        logits: (N, V), what is predicted before each of N trained tokens.
+        targets: (N,), the ids of these tokens.
     """
     return F.cross_entropy(at_least_float32(logits), targets)
 
 
-def margins(label_logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+def margins(label_logits: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     """m = Z_w - Z_l for each pair, shape (B,).
 
     Args:
         label_logits: (B, 2), the logits of A and B.
-        labels: (B,), 0 where A is preferred, 1 where B is.
+        right: (B,), 0 where A is the better response, 1 where B is.
     """
     z_a, z_b = at_least_float32(label_logits).unbind(dim=1)  # (B,), (B,)
-    return torch.where(labels == 0, z_a - z_b, z_b - z_a)  # (B,)
+    return torch.where(right == 0, z_a - z_b, z_b - z_a)  # (B,)
 
 
-def reward_loss(label_logits: torch.Tensor, labels: torch.Tensor, eps: float = 0.0) -> torch.Tensor:
+def reward_loss(label_logits: torch.Tensor, right: torch.Tensor, eps: float = 0.0) -> torch.Tensor:
     """Stage 2: mean of -log sigmoid(m) + eps m (step 3), in nats per pair.
 
     Args:
-        label_logits: (B, 2); labels: (B,), as in :func:`margins`.
+        label_logits: (B, 2); right: (B,), as in :func:`margins`.
         eps: smoothing, 0 <= eps < 1/2; half of what torch calls label_smoothing (step 6).
 
     Raises:
@@ -104,7 +105,7 @@ def reward_loss(label_logits: torch.Tensor, labels: torch.Tensor, eps: float = 0
     """
     if not 0 <= eps < 0.5:
         raise ValueError(f"eps must be at least 0 and below 1/2, got {eps}")
-    m = margins(label_logits, labels)  # (B,)
+    m = margins(label_logits, right)  # (B,)
     return (-F.logsigmoid(m) + eps * m).mean()
 
 

@@ -218,7 +218,7 @@ def load_lora(model, folder: Path, trainable: bool = True) -> PeftModel:
 
 
 def length_kind(model) -> Callable[[int], int]:
-    """Which kind a sequence of some length is; sequences of different kinds need different passes.
+    """A function from length to kind; sequences of different kinds must not share a pass.
 
     Some models scale all positions of a batch by its longest row (LongRoPE beyond a switch, dynamic
     NTK beyond its limit). For all others every length is of one kind.
@@ -338,7 +338,7 @@ class OwnLogits:
     """The head of a model whose hidden states are its logits already (see hidden_states)."""
 
     weight: torch.Tensor  # (V, H); only its length is asked for
-    cap: bool = True  # logits must not be written over: they are the hidden states
+    cap: bool = True  # as a cap does, it says that logits must not be written over
 
     def __call__(self, hidden: torch.Tensor, tokens: tuple[int, ...] | None = None) -> torch.Tensor:
         """Logits as in :func:`output_logits`."""

@@ -145,8 +145,8 @@ def end_states(model, sequences: list[Segments]) -> torch.Tensor:
     seen = torch.ones(1, 0, dtype=torch.bool)  # (R, T so far)
     for level in levels:
         first = level is levels[0]
-        ids = pad(level.ids)  # (R, T)
-        lengths = torch.tensor([len(row) for row in level.ids])
+        ids = pad(level.ids)  # (R, T), the R continuations of this level
+        lengths = torch.tensor([len(row) for row in level.ids])  # (R,)
         if not first:
             cache.batch_select_indices(torch.tensor(level.parents, device=model.device))
         begun = seen[level.parents]  # (R, T so far)
@@ -158,9 +158,9 @@ def end_states(model, sequences: list[Segments]) -> torch.Tensor:
                 input_ids=ids.to(model.device),
                 attention_mask=None
                 if first
-                else seen.to(model.device),  # at first attention is causal, as in batches.pad
+                else seen.to(model.device),  # at first as in batches.pad
                 position_ids=positions.to(model.device),
                 use_cache=True,
                 **{cache_argument(model): cache},
             ).last_hidden_state  # (R, T, H)
-    return hidden[torch.arange(len(ids)), lengths - 1][places]
+    return hidden[torch.arange(len(ids)), lengths - 1][places]  # (B, H)

@@ -39,9 +39,9 @@ LABELS = ("A", "B")
 # The fixed parts. Each is one token of the village's tokenizer, so that its sequences stay short.
 MARKERS = (INSTRUCTION, USER_QUESTION, START_A, END_A, START_B, END_B, PREFERRED)
 
-# Private-use characters stand for the three texts while a chat template is rendered around them.
 TODAY = date(2024, 7, 26)  # the date that Llama 3's template falls back on
 _DATES = "{%- macro strftime_now(format) -%}{{ dates[format] }}{%- endmacro +%}"
+# Private-use characters stand for the three texts while a chat template is rendered around them.
 SLOTS = {"prompt": "\ue000", "response_a": "\ue001", "response_b": "\ue002"}
 _PLACEHOLDER = re.compile(r"\{(prompt|response_a|response_b)\}")
 

@@ -14,6 +14,17 @@ from gram_mini.judge import Judge
 from gram_mini.model import VILLAGE, load_model, load_tokenizer
 
 
+def pytest_addoption(parser):
+    parser.addoption("--slow", action="store_true", help="run the tests of several minutes too")
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption("--slow"):
+        for item in items:
+            if "slow" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="slow: give --slow"))
+
+
 @pytest.fixture(scope="session")
 def tokenizer():
     return load_tokenizer(VILLAGE)

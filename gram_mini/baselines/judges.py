@@ -18,7 +18,7 @@ from gram_mini.model import evaluating
 
 
 def add_head(model, labels: tuple[int, int] | None = None) -> torch.nn.Linear:
-    """Put a trainable head on ``model.head``.
+    """Put a trainable head on ``model.trained_head``.
 
     Without ``labels`` it is a scalar head (1, H) with small random weights. With the token ids of A
     and B it is a copy of their rows of the output matrix (2, H).
@@ -30,28 +30,28 @@ def add_head(model, labels: tuple[int, int] | None = None) -> torch.nn.Linear:
             head.weight.normal_(std=0.02)
         else:
             head.weight.copy_(model.get_output_embeddings().weight[list(labels)])
-    model.head = head.to(model.device)
-    return model.head
+    model.trained_head = head.to(model.device)
+    return model.trained_head
 
 
 def load_head(model, file: Path, trainable: bool = False) -> torch.nn.Linear:
-    """Put the head that a run saved on ``model.head``."""
+    """Put the head that a run saved on ``model.trained_head``."""
     weight = load_file(file)["weight"]  # (1, H) or (2, H)
     head = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False)
     head.load_state_dict({"weight": weight})
-    model.head = head.to(model.device).requires_grad_(trainable)
-    return model.head
+    model.trained_head = head.to(model.device).requires_grad_(trainable)
+    return model.trained_head
 
 
 def freeze_all_but_head(model) -> None:
     """Freeze model and adapter, so that only the head is trained."""
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name.startswith("head."))
+        parameter.requires_grad_(name.startswith("trained_head."))
 
 
 def judge_with_head(model, *arguments) -> Judge:
-    """The judge that uses ``model.head``, if there is one; takes the arguments of Judge."""
-    head = getattr(model, "head", None)
+    """The judge that uses ``model.trained_head``, if there is one; takes the arguments of Judge."""
+    head = getattr(model, "trained_head", None)
     kind = Judge if head is None else ScalarJudge if head.out_features == 1 else LabelRowsJudge
     return kind(model, *arguments)
 
@@ -61,7 +61,7 @@ class LabelRowsJudge(Judge):
 
     def label_logits(self, verdict: torch.Tensor) -> torch.Tensor:
         """Z_A and Z_B (B, 2) of hidden states (B, H), by the trained rows."""
-        return self.model.head(verdict.to(self.model.head.weight.dtype))
+        return self.model.trained_head(verdict.to(self.model.trained_head.weight.dtype))
 
 
 class ScalarJudge(Judge):
@@ -80,7 +80,7 @@ class ScalarJudge(Judge):
 
     def rewards(self, states: torch.Tensor) -> torch.Tensor:
         """Rewards (B,) of the hidden states (B, H) after each response."""
-        return self.model.head(states.to(self.model.head.weight.dtype))[:, 0]
+        return self.model.trained_head(states.to(self.model.trained_head.weight.dtype))[:, 0]
 
     def log_odds(
         self, rows: list[EncodedPair], progress: str | None = None

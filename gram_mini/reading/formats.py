@@ -1,6 +1,6 @@
 """Preference rows in, pairs of responses out.
 
-A format is recognised by its columns and their types. Other columns do not matter.
+A format is recognised by its columns and their types.
 
     columns                                      format
     prompt, chosen, rejected                     texts, or lists of {"role", "content"} messages
@@ -8,6 +8,8 @@ A format is recognised by its columns and their types. Other columns do not matt
                                                  (HuggingFaceH4/ultrafeedback_binarized; equal
                                                  score_chosen and score_rejected are a tie)
     the same, the last two lists of texts        each chosen with each rejected (RM-Bench)
+    question, or instruction and input,          the same; Alpaca's layout for preferences
+        instead of prompt
     chosen, rejected                             whole dialogues with a shared beginning, as text
                                                  (hh-rlhf) or as messages (TRL implicit prompt,
                                                  Skywork-Reward-Preference)
@@ -26,26 +28,48 @@ A format is recognised by its columns and their types. Other columns do not matt
     instruction, input, output                   the official GRAM files, for pre-training and for
                                                  fine-tuning (NiuTrans/GRAM, README.md)
 
+messages.py reads the values. Beside any format, CONTEXT goes before the prompt, NOT_TEXT is
+refused, and every other column that holds something is named in the notes.
+
 Two dialogues may differ before their last message. Then each response begins at the answer where
 they split, and holds all that follows.
 """
 
 from __future__ import annotations
 
-import math
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import combinations, product
 from operator import itemgetter
 
 from gram_mini import prompts
 from gram_mini.errors import UserError
-from gram_mini.pairs import Pair
-from gram_mini.prompts import END_A, END_B, PREFERRED, START_A, START_B, USER_QUESTION
-from gram_mini.reading.sources import Row
+from gram_mini.pairs import Pair, is_blank
+from gram_mini.prompts import END_A, END_B, MARKERS, PREFERRED, START_A, START_B, USER_QUESTION
+from gram_mini.reading.messages import (
+    MESSAGE_KEYS,
+    NOT_TEXT,
+    QUOTED,
+    SPEAKERS,
+    Messages,
+    hh_turns,
+    is_nothing,
+    literal,
+    messages_in,
+    prompt_messages,
+    read_messages,
+    read_number,
+    read_text,
+    repeating,
+    split_dialogues,
+    transcript,
+    with_reply,
+    without_system,
+)
+from gram_mini.reading.sources import Notes, Row
 
 # The values of a column 'label', as the scores of the two responses.
 VERDICTS = {
@@ -61,6 +85,33 @@ VERDICTS = {
 ONE_RESPONSE = {"prompt", "response", "helpfulness"}
 SEVERAL_RESPONSES = {"instruction", "completions"}
 
+# Columns that go before the prompt, in this order, where a format has no other use for them.
+SYSTEM = ("system", "system_prompt", "system_message")
+HISTORY = ("history", "chat_history")
+PASSAGES = ("context", "instruction", "input")
+CONTEXT = (*SYSTEM, *HISTORY, *PASSAGES)
+
+SPELLED_OUT = "with a marker of the judge prompt in a response, read as plain letters"
+
+Scored = tuple[str, float | None]  # (response, score)
+Compared = tuple[str, str, float | None, float | None]  # (a, b, score of a, score of b)
+
+
+@dataclass(frozen=True)
+class Format:
+    """A format: the columns that a row must have, its reader, and what else the reader looks at.
+
+    The reader takes (row, where, labelled) and returns the prompt as messages and a list: of
+    ``Compared``, or of ``Scored`` where ``several`` is set.
+    """
+
+    columns: set[str]
+    read: Callable[[dict, str, bool], tuple[Messages, list]]
+    prompts: tuple[str, ...] = ()
+    responses: tuple[str, ...] = ()
+    more: tuple[str, ...] = ()
+    several: bool = False
+
 
 # ---- rows -> pairs -------------------------------------------------------------------
 
@@ -74,7 +125,7 @@ def group_rows(rows: Iterable[Row]) -> Iterator[tuple[int, list[Row]]]:
     group: list[Row] = []
     first, group_prompt = 0, None
     for number, (where, row) in enumerate(rows, start=1):
-        prompt = row["prompt"] if isinstance(row, dict) and ONE_RESPONSE <= row.keys() else None
+        prompt = prompt_of_one(row)
         if group and (prompt is None or prompt != group_prompt):
             yield first, group
             group = []
@@ -85,8 +136,15 @@ def group_rows(rows: Iterable[Row]) -> Iterator[tuple[int, list[Row]]]:
         yield first, group
 
 
+def prompt_of_one(row: dict | UserError) -> list | None:
+    """What rows of one response must share to be compared; None for any other row."""
+    if not isinstance(row, dict) or not ONE_RESPONSE <= row.keys():
+        return None
+    return [row["prompt"], *(row.get(name) for name in CONTEXT)]
+
+
 def parse_pairs(
-    group: Sequence[Row], labelled: bool = True, pairs: str = "all"
+    group: Sequence[Row], labelled: bool = True, pairs: str = "all", notes: Notes | None = None
 ) -> tuple[list[Pair], Counter]:
     """Recognise the format of a row, or of several rows with one prompt, and read its pairs.
 
@@ -94,30 +152,58 @@ def parse_pairs(
         group: list of (where, row), usually one; see group_rows.
         labelled: whether to read ratings and labels. If not, they may hold anything.
         pairs: "all" pairs of several scored responses, or only "best-worst".
+        notes: gets what was changed, and the columns that are not read.
 
     Returns the pairs, ties included, and a count of the responses that are in no pair, by reason.
 
     Raises:
-        UserError: columns missing or of the wrong type; names the place and the column.
+        UserError: columns missing, of the wrong type, or not for a judge of text; names the place
+            and the column.
     """
     where, row = group[0]
     if isinstance(row, UserError):
         raise row
+    notes = Notes() if notes is None else notes
+    row, form = _recognise(row, where)
+    rows = [(where, row), *group[1:]]
     scores_needed = labelled or pairs == "best-worst"
-    if ONE_RESPONSE <= row.keys():
-        prompt = read_prompt(row["prompt"], where, "prompt")
-        responses = _helpsteer2(group, scores_needed)
-    elif SEVERAL_RESPONSES <= row.keys():
-        prompt = _text(row["instruction"], where, "instruction")
-        responses = _ultrafeedback(row, where, scores_needed)
-    else:
-        for columns, read in FORMATS:
-            if columns <= row.keys():
-                return read(row, where, labelled), Counter()
-        raise UserError(
-            f"{where}: columns {sorted(map(str, row))} are of no known format; give 'prompt', "
-            "'chosen' and 'rejected' (gram_mini/reading/README.md lists the others)"
+    responses: list = []
+    left_out: Counter[str] = Counter()
+    changed: Counter[str] = Counter()
+    for number, (place, each) in enumerate(rows):
+        assert isinstance(each, dict)  # a row that cannot be read is a group of its own
+        _refuse_not_text(each, form.columns, place)
+        text = _unquoted(each, form, place)
+        changed["with messages written as text, read as messages"] += text is not each
+        own, values = form.read(text, place, scores_needed if form.several else labelled)
+        if number == 0:
+            messages = _with_context(own, text, place, form)
+        responses += values
+        notes.unread.update(_unread(text, form))
+        changed["whose one message as response is not the assistant's, read as if it were"] += any(
+            _is_of_another(text.get(name)) for name in form.responses
         )
+    prompt = transcript(messages)
+    compared = responses
+    if form.several and is_blank(prompt):  # perhaps thousands of rows: not all their pairs
+        return [], Counter({"with an empty prompt": len(responses)})
+    if form.several:
+        compared, left_out = _compared(responses, scores_needed, pairs)
+    asked = {prompt, transcript(own), own[-1][1]} if own else {prompt}
+    asked |= {row[name].strip() for name in form.prompts if isinstance(row.get(name), str)}
+    shortened = _without_prompt(compared, asked)
+    changed["whose responses repeat the prompt, taken off"] += len(rows) * (
+        shortened is not compared
+    )
+    changed[SPELLED_OUT] += spells_out_marker(text for a, b, *_ in shortened for text in (a, b))
+    notes.rows += changed
+    return [_pair_by_scores(prompt, *each) for each in shortened], +left_out
+
+
+def _compared(
+    responses: list[Scored], scores_needed: bool, pairs: str
+) -> tuple[list[Compared], Counter]:
+    """The pairs of several responses, and a count of those that are in none."""
     left_out: Counter[str] = Counter()
     if scores_needed:
         scored = [response for response in responses if response[1] is not None]
@@ -125,14 +211,13 @@ def parse_pairs(
         responses = scored
     if len(responses) < 2:
         left_out["without a second response"] = 1
-        return [], +left_out
+        return [], left_out
     if pairs == "best-worst":
         ordered = sorted(responses, key=itemgetter(1), reverse=True)
         responses = [ordered[0], ordered[-1]]
     return [
-        _pair_by_scores(prompt, a, b, score_a, score_b)
-        for (a, score_a), (b, score_b) in combinations(responses, 2)
-    ], +left_out
+        (a, b, score_a, score_b) for (a, score_a), (b, score_b) in combinations(responses, 2)
+    ], left_out
 
 
 def _pair_by_scores(
@@ -146,108 +231,328 @@ def _pair_by_scores(
     return Pair(prompt, a, b, label=int(score_b > score_a))
 
 
+# ---- which format --------------------------------------------------------------------
+
+
+def _recognise(row: dict, where: str) -> tuple[dict, Format]:
+    """The row and its format.
+
+    Raises:
+        UserError: it has none; says what would read it.
+    """
+    row = _verdict_in_chosen(row, where)
+    for form in FORMATS:
+        if form.columns <= row.keys():
+            return row, form
+    raise UserError(
+        f"{where}: columns {sorted(map(str, row))} are of no known format; {_nearest(row)}"
+    )
+
+
+# What 'chosen' and 'rejected' may hold where they name two other columns.
+_NAMES = (["a", "b"], ["1", "2"], ["0", "1"], ["model_a", "model_b"], ["first", "second"])
+
+
+def _verdict_in_chosen(row: dict, where: str) -> dict:
+    """The row with a label where 'chosen' and 'rejected' are not texts but name two others."""
+    verdict = [row.get(name) for name in ("chosen", "rejected")]
+    letters = [str(value).strip() for value in verdict]
+    names = two_responses(row)
+    if names is None or sorted(map(str.lower, letters)) not in _NAMES and {*letters} != {*names}:
+        return row
+    if names[0] in ("response_a", "response_A") and letters[0].upper() in ("A", "B"):
+        rest = {name: value for name, value in row.items() if name not in ("chosen", "rejected")}
+        return {"label": letters[0].upper(), **rest}
+    raise UserError(
+        f"{where}: column 'chosen' holds {verdict[0]!r}, which seems to name one of {names[0]!r} "
+        f"and {names[1]!r}; give --columns prompt={prompt_columns(row) or 'COLUMN'},"
+        f"a={names[0]},b={names[1]},label=chosen --labels a=...,b=..."
+    )
+
+
+_RESPONSE = "response|answer|output|completion|reply|generation|candidate|option|text|summary"
+
+
+def two_responses(row: dict) -> tuple[str, str] | None:
+    """Two columns named like responses a and b, A and B, 1 and 2 or 0 and 1, if there are any."""
+    for first, second in ("ab", "AB", "12", "01"):
+        for name in row:
+            if re.fullmatch(rf"(?i:{_RESPONSE})[ _-]?{first}", str(name)):
+                if name[:-1] + second in row:
+                    return name, name[:-1] + second
+    return None
+
+
+def label_column(row: dict) -> str:
+    """The column that seems to say which response is better, as --columns takes it."""
+    names = ("label", "winner", "preference", "preferred", "better", "choice", "verdict", "chosen")
+    return next((name for name in names if not is_nothing(row.get(name))), "COLUMN")
+
+
+def how_to_label(row: dict | UserError) -> str:
+    """What would label the pair of a row."""
+    two = two_responses(row) if isinstance(row, dict) else None
+    if isinstance(row, UserError) or not two:
+        return "give columns 'chosen' and 'rejected', or 'label' with A or B"
+    return (
+        "give 'label' with A or B, or --columns "
+        f"prompt={prompt_columns(row) or 'COLUMN'},a={two[0]},b={two[1]},label={label_column(row)} "
+        "--labels a=...,b=...,tie=..."
+    )
+
+
+def prompt_columns(row: dict) -> str:
+    """The columns that seem to hold the prompt, as --columns takes them."""
+    for names in (["prompt"], ["instruction", "input"], ["question"], ["query"], ["input"]):
+        if names[0] in row:
+            return "+".join(name for name in names if name in row)
+    return ""
+
+
+def _nearest(row: dict) -> str:
+    """What would read a row of no known format."""
+    prompt, two = prompt_columns(row) or "COLUMN", two_responses(row)
+    if two:
+        both = f"a={two[0]},b={two[1]},label={label_column(row)}"
+        return f"give --columns prompt={prompt},{both} --labels a=...,b=...,tie=..."
+    for name in ("response", "output", "completion", "answer", "generation"):
+        if name in row:
+            score = next((f",score={score}" for score in ("score", "rating") if score in row), "")
+            return (
+                "one response a row is no pair; give --columns "
+                f"prompt={prompt},response={name}{score}"
+            )
+    return (
+        "give 'prompt', 'chosen' and 'rejected', or say which columns hold them: --columns "
+        "prompt=COLUMN,chosen=COLUMN,rejected=COLUMN (gram_mini/reading/README.md lists more)"
+    )
+
+
+# ---- what stands beside a format -----------------------------------------------------
+
+
+def _refuse_not_text(row: dict, own: set[str], where: str) -> None:
+    for name in NOT_TEXT:
+        if name not in own and not is_nothing(row.get(name)):
+            raise UserError(
+                f"{where}: column {name!r} holds what a judge of text cannot read; leave such rows "
+                "out (--on-bad-row skip), or name the columns to read with --columns"
+            )
+
+
+def _unread(row: dict, form: Format) -> set[str]:
+    """The columns, and the parts of messages, that hold something and are not read."""
+    read = {*form.columns, *form.more, *CONTEXT, "id"}  # id is the row's name
+    names = {str(name) for name, value in row.items() if name not in read and not is_nothing(value)}
+    for name in read & row.keys():
+        value = row[name]
+        for part in value if isinstance(value, list) else [value]:
+            if isinstance(part, dict):
+                others = part.keys() - {*MESSAGE_KEYS, *COMPLETION_KEYS}
+                names |= {f"{name}.{key}" for key in others if not is_nothing(part[key])}
+    return names
+
+
+def _with_context(messages: Messages, row: dict, where: str, form: Format) -> Messages:
+    """The prompt after what stands in the columns CONTEXT: system, then earlier turns, then the
+    passages, which go before the first question. What the prompt holds already is not repeated.
+    """
+    other = {
+        name: row[name]
+        for name in CONTEXT
+        if name not in form.columns | set(form.more) and not is_nothing(row.get(name))
+    }
+    if not other:
+        return messages
+    turns: dict[str, Messages] = {
+        name: _earlier_turns(value, where, name, "System" if name in SYSTEM else "Human")
+        for name, value in other.items()
+    }
+    so_far = "\n".join(text for _, text in messages)
+    passages, earlier = [], []
+    for name, said in turns.items():
+        if name in PASSAGES and len(said) == 1 and said[0][0] == "Human":
+            passages += [said[0][1]] * (said[0][1] not in so_far)
+        elif not _begins(messages, said):
+            earlier += [turn for turn in said if name not in SYSTEM or turn not in messages]
+    if passages:
+        first = next((i for i, (speaker, _) in enumerate(messages) if speaker == "Human"), None)
+        if first is None:
+            messages = [*messages, ("Human", "\n\n".join(passages))]
+        else:
+            text = "\n\n".join([*passages, messages[first][1]])
+            messages = [*messages[:first], ("Human", text), *messages[first + 1 :]]
+    together = repeating(earlier, messages) or [*earlier, *messages]
+    return sorted(together, key=lambda message: message[0] != "System")  # stable: system first
+
+
+def _begins(messages: Messages, said: Messages) -> bool:
+    return messages[: len(said)] == said or without_system(messages)[: len(said)] == said
+
+
+def _is_of_another(reply) -> bool:
+    """Whether a reply of one message, which is read as the answer, is not of the assistant."""
+    message = reply[0] if isinstance(reply, list) and len(reply) == 1 else reply
+    role = message.get("role", message.get("from")) if isinstance(message, dict) else None
+    return isinstance(role, str) and SPEAKERS.get(role.strip().lower()) != "Assistant"
+
+
+def _earlier_turns(value, where: str, column: str, speaker: str) -> Messages:
+    """A column of CONTEXT as messages: text, messages, [question, answer] pairs, or texts that take
+    turns.
+    """
+    if isinstance(value, str) and value.strip().startswith("["):
+        value = literal(value) or value
+    if isinstance(value, str):
+        text = read_text(value, where, column)
+        return hh_turns(text) or [(speaker, text)]
+    if isinstance(value, list) and all(isinstance(item, str) for item in value):
+        texts = [read_text(item, where, column) for item in value]
+        if speaker == "System" or column in PASSAGES:
+            return [(speaker, "\n\n".join(texts))]
+        value = [texts]  # they take turns
+    if isinstance(value, list) and all(
+        isinstance(turn, (list, tuple)) and len(turn) % 2 == 0 for turn in value
+    ):
+        texts = [read_text(text, where, column) for turn in value for text in turn]
+        return [(("Human", "Assistant")[i % 2], text) for i, text in enumerate(texts)]
+    if isinstance(value, list) and any(isinstance(turn, (list, tuple, str)) for turn in value):
+        raise UserError(
+            f"{where}: column {column!r} must be text, a list of messages, or a list of [question, "
+            "answer]; the last answer is missing"
+        )
+    return read_messages([value] if isinstance(value, dict) else value, where, column)
+
+
+def _unquoted(row: dict, form: Format, where: str) -> dict:
+    """The row with messages where a prompt, or all responses, hold them written as text."""
+    quoted = {
+        name: messages_in(row[name], where, name)
+        for name in (*form.prompts, *form.responses)
+        if isinstance(row.get(name), str) and QUOTED.match(row[name].lstrip())
+    }
+    if not all(quoted.get(name) for name in form.responses):
+        quoted = {name: value for name, value in quoted.items() if name not in form.responses}
+    quoted = {name: value for name, value in quoted.items() if value}
+    return {**row, **quoted} if quoted else row
+
+
+def _without_prompt(compared: list[Compared], asked: set[str]) -> list[Compared]:
+    """The responses without the prompt, where all of them begin with it and go on after it.
+
+    ``asked`` are the texts that may be the prompt. One of a word or two is left: a greeting is
+    answered by the same.
+    """
+    responses = [text for a, b, *_ in compared for text in (a, b)]
+    for prompt in sorted(asked, key=len, reverse=True):
+        long = len(prompt.split()) >= 3 or len(prompt) >= 16
+        if long and responses and all(map(lambda text: _goes_on(text, prompt), responses)):
+            cut = len(prompt)
+            return [(a[cut:].strip(), b[cut:].strip(), s, t) for a, b, s, t in compared]
+    return compared
+
+
+def _goes_on(text: str, prompt: str) -> bool:
+    rest = text[len(prompt) :]
+    seam = rest[:1].isspace() or not prompt[-1:].isalnum()
+    return text.startswith(prompt) and bool(rest.strip()) and seam
+
+
 # ---- the formats ---------------------------------------------------------------------
-# Each reader takes (row, where, labelled) and returns a list of pairs.
+# Each reader takes (row, where, labelled) and returns the prompt as messages, and its responses.
 
 
-def _chosen_rejected(row: dict, where: str, labelled: bool) -> list[Pair]:
+def _chosen_rejected(row: dict, where: str, labelled: bool) -> tuple[Messages, list[Compared]]:
     """A prompt (ShareGPT: the conversation) with a better and a worse reply."""
-    column = "conversations" if "conversations" in row else "prompt"
+    column = next(name for name in PROMPTS if name in row)
+    messages = prompt_messages(row[column], where, column)
+    if column == "instruction" and not is_nothing(row.get("input")):
+        text = f"{messages[-1][1]}\n\n{read_text(row['input'], where, 'input')}"
+        messages = [*messages[:-1], (messages[-1][0], text)]
     replies = ("chosen", "rejected")
     if all(
         isinstance(row[name], list) and row[name] and isinstance(row[name][0], str)
         for name in replies
     ):
-        prompt = read_prompt(row[column], where, column)
-        chosen, rejected = ([_text(text, where, name) for text in row[name]] for name in replies)
-        return [Pair(prompt, a, b, 0) for a, b in product(chosen, rejected)]
-    value = row[column]
-    if isinstance(value, str):
-        messages = [("Human", _text(value, where, column))]
-    else:
-        messages = _messages(value, where, column)
-    a, b = (_with_reply(messages, row[name], where, name) for name in replies)
-    pair = _split_dialogues(a, b, where, "'chosen' and 'rejected'")
-    return [_mark_tie(pair, row, where) if labelled else pair]
+        chosen, rejected = (
+            [read_text(text, where, name) for text in row[name]] for name in replies
+        )
+        return messages, [(a, b, 1, 0) for a, b in product(chosen, rejected)]
+    messages, a, b = _with_replies(messages, row, replies, where)
+    return messages, [(a, b, *(_chosen_scores(row, where) if labelled else (1, 0)))]
 
 
-def _with_reply(
-    prompt: list[tuple[str, str]], value, where: str, column: str
-) -> list[tuple[str, str]]:
-    """The dialogue with a reply: text, a message, or a list of messages that may repeat it."""
-    if isinstance(value, str):
-        return [*prompt, ("Assistant", _text(value, where, column))]
-    reply = _messages([value] if isinstance(value, dict) else value, where, column)
-    if len(reply) == 1:
-        return [*prompt, ("Assistant", reply[0][1])]
-    return reply if prompt[-1] in reply else [*prompt, *reply]
+def _with_replies(
+    messages: Messages, row: dict, columns: tuple[str, ...], where: str
+) -> tuple[Messages, str, str]:
+    """Prompt and responses from a prompt and two replies."""
+    a, b = (with_reply(messages, row[name], where, name) for name in columns)
+    return split_dialogues(a, b, where, f"{columns[0]!r} and {columns[1]!r}")
 
 
-def _dialogues(row: dict, where: str, labelled: bool) -> list[Pair]:
+def _dialogues(row: dict, where: str, labelled: bool) -> tuple[Messages, list[Compared]]:
     """Two whole dialogues. The prompt is what they share, the responses are what follows."""
     chosen, rejected = row["chosen"], row["rejected"]
+    scores = _chosen_scores(row, where) if labelled else (1, 0)
     if not isinstance(chosen, list) or not isinstance(rejected, list):
-        return [_split_texts(chosen, rejected, where)]
-    a, b = _messages(chosen, where, "chosen"), _messages(rejected, where, "rejected")
-    pair = _split_dialogues(a, b, where, "'chosen' and 'rejected'")
-    return [_mark_tie(pair, row, where) if labelled else pair]
-
-
-def _mark_tie(pair: Pair, row: dict, where: str) -> Pair:
-    """The pair, tied if score_chosen and score_rejected are numbers and equal."""
-    try:
-        a, b = (_number(row.get(name), where, name) for name in ("score_chosen", "score_rejected"))
-    except UserError:  # no numbers: the format does not need these columns
-        return pair
-    return replace(pair, label=None, tied=True) if a == b else pair
-
-
-def _unified_feedback(row: dict, where: str, labelled: bool) -> list[Pair]:
-    """llm-blender/Unified-Feedback."""
-    a, b = (_messages(row[name], where, name) for name in ("conv_A", "conv_B"))
-    pair = _split_dialogues(a, b, where, "'conv_A' and 'conv_B'")
-    rating_a, rating_b = (
-        _number(row.get(name), where, name) if labelled else None
-        for name in ("conv_A_rating", "conv_B_rating")
-    )
-    return [_pair_by_scores(pair.prompt, pair.response_a, pair.response_b, rating_a, rating_b)]
-
-
-def _triple(row: dict, where: str, labelled: bool) -> list[Pair]:
-    """Ours (prompt, response_a, response_b) and JudgeBench's (question, response_A, response_B)."""
-    names = (
-        ("question", "response_A", "response_B")
-        if "response_A" in row
-        else ("prompt", "response_a", "response_b")
-    )
-    prompt, a, b = (_text(row[name], where, name) for name in names)
-    score_a, score_b = _verdict(row.get("label"), where) if labelled else (None, None)
-    return [_pair_by_scores(prompt, a, b, score_a, score_b)]
-
-
-def _helpsteer3(row: dict, where: str, labelled: bool) -> list[Pair]:
-    """nvidia/HelpSteer3, preference: from -3 (response1 much better) to 3 (response2)."""
-    prompt = read_prompt(row["context"], where, "context")
-    a, b = (_text(row[name], where, name) for name in ("response1", "response2"))
-    column = "overall_preference"
-    preference = _number(row[column], where, column) if labelled else None
-    return [_pair_by_scores(prompt, a, b, 0, preference)]
-
-
-def _helpsteer2(group: Sequence[Row], scores_needed: bool) -> list[tuple[str, float | None]]:
-    """nvidia/HelpSteer2: (response, helpfulness) of the rows of one prompt."""
-    return [
-        (
-            _text(row["response"], where, "response"),
-            _number(row["helpfulness"], where, "helpfulness") if scores_needed else None,
+        messages, a, b = _split_texts(chosen, rejected, where)
+    else:
+        messages, a, b = split_dialogues(
+            read_messages(chosen, where, "chosen"),
+            read_messages(rejected, where, "rejected"),
+            where,
+            "'chosen' and 'rejected'",
         )
-        for where, row in group
-        if not isinstance(row, UserError)  # such a row is a group of its own
-    ]
+    return messages, [(a, b, *scores)]
 
 
-def _ultrafeedback(row: dict, where: str, scores_needed: bool) -> list[tuple[str, float | None]]:
+def _chosen_scores(row: dict, where: str) -> tuple[int, int]:
+    """1 and 0, or a tie if score_chosen and score_rejected are numbers and equal."""
+    try:
+        a, b = (read_number(row.get(name), where, name) for name in SCORES)
+    except UserError:  # no numbers: the format does not need these columns
+        return 1, 0
+    return (0, 0) if a == b else (1, 0)
+
+
+def _unified_feedback(row: dict, where: str, labelled: bool) -> tuple[Messages, list[Compared]]:
+    """llm-blender/Unified-Feedback."""
+    a, b = (read_messages(row[name], where, name) for name in ("conv_A", "conv_B"))
+    messages, response_a, response_b = split_dialogues(a, b, where, "'conv_A' and 'conv_B'")
+    rating_a, rating_b = (
+        read_number(row.get(name), where, name) if labelled else None for name in RATINGS
+    )
+    return messages, [(response_a, response_b, rating_a, rating_b)]
+
+
+def _triple(row: dict, where: str, labelled: bool) -> tuple[Messages, list[Compared]]:
+    """Ours (prompt, response_a, response_b) and JudgeBench's (question, response_A, response_B)."""
+    form = next(form for form in FORMATS if form.read is _triple and form.columns <= row.keys())
+    messages = prompt_messages(row[form.prompts[0]], where, form.prompts[0])
+    messages, a, b = _with_replies(messages, row, form.responses, where)
+    scores = _verdict(row.get("label"), where) if labelled else (None, None)
+    return messages, [(a, b, *scores)]
+
+
+def _helpsteer3(row: dict, where: str, labelled: bool) -> tuple[Messages, list[Compared]]:
+    """nvidia/HelpSteer3, preference: from -3 (response1 much better) to 3 (response2)."""
+    messages = prompt_messages(row["context"], where, "context")
+    a, b = (read_text(row[name], where, name) for name in ("response1", "response2"))
+    column = "overall_preference"
+    preference = read_number(row[column], where, column) if labelled else None
+    return messages, [(a, b, 0, preference)]
+
+
+def _helpsteer2(row: dict, where: str, scores_needed: bool) -> tuple[Messages, list[Scored]]:
+    """nvidia/HelpSteer2: the response of one row and its helpfulness."""
+    messages = prompt_messages(row["prompt"], where, "prompt")
+    score = read_number(row["helpfulness"], where, "helpfulness") if scores_needed else None
+    return messages, [(read_text(row["response"], where, "response"), score)]
+
+
+def _ultrafeedback(row: dict, where: str, scores_needed: bool) -> tuple[Messages, list[Scored]]:
     """openbmb/UltraFeedback: (response, score) of each completion."""
+    messages = [("Human", read_text(row["instruction"], where, "instruction"))]
     completions = row["completions"]
     if not isinstance(completions, list):
         kind = type(completions).__name__
@@ -262,32 +567,15 @@ def _ultrafeedback(row: dict, where: str, scores_needed: bool) -> list[tuple[str
     responses = []
     for completion in completions:
         has_score = scores_needed and completion.get(name) is not None
-        score = _number(completion[name], where, name) if has_score else None
-        responses.append((_text(completion["response"], where, "response"), score))
-    return responses
+        score = read_number(completion[name], where, name) if has_score else None
+        responses.append((read_text(completion["response"], where, "response"), score))
+    return messages, responses
 
 
-def _split_dialogues(
-    a: list[tuple[str, str]], b: list[tuple[str, str]], where: str, columns: str
-) -> Pair:
-    """The pair of two dialogues as messages; the responses begin at the answer where they split."""
-    cut = 0
-    while cut < min(len(a), len(b)) - 1 and a[cut] == b[cut]:
-        cut += 1
-    while cut and not a[cut][0] == b[cut][0] == "Assistant":
-        cut -= 1
-    if cut == 0:
-        raise UserError(f"{where}: {columns} must share their messages up to an answer")
-    response_a, response_b = (
-        _transcript(rest).removeprefix("Assistant: ") for rest in (a[cut:], b[cut:])
-    )
-    return Pair(_transcript(a[:cut]), response_a, response_b, label=0)
-
-
-def _split_texts(chosen, rejected, where: str) -> Pair:
-    """The pair of two dialogues as text (Anthropic/hh-rlhf)."""
+def _split_texts(chosen, rejected, where: str) -> tuple[Messages, str, str]:
+    """Prompt and responses of two dialogues as text (Anthropic/hh-rlhf)."""
     chosen, rejected = (
-        "\n\n" + _text(value, where, name)
+        "\n\n" + read_text(value, where, name)
         for value, name in ((chosen, "chosen"), (rejected, "rejected"))
     )
     turn = "\n\nAssistant:"
@@ -299,11 +587,9 @@ def _split_texts(chosen, rejected, where: str) -> Pair:
             f"{where}: no column 'prompt', and 'chosen' and 'rejected' share no dialogue up to "
             "'Assistant:'; add 'prompt'"
         )
-    turns = re.split(r"\n\n(Human|Assistant):", chosen[:cut])
-    messages = [(speaker, text.strip()) for speaker, text in zip(turns[1::2], turns[2::2])]
-    prompt = _transcript(messages) if not turns[0].strip() and messages else chosen[:cut].strip()
     begin = cut + len(turn)
-    return Pair(prompt, chosen[begin:].strip(), rejected[begin:].strip(), label=0)
+    prompt = hh_turns(chosen[:cut]) or [("Human", chosen[:cut].strip())]
+    return prompt, chosen[begin:].strip(), rejected[begin:].strip()
 
 
 # A backslash and an n. data/clean_data.py of NiuTrans/GRAM writes them instead of line breaks.
@@ -327,21 +613,23 @@ def _strip_breaks(text: str) -> str:
     return text
 
 
-def _official(row: dict, where: str, labelled: bool) -> list[Pair]:
+def _official(row: dict, where: str, labelled: bool) -> tuple[Messages, list[Compared]]:
     """The official files (NiuTrans/GRAM, README.md): both answers stand between markers.
 
     They stand in output (pre-training) or in instruction (fine-tuning).
     """
-    instruction = _text(row["instruction"], where, "instruction")
-    output = _text(row["output"], where, "output")
+    instruction = read_text(row["instruction"], where, "instruction")
+    output = read_text(row["output"], where, "output")
     if row.get("input"):
-        instruction = f"{instruction}\n{_text(row['input'], where, 'input')}"
+        instruction = f"{instruction}\n{read_text(row['input'], where, 'input')}"
     if START_A in output:
         label, question, answers = None, instruction, output
     else:
         label = prompts.LABELS.index(output) if output in prompts.LABELS else None
         question, marker, answers = instruction.partition(START_A)
         answers = marker + answers
+        if label is None and not marker:
+            raise UserError(f"{where}: {_nearest(row)}")
         if label is None or not marker:
             raise UserError(
                 f"{where}: 'output' must hold both answers between {START_A!r} and {END_B!r}, "
@@ -359,109 +647,86 @@ def _official(row: dict, where: str, labelled: bool) -> list[Pair]:
     b = b.rsplit(END_B, 1)[0]
     question = question.split(USER_QUESTION, 1)[-1].removesuffix(PREFERRED)
     strip = _strip_breaks if has_literal_breaks(row) else str.strip
-    return [Pair(strip(question), strip(a), strip(b), label)]
+    scores = {None: (None, None), 0: (1, 0), 1: (0, 1)}[label]
+    return [("Human", strip(question))], [(strip(a), strip(b), *scores)]
 
 
-# (columns, reader). The first format whose columns the row has is used.
+# Columns that hold the prompt of 'chosen' and 'rejected'. The first that a row has is used.
+PROMPTS = ("conversations", "prompt", "question", "instruction", "input")
+SCORES = ("score_chosen", "score_rejected")
+RATINGS = ("conv_A_rating", "conv_B_rating")
+COMPLETION_KEYS = ("response", "overall_score", "fine-grained_score")
+
+# The first format whose columns a row has is used.
+REPLIES = ("chosen", "rejected")
 FORMATS = (
-    ({"conversations", "chosen", "rejected"}, _chosen_rejected),
-    ({"prompt", "chosen", "rejected"}, _chosen_rejected),
-    ({"chosen", "rejected"}, _dialogues),
-    ({"conv_A", "conv_B"}, _unified_feedback),
-    ({"prompt", "response_a", "response_b"}, _triple),
-    ({"question", "response_A", "response_B"}, _triple),
-    ({"context", "response1", "response2", "overall_preference"}, _helpsteer3),
-    ({"instruction", "output"}, _official),
+    Format(ONE_RESPONSE, _helpsteer2, ("prompt",), ("response",), several=True),
+    Format(SEVERAL_RESPONSES, _ultrafeedback, ("instruction",), several=True),
+    *(
+        Format(
+            {name, *REPLIES},
+            _chosen_rejected,
+            (name,),
+            REPLIES,
+            (*SCORES, *(["input"] if name == "instruction" else [])),
+        )
+        for name in PROMPTS
+    ),
+    Format({*REPLIES}, _dialogues, (), REPLIES, SCORES),
+    Format({"conv_A", "conv_B"}, _unified_feedback, (), ("conv_A", "conv_B"), RATINGS),
+    *(
+        Format({prompt, a, b}, _triple, (prompt,), (a, b), ("label",))
+        for prompt, a, b in (
+            ("prompt", "response_a", "response_b"),
+            ("question", "response_A", "response_B"),
+        )
+    ),
+    Format(
+        {"context", "response1", "response2", "overall_preference"},
+        _helpsteer3,
+        ("context",),
+        ("response1", "response2"),
+    ),
+    Format({"instruction", "output"}, _official, more=("input",)),
 )
 
 
-# ---- values --------------------------------------------------------------------------
+# ---- rows that score.py ranks, labels -------------------------------------------------
 
 
-def read_prompt(value, where: str, column: str) -> str:
-    """A prompt: text, or a list of messages as one text."""
-    if isinstance(value, str):
-        return _text(value, where, column)
-    return _transcript(_messages(value, where, column))
+def read_ranking(row: dict, where: str, notes: Notes) -> tuple[str, list[str]]:
+    """Prompt and responses of a row that score.py ranks: prompt, responses, perhaps reference.
+
+    Raises:
+        UserError: as parse_pairs.
+    """
+    form = Format({"prompt", "responses"}, _dialogues, more=("reference",))
+    _refuse_not_text(row, form.columns, where)
+    messages = prompt_messages(row.get("prompt"), where, "prompt")
+    responses = row["responses"]
+    texts = isinstance(responses, list) and all(isinstance(r, str) for r in responses)
+    if not texts or not responses:
+        raise UserError(f"{where}: column 'responses' must be a list of at least one text")
+    notes.unread.update(_unread(row, form))
+    notes.rows += Counter({SPELLED_OUT: spells_out_marker(responses)})
+    return transcript(_with_context(messages, row, where, form)), responses
+
+
+def spells_out_marker(responses: Iterable[str]) -> bool:
+    """Whether a response holds one of the judge prompt's own markers."""
+    return any(marker in text for text in responses for marker in MARKERS)
 
 
 def _verdict(value, where: str) -> tuple[int | None, int | None]:
+    if isinstance(value, UserError):
+        raise value
     if value is None or value == "":
         return None, None
     verdict = value.replace(" ", "") if isinstance(value, str) else None
     if verdict not in VERDICTS:
         raise UserError(
             f"{where}: column 'label' must be A, B or tie (or A>B, B>A, A=B), found {value!r}; "
-            "write A where the first response is better"
+            "write A where the first response is better, or say with --columns and --labels what "
+            "the values mean"
         )
     return VERDICTS[verdict]
-
-
-def _number(value, where: str, column: str) -> float:
-    """A finite number, or text that reads as one: a CSV holds only text."""
-    if isinstance(value, str):
-        try:
-            value = float(value)
-        except ValueError:
-            raise UserError(
-                f"{where}: column {column!r} must be a number, found {value[:40]!r}"
-            ) from None
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise UserError(
-            f"{where}: column {column!r} must be a number, found {type(value).__name__}"
-        )
-    if isinstance(value, float) and not math.isfinite(value):
-        raise UserError(f"{where}: column {column!r} must be a number, found {value}")
-    return value
-
-
-def _text(value, where: str, column: str) -> str:
-    if not isinstance(value, str):
-        raise UserError(f"{where}: column {column!r} must be text, found {type(value).__name__}")
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        raise UserError(
-            f"{where}: column {column!r} holds half a character (a lone surrogate); "
-            "save the text as UTF-8"
-        ) from None
-    return value.strip()
-
-
-def _messages(value, where: str, column: str) -> list[tuple[str, str]]:
-    """Messages as (speaker, text), from role and content or from and value.
-
-    The speaker is Human, Assistant or System.
-    """
-    speakers = {
-        "user": "Human",
-        "human": "Human",
-        "assistant": "Assistant",
-        "gpt": "Assistant",
-        "system": "System",
-    }
-    if not isinstance(value, list) or not value:
-        raise UserError(
-            f"{where}: column {column!r} must be text or a list of messages, "
-            f"found {type(value).__name__}"
-        )
-    messages = []
-    for message in value:
-        role = text = None
-        if isinstance(message, dict):
-            role = message.get("role", message.get("from"))
-            text = message.get("content", message.get("value"))
-        if not isinstance(role, str) or role not in speakers or not isinstance(text, str):
-            raise UserError(
-                f"{where}: column {column!r}: a message needs a role "
-                f"(one of {', '.join(speakers)}) and a text"
-            )
-        messages.append((speakers[role], _text(text, where, column)))
-    return messages
-
-
-def _transcript(messages: list[tuple[str, str]]) -> str:
-    """Several turns as one text; a single question stays as it is."""
-    if len(messages) == 1 and messages[0][0] == "Human":
-        return messages[0][1]
-    return "\n\n".join(f"{speaker}: {text}" for speaker, text in messages)

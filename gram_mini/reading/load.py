@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import random
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -15,11 +17,13 @@ from tqdm import tqdm
 
 from gram_mini.errors import UserError
 from gram_mini.pairs import Pair, unusable
-from gram_mini.reading.formats import group_rows, has_literal_breaks, parse_pairs
-from gram_mini.reading.sources import Row, read_rows
+from gram_mini.reading.columns import Columns
+from gram_mini.reading.formats import group_rows, has_literal_breaks, how_to_label, parse_pairs
+from gram_mini.reading.sources import Notes, Row, read_rows
 from gram_mini.village.pairs import village_pairs
 
 VILLAGE = "village"  # the name of the village's pairs in --data
+NOT_DRAWN = "not drawn by --pairs-per-prompt"
 
 
 @dataclass
@@ -32,6 +36,7 @@ class PairData:
     dropped: Counter = field(default_factory=Counter)
     literal_breaks: int = 0  # rows with a backslash and an n beside markers, which were removed
     unreadable: str | None = None  # the error of the first row that could not be read
+    notes: Notes = field(default_factory=Notes)  # what was skipped, changed or assumed besides
 
     @cached_property
     def fingerprint(self) -> str:
@@ -56,7 +61,7 @@ class PairData:
             line += f"; {self.literal_breaks} with a literal \\n beside the markers, taken off"
         if self.unreadable:
             line += f"; the first that cannot be read: {self.unreadable}"
-        return line
+        return "; ".join([line, *self.notes.lines()])
 
     def record(self) -> dict:
         """What run.json keeps."""
@@ -67,20 +72,60 @@ class PairData:
             "dropped": dict(self.dropped),
             "literal_breaks": self.literal_breaks,
             "unreadable": self.unreadable,
+            "notes": self.notes.record(),
             "fingerprint": self.fingerprint,
         }
+
+
+def read_groups(
+    source: str,
+    split: str | None,
+    limit: int | None,
+    subset: str | None,
+    streaming: bool,
+    columns: str | None,
+    labels: str | None,
+    notes: Notes,
+) -> Iterator[tuple[int, list[Row]]]:
+    """The rows of a source, those that hold one response each to one prompt together.
+
+    Arguments are those of load_pairs. Yields as formats.group_rows does.
+
+    Raises:
+        UserError: no such source, or --columns or --labels that cannot be followed.
+    """
+    if labels and not columns:
+        raise UserError(f"--labels {labels}: goes with --columns; add --columns with label=COLUMN")
+    rows = read_rows(source, split, limit, subset, streaming, notes)
+    rows = iter(tqdm(rows, desc="reading", unit=" rows", delay=2, leave=False))
+    if not columns:
+        return group_rows(rows)
+    table = Columns(columns, labels)
+    rows = table.rows(rows, notes)
+    return table.groups(rows) if table.one_response else group_rows(rows)
+
+
+def draw_pairs(pairs: list[Pair], count: int | None, seed: int = 0) -> list[Pair]:
+    """At most ``count`` of the pairs of one prompt, in their order; all of them if it is None."""
+    if count is None or len(pairs) <= count:
+        return pairs
+    places = random.Random(f"{seed}/{pairs[0].prompt}").sample(range(len(pairs)), count)
+    return [pairs[i] for i in sorted(places)]
 
 
 def load_pairs(
     source: str,
     labelled: bool,
     limit: int | None = None,
-    split: str = "train",
+    split: str | None = None,
     seed: int = 0,
     subset: str | None = None,
     streaming: bool = False,
     on_bad_row: str = "error",
     pairs: str = "all",
+    columns: str | None = None,
+    labels: str | None = None,
+    pairs_per_prompt: int | None = None,
 ) -> PairData:
     """Read pairs for stage 1 or stage 2, with the record of what was read and dropped.
 
@@ -88,28 +133,34 @@ def load_pairs(
         source: see sources.py; "village" gives the unlabelled or the labelled pairs of the village.
         labelled: True for stage 2; False for stage 1, where labels are dropped and ties are used.
         limit: use the first ``limit`` rows only.
-        split: the split of a hub data set.
-        seed: draws the pairs of the village; files are read as they are.
+        split: the split of a hub data set or of a folder with several; see sources.read_rows.
+        seed: draws the pairs of the village, and those of ``pairs_per_prompt``.
         subset: the configuration of a hub data set.
         streaming: download no more rows of a hub data set than are read.
         on_bad_row: "error", or "skip" to drop and count rows that cannot be read.
         pairs: "all" pairs of a row with several scored responses, or only "best-worst".
+        columns, labels: which columns hold what, as --columns and --labels say; see columns.py.
+        pairs_per_prompt: at most so many pairs of several responses to one prompt.
 
     Raises:
         UserError: no such source, a row that cannot be read (names file and line), or no usable row
             left.
     """
     if source == VILLAGE:
+        given = {"split": split, "subset": subset, "columns": columns, "labels": labels}
+        for name, value in given.items():
+            if value:
+                raise UserError(f"--{name} {value}: the village's pairs have none; leave it out")
         drawn = village_pairs("labelled" if labelled else "unlabelled", seed=seed)[:limit]
         return PairData(VILLAGE, drawn, len(drawn))
     data = PairData(source, [], 0)
 
-    def read(group: list[Row]) -> tuple[list[Pair], Counter]:
-        read_pairs, left_out = parse_pairs(group, labelled, pairs)
+    def read(group: list[Row], notes: Notes | None = None) -> tuple[list[Pair], Counter]:
+        read_pairs, left_out = parse_pairs(group, labelled, pairs, notes)
         if labelled and any(pair.label is None and not pair.tied for pair in read_pairs):
             raise UserError(
                 f"{group[0][0]}: no label; stage 2 and evaluation need to know the preferred "
-                "response: give columns 'chosen' and 'rejected', or 'label' with A or B"
+                f"response: {how_to_label(group[0][1])}"
             )
         return read_pairs, left_out
 
@@ -121,24 +172,29 @@ def load_pairs(
             return False
         return True
 
-    rows = read_rows(source, split, limit, subset, streaming)
-    for number, group in group_rows(tqdm(rows, desc="reading", unit=" rows", delay=2, leave=False)):
+    for number, group in read_groups(
+        source, split, limit, subset, streaming, columns, labels, data.notes
+    ):
         data.rows += len(group)
         data.literal_breaks += sum(has_literal_breaks(row) for _, row in group)
         if on_bad_row == "skip":
             readable_rows = [row for row in group if readable(row)]
             data.dropped += Counter({"that cannot be read": len(group) - len(readable_rows)})
             group = readable_rows
-        read_pairs, left_out = read(group) if group else ([], Counter())
+        read_pairs, left_out = read(group, data.notes) if group else ([], Counter())
         data.dropped.update(left_out)
+        usable = []
         for pair in read_pairs:
             reason = unusable(pair) or ("tied" if labelled and pair.tied else None)
             if reason:
                 data.dropped[reason] += 1
             elif labelled:
-                data.pairs.append(replace(pair, row=number))
+                usable.append(replace(pair, row=number))
             else:
-                data.pairs.append(replace(pair, row=number, label=None, tied=False))
+                usable.append(replace(pair, row=number, label=None, tied=False))
+        drawn = draw_pairs(usable, pairs_per_prompt, seed)
+        data.dropped += Counter({NOT_DRAWN: len(usable) - len(drawn)})
+        data.pairs += drawn
     if not data.pairs:
         raise UserError(
             f"{data.summary()}: nothing left to use; give a file with at least one usable row"

@@ -144,7 +144,7 @@ def save_adapter(model, tokenizer, backbone: str, folder: Path) -> None:
     """Write adapter, head (if a baseline trained one) and tokenizer, as safetensors and JSON."""
     model.peft_config["default"].base_model_name_or_path = backbone
     model.save_pretrained(str(folder), save_embedding_layers=False)
-    if hasattr(model, "head"):
-        save_file({"weight": model.head.weight.detach().contiguous()}, folder / HEAD)
+    if hasattr(model, "trained_head"):
+        save_file({"weight": model.trained_head.weight.detach().contiguous()}, folder / HEAD)
     (folder / "README.md").unlink(missing_ok=True)  # an empty model card
     tokenizer.save_pretrained(str(folder))

@@ -12,6 +12,7 @@ from pathlib import Path
 from gram_mini.errors import UserError
 from gram_mini.judge import AVERAGES, METHODS
 from gram_mini.model import VILLAGE
+from gram_mini.reading.columns import Columns, check_columns
 from gram_mini.runs.output import check_output
 from gram_mini.studies import benchmarks
 
@@ -182,6 +183,10 @@ def _check_scoring(p: argparse.ArgumentParser, args: argparse.Namespace) -> None
             )
         if args.rank == "reference" and args.reference is None:
             p.error("--rank reference needs --reference")
+    if args.benchmark and (args.columns or args.labels or args.pairs_per_prompt):
+        p.error("--columns, --labels and --pairs-per-prompt do not go with --benchmark")
+    if args.columns and args.labels:
+        Columns(args.columns, args.labels)
     if args.benchmark and (args.rank or args.reference is not None):
         p.error("--rank and --reference do not go with --benchmark")
     if args.reference is not None and args.rank not in (None, "reference"):
@@ -391,7 +396,11 @@ def add_reward_options(p: argparse.ArgumentParser, out: str) -> None:
 
 def add_reading_options(group) -> None:
     """Options of every command that reads pairs."""
-    group.add_argument("--split", default="train", help="split of a hub data set")
+    group.add_argument(
+        "--split",
+        metavar="NAME",
+        help="split of a hub data set or of a folder with several (default: train)",
+    )
     group.add_argument(
         "--subset", metavar="NAME", help="configuration of a hub data set (default: its default)"
     )
@@ -416,13 +425,42 @@ def add_reading_options(group) -> None:
         default="all",
         help="which pairs of a row with several scored responses",
     )
+    group.add_argument(
+        "--pairs-per-prompt",
+        type=positive_int,
+        metavar="K",
+        help="draw at most K pairs of several responses to one prompt (default: all)",
+    )
+    group.add_argument(
+        "--columns",
+        type=check_columns,
+        metavar="TARGET=COLUMN,...",
+        help="which columns hold what, for a table of no known format: prompt=instruction+input, "
+        "with chosen= and rejected=, or a= and b= and perhaps label=, or response= and perhaps "
+        "score= (default: known by their names)",
+    )
+    group.add_argument(
+        "--labels",
+        metavar="VERDICT=VALUE,...",
+        help="the values of label= in --columns, for example a=1,b=2,tie=0 (default: A, B and tie)",
+    )
 
 
 def reading(args) -> dict:
     """The options of add_reading_options, as arguments of load_pairs."""
     return {
         name: getattr(args, name)
-        for name in ("split", "subset", "limit", "streaming", "on_bad_row", "pairs")
+        for name in (
+            "split",
+            "subset",
+            "limit",
+            "streaming",
+            "on_bad_row",
+            "pairs",
+            "pairs_per_prompt",
+            "columns",
+            "labels",
+        )
     }
 
 
@@ -464,9 +502,12 @@ def add_judge_template(group, default: str) -> None:
 
 def as_record(args: argparse.Namespace) -> dict:
     """The options as run.json keeps them."""
-    return {
+    record = {
         name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()
     }
+    if "split" in record:  # what it comes to where there are splits
+        record["split"] = record["split"] or "train"
+    return record
 
 
 # ---- types ---------------------------------------------------------------------------

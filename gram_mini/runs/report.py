@@ -3,17 +3,38 @@
 from __future__ import annotations
 
 from gram_mini.batches import EncodedPair
+from gram_mini.errors import UserError
 from gram_mini.prompts import PromptPieces
+
+
+def drop_cut_alike(train: list[EncodedPair], max_length: int) -> int:
+    """Take the pairs out of ``train`` whose responses cutting has made equal, or one of them the
+    beginning of the other, so that only length is left to tell them apart. Returns how many.
+
+    Raises:
+        UserError: no pair is left.
+    """
+    kept = [row for row in train if not row.cut_alike]
+    dropped = len(train) - len(kept)
+    if dropped and not kept:
+        raise UserError(
+            f"--max-length {max_length}: cutting leaves nothing to tell the responses apart in any "
+            f"of the {dropped} pairs; give a larger --max-length"
+        )
+    train[:] = kept
+    return dropped
 
 
 def lengths(rows: list[EncodedPair], pieces: PromptPieces) -> dict:
     """Lengths of the sequences before cutting, in tokens with the prompt pieces, and cuts.
 
-    Returns {"half", "nine_in_ten", "longest", "truncated", "longer_preferred"}. The first three are
-    the median, the 90% quantile and the maximum of the lengths. ``truncated`` counts the sequences
-    that are cut. ``longer_preferred`` is the share of labelled pairs in which the longer response
-    is preferred, of those with responses of different length (None if there are none). Far from
-    1/2, length alone is a cue.
+    Returns {"half", "nine_in_ten", "longest", "truncated", "cut_alike", "longer_preferred"}. The
+    first three are the median, the 90% quantile and the maximum of the lengths. ``truncated``
+    counts the sequences that are cut, ``cut_alike`` those in which that has left nothing but length
+    to tell the responses apart; :func:`drop_cut_alike` takes these out of the training pairs.
+    ``longer_preferred`` is the share of labelled pairs in which the longer response is preferred,
+    of those with responses of different length (None if there are none). Far from 1/2, length alone
+    is a cue.
     """
     tokens = sorted(sum(row.uncut) + pieces.fixed_tokens for row in rows)
     longer_wins = [
@@ -27,16 +48,22 @@ def lengths(rows: list[EncodedPair], pieces: PromptPieces) -> dict:
         "nine_in_ten": tokens[len(tokens) * 9 // 10],
         "longest": tokens[-1],
         "truncated": sum(row.truncated for row in rows),
+        "cut_alike": sum(row.cut_alike for row in rows),
         "longer_preferred": sum(longer_wins) / len(longer_wins) if longer_wins else None,
     }
 
 
-def describe(lengths: dict, max_length: int) -> str:
-    """One line for the result of :func:`lengths`."""
+def describe(lengths: dict, max_length: int, dropped: int = 0) -> str:
+    """One line for the result of :func:`lengths`, and for what :func:`drop_cut_alike` dropped."""
     line = (
         f"tokens a pair: {lengths['half']} for half of them, {lengths['nine_in_ten']} for nine in "
         f"ten, at most {lengths['longest']}; {lengths['truncated']} cut to {max_length}"
     )
+    alike = "equal, or one of them the beginning of the other"
+    if dropped:
+        line += f"; {dropped} more dropped, since cutting made their responses {alike}"
+    if lengths.get("cut_alike"):
+        line += f"; cutting made the responses of {lengths['cut_alike']} held-out pairs {alike}"
     preferred = lengths["longer_preferred"]
     if preferred is not None:
         line += f"; the longer response preferred in {preferred:.0%} of the pairs"

@@ -39,7 +39,7 @@ from gram_mini.runs.record import (
     settings,
     tokenizer_fingerprint,
 )
-from gram_mini.runs.report import describe, lengths
+from gram_mini.runs.report import describe, drop_cut_alike, lengths
 from gram_mini.training import number_of_steps
 
 LORA_RANK = 32  # if there is neither --lora-rank nor --init
@@ -118,8 +118,8 @@ class Run:
             UserError: if they do not.
         """
         check_sizes(self.args.model, model, tokenizer, self.args.max_length)
-        self._tokenizer = tokenizer_fingerprint(tokenizer)
-        if self._init and self._init.get("tokenizer") not in (None, self._tokenizer):
+        self._tokenizer_fingerprint = tokenizer_fingerprint(tokenizer)
+        if self._init and self._init.get("tokenizer") not in (None, self._tokenizer_fingerprint):
             raise UserError(
                 f"--init {self.args.init}: was trained with another tokenizer or chat template "
                 f"than {self.args.model} has now; put the old one back, or train stage 1 again"
@@ -128,11 +128,19 @@ class Run:
     def describe(
         self, train: list[EncodedPair], held_out: list[EncodedPair], prompt: PromptPieces
     ) -> None:
-        """Say how many pairs there are and how long they are; run.json keeps it."""
+        """Say how many pairs there are and how long they are; run.json keeps it.
+
+        Pairs that cutting has made alike are taken out of ``train``: nothing but length tells their
+        responses apart.
+
+        Raises:
+            UserError: if none is left.
+        """
         self._prompt = prompt
-        self.lengths = lengths(train + held_out, prompt)
+        dropped = drop_cut_alike(train, self.args.max_length)
+        self.lengths = {**lengths(train + held_out, prompt), "dropped_cut_alike": dropped}
         counts = f"{len(train)} pairs to train on, {len(held_out)} held out"
-        self.say(f"{counts}; {describe(self.lengths, self.args.max_length)}")
+        self.say(f"{counts}; {describe(self.lengths, self.args.max_length, dropped)}")
 
     # ---- the loop --------------------------------------------------------------------
 
@@ -156,7 +164,7 @@ class Run:
             accelerator.num_processes,
             self.template,
             self._prompt,
-            self._tokenizer,
+            self._tokenizer_fingerprint,
         )
         begun = self._load(optimizer, schedule)
         for _ in range(begun["step"]):
@@ -262,7 +270,7 @@ class Run:
         return False
 
     def evaluation_due(self) -> bool:
-        """Whether to judge the held-out pairs after this step: five times a run and at its end."""
+        """Whether to judge the held-out pairs now: about every fifth of the run, and at its end."""
         self._began = time.perf_counter()
         return self._step == self._total or self._step % max(1, self._total // 5) == 0
 

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 
 from gram_mini.errors import UserError
 from gram_mini.judge import Comparison, Ranking, preferred
 from gram_mini.pairs import Pair, unusable
 from gram_mini.prompts import LABELS
-from gram_mini.reading.formats import group_rows, has_literal_breaks, parse_pairs, read_prompt
-from gram_mini.reading.sources import Row, read_rows
+from gram_mini.reading.formats import has_literal_breaks, parse_pairs, read_ranking
+from gram_mini.reading.load import NOT_DRAWN, draw_pairs, read_groups
+from gram_mini.reading.sources import Notes, Row
 from gram_mini.runs.output import write_whole
 
 UNREADABLE = "that cannot be read"
@@ -27,6 +28,7 @@ class Question:
     literal_breaks: int = 0  # rows with a backslash and an n beside markers, which were removed
     pairs: list[Pair] = field(default_factory=list)
     left_out: Counter = field(default_factory=Counter)  # what cannot be scored, by reason
+    notes: Notes = field(default_factory=Notes)  # what reading skipped, changed or assumed
     prompt: str = ""
     responses: list[str] | None = None  # None if there are pairs to compare
     reference: str | None = None
@@ -40,8 +42,9 @@ def read_questions(args) -> list[Question]:
             rows are counted.
     """
     questions = []
-    rows = read_rows(args.data, args.split, args.limit, args.subset, args.streaming)
-    for number, group in group_rows(rows):
+    notes = Notes()  # on the whole source; those on a row are with its question
+    options = args.split, args.limit, args.subset, args.streaming, args.columns, args.labels
+    for number, group in read_groups(args.data, *options, notes):
         row = group[0][1]
         head = {"row": number}
         if isinstance(row, dict) and "id" in row:
@@ -55,6 +58,8 @@ def read_questions(args) -> list[Question]:
                 raise
             question.left_out = Counter({UNREADABLE: len(group)})
         questions.append(question)
+    if questions:
+        questions[0].notes.update(notes)
     return questions
 
 
@@ -70,16 +75,17 @@ def _read(question: Question, group: list[Row], args) -> None:
                 "texts"
             )
         try:
-            question.pairs, question.left_out = parse_pairs(group, pairs=args.pairs)
+            pairs, question.left_out = parse_pairs(group, True, args.pairs, question.notes)
         except UserError:  # a pair whose label or rating cannot be read can still be scored
-            pass
-        if not question.pairs:
-            question.pairs, question.left_out = parse_pairs(group, labelled=False, pairs=args.pairs)
+            pairs = []
+        if not pairs:
+            question.notes = Notes()
+            pairs, question.left_out = parse_pairs(group, False, args.pairs, question.notes)
+        drawn = draw_pairs(pairs, args.pairs_per_prompt)
+        question.pairs = [replace(pair, row=question.head["row"]) for pair in drawn]
+        question.left_out += Counter({NOT_DRAWN: len(pairs) - len(drawn)})
         return
-    prompt, responses = read_prompt(row.get("prompt"), where, "prompt"), row["responses"]
-    texts = isinstance(responses, list) and all(isinstance(r, str) for r in responses)
-    if not texts or not responses:
-        raise UserError(f"{where}: column 'responses' must be a list of at least one text")
+    prompt, responses = read_ranking(row, where, question.notes)
     reference = args.reference if row.get("reference") is None else row["reference"]
     if reference is not None and not isinstance(reference, str):
         raise UserError(
@@ -133,6 +139,10 @@ def write_scores(
     )
     for reason, count in sum((question.left_out for question in questions), Counter()).items():
         print(f"not scored: {count} {reason}")
+    notes = Notes()
+    for question in questions:
+        notes.update(question.notes)
+    print(*notes.lines(), sep="\n", end="\n" * bool(notes.lines()))
     if breaks := sum(question.literal_breaks for question in questions):
         print(f"{breaks} rows with a literal \\n beside the markers, taken off")
     masses = [line["label_mass"] for line in lines if "label_mass" in line]

@@ -6,7 +6,8 @@ import math
 
 from gram_mini.judge import Judge
 from gram_mini.pairs import Pair
-from gram_mini.reading.formats import parse_pairs, read_prompt
+from gram_mini.reading.formats import parse_pairs
+from gram_mini.reading.messages import read_prompt
 
 AGAINST = ("first", "all")
 

@@ -61,8 +61,9 @@ from gram_mini.errors import UserError
 from gram_mini.evaluation import bootstrap, brier, calibration, orders_agree
 from gram_mini.judge import TIE, Comparison, Judge, preferred, round_robin
 from gram_mini.pairs import Pair
-from gram_mini.reading.formats import parse_pairs, read_prompt
-from gram_mini.reading.sources import read_rows
+from gram_mini.reading.formats import parse_pairs
+from gram_mini.reading.messages import read_prompt
+from gram_mini.reading.sources import Notes, read_rows
 from gram_mini.runs.output import save_figure, write_whole
 
 
@@ -386,7 +387,7 @@ def run(
     judge: Judge,
     name: str,
     source: str,
-    split: str = "train",
+    split: str | None = None,
     limit: int | None = None,
     subset: str | None = None,
     average: str = "probabilities",
@@ -404,11 +405,13 @@ def run(
         UserError: a row that is not one of this benchmark's; names the place and the column.
     """
     benchmark = BENCHMARKS[name]
-    rows = []
-    for where, row in read_rows(source, split, limit, subset):
+    rows, notes = [], Notes()
+    for where, row in read_rows(source, split, limit, subset, notes=notes):
         if isinstance(row, UserError):
             raise row
         rows.append(benchmark.read(where, row))
+    for line in notes.lines():
+        print(line)
     judged, results = judge_rows(
         rows, benchmark, lambda pairs: judge.compare_many(pairs, average, progress=name)
     )
@@ -465,14 +468,14 @@ def judge_rows(
 ) -> tuple[list[Judged], list[Comparison]]:
     """Compare the responses of all rows in one go; ``compare`` makes comparisons of pairs."""
     games, pairs = [], []
-    for row in rows:
+    for number, row in enumerate(rows, start=1):
         count, responses = len(row.chosen), row.chosen + row.rejected
         numbers = range(len(responses))
         if benchmark.all_pairs:
             games.append(list(combinations(numbers, 2)))
         else:
             games.append(list(product(numbers[:count], numbers[count:])))
-        pairs += [Pair(row.prompt, responses[i], responses[j]) for i, j in games[-1]]
+        pairs += [Pair(row.prompt, responses[i], responses[j], row=number) for i, j in games[-1]]
     results = compare(pairs)
     compared, judged = iter(zip(pairs, results)), []
     for row, games_of_row in zip(rows, games):

@@ -216,3 +216,12 @@ def test_label_mass_is_a_probability_and_training_mode_is_left_as_it_was(village
     result = village_judge.compare("x", "y", "z")
     assert 0 < result.label_mass <= 1 and village_judge.model.training
     village_judge.model.eval()
+
+
+def test_the_interval_of_one_prompt_is_unknown():
+    """Pairs of one prompt stand or fall together: one of them says nothing about others."""
+    for wrong in (3, 17):
+        judge = KnownJudge(lambda pair, first: float(pair.response_a))
+        pairs = [Pair("x", str(-1 if i < wrong else 1), "0", 0) for i in range(49)]
+        result = evaluate(judge, pairs)
+        assert (result.accuracy, result.interval) == ((49 - wrong) / 49, 1.0)

@@ -86,7 +86,9 @@ def test_a_scalar_head_gives_bradley_terry_on_two_rewards(scalar, tokenizer):
             ids = tokenizer(
                 f"<|user|>{pair.prompt}<|end|><|assistant|>{text}<|end|>", return_tensors="pt"
             )["input_ids"]
-            rewards.append(scalar.model.head(hidden_states(scalar.model, ids)[0, -1]).item())
+            rewards.append(
+                scalar.model.trained_head(hidden_states(scalar.model, ids)[0, -1]).item()
+            )
     assert logits.flatten().tolist() == pytest.approx(rewards, abs=1e-5)
     a, b, c, d = rewards
     expected = -(torch.tensor([a - b, d - c]).sigmoid().log()).mean()
@@ -112,7 +114,7 @@ def test_a_frozen_judge_begins_as_the_zero_shot_judge(tokenizer, village_judge):
     assert [r.log_odds_first for r in found] == pytest.approx(
         [r.log_odds_first for r in plain], abs=1e-4
     )
-    assert model.head.weight.requires_grad and model.head.out_features == 2
+    assert model.trained_head.weight.requires_grad and model.trained_head.out_features == 2
 
 
 def test_the_text_loss_is_that_of_the_chosen_response(tokenizer):
@@ -130,7 +132,7 @@ def test_the_head_is_saved_with_the_adapter_and_comes_back(name, runs):
     head = load_file(runs / name / "head.safetensors")["weight"]
     assert head.shape[0] == (1 if "scalar" in KINDS[name] else 2)
     judge = load_judge(str(runs / name))
-    assert torch.equal(judge.model.head.weight, head)
+    assert torch.equal(judge.model.trained_head.weight, head)
     assert isinstance(judge, ScalarJudge) == ("scalar" in KINDS[name])
     record = json.loads((runs / name / "run.json").read_text())
     held_out = record["results"]["held_out"]

@@ -203,7 +203,9 @@ def test_a_folder_of_several_splits_gives_the_one_that_is_asked_for(tmp_path):
         prompts(tmp_path, split="test")
     # not all are named after splits: the whole folder is meant
     write(tmp_path / "more.jsonl", ROWS[3:4])
-    assert len(prompts(tmp_path, split="test")) == 4
+    assert len(prompts(tmp_path)) == 4
+    with pytest.raises(UserError, match="has no splits, since more.jsonl is not named after one"):
+        prompts(tmp_path, split="test")
 
 
 def test_json_with_one_row_a_line(tmp_path):
