@@ -11,10 +11,10 @@ import train_pretrain
 import train_reward
 from gram_mini.errors import UserError
 from gram_mini.pairs import Pair, split_by_prompt
+from gram_mini.reading import load
 from gram_mini.reading.formats import parse_pairs
 from gram_mini.reading.load import load_pairs
 from gram_mini.runs import run as runs_run
-from gram_mini.reading import load
 
 
 def dialogue(*turns):
