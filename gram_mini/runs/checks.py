@@ -28,6 +28,7 @@ from gram_mini.model import (
 from gram_mini.prefixes import can_share, end_states
 
 NEARLY_ALL = 0.95  # share of the weights in 4 bits above which nothing is said
+warned: list[str] = []  # the model with which wrong scales were told: once for each process
 CLOSE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2}  # of the largest logit
 
 
@@ -140,7 +141,8 @@ def _check_dequantisation(name: str, model) -> None:
             right = dequantize_4bit(parameter.data, state).view(shape)
         finally:
             state.shape = shape
-        if not torch.allclose(read, right):
+        if not torch.allclose(read, right) and not warned:
+            warned.append(name)
             say(
                 f"{name}: bitsandbytes reads 4-bit weights back with wrong scales on this CPU, as "
                 f"rows of {shape[-1]} weights are not whole blocks of {state.blocksize}: on a GPU "
