@@ -130,6 +130,8 @@ def _check_dequantisation(name: str, model) -> None:
     """
     from bitsandbytes.functional import dequantize_4bit
 
+    if warned:
+        return
     for parameter in model.parameters():
         state = getattr(parameter, "quant_state", None)
         if state is None or state.shape[-1] % state.blocksize == 0:
@@ -141,7 +143,7 @@ def _check_dequantisation(name: str, model) -> None:
             right = dequantize_4bit(parameter.data, state).view(shape)
         finally:
             state.shape = shape
-        if not torch.allclose(read, right) and not warned:
+        if not torch.allclose(read, right):
             warned.append(name)
             say(
                 f"{name}: bitsandbytes reads 4-bit weights back with wrong scales on this CPU, as "

@@ -23,7 +23,15 @@ from __future__ import annotations
 
 from gram_mini.errors import clear_errors
 from gram_mini.runs import options
-from gram_mini.studies.speed.common import MODELS, PIECES, Shape, rows_of, table
+from gram_mini.studies.speed.common import (
+    MODELS,
+    PIECES,
+    Shape,
+    add_lora_rank,
+    add_models,
+    rows_of,
+    table,
+)
 from gram_mini.studies.speed.memory import adapter_parameters, layer_bytes
 from gram_mini.studies.speed.score import operations as scoring_operations
 from gram_mini.studies.speed.train import operations as training_operations
@@ -53,14 +61,7 @@ def training_bytes(s: Shape, pairs: int, length: int, rank: int) -> float:
 
 def main(argv=None) -> None:
     parser = options.parser(__doc__, EXAMPLES)
-    parser.add_argument(
-        "--models",
-        nargs="+",
-        choices=MODELS,
-        metavar="NAME",
-        default=["Qwen2.5-0.5B", "Qwen3-1.7B", "Llama-3.2-3B", "Qwen3-8B"],
-        help="of " + ", ".join(MODELS),
-    )
+    add_models(parser, ["Qwen2.5-0.5B", "Qwen3-1.7B", "Llama-3.2-3B", "Qwen3-8B"])
     parser.add_argument(
         "--length",
         type=options.positive_int,
@@ -75,13 +76,7 @@ def main(argv=None) -> None:
         metavar="N",
         help="pairs per training step",
     )
-    parser.add_argument(
-        "--lora-rank",
-        type=options.positive_int,
-        default=32,
-        metavar="R",
-        help="rank of the LoRA adapter",
-    )
+    add_lora_rank(parser)
     parser.add_argument(
         "--reached", type=options.share, default=0.4, help="share of the peak for the last column"
     )

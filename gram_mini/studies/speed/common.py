@@ -97,6 +97,29 @@ OTHERS = {
 SHAPES = {**OTHERS, **MODELS}
 
 
+def add_models(parser, default: list[str]) -> None:
+    """``--models`` of every study that computes from the shapes of real models."""
+    parser.add_argument(
+        "--models",
+        nargs="+",
+        choices=MODELS,
+        default=default,
+        metavar="NAME",
+        help="of " + ", ".join(MODELS),
+    )
+
+
+def add_lora_rank(parser) -> None:
+    """``--lora-rank`` of every study."""
+    parser.add_argument(
+        "--lora-rank",
+        type=options.positive_int,
+        default=32,
+        metavar="R",
+        help="rank of the LoRA adapter",
+    )
+
+
 def add_model_options(parser) -> None:
     """Options of every study that builds one model."""
     parser.add_argument(
@@ -112,13 +135,7 @@ def add_model_options(parser) -> None:
         default=32,
         help="4: NF4 weights; 16: bf16; 32: float32",
     )
-    parser.add_argument(
-        "--lora-rank",
-        type=options.positive_int,
-        default=32,
-        metavar="R",
-        help="rank of the LoRA adapter",
-    )
+    add_lora_rank(parser)
     parser.add_argument(
         "--device",
         default="auto",

@@ -71,6 +71,8 @@ from gram_mini.studies.speed.common import (
     GIB,
     MODELS,
     Shape,
+    add_lora_rank,
+    add_models,
     build,
     growth,
     held_bytes,
@@ -280,14 +282,7 @@ def largest_batches(
 
 def main(argv=None) -> None:
     parser = options.parser(__doc__, EXAMPLES)
-    parser.add_argument(
-        "--models",
-        nargs="+",
-        choices=MODELS,
-        default=list(MODELS),
-        metavar="NAME",
-        help="of " + ", ".join(MODELS),
-    )
+    add_models(parser, list(MODELS))
     parser.add_argument("--tiny", action="store_true", help="a small shape instead of --models")
     parser.add_argument(
         "--lengths",
@@ -304,13 +299,7 @@ def main(argv=None) -> None:
         metavar="N",
         help="sequences per forward pass",
     )
-    parser.add_argument(
-        "--lora-rank",
-        type=options.positive_int,
-        default=32,
-        metavar="R",
-        help="rank of the LoRA adapter",
-    )
+    add_lora_rank(parser)
     parser.add_argument(
         "--bits",
         nargs="+",
