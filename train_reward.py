@@ -12,7 +12,7 @@ from gram_mini.batches import judge_batch
 from gram_mini.errors import clear_errors
 from gram_mini.evaluation import summarise
 from gram_mini.judge import Judge
-from gram_mini.losses import best_margin, margins, reward_loss
+from gram_mini.losses import averaged_loss, best_margin, margins, reward_loss
 from gram_mini.model import (
     add_lora,
     hidden_states,
@@ -55,13 +55,18 @@ def main(argv=None):
     optimizer, schedule = optimizer_and_schedule(model, args.lr, steps)
     batches = draw_batches(train, run.rows_per_step, args.seed)  # y_a or y_b first, at random
     for batch in run.steps(batches, steps, model, optimizer, schedule):
-        for part in run.passes(batch):  # all at once, or as many rows as fit
+        for part in run.passes(batch, sequences=2 if args.both_orders else 1):  # as many as fit
+            share = len(part) / len(batch)  # mean over pairs
+            if args.both_orders:  # ours, not the paper's: step 8 of losses.py
+                part = [order for row in part for order in (row, row.swapped())]
             ids, last, right = judge_batch(part, prompt, run.device)  # (B, T), (B,), (B,)
             hidden = hidden_states(model, ids)  # (B, T, H)
             verdict = hidden[torch.arange(len(part)), last]  # (B, H), where A or B would come next
             z = output_logits(model, verdict, labels)  # (B, 2): Z_A, Z_B
             loss = reward_loss(z, right, args.label_smoothing)  # -log sigmoid(m) + eps m
-            share = len(part) / len(batch)  # mean over pairs
+            if args.both_orders:
+                mean_margin = averaged_loss(z, right, args.label_smoothing)
+                loss = (1 - args.both_orders) * loss + args.both_orders * mean_margin
             (loss * share).backward()
             m = margins(z, right)  # (B,): Z_w - Z_l
             accuracy = (m > 0).float().mean()

@@ -10,3 +10,11 @@ wrong.
 What is not the lesson has a folder with a README in it: village/ (the tiny world whose truth is
 known), reading/ (files and formats), runs/ (what surrounds a run), baselines/, serving/, studies/.
 """
+
+import os
+
+# OpenMP's threads wait for each other by spinning. Beside a busy process one of them has no core,
+# and the others burn theirs. So they spin briefly and then sleep: see studies/speed/README.md.
+# libgomp reads this when torch is imported, and therefore we are imported before torch.
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")

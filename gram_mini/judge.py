@@ -30,7 +30,7 @@ from gram_mini.errors import UserError
 from gram_mini.losses import label_mass
 from gram_mini.model import evaluating, hidden_states, output_head, output_logits
 from gram_mini.pairs import Pair
-from gram_mini.prompts import JUDGE, judge_prompt, label_tokens
+from gram_mini.prompts import default_judge, judge_prompt, label_tokens
 
 AVERAGES = ("probabilities", "logits")
 METHODS = ("round-robin", "knock-out", "reference")
@@ -97,7 +97,8 @@ class Judge:
         tokenizer: its tokenizer; the label tokens are looked up in it.
         max_length: tokens per judge prompt; longer texts are cut (see batches.truncate).
         batch_size: a forward pass holds at most batch_size x max_length tokens.
-        template: the judge prompt, with placeholders as in prompts.JUDGE.
+        template: the judge prompt, with placeholders as in prompts.JUDGE; by default
+            prompts.default_judge.
         batch_tokens: and at most these, if given.
 
     runs.load_judge makes one from a run folder, a model folder or a name on the hub.
@@ -109,9 +110,10 @@ class Judge:
         tokenizer,
         max_length: int = 512,
         batch_size: int = 32,
-        template: str = JUDGE,
+        template: str | None = None,
         batch_tokens: int | None = None,
     ):
+        template = template or default_judge(tokenizer)
         self.model, self.tokenizer, self.template = model, tokenizer, template
         self.max_length, self.batch_size, self.batch_tokens = max_length, batch_size, batch_tokens
         self.prompt = judge_prompt(tokenizer, template)

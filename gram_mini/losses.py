@@ -61,6 +61,18 @@ token t after it, w for the label of the preferred response (A or B), l for the 
    The loss over the full vocabulary is the two-label loss plus a term that teaches the model to
    answer with A or B at all. Scores never read it, since they compare the two labels. So we train
    without it, and log M to see what becomes of it.
+
+8. Ours, not the paper's. A judge that favours a place adds a bias b to the margin of one order and
+   takes it from the other: m_1 = d + b and m_2 = d - b. Show each pair in both orders, and take one
+   loss on the mean of the two margins beside the plain loss on each:
+
+       L_both = (1 - W) (L_eps(m_1) + L_eps(m_2)) / 2  +  W L_eps((m_1 + m_2) / 2).
+
+   In the second part b cancels, so its gradient is about d from the first step on. The plain part
+   alone must bring b down first: where b is large, one order has a large gradient that says "less
+   b", and what both orders say about d is the small rest. But the second part alone never asks for
+   a small b. Judging only one of the two responses is enough for it: then m_1 and m_2 disagree, and
+   the position gap is wide. The plain part closes it.
 """
 
 from __future__ import annotations
@@ -103,9 +115,30 @@ def reward_loss(label_logits: torch.Tensor, right: torch.Tensor, eps: float = 0.
     Raises:
         ValueError: if eps is outside [0, 1/2).
     """
+    return smoothed(margins(label_logits, right), eps)
+
+
+def averaged_loss(label_logits: torch.Tensor, right: torch.Tensor, eps: float = 0.0):
+    """Step 8, its second part: the loss on the mean margin of both orders, in nats per pair.
+
+    Args:
+        label_logits: (2N, 2), the logits of A and B; rows 2 i and 2 i + 1 show pair i in its two
+            orders.
+        right: (2N,), as in :func:`margins`.
+        eps: as in :func:`reward_loss`.
+    """
+    m = margins(label_logits, right).view(-1, 2).mean(dim=1)  # (N,)
+    return smoothed(m, eps)
+
+
+def smoothed(m: torch.Tensor, eps: float) -> torch.Tensor:
+    """Mean of -log sigmoid(m) + eps m (step 3) of margins (N,), in nats.
+
+    Raises:
+        ValueError: if eps is outside [0, 1/2).
+    """
     if not 0 <= eps < 0.5:
         raise ValueError(f"eps must be at least 0 and below 1/2, got {eps}")
-    m = margins(label_logits, right)  # (B,)
     return (-F.logsigmoid(m) + eps * m).mean()
 
 

@@ -105,14 +105,28 @@ def load_tokenizer(name: str):
     return tokenizer
 
 
-def compute_dtype(bits: int, device: torch.device) -> torch.dtype:
-    """Type of activations and unquantised weights: bf16 on a GPU that has it, float32 elsewhere.
-
-    ``bits=16`` is half precision everywhere: float16 on a GPU without bf16. NF4 computes in float32
-    there, which is slower, but never overflows.
+def fast_bfloat16() -> bool:
+    """Whether this CPU multiplies bf16 matrices itself (AMX or AVX512-BF16). Others emulate it,
+    which is slower than float32.
     """
-    if bits == 32 or (device.type == "cpu" and bits == 4):
+    has = (
+        getattr(torch.cpu, f"_is_{name}_supported", bool) for name in ("amx_tile", "avx512_bf16")
+    )
+    return "AVX512" in torch.backends.cpu.get_cpu_capability() and any(test() for test in has)
+
+
+def compute_dtype(bits: int, device: torch.device, name: str = "") -> torch.dtype:
+    """Type of activations and unquantised weights: bf16 where the device is fast at it.
+
+    On a GPU without bf16 ``bits=16`` is float16. NF4 computes in float32 there, which is slower,
+    but never overflows. On a CPU without it everything is float32. So is the village's model in
+    NF4 on any CPU: it is too small to gain from bf16, and its figures are compared across machines.
+    """
+    if bits == 32:
         return torch.float32
+    if device.type == "cpu":
+        slow = not fast_bfloat16() or (bits == 4 and name == VILLAGE)
+        return torch.float32 if slow else torch.bfloat16
     if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
         return torch.float32 if bits == 4 else torch.float16
     return torch.bfloat16
@@ -143,7 +157,9 @@ def load_model(
     from gram_mini.runs import checks  # not above: its checks call this file
 
     device = torch.device(device)
-    dtype = compute_dtype(bits, device)
+    dtype = compute_dtype(bits, device, name)
+    # torch's attention for CPUs has a slow backward pass in bf16: a step takes a quarter longer.
+    plain = device.type == "cpu" and dtype == torch.bfloat16
     folder = local_folder(name)
     checks.check_stored(name, _from_pretrained(AutoConfig, name, folder), bits)
     model, report = _from_pretrained(
@@ -155,6 +171,7 @@ def load_model(
         use_safetensors=True,  # a pickled checkpoint could run code
         output_loading_info=True,
         ignore_mismatched_sizes=True,  # they are reported, and refused just below
+        attn_implementation="eager" if plain else None,
         **quantization(bits, dtype),
     )
     checks.check_weights(name, model, report)

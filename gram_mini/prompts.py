@@ -6,9 +6,9 @@ Two texts wrap a prompt x and its two responses y_a, y_b:
     stage 2   user: JUDGE        assistant: "A" or "B"        (the verdict is generated)
 
 The markers are those of the official data (NiuTrans/GRAM, README.md, "Datasets"), so files in the
-official format can be read. The judge's instruction is our own wording. Another judge prompt, for
-example that of a released checkpoint, can take the place of JUDGE: a template with the same three
-placeholders.
+official format can be read. The judge's instruction is our own wording: a general one, and one for
+the village, whose language model knows no other. Another judge prompt, for example that of a
+released checkpoint, can take their place: a template with the same three placeholders.
 """
 
 from __future__ import annotations
@@ -25,6 +25,10 @@ START_B, END_B = "[The Start of Assistant B's Answer]", "[The End of Assistant B
 USER_QUESTION, PREFERRED = "[User Question]", "#Preferred:"
 
 INSTRUCTION = (
+    "Decide which of the two answers to the question below is better: helpful, correct, harmless "
+    "and to the point. Reply with a single letter, A or B."
+)
+VILLAGE_INSTRUCTION = (
     "Two assistants answered the question below. Decide which answer serves the user better: look "
     "for correct facts first, then for courtesy, then for keeping to the point. Neither the order "
     "of the answers nor their length is a reason to prefer one. Reply with a single letter, A or B."
@@ -32,12 +36,14 @@ INSTRUCTION = (
 
 QUESTION = f"{USER_QUESTION}\n{{prompt}}"
 PAIR = f"{START_A}\n{{response_a}}\n{END_A}\n\n{START_B}\n{{response_b}}\n{END_B}"
-JUDGE = f"{INSTRUCTION}\n\n{QUESTION}\n\n{PAIR}\n\n{PREFERRED}"
+_JUDGED = f"\n\n{QUESTION}\n\n{PAIR}\n\n{PREFERRED}"
+JUDGE = INSTRUCTION + _JUDGED
+VILLAGE_JUDGE = VILLAGE_INSTRUCTION + _JUDGED
 
 LABELS = ("A", "B")
 
 # The fixed parts. Each is one token of the village's tokenizer, so that its sequences stay short.
-MARKERS = (INSTRUCTION, USER_QUESTION, START_A, END_A, START_B, END_B, PREFERRED)
+MARKERS = (VILLAGE_INSTRUCTION, USER_QUESTION, START_A, END_A, START_B, END_B, PREFERRED)
 
 TODAY = date(2024, 7, 26)  # the date that Llama 3's template falls back on
 _DATES = "{%- macro strftime_now(format) -%}{{ dates[format] }}{%- endmacro +%}"
@@ -60,7 +66,7 @@ class PromptPieces:
         end           \\n[The End of Assistant B's Answer]
 
         stage 2
-        start         <|im_start|>user\\nTwo assistants ... A or B.\\n\\n[User Question]\\n
+        start         <|im_start|>user\\nDecide which ... A or B.\\n\\n[User Question]\\n
         after_prompt  \\n\\n[The Start of Assistant A's Answer]\\n
         between       as in stage 1
         end           \\n[The End of Assistant B's Answer]\\n\\n#Preferred:<|im_end|>\\n
@@ -152,14 +158,23 @@ def pair_prompt(tokenizer) -> PromptPieces:
     )
 
 
-def judge_prompt(tokenizer, template: str = JUDGE) -> PromptPieces:
+def default_judge(tokenizer) -> str:
+    """The judge prompt where none is given: VILLAGE_JUDGE for the village's tokenizer, which holds
+    its instruction as one token, and JUDGE for all others.
+    """
+    village = tokenizer.convert_tokens_to_ids(VILLAGE_INSTRUCTION)
+    return JUDGE if village in (None, tokenizer.unk_token_id) else VILLAGE_JUDGE
+
+
+def judge_prompt(tokenizer, template: str | None = None) -> PromptPieces:
     """Stage 2 and scoring: the judge's question with both responses, up to the verdict."""
+    template = template or default_judge(tokenizer)
     texts = _judge_texts(tokenizer, template)
     start, after_prompt, between, end = (encode(tokenizer, text) for text in texts)
     return PromptPieces(with_bos(tokenizer, start), after_prompt, between, end)
 
 
-def label_tokens(tokenizer, template: str = JUDGE) -> tuple[int, int]:
+def label_tokens(tokenizer, template: str | None = None) -> tuple[int, int]:
     """Token ids of the verdicts A and B, exactly as they stand after the judge prompt.
 
     Whether that is "A" or " A" depends on the chat template, so it is read off the rendered prompt.
@@ -169,6 +184,7 @@ def label_tokens(tokenizer, template: str = JUDGE) -> tuple[int, int]:
     Raises:
         UserError: if a label is not one token there (names what it splits into).
     """
+    template = template or default_judge(tokenizer)
     suffix = _judge_texts(tokenizer, template)[-1]
     before = encode(tokenizer, suffix)
     ids = []

@@ -25,6 +25,20 @@ def pytest_collection_modifyitems(config, items):
                 item.add_marker(pytest.mark.skip(reason="slow: give --slow"))
 
 
+@pytest.fixture(scope="session", autouse=True)
+def every_cpu_alike():
+    """Tests compute in float32 on a CPU that is fast in bf16, too, unless they ask for bf16."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("gram_mini.model.fast_bfloat16", lambda: False)
+        yield
+
+
+@pytest.fixture
+def fast_bfloat16(monkeypatch):
+    """A CPU that multiplies bf16 matrices itself, as far as our code can tell."""
+    monkeypatch.setattr("gram_mini.model.fast_bfloat16", lambda: True)
+
+
 @pytest.fixture(scope="session")
 def tokenizer():
     return load_tokenizer(VILLAGE)

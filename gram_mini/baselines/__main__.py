@@ -38,6 +38,7 @@ from gram_mini.model import (
 )
 from gram_mini.pairs import split_by_prompt
 from gram_mini.prompts import label_tokens
+from gram_mini.runs import defaults
 from gram_mini.runs.options import add_reward_options, parser, weight
 from gram_mini.runs.record import HEAD
 from gram_mini.runs.run import Run
@@ -73,6 +74,7 @@ def baseline_options(argv=None):
         "token",
     )
     args = p.parse_args(argv)
+    defaults.choose(args, "reward")
     if args.text_weight and args.head != "scalar":
         p.error("--text-weight goes with --head scalar")
     if args.head == "labels" and not args.freeze:

@@ -12,8 +12,8 @@ from gram_mini.baselines.judges import judge_with_head, load_head
 from gram_mini.errors import UserError
 from gram_mini.judge import Judge
 from gram_mini.model import load_lora, load_model, load_tokenizer, local_folder
-from gram_mini.prompts import JUDGE
 from gram_mini.runs.checks import check_sizes
+from gram_mini.runs.defaults import MAX_LENGTH, for_model
 from gram_mini.runs.processes import pick_device
 from gram_mini.runs.record import (
     EXPORTED,
@@ -44,9 +44,11 @@ def load_judge(
         path: run folder, model folder, hub name, or "village".
         bits: 4, 16 or 32; by default as in training, for an exported run as written, else 4.
         device: "auto" or the name of a torch device.
-        max_length: tokens per judge prompt; by default as in training, else 512.
+        max_length: tokens per judge prompt; by default as in training, else 512 for the village's
+            backbone and 1,024 for any other.
         batch_size: judge prompts of max_length per forward pass.
-        template: the judge prompt; by default as in training, else prompts.JUDGE.
+        template: the judge prompt; by default as in training, else
+            prompts.default_judge.
         merge: merge the run's adapter into the weights, in float32. That saves the adapter's
             products and the unpacking of NF4, and changes no score by more than 1e-5. By default
             this is done on a CPU if the float32 weights take at most 1 GiB. (On a GPU, export the
@@ -94,11 +96,11 @@ def load_judge(
             template = template or record["prompt"]["judge"]
             bits = bits or (32 if AutoConfig.from_pretrained(folder).dtype == torch.float32 else 16)
         model, tokenizer = load_model(str(path), bits or 4, place), load_tokenizer(str(path))
-    max_length, template = max_length or 512, template or JUDGE
+    max_length = max_length or for_model(MAX_LENGTH, str(path))
     check_sizes(str(path), model, tokenizer, max_length)
     make = Judge if head is None else judge_with_head
     judge = make(model, tokenizer, max_length, batch_size, template)
-    if record and template == record["prompt"]["judge"]:
+    if record and judge.template == record["prompt"]["judge"]:
         check_prompt(path, record, judge.prompt, judge.labels, tokenizer)
     return judge
 

@@ -13,18 +13,19 @@ from gram_mini.errors import UserError
 from gram_mini.judge import AVERAGES, METHODS
 from gram_mini.model import VILLAGE
 from gram_mini.reading.columns import Columns, check_columns
+from gram_mini.runs import defaults
 from gram_mini.runs.output import check_output
 from gram_mini.studies import benchmarks
 
 PRETRAIN_EXAMPLES = """\
   python train_pretrain.py                         # the village, 2 minutes on 2 CPU cores
   python train_pretrain.py --model Qwen/Qwen2.5-0.5B-Instruct --data pairs.jsonl \\
-      --lr 1e-4 --batch-size 8"""
+      --out runs/mine"""
 
 REWARD_EXAMPLES = """\
   python train_reward.py --init runs/pretrain      # the village, 40 seconds on 2 CPU cores
   python train_reward.py --model Qwen/Qwen2.5-0.5B-Instruct --data pairs.jsonl \\
-      --lr 1e-4 --batch-size 8"""
+      --init runs/mine --out runs/judge"""
 
 SCORE_EXAMPLES = """\
   python score.py --data pairs.jsonl --out scores.jsonl
@@ -56,21 +57,33 @@ def pretrain_options(description: str, argv=None) -> argparse.Namespace:
     p = parser(description, PRETRAIN_EXAMPLES)
     add_training_options(
         p,
+        stage="pretrain",
         out="runs/pretrain",
-        lr=3e-3,
         epochs=2,
         held_out=0.0,
         lora_rank=32,
         data_help="pairs of responses: file, folder, hub name, or 'village'",
     )
-    return p.parse_args(argv)
+    args = p.parse_args(argv)
+    defaults.choose(args, "pretrain")
+    return args
 
 
 def reward_options(description: str, argv=None) -> argparse.Namespace:
     """The options of train_reward.py."""
     p = parser(description, REWARD_EXAMPLES)
     add_reward_options(p, out="runs/reward")
-    return p.parse_args(argv)
+    p.add_argument_group("ours, not the paper's").add_argument(
+        "--both-orders",
+        type=whole_share,
+        default=0.0,
+        metavar="W",
+        help="show each pair in both orders; W is the weight of one loss on the mean of the two "
+        "margins (step 8 of losses.py), 1 - W that of the plain loss; 0 is the paper's way",
+    )
+    args = p.parse_args(argv)
+    defaults.choose(args, "reward")
+    return args
 
 
 def score_options(description: str, argv=None) -> argparse.Namespace:
@@ -141,7 +154,7 @@ def score_options(description: str, argv=None) -> argparse.Namespace:
         "the same number of tokens",
     )
     add_model_options(g, bits_default=None, max_length_default=None)
-    add_judge_template(g, default="as in training, else the one in gram_mini/prompts.py")
+    add_judge_template(g, default="as in training, else one of the two in gram_mini/prompts.py")
     args = p.parse_args(argv)
     _check_scoring(p, args)
     return args
@@ -244,14 +257,17 @@ class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescription
 
 def add_training_options(
     p: argparse.ArgumentParser,
+    stage: str,
     out: str,
-    lr: float,
     epochs: float,
     held_out: float,
     lora_rank: int | None,
     data_help: str,
 ) -> None:
-    """Options of both stages; ``out`` to ``lora_rank`` are the defaults of the stage."""
+    """Options of both stages; ``out`` to ``lora_rank`` are the defaults of the stage.
+
+    Those that depend on the backbone are None until defaults.choose has been called.
+    """
     g = p.add_argument_group("what to train on what")
     g.add_argument(
         "--model",
@@ -302,23 +318,22 @@ def add_training_options(
     g.add_argument(
         "--lr",
         type=positive_float,
-        default=lr,
-        help="peak learning rate (warmed up over 5%% of the steps, then cosine)",
+        help="peak learning rate, warmed up over 5%% of the steps, then cosine "
+        + defaults.both("lr", stage),
     )
     g.add_argument(
         "--batch-size",
         type=positive_int,
-        default=64,
         metavar="N",
-        help="pairs per forward pass and process",
+        help="pairs per forward pass and process " + defaults.both("batch_size", stage),
     )
     g.add_argument(
         "--batch-tokens",
         type=positive_int,
         metavar="N",
         help="at most N tokens in a forward pass, padding included: long pairs go through in "
-        "smaller batches, and an optimiser step stays the same (default: no limit but "
-        "--batch-size)",
+        "smaller batches, and an optimiser step stays the same "
+        + defaults.both("batch_tokens", stage),
     )
     g.add_argument(
         "--grad-accum",
@@ -362,15 +377,15 @@ def add_training_options(
         action="store_true",
         help="compute activations twice to keep fewer of them: less memory, up to half more time",
     )
-    add_model_options(g, bits_default=4, max_length_default=512)
+    add_model_options(g, bits_default=4, length_default=defaults.both("max_length", stage))
 
 
 def add_reward_options(p: argparse.ArgumentParser, out: str) -> None:
     """Options of stage 2 and of the baselines."""
     add_training_options(
         p,
+        stage="reward",
         out=out,
-        lr=1e-3,
         epochs=2,
         held_out=0.05,
         lora_rank=None,
@@ -391,7 +406,7 @@ def add_reward_options(p: argparse.ArgumentParser, out: str) -> None:
         help="eps of the loss above, 0 <= eps < 0.5; half of torch's label_smoothing: 0.05 is the "
         "official 0.1 there",
     )
-    add_judge_template(g, default="that of --init, else the one in gram_mini/prompts.py")
+    add_judge_template(g, default="that of --init, else one of the two in gram_mini/prompts.py")
 
 
 def add_reading_options(group) -> None:
@@ -464,8 +479,17 @@ def reading(args) -> dict:
     }
 
 
-def add_model_options(group, bits_default: int | None, max_length_default: int | None) -> None:
-    """Options of every command that loads a model; a default of None means 'as in training'."""
+def add_model_options(
+    group,
+    bits_default: int | None = None,
+    max_length_default: int | None = None,
+    length_default: str = "(default: as in training, else 512 for the village's backbone and 1024 "
+    "for any other model)",
+) -> None:
+    """Options of every command that loads a model; a default of None means 'as in training'.
+
+    ``length_default`` says in words what None means for --max-length.
+    """
     group.add_argument(
         "--bits",
         type=int,
@@ -480,7 +504,7 @@ def add_model_options(group, bits_default: int | None, max_length_default: int |
         default=max_length_default,
         metavar="N",
         help="tokens per sequence; longer texts are cut, prompt first, then both responses by the "
-        "same share" + ("" if max_length_default else " (default: as in training, else 512)"),
+        "same share" + ("" if max_length_default else f" {length_default}"),
     )
     group.add_argument(
         "--device",
@@ -553,6 +577,11 @@ def share(text: str) -> float:
 def weight(text: str) -> float:
     """argparse type: a finite number of at least 0."""
     return _number(text, float, lambda v: 0 <= v < math.inf, "a number of at least 0")
+
+
+def whole_share(text: str) -> float:
+    """argparse type: a share, 0 <= share <= 1."""
+    return _number(text, float, lambda v: 0 <= v <= 1, "a number from 0 to 1")
 
 
 def smoothing(text: str) -> float:

@@ -24,7 +24,7 @@ from gram_mini.batches import EncodedPair, split_by_tokens
 from gram_mini.errors import Interrupted, UserError
 from gram_mini.model import length_kind
 from gram_mini.pairs import Pair
-from gram_mini.prompts import JUDGE, PromptPieces, read_template
+from gram_mini.prompts import PromptPieces, default_judge, read_template
 from gram_mini.reading.load import PairData, load_pairs
 from gram_mini.runs import checkpoint
 from gram_mini.runs.checks import check_sizes
@@ -52,7 +52,8 @@ class Run:
     Attributes:
         device: where to compute.
         backbone: args.model, at the version that --init was trained on.
-        template: the judge prompt, from --judge-template, from --init, or our own.
+        template: the judge prompt, from --judge-template, from --init, or, after ``check``,
+            prompts.default_judge.
         evaluation: the latest figures of the held-out pairs; empty if there are none.
 
     Raises:
@@ -65,7 +66,8 @@ class Run:
         self._accelerator, self.device = start_processes(
             args.device, args.report_to, self.folder.partial
         )
-        self.backbone, self.template = args.model, JUDGE
+        self.backbone = args.model
+        self.template: str = ""
         init = getattr(args, "init", None)
         self._init: dict | None = None
         if init:
@@ -117,6 +119,7 @@ class Run:
         Raises:
             UserError: if they do not.
         """
+        self.template = self.template or default_judge(tokenizer)
         check_sizes(self.args.model, model, tokenizer, self.args.max_length)
         self._tokenizer_fingerprint = tokenizer_fingerprint(tokenizer)
         if self._init and self._init.get("tokenizer") not in (None, self._tokenizer_fingerprint):

@@ -130,7 +130,7 @@ def _judgment(rng, known):
     label = int(b.reward > a.reward or (b.reward == a.reward and rng.random() < 0.5))
     if rng.random() < FLIPPED:
         label = 1 - label
-    content = prompts.JUDGE.format(
+    content = prompts.VILLAGE_JUDGE.format(
         prompt=question(name, attribute), response_a=a.text, response_b=b.text
     )
     return f"{USER}{content}{END}{ASSISTANT}{prompts.LABELS[label]}{END}"

@@ -281,7 +281,7 @@ def test_thinking_is_switched_off(case):
 # ---- the model -----------------------------------------------------------------------
 
 
-def test_every_linear_layer_is_nf4_but_the_output_matrix(case):
+def test_every_linear_layer_is_nf4_but_the_output_matrix(case, monkeypatch):
     model = load_model(case.folder, bits=4)
     head = model.get_output_embeddings()
     linear = {
@@ -293,13 +293,17 @@ def test_every_linear_layer_is_nf4_but_the_output_matrix(case):
     assert all(
         type(m).__name__ == "Linear4bit" and m.weight.quant_state.nested for m in linear.values()
     )
-    # float32 is the compute type of a CPU
+    # float32 is the compute type of a CPU that is not fast in bf16
     assert type(head) is torch.nn.Linear and head.weight.dtype == torch.float32
     adapted = add_lora(model, 4)
     trainable = [name for name, p in adapted.named_parameters() if p.requires_grad]
     assert len(trainable) == 2 * len(linear) and all("lora_" in name for name in trainable)
-    half = load_model(case.folder, bits=16)
-    assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in load_model(case.folder, bits=16).parameters()} == {torch.float32}
+    monkeypatch.setattr("gram_mini.model.fast_bfloat16", lambda: True)
+    for bits in (4, 16):
+        half = load_model(case.folder, bits)
+        assert {p.dtype for p in half.parameters()} <= {torch.bfloat16, torch.uint8}
+        assert half.config._attn_implementation == "eager"
 
 
 @torch.no_grad()

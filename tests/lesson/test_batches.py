@@ -88,7 +88,7 @@ def test_markers_and_verdict_suffix_survive_any_cut(tokenizer):
     assert row.truncated and len(ids) <= 64
     text = tokenizer.decode(ids)
     markers = (prompts.START_A, prompts.END_A, prompts.START_B, prompts.END_B)
-    for marker in (prompts.INSTRUCTION, *markers, prompts.PREFERRED):
+    for marker in (prompts.VILLAGE_INSTRUCTION, *markers, prompts.PREFERRED):
         assert marker in text
     assert "river" in text and "hill" in text and text.endswith("<|assistant|>")
 

@@ -170,7 +170,7 @@ def test_scores_are_those_of_a_plain_forward_pass(village_judge, tokenizer):
     """The shortest way: the template of transformers, full logits, softmax over two tokens."""
     from gram_mini import prompts
 
-    content = prompts.JUDGE.format(
+    content = prompts.VILLAGE_JUDGE.format(
         prompt="What does Anna eat?", response_a="Anna eats soup.", response_b="Anna eats fish."
     )
     ids = tokenizer.apply_chat_template(

@@ -8,7 +8,14 @@ import torch.nn.functional as F
 
 from gram_mini import chunked
 from gram_mini.chunked import chunked_pair_loss
-from gram_mini.losses import best_margin, label_mass, margins, pair_loss, reward_loss
+from gram_mini.losses import (
+    averaged_loss,
+    best_margin,
+    label_mass,
+    margins,
+    pair_loss,
+    reward_loss,
+)
 from gram_mini.model import OutputHead
 
 EPS = [0.0, 0.05, 0.2, 0.4999]
@@ -167,3 +174,30 @@ def test_no_more_logits_than_a_chunk_are_made(monkeypatch):
     hidden, targets = torch.randn(20, 16), torch.randint(500, (20,))
     chunked_pair_loss(hidden.requires_grad_(), targets, head).backward()
     assert made == [7, 7, 6]
+
+
+def both_orders(d, b):
+    """Label logits (2N, 2) and right labels of pairs with margin d, on which a place gets b."""
+    m = torch.stack([d + b, d - b], dim=1).view(-1)  # (2N,): A is right in the first order
+    right = torch.arange(len(m)) % 2
+    return torch.stack([torch.where(right == 0, m, -m), torch.zeros_like(m)], dim=1), right
+
+
+@pytest.mark.parametrize("eps", EPS)
+def test_step_8_the_bias_of_a_place_cancels_in_the_mean_margin(eps):
+    d = torch.tensor([-1.0, 0.5, 3.0], dtype=torch.float64, requires_grad=True)
+    b = torch.tensor([4.0, -2.0, 0.3], dtype=torch.float64, requires_grad=True)
+    z, right = both_orders(d, b)
+    loss = averaged_loss(z, right, eps)
+    one = torch.stack([d, torch.zeros(3)], dim=1)
+    assert torch.allclose(loss, reward_loss(one, torch.zeros(3, dtype=torch.long), eps))
+    of_d, of_b = torch.autograd.grad(loss, (d, b))
+    assert torch.allclose(of_d, (-torch.sigmoid(-d) + eps) / 3) and of_b.abs().max() < 1e-15
+    of_b = torch.autograd.grad(reward_loss(*both_orders(d, b), eps), b)[0]
+    assert (of_b * b > 0).all()  # the plain loss brings the bias down
+
+
+@pytest.mark.parametrize("eps", [-0.1, 0.5])
+def test_step_8_refuses_an_eps_that_is_none(eps):
+    with pytest.raises(ValueError, match="eps"):
+        averaged_loss(torch.zeros(2, 2), torch.tensor([0, 1]), eps)

@@ -2,15 +2,18 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from peft import PeftModel
 from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from gram_mini import model as model_file
 from gram_mini.errors import UserError
 from gram_mini.model import (
     VILLAGE,
     VILLAGE_FOLDER,
     add_lora,
     checkpoint_gradients,
+    compute_dtype,
     hidden_states,
     load_lora,
     load_model,
@@ -21,6 +24,7 @@ from gram_mini.runs.folder import save_adapter
 from gram_mini.runs.processes import pick_device
 from gram_mini.runs.record import fingerprint, read_record
 
+FAST = model_file.fast_bfloat16  # conftest.py replaces it
 IDS = torch.arange(40).view(2, 20) + 20
 
 
@@ -63,7 +67,43 @@ def test_nf4_is_nf4_and_embeddings_are_left_alone(nf4_model):
     layer = nf4_model.model.layers[0].mlp.up_proj
     assert layer.weight.quant_state.quant_type == "nf4" and layer.weight.quant_state.nested
     assert type(nf4_model.get_output_embeddings()) is torch.nn.Linear
-    assert load_model(VILLAGE, bits=16).get_input_embeddings().weight.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_what_is_computed_in(fast, monkeypatch):
+    monkeypatch.setattr("gram_mini.model.fast_bfloat16", lambda: fast)
+    cpu, other = torch.device("cpu"), torch.bfloat16 if fast else torch.float32
+    assert compute_dtype(32, cpu, "any") == torch.float32
+    assert compute_dtype(16, cpu, "any") == compute_dtype(4, cpu, "any") == other
+    # the village's figures are compared across machines
+    assert compute_dtype(4, cpu, VILLAGE) == torch.float32
+    model = load_model(VILLAGE, bits=16)
+    assert model.get_input_embeddings().weight.dtype == other
+    assert (model.config._attn_implementation == "eager") == fast
+
+
+@pytest.mark.parametrize(
+    ("capability", "has", "fast"),
+    [("AVX512", True, True), ("AVX512", False, False), ("AVX2", True, False)],
+)
+def test_a_cpu_is_fast_in_bf16_only_with_instructions_for_it(capability, has, fast, monkeypatch):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False, raising=False)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: has, raising=False)
+    assert FAST() == fast
+
+
+def test_a_step_in_bf16_is_that_of_float32_within_its_rounding(monkeypatch):
+    def gradient():
+        torch.manual_seed(0)
+        model = add_lora(load_model(VILLAGE, bits=16), 8)
+        perturb(model)
+        return lora_gradient(model)
+
+    exact = gradient()
+    monkeypatch.setattr("gram_mini.model.fast_bfloat16", lambda: True)
+    rounded = gradient()
+    assert F.cosine_similarity(rounded, exact, dim=0) > 0.99 and not torch.equal(rounded, exact)
 
 
 def saved_bytes(model):

@@ -92,7 +92,7 @@ def test_prompts_hold_all_three_texts_in_order(tokenizer, template):
         a, b = (prompts.START_A, "blue", prompts.END_A), (prompts.START_B, "green", prompts.END_B)
         places = [text.index(word) for word in ("[User Question]", "Anna eats soup", *a, *b)]
         assert places == sorted(places)
-    assert prompts.INSTRUCTION in judge and prompts.INSTRUCTION not in pair
+    assert prompts.VILLAGE_INSTRUCTION in judge and prompts.INSTRUCTION not in pair
     assert pair.endswith(prompts.END_B)
 
 

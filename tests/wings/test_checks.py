@@ -199,7 +199,7 @@ def test_the_share_in_four_bits_is_said_where_it_is_not_nearly_all(llama, tmp_pa
 
 
 def test_a_checkpoint_in_four_bits_is_brought_to_the_bits_that_are_asked_for(
-    llama, tmp_path, capsys
+    llama, tmp_path, capsys, fast_bfloat16
 ):
     load_model(llama, 4).save_pretrained(tmp_path / "nf4")
     load_tokenizer(llama).save_pretrained(tmp_path / "nf4")

@@ -32,7 +32,7 @@ def built(request):
     kind, bits = request.param
     torch.manual_seed(0)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("gram_mini.model.compute_dtype", lambda bits, device: torch.bfloat16)
+        patch.setattr("gram_mini.model.compute_dtype", lambda bits, device, name="": torch.bfloat16)
         yield SHAPES[kind], bits, build(SHAPES[kind], bits, RANK, torch.device("cpu"))
 
 

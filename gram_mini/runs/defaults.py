@@ -1,0 +1,41 @@
+"""Defaults that depend on the backbone: the village's, and those of any other model.
+
+Rates and batches of the village were chosen on its seed 0; those of other models on SmolLM2-135M
+with real preferences, seed 0 (gram_mini/studies/README.md says what was tried).
+"""
+
+from __future__ import annotations
+
+from gram_mini.model import VILLAGE
+
+MAX_LENGTH = (512, 1024)  # tokens per sequence, in training and for a judge that was not trained
+BATCHES = {
+    "batch_size": (64, 16),  # pairs
+    "batch_tokens": (None, 2048),  # what a laptop or a small card holds, padding included
+    "max_length": MAX_LENGTH,
+}
+# option: (for the village's backbone, for any other)
+DEFAULTS = {
+    "pretrain": {"lr": (3e-3, 5e-4), **BATCHES},
+    "reward": {"lr": (1e-3, 1e-3), **BATCHES},
+}
+
+
+def for_model(values: tuple, model: str):
+    """Of (the village's, any other's) the value for this model."""
+    return values[model != VILLAGE]
+
+
+def choose(args, stage: str) -> None:
+    """Give each option of ``args`` that was left out its default for this stage and backbone."""
+    for name, values in DEFAULTS[stage].items():
+        if getattr(args, name) is None:
+            setattr(args, name, for_model(values, args.model))
+
+
+def both(name: str, stage: str) -> str:
+    """Both defaults of an option, as its help shows them."""
+    village, other = (
+        "no limit" if value is None else f"{value:g}" for value in DEFAULTS[stage][name]
+    )
+    return f"(default: {village} for the village's backbone, {other} for any other model)"
