@@ -763,6 +763,9 @@ def test_score_reads_the_official_folder_of_llmbar(tmp_path, capsys):
     ["--prompt", "x", "--response", "y", "--response", "z"],
     ["--data", "rows.jsonl", "--out", "figures.json", "--rank", "knock-out"],
     ["--data", "rows.jsonl", "--out", "figures.json", "--reference", "x"],
+    ["--data", "rows.jsonl", "--out", "figures.json", "--on-bad-row", "skip"],
+    ["--data", "rows.jsonl", "--out", "figures.json", "--pairs", "best-worst"],
+    ["--data", "rows.jsonl", "--out", "figures.json", "--streaming"],
     ["--data", "rows.jsonl"],
     ["--data", "rows.jsonl", "--out", "figures.png"],
 ])  # fmt: skip
