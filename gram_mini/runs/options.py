@@ -29,6 +29,7 @@ REWARD_EXAMPLES = """\
 
 SCORE_EXAMPLES = """\
   python score.py --data pairs.jsonl --out scores.jsonl
+  python score.py --benchmark llmbar --data LLMBar/Dataset/LLMBar --out llmbar.json
   python score.py --prompt "What does Bella eat?" \\
       --response "Bella eats apples." --response "Bella eats cake.\""""
 
@@ -198,6 +199,8 @@ def _check_scoring(p: argparse.ArgumentParser, args: argparse.Namespace) -> None
             p.error("--rank reference needs --reference")
     if args.benchmark and (args.columns or args.labels or args.pairs_per_prompt):
         p.error("--columns, --labels and --pairs-per-prompt do not go with --benchmark")
+    if args.benchmark and (args.on_bad_row != "error" or args.pairs != "all" or args.streaming):
+        p.error("--on-bad-row, --pairs and --streaming do not go with --benchmark")
     if args.columns and args.labels:
         Columns(args.columns, args.labels)
     if args.benchmark and (args.rank or args.reference is not None):

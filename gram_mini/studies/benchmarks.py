@@ -29,11 +29,21 @@ judge-bench     ScalerLab/JudgeBench, utils/metrics.py. Each order is a verdict,
                 plain mean of the four categories: it is what the GRAM paper's evaluation publishes
                 (71.4 for its 71.43, where the total over pairs is 68.3). "accuracy" in the judge's
                 own figures is by the average of both orders instead.
+llmbar          princeton-nlp/LLMBar, LLMEvaluator/evaluate.py and README.md (arXiv 2310.07641).
+                Each order is a verdict, P > 1/2 strictly. A set's figure is its average accuracy
+                (Acc., correct_average): the mean of the accuracies in the two orders, so that a
+                judge that always says A gets exactly 1/2. Its agreement (Agr., equal) is the share
+                in which both orders name the same winner; two orders that name none agree too.
+                Adversarial is the plain mean of its four sets, the total the plain mean of all
+                five. The committed results of GPT-4 with metrics and reference give the paper's
+                82.8 for Adversarial this way; pooled over the pairs they give 84.5.
 
-The judge's own figures are over all pairs of a chosen and a rejected response, each counted once:
+The judge's own figures are over all pairs of a chosen and a rejected response, each counted once,
+and again over those of each section:
 
 accuracy            share with P(chosen better) > 1/2
 orders agree        share in which both orders prefer the same response
+position gap        mean of how far P(chosen better) differs between the two orders
 ECE, Brier          see evaluation.calibration and evaluation.brier
 longer preferred    share in which the judge prefers the longer response, of pairs of different
                     length (in characters)
@@ -51,7 +61,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import combinations, product
+from itertools import chain, combinations, islice, product
 from pathlib import Path
 from typing import Any
 
@@ -60,9 +70,9 @@ import torch
 from gram_mini.errors import UserError
 from gram_mini.evaluation import bootstrap, brier, calibration, orders_agree
 from gram_mini.judge import TIE, Comparison, Judge, preferred, round_robin
-from gram_mini.pairs import Pair
+from gram_mini.pairs import Pair, unusable
 from gram_mini.reading.formats import parse_pairs
-from gram_mini.reading.messages import read_prompt
+from gram_mini.reading.messages import read_prompt, read_text
 from gram_mini.reading.sources import Notes, read_rows
 from gram_mini.runs.output import save_figure, write_whole
 
@@ -85,8 +95,8 @@ class Judged:
 
     row: Row
     credit: Any  # what the official figures are made of
-    # P(chosen better), orders agree, sign of how much longer the chosen one is
-    pairs: torch.Tensor  # (chosen x rejected, 3)
+    # P(chosen better), orders agree, position gap, sign of how much longer the chosen one is
+    pairs: torch.Tensor  # (chosen x rejected, 4)
 
 
 @dataclass(frozen=True)
@@ -95,7 +105,8 @@ class Benchmark:
 
     ``credit`` gets the row and {(i, j): comparison of responses i and j}, chosen responses numbered
     before rejected ones. ``aggregate`` gets the units, lists of rows, and returns the official
-    figures and details for the JSON file.
+    figures and details for the JSON file. ``files`` gets the source and the notes, and returns the
+    sources that it stands for.
     """
 
     read: Callable[[str, dict], Row]
@@ -104,6 +115,7 @@ class Benchmark:
     sections: tuple[str, ...]
     # compare all responses of a row with each other, not only chosen with rejected ones
     all_pairs: bool = False
+    files: Callable[[str, Notes], list[str]] = lambda source, notes: [source]
 
 
 # ---- RewardBench ---------------------------------------------------------------------
@@ -365,6 +377,104 @@ def aggregate_judge_bench(units: list[list[Judged]]) -> tuple[dict, dict]:
     return figures, {"sources": _means(units, lambda row: row.group)}
 
 
+# ---- LLMBar --------------------------------------------------------------------------
+
+NATURAL = "Natural"  # 100 rows
+ADVERSARIAL = ("Neighbor", "GPTInst", "GPTOut", "Manual")  # 134, 92, 47, 46 rows
+LLMBAR = (NATURAL, *ADVERSARIAL)
+
+
+def llmbar_files(source: str, notes: Notes) -> list[str]:
+    """The official files below a folder, SET/dataset.json, in the paper's order.
+
+    A source without any is returned as it is. The notes say which other dataset.json there are.
+
+    Raises:
+        UserError: two files of one set.
+    """
+    folder = Path(source)
+    there = sorted(folder.rglob("dataset.json")) if folder.is_dir() else []
+    files = {name: [f for f in there if f.resolve().parent.name == name] for name in LLMBAR}
+    for name, of_set in files.items():
+        if len(of_set) > 1:
+            raise UserError(
+                f"{source}: holds two files of the set {name}, {of_set[0]} and {of_set[1]}; "
+                "give the folder of one"
+            )
+    found = [file for of_set in files.values() for file in of_set]
+    others = [str(file.relative_to(folder)) for file in there if file not in found]
+    if not found:
+        return [source]
+    if others:
+        notes.source.append(f"{len(others)} files of other sets not read: {', '.join(others)}")
+    return [str(file) for file in found]
+
+
+def llmbar_set(where: str) -> str:
+    """The set that a file is of: its name has the set's as a word, or its folder is called so.
+
+    Any other file is a set of its own, under its name.
+    """
+    path = Path(where.rsplit(", ", 1)[0]).resolve()
+    words = re.split("[^a-z]+", path.name.lower())
+    named = [name for name in LLMBAR if name.lower() in words] or [
+        name for name in LLMBAR if name.lower() == path.parent.name.lower()
+    ]
+    if len(named) == 1:
+        return named[0]
+    return f"{path.parent.name}/{path.name}" if path.name == "dataset.json" else path.name
+
+
+def read_llmbar(where: str, row: dict) -> Row:
+    """An official row, {"input", "output_1", "output_2", "label": 1 or 2}, or one with a 'prompt'.
+
+    The latter is of a format of reading/formats.py: prompt, response_a, response_b, label A or B.
+    """
+    if "prompt" in row:
+        pair = _one_pair(row, where)
+    else:
+        for column in ("input", "output_1", "output_2", "label"):
+            if column not in row:
+                raise UserError(
+                    f"{where}: column {column!r} is missing; a row of LLMBar has 'input', "
+                    "'output_1', 'output_2' and 'label', or 'prompt', 'response_a', 'response_b' "
+                    "and 'label'"
+                )
+        label = str(row["label"])  # text in a .csv file
+        if label not in ("1", "2"):
+            raise UserError(f"{where}: column 'label' must be 1 or 2, found {row['label']!r}")
+        prompt, a, b = (
+            read_text(row[name], where, name) for name in ("input", "output_1", "output_2")
+        )
+        pair = Pair(prompt, a, b, label=int(label) - 1)
+    if reason := unusable(pair):
+        raise UserError(f"{where}: a pair {reason}, so neither can be better; take this row out")
+    responses = [pair.response_a, pair.response_b]
+    name = llmbar_set(where)
+    chosen, rejected = responses if pair.label == 0 else reversed(responses)
+    return Row(name, name, pair.prompt, pair.prompt, [chosen], [rejected])
+
+
+def each_order(row: Row, results: dict) -> tuple[float, bool]:
+    """Share of the two orders that are right, and whether both name the same winner, or none."""
+    first, second = preferred(results[0, 1].a_first), preferred(results[0, 1].a_second)
+    return ((first > 0) + (second > 0)) / 2, first == second
+
+
+def aggregate_llmbar(units: list[list[Judged]]) -> tuple[dict, dict]:
+    credits = defaultdict(list)
+    for judged in _flat(units):
+        credits[judged.row.section].append(judged.credit)
+    figures: dict[str, float | None] = {}
+    for k, what in enumerate(("", " agreement")):
+        means = {name: _mean([credit[k] for credit in each]) for name, each in credits.items()}
+        all_sets = dict.fromkeys(LLMBAR) | means  # None for those without rows
+        figures |= {f"{name}{what}": mean for name, mean in all_sets.items()}
+        figures[f"Adversarial{what}"] = _complete_mean([all_sets[name] for name in ADVERSARIAL])
+        figures[f"total{what}"] = _complete_mean([all_sets[name] for name in LLMBAR])
+    return figures, {}
+
+
 # ---- all of them ---------------------------------------------------------------------
 
 BENCHMARKS = {
@@ -380,6 +490,7 @@ BENCHMARKS = {
     "judge-bench": Benchmark(
         read_judge_bench, both_orders, aggregate_judge_bench, tuple(CATEGORIES.values())
     ),
+    "llmbar": Benchmark(read_llmbar, each_order, aggregate_llmbar, LLMBAR, files=llmbar_files),
 }
 
 
@@ -406,7 +517,9 @@ def run(
     """
     benchmark = BENCHMARKS[name]
     rows, notes = [], Notes()
-    for where, row in read_rows(source, split, limit, subset, notes=notes):
+    sources = benchmark.files(source, notes)
+    read = (read_rows(each, split, limit, subset, notes=notes) for each in sources)
+    for where, row in islice(chain.from_iterable(read), limit):
         if isinstance(row, UserError):
             raise row
         rows.append(benchmark.read(where, row))
@@ -415,30 +528,18 @@ def run(
     judged, results = judge_rows(
         rows, benchmark, lambda pairs: judge.compare_many(pairs, average, progress=name)
     )
-    longer = by_unit(judge_rows(rows, benchmark, pick_the_longer)[0])
     units = by_unit(judged)
-    strata = defaultdict(list)
-    for unit in units:
-        strata[unit[0].row.group].append(unit)
-
-    official, details = benchmark.aggregate(units)
-    own = judge_figures(units)
-    yardstick = benchmark.aggregate(longer)[0] | {"accuracy": judge_figures(longer)["accuracy"]}
-    intervals = bootstrap(
-        list(strata.values()),
-        lambda drawn: benchmark.aggregate(drawn)[0] | judge_figures(drawn),
-        draws,
-    )
-
-    def described(values: dict[str, float | None]) -> dict:
-        return {
-            key: {
-                "value": value,
-                "interval": intervals.get(key),
-                "pick_the_longer": yardstick.get(key),
-            }
-            for key, value in values.items()
-        }
+    longer = by_unit(judge_rows(rows, benchmark, pick_the_longer)[0])
+    _, details = benchmark.aggregate(units)
+    aggregate = lambda units: benchmark.aggregate(units)[0]
+    sections = list(dict.fromkeys([*benchmark.sections, *(row.section for row in rows)]))
+    by_section = {}
+    for section in sections:
+        ours, theirs = (
+            [unit for unit in each if unit[0].row.section == section] for each in (units, longer)
+        )
+        if ours:
+            by_section[section] = with_intervals(judge_figures, ours, theirs, draws)
 
     chosen_better = torch.cat([j.pairs for j in judged])[:, 0]  # (pairs,)
     bins = calibration(chosen_better, torch.ones_like(chosen_better))[1]
@@ -448,18 +549,39 @@ def run(
         "average": average,
         "max_length": judge.max_length,
         "rows": len(rows),
-        "sections": {
-            section: sum(row.section == section for row in rows) for section in benchmark.sections
-        },
+        "sections": {section: sum(row.section == section for row in rows) for section in sections},
         "groups": dict(Counter(row.group for row in rows)),
         "comparisons": len(results),
         "truncated": sum(result.truncated for result in results),
-        "official": described(official),
-        "judge": described(own),
+        "official": with_intervals(aggregate, units, longer, draws),
+        "judge": with_intervals(judge_figures, units, longer, draws),
+        "judge_by_section": by_section,
         "details": details,
         "reliability": [
             {"probability": p, "share_right": share, "pairs": count} for p, share, count in bins
         ],
+    }
+
+
+def with_intervals(
+    figures: Callable[[list[list[Judged]]], dict[str, float | None]],
+    units: list[list[Judged]],
+    longer: list[list[Judged]],
+    draws: int,
+) -> dict[str, dict]:
+    """The figures of some units, each with its interval, and what picking the longer gets."""
+    strata = defaultdict(list)
+    for unit in units:
+        strata[unit[0].row.group].append(unit)
+    intervals = bootstrap(list(strata.values()), figures, draws)
+    yardstick = figures(longer)
+    return {
+        name: {
+            "value": value,
+            "interval": intervals.get(name),
+            "pick_the_longer": yardstick[name] if name not in NO_YARDSTICK else None,
+        }
+        for name, value in figures(units).items()
     }
 
 
@@ -482,7 +604,8 @@ def judge_rows(
         played = dict(zip(games_of_row, compared))
         between = [played[i, j] for i, j in games_of_row if i < len(row.chosen) <= j]
         pair_figures = [
-            [result.probability, orders_agree(result), longer(pair)] for pair, result in between
+            [result.probability, orders_agree(result), result.position_gap, longer(pair)]
+            for pair, result in between
         ]
         credit = benchmark.credit(row, {game: result for game, (_, result) in played.items()})
         judged.append(Judged(row, credit, torch.tensor(pair_figures, dtype=torch.float64)))
@@ -512,13 +635,18 @@ def by_unit(judged: list[Judged]) -> list[list[Judged]]:
     return list(units.values())
 
 
+# A judge that always prefers the longer response has no such figure to compare with.
+NO_YARDSTICK = ("orders agree", "position gap", "ECE", "Brier", "longer preferred")
+
+
 def judge_figures(units: list[list[Judged]]) -> dict[str, float | None]:
     """The judge's own figures, over all pairs of a chosen and a rejected response."""
-    p, agree, sign = torch.cat([judged.pairs for judged in _flat(units)]).T  # (pairs,) each
+    p, agree, gap, sign = torch.cat([judged.pairs for judged in _flat(units)]).T  # (pairs,) each
     better, differ = torch.ones_like(p), sign != 0
     return {
         "accuracy": float((p > 0.5 + TIE).double().mean()),
         "orders agree": float(agree.mean()),
+        "position gap": float(gap.mean()),
         "ECE": calibration(p, better)[0],
         "Brier": brier(p, better),
         "longer preferred": float(((p - 0.5) * sign > TIE)[differ].double().mean())
@@ -568,7 +696,7 @@ def _one_pair(row: dict, where: str) -> Pair:
     if len(pairs) != 1 or pairs[0].label is None:
         raise UserError(
             f"{where}: needs one pair with a label: 'chosen' and 'rejected' texts, "
-            "or 'label' with A>B or B>A"
+            "or 'label' with A or B (A>B or B>A)"
         )
     return pairs[0]
 
@@ -600,31 +728,51 @@ def score_benchmark(judge: Judge, args) -> None:
 def table(result: dict) -> str:
     """The figures for the terminal."""
     lines = [("", "value", "95% interval", "pick the longer", "rows")]
-    show = lambda value: "-" if value is None else f"{value:.3f}"
     for name, figure in (result["official"] | result["judge"]).items():
         if figure["value"] is None and name != "total":
             continue  # the last line says why
         if name == "accuracy":
             lines.append(("the judge's own figures:", "", "", "", ""))
-        interval = "{:.3f} to {:.3f}".format(*figure["interval"]) if figure["interval"] else ""
         count = result["rows"] if name == "total" else result["sections"].get(name, "")
-        lines.append(
-            (name, show(figure["value"]), interval, show(figure["pick_the_longer"]), str(count))
-        )
-    widths = [max(len(line[k]) for line in lines) for k in range(5)]
+        lines.append((name, *_cells(figure), str(count)))
     text = [
         f"{result['benchmark']}: {result['rows']} rows, {result['comparisons']} comparisons, "
-        f"each in both orders, {result['truncated']} of them cut to {result['max_length']} tokens"
+        f"each in both orders, {result['truncated']} of them cut to {result['max_length']} tokens",
+        *_aligned(lines),
     ]
-    for first, *others in lines:
-        cells = [cell.rjust(width) for cell, width in zip(others, widths[1:])]
-        text.append("  ".join([first.ljust(widths[0]), *cells]).rstrip())
+    if len(result["judge_by_section"]) > 1:
+        others = ("orders agree", "position gap", "ECE", "Brier", "longer preferred")
+        sections = [("by section:", "accuracy", "95% interval", "pick the longer", *others)]
+        for section, figures in result["judge_by_section"].items():
+            values = (_number(figures[name]["value"]) for name in others)
+            sections.append((section, *_cells(figures["accuracy"]), *values))
+        text += _aligned(sections)
     missing = [section for section, count in result["sections"].items() if count == 0]
     if missing:
         text.append(
             f"no rows of {', '.join(missing)}: these figures are not those of the whole benchmark"
         )
     return "\n".join(text)
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
+
+
+def _cells(figure: dict) -> tuple[str, str, str]:
+    """Value, interval, and what picking the longer response gets."""
+    interval = "{:.3f} to {:.3f}".format(*figure["interval"]) if figure["interval"] else ""
+    return _number(figure["value"]), interval, _number(figure["pick_the_longer"])
+
+
+def _aligned(lines: Sequence[tuple[str, ...]]) -> list[str]:
+    """Lines of cells: the first of each to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    text = []
+    for first, *others in lines:
+        cells = [cell.rjust(width) for cell, width in zip(others, widths[1:])]
+        text.append("  ".join([first.ljust(widths[0]), *cells]).rstrip())
+    return text
 
 
 def files(name: str, out: Path) -> list[Path]:

@@ -384,6 +384,155 @@ def test_judge_bench_needs_both_orders_and_is_micro(tmp_path, schema):
     assert result["sections"] == {"knowledge": 3, "reasoning": 1, "math": 2, "coding": 2}
 
 
+# ---- LLMBar --------------------------------------------------------------------------
+
+
+def llmbar_row(number, better, worse="no", label=1):
+    a, b = (better, worse) if label == 1 else (worse, better)
+    return {"input": f"Question {number}", "output_1": a, "output_2": b, "label": label}
+
+
+def converted(row):
+    """The row in the columns of reading/formats.py."""
+    return {
+        "prompt": row["input"],
+        "response_a": row["output_1"],
+        "response_b": row["output_2"],
+        "label": "AB"[row["label"] - 1],
+    }
+
+
+LLMBAR_SETS = {
+    "Natural": ["0.9 0.8", "0.9 0.2", "0.1 0.2"],  # orders right: 2, 1, 0 of 2; both agree: 1, 0, 1
+    "Adversarial/Neighbor": ["0.9 0.8"],  # 2; 1
+    "Adversarial/GPTInst": ["0.2 0.3", "0.4 0.3"],  # 0, 0; 1, 1
+    "Adversarial/GPTOut": ["0.6 0.5"],  # P = 1/2 names no winner: 1; 0
+    "Adversarial/Manual": ["0.5 0.5", "0.4 0.9"],  # none in both orders agrees: 0, 1; 1, 0
+}
+
+
+def official_folder(folder, sets=LLMBAR_SETS, schema=dict):
+    """The layout of Dataset/ in princeton-nlp/LLMBar."""
+    for name, chances in sets.items():
+        (folder / "LLMBar" / name).mkdir(parents=True)
+        rows = [schema(llmbar_row(i, p, label=1 + i % 2)) for i, p in enumerate(chances)]
+        write(folder / "LLMBar" / name / "dataset.json", rows)
+    return folder
+
+
+@pytest.mark.parametrize("schema", [dict, converted])
+def test_llmbar_counts_each_order_and_is_the_mean_of_sets(tmp_path, schema):
+    official_folder(tmp_path, schema=schema)
+    result = benchmarks.run(Judge(), "llmbar", str(tmp_path), draws=5)
+    accuracy = {"Natural": 3 / 6, "Neighbor": 2 / 2, "GPTInst": 0 / 4, "GPTOut": 1 / 2}
+    accuracy["Manual"] = 1 / 4
+    agreement = {"Natural": 2 / 3, "Neighbor": 1, "GPTInst": 2 / 2, "GPTOut": 0, "Manual": 1 / 2}
+    means = {
+        "Adversarial": (1 + 0 + 1 / 2 + 1 / 4) / 4,  # not 4 / 12, as pooled
+        "total": (1 / 2 + 1 + 0 + 1 / 2 + 1 / 4) / 5,
+        "Adversarial agreement": (1 + 1 + 0 + 1 / 2) / 4,
+        "total agreement": (2 / 3 + 1 + 1 + 0 + 1 / 2) / 5,
+    }
+    of_sets = accuracy | {f"{name} agreement": value for name, value in agreement.items()}
+    assert values(result) == pytest.approx(of_sets | means)
+    rows = {"Natural": 3, "Neighbor": 1, "GPTInst": 2, "GPTOut": 1, "Manual": 2}
+    assert result["sections"] == rows and result["rows"] == result["comparisons"] == 9
+    assert "no rows of" not in benchmarks.table(result)
+
+
+def test_llmbar_of_a_judge_that_always_says_a(tmp_path):
+    official_folder(tmp_path, dict.fromkeys(LLMBAR_SETS, ["0.9 0.1"] * 4))
+    result = benchmarks.run(Judge(), "llmbar", str(tmp_path), draws=5)
+    for name, value in values(result).items():
+        assert value == (0 if name.endswith("agreement") else 0.5), name
+    own = values(result, "judge")
+    assert own["position gap"] == pytest.approx(0.8) and own["orders agree"] == 0
+    assert own["accuracy"] == 0  # P = 1/2 by the average: neither is preferred
+    assert result["official"]["total"]["interval"] == (0.5, 0.5)
+
+
+def test_own_figures_beside_each_section(tmp_path):
+    official_folder(tmp_path)
+    result = benchmarks.run(Judge(), "llmbar", str(tmp_path), draws=50)
+    natural = result["judge_by_section"]["Natural"]
+    p = [0.85, 0.55, 0.15]  # right, right, wrong
+    expected = {
+        "accuracy": 2 / 3,
+        "orders agree": 2 / 3,
+        "position gap": (0.1 + 0.7 + 0.1) / 3,
+        # seen from the preferred side 0.85 and 0.85 share a bin, one of them is right
+        "ECE": (2 * abs(0.85 - 1 / 2) + 1 * abs(0.55 - 1)) / 3,
+        "Brier": sum((1 - value) ** 2 for value in p) / 3,
+        "longer preferred": 2 / 3,  # every number is longer than "no"
+    }
+    assert {name: figure["value"] for name, figure in natural.items()} == pytest.approx(expected)
+    assert natural["accuracy"]["pick_the_longer"] == 1
+    assert natural["position gap"]["pick_the_longer"] is None
+    low, high = natural["accuracy"]["interval"]
+    assert low < 2 / 3 < high
+    printed = benchmarks.table(result).splitlines()
+    head = next(i for i, line in enumerate(printed) if line.startswith("by section:"))
+    assert [line.split()[0] for line in printed[head + 1 :]] == list(result["sections"])
+    assert printed[head + 1].split()[:6] == ["Natural", "0.667", f"{low:.3f}", "to",
+                                             f"{high:.3f}", "1.000"]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "known"), [
+    ("llmbar_natural.json", "Natural"),
+    ("test-llmbar-gptinst.jsonl", "GPTInst"),
+    ("llmbar-adver-GPTOut.json", "GPTOut"),
+    ("Neighbor/rows.jsonl", "Neighbor"),
+    ("Adversarial/Manual/dataset.json", "Manual"),
+    ("mine.jsonl", "mine.jsonl"),
+    ("Adversarial.json", "Adversarial.json"),
+    ("natural-and-manual.json", "natural-and-manual.json"),
+    ("Constraint/dataset.json", "Constraint/dataset.json"),
+])  # fmt: skip
+def test_llmbar_set_of_a_single_file(tmp_path, name, known):
+    path = tmp_path / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    result = run("llmbar", path, [llmbar_row(1, "0.9 0.2"), llmbar_row(2, "0.9", label=2)])
+    assert result["groups"] == {known: 2} and result["sections"][known] == 2
+    figures = values(result)
+    assert (figures[known], figures[f"{known} agreement"]) == (3 / 4, 1 / 2)
+    assert figures["total"] is None and figures["Adversarial"] is None
+    printed = benchmarks.table(result)
+    assert f"\n{known} " in printed and "by section" not in printed
+    assert "not those of the whole benchmark" in printed
+
+
+def test_llmbar_folders(tmp_path, monkeypatch, capsys):
+    folder = official_folder(tmp_path)
+    others = folder / "CaseStudy" / "Constraint"
+    others.mkdir(parents=True)
+    write(others / "dataset.json", [llmbar_row(1, "0.9")])
+
+    def rows(source, **options):
+        return benchmarks.run(Judge(), "llmbar", str(source), draws=2, **options)["groups"]
+
+    every = {"Natural": 3, "Neighbor": 1, "GPTInst": 2, "GPTOut": 1, "Manual": 2}
+    assert rows(folder) == every
+    assert "1 files of other sets not read: CaseStudy/Constraint/dataset.json" in (
+        capsys.readouterr().out
+    )
+    assert rows(folder / "LLMBar") == every
+    assert rows(folder, limit=4) == {"Natural": 3, "Neighbor": 1}
+    adversarial = folder / "LLMBar" / "Adversarial"
+    assert rows(adversarial) == {name: n for name, n in every.items() if name != "Natural"}
+    assert rows(adversarial / "Manual") == {"Manual": 2}
+    monkeypatch.chdir(adversarial / "Manual")
+    assert rows("dataset.json") == rows(".") == {"Manual": 2}
+    assert rows(others) == {"Constraint/dataset.json": 1}
+    plain = tmp_path / "plain"  # a folder of files that are called after their sets
+    plain.mkdir()
+    for name in ("llmbar-natural", "llmbar-manual"):
+        write(plain / f"{name}.jsonl", [converted(llmbar_row(1, "0.9"))])
+    assert rows(plain) == {"Manual": 1, "Natural": 1}
+    official_folder(tmp_path / "again")
+    with pytest.raises(UserError, match="holds two files of the set Natural"):
+        rows(tmp_path)
+
+
 # ---- the judge's own figures ---------------------------------------------------------
 
 
@@ -482,6 +631,7 @@ GOOD = {
     "reward-bench-2": REWARD_BENCH_2[0],
     "rm-bench": rm_bench_row(1, *ALL, domain="chat"),
     "judge-bench": JUDGE_BENCH[0],
+    "llmbar": llmbar_row(1, "0.9"),
 }
 
 
@@ -515,12 +665,38 @@ TEXTS = "column '{}' must be a list of {} texts, found {}".format
     ),
     ("judge-bench", {"label": "A=B"}, "needs one pair with a label"),
     ("judge-bench", {"label": "C"}, "column 'label'"),
+    ("llmbar", {"label": 3}, "column 'label' must be 1 or 2, found 3"),
+    ("llmbar", {"label": True}, "column 'label' must be 1 or 2, found True"),
+    ("llmbar", {"label": "A"}, "column 'label' must be 1 or 2, found 'A'"),
+    ("llmbar", {"output_2": "0.9"}, "a pair with equal responses"),
+    ("llmbar", {"output_2": " "}, "a pair with an empty response"),
+    ("llmbar", {"input": ["x"]}, "column 'input' must be text, found list"),
+    ("llmbar", {"output_1": None}, "column 'output_1' must be text, found NoneType"),
+    (
+        "llmbar", {"prompt": "x", "response_a": "y", "response_b": "z", "label": "tie"},
+        "needs one pair with a label",
+    ),
+    (
+        "llmbar", {"prompt": "x", "response_a": "y", "response_b": "z", "label": 1},
+        "column 'label' must be A, B or tie",
+    ),
+    (
+        "llmbar", {"prompt": "x", "response_a": "y", "response_b": "y", "label": "A"},
+        "a pair with equal responses",
+    ),
 ])  # fmt: skip
 def test_bad_rows_end_with_one_line_that_names_them(tmp_path, name, change, message):
     with pytest.raises(UserError) as error:
         run(name, tmp_path / "rows.jsonl", [GOOD[name], GOOD[name] | change])
     said = str(error.value)
     assert message in said and "rows.jsonl, line 2" in said and "\n" not in said
+
+
+@pytest.mark.parametrize("column", ["input", "output_1", "output_2", "label"])
+def test_llmbar_names_a_missing_column(tmp_path, column):
+    row = {name: value for name, value in GOOD["llmbar"].items() if name != column}
+    with pytest.raises(UserError, match=f"rows.json, row 2: column '{column}' is missing"):
+        run("llmbar", tmp_path / "rows.json", [GOOD["llmbar"], row])
 
 
 def test_rm_bench_says_how_to_name_a_domain(tmp_path):
@@ -571,10 +747,25 @@ def test_score_writes_figures_plot_and_result_file(tmp_path, capsys):
     }
 
 
+def test_score_reads_the_official_folder_of_llmbar(tmp_path, capsys):
+    folder = official_folder(tmp_path / "Dataset")
+    out = tmp_path / "llmbar.json"
+    options = "--model village --device cpu --benchmark llmbar".split()
+    score.main([*options, "--data", str(folder), "--out", str(out)])
+    figures = json.loads(out.read_text())
+    assert list(figures["judge_by_section"]) == list(figures["sections"]) and figures["rows"] == 9
+    total = figures["official"]["total"]["value"]
+    assert re.search(rf"^total +{total:.3f} .* 9$", capsys.readouterr().out, re.MULTILINE)
+    assert out.with_suffix(".png").exists() and not list(tmp_path.glob("*eval-set*"))
+
+
 @pytest.mark.parametrize("arguments", [
     ["--prompt", "x", "--response", "y", "--response", "z"],
     ["--data", "rows.jsonl", "--out", "figures.json", "--rank", "knock-out"],
     ["--data", "rows.jsonl", "--out", "figures.json", "--reference", "x"],
+    ["--data", "rows.jsonl", "--out", "figures.json", "--on-bad-row", "skip"],
+    ["--data", "rows.jsonl", "--out", "figures.json", "--pairs", "best-worst"],
+    ["--data", "rows.jsonl", "--out", "figures.json", "--streaming"],
     ["--data", "rows.jsonl"],
     ["--data", "rows.jsonl", "--out", "figures.png"],
 ])  # fmt: skip
