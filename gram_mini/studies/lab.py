@@ -53,6 +53,8 @@ class Lab:
             data cannot be read, or all its pairs have one prompt.
     """
 
+    methods = METHODS
+
     def __init__(
         self,
         folder: Path,
@@ -61,17 +63,7 @@ class Lab:
         training: Sequence[str] = (),
         loading: dict | None = None,
     ):
-        self.folder, self.model, self.village = folder, model, data == VILLAGE
-        self.loading = {name: value for name, value in (loading or {}).items() if value is not None}
-        self.training = [
-            *training,
-            *(f"--{name.replace('_', '-')}={value}" for name, value in self.loading.items()),
-        ]
-        methods = {
-            name: [stage1, script.__name__, options]
-            for name, (stage1, script, options) in METHODS.items()
-        }
-        self.about = {"model": model, "data": data, "training": self.training, "methods": methods}
+        self.village, source = data == VILLAGE, [data]
         if not self.village:
             loaded = load_pairs(data, labelled=True)
             self.used, self.test = split_by_prompt(loaded.pairs, 0.2, seed=0)
@@ -80,7 +72,28 @@ class Lab:
                     f"--data {data}: all pairs have the same prompt; "
                     "a fifth of the prompts is to be the test"
                 )
-            self.about["data"] = [data, loaded.fingerprint]
+            source += [loaded.fingerprint]
+        self.set_up(folder, model, data if self.village else source, training, loading)
+
+    def set_up(
+        self, folder: Path, model: str, data, training: Sequence[str], loading: dict | None
+    ) -> None:
+        """Take a folder for this model, ``data`` (whatever tells it from other data) and options.
+
+        Raises:
+            UserError: if the folder is that of others.
+        """
+        self.folder, self.model = folder, model
+        self.loading = {name: value for name, value in (loading or {}).items() if value is not None}
+        self.training = [
+            *training,
+            *(f"--{name.replace('_', '-')}={value}" for name, value in self.loading.items()),
+        ]
+        methods = {
+            name: [stage1, script.__name__, options]
+            for name, (stage1, script, options) in self.methods.items()
+        }
+        self.about = {"model": model, "data": data, "training": self.training, "methods": methods}
         self.about = json.loads(json.dumps(self.about))  # lists, as they come back
         try:
             before = json.loads((folder / "about.json").read_text())
@@ -150,8 +163,8 @@ class Lab:
         return self.train(train_pretrain, name, seed, "--data", self.file(f"{name}-{seed}", pairs))
 
     def method(self, name: str, seed: int) -> Path:
-        """One of METHODS on the labelled pairs."""
-        starts_from_stage_1, script, options = METHODS[name]
+        """One of ``methods`` on the labelled pairs."""
+        starts_from_stage_1, script, options = self.methods[name]
         init = ["--init", str(self.stage1(seed))] if starts_from_stage_1 else []
         data = self.file(f"labelled-{seed}", self.pairs("labelled", seed))
         return self.train(script, name, seed, "--data", data, *options, *init)

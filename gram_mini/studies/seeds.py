@@ -22,13 +22,13 @@ from gram_mini.studies.lab import Lab, write_json
 from gram_mini.studies.paper import STUDIES
 
 
-def run_seed(name: str, lab: Lab, seed: int) -> Path:
+def run_seed(name: str, lab: Lab, seed: int, studies: dict = STUDIES) -> Path:
     """The rows of a study for one seed, as a file; made unless it is there already."""
     done = lab.folder / "rows" / f"{name}-{seed}.json"
     with lab.alone(done):
         if not done.is_file():
             began = time.perf_counter()
-            rows = [{"seed": seed, **row} for row in STUDIES[name][0](lab, seed)]
+            rows = [{"seed": seed, **row} for row in studies[name][0](lab, seed)]
             write_json(done, {"seconds": round(time.perf_counter() - began), "rows": rows})
     return done
 
@@ -71,13 +71,15 @@ def _begin_worker(threads: int) -> None:
     sys.stderr = open(os.devnull, "w")
 
 
-def run_study(name: str, lab: Lab, seeds: list[int], results: Path) -> None:
+def run_study(
+    name: str, lab: Lab, seeds: list[int], results: Path, studies: dict = STUDIES
+) -> None:
     """Run a study for each seed that is missing, and write its table and figure."""
-    study, keys, x, shown = STUDIES[name]
+    study, keys, x, shown = studies[name]
     rows: list[dict[str, Any]] = []
     seconds = {}
     for seed in seeds:
-        of_seed = json.loads(run_seed(name, lab, seed).read_text())
+        of_seed = json.loads(run_seed(name, lab, seed, studies).read_text())
         rows += of_seed["rows"]
         seconds[seed] = of_seed["seconds"]
     results.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,231 @@
+"""A real language model on real preferences: every method of the paper, with intervals over seeds.
+
+  table   every method, trained on the labels and tested on held-out prompts and on other files
+  curve   accuracy over the number of labels
+
+--labels, --unlabelled and each --test take a file, a folder or a name on the hub, as --data of the
+training scripts does. Of the labelled prompts 15% are held out as the test "held out"; which
+ones is the same for all seeds. A seed draws which pairs are used, their order, and the adapters.
+Rates are the defaults for a model that is not the village's (gram_mini/runs/defaults.py).
+
+Trained models and figures stay in --runs, so a study goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import train_reward
+from gram_mini.baselines import __main__ as baselines
+from gram_mini.errors import UserError, clear_errors
+from gram_mini.evaluation import calibration, summarise
+from gram_mini.pairs import Pair, split_by_prompt
+from gram_mini.reading.load import load_pairs
+from gram_mini.runs import options
+from gram_mini.runs.output import check_place
+from gram_mini.studies.lab import PLAIN, Lab, write_json
+from gram_mini.studies.seeds import run_study
+
+EXAMPLES = """\
+  python -m gram_mini.studies.real table --model HuggingFaceTB/SmolLM2-135M-Instruct --bits 16 \\
+      --labels polite.jsonl --unlabelled unlabelled.jsonl --test pandalm=pandalm.jsonl"""
+
+RESULTS = Path(__file__).parent / "results"
+HELD_OUT = "held out"  # what the test on the labelled data's own prompts is called
+SCALAR = ["--head", "scalar", "--lr", "3e-4"]
+BOTH = ["--both-orders", "1"]
+METHODS = {  # name: (whether it starts from stage 1, script, options of the script)
+    "D-Baseline": (False, baselines, SCALAR + PLAIN),
+    "D from stage 1": (True, baselines, SCALAR + PLAIN),
+    "G-Baseline": (False, train_reward, PLAIN),
+    "G-Label-Smoothing": (False, train_reward, []),
+    "GRAM": (True, train_reward, []),
+    "G, both orders (ours)": (False, train_reward, BOTH),
+    "GRAM, both orders (ours)": (True, train_reward, BOTH),
+}
+CURVE = ("D-Baseline", "G-Label-Smoothing", "GRAM", "G, both orders (ours)")
+
+
+class RealLab(Lab):
+    """A lab on files of real preferences; ``tests`` is {name: source}.
+
+    Raises:
+        UserError: as Lab; if a source cannot be read, or all labelled pairs have one prompt.
+    """
+
+    methods = METHODS
+
+    def __init__(
+        self,
+        folder: Path,
+        model: str,
+        labels: str,
+        unlabelled: str,
+        tests: dict[str, str],
+        counts: tuple[int, int, int],
+        training: Sequence[str],
+        loading: dict,
+    ):
+        self.labels, self.unlabelled, self.tested = counts  # pairs to use, at most
+        labelled, pool = load_pairs(labels, labelled=True), load_pairs(unlabelled, labelled=False)
+        self.used, held_out = split_by_prompt(labelled.pairs, 0.15, seed=0)
+        if not held_out:
+            raise UserError(
+                f"--labels {labels}: all pairs have the same prompt; some must be held out"
+            )
+        self.pool = pool.pairs
+        loaded = {name: load_pairs(source, labelled=True) for name, source in tests.items()}
+        sets = {HELD_OUT: held_out, **{name: data.pairs for name, data in loaded.items()}}
+        self.tests = {name: drawn(pairs, self.tested, "test") for name, pairs in sets.items()}
+        data = {
+            "labels": [labels, labelled.fingerprint, self.labels],
+            "unlabelled": [unlabelled, pool.fingerprint, self.unlabelled],
+            "tests": {name: [tests[name], data.fingerprint] for name, data in loaded.items()},
+            "test pairs": self.tested,
+        }
+        self.set_up(folder, model, data, training, loading)
+
+    def pairs(self, split: str, seed: int) -> list[Pair]:
+        if split == "labelled":
+            return drawn(self.used, self.labels, seed)
+        return (
+            drawn(self.pool, self.unlabelled, seed) if split == "unlabelled" else self.tests[split]
+        )
+
+    def train(self, script, name: str, seed: int, *options: str) -> Path:
+        """As in Lab; its seconds are kept beside the run."""
+        began = time.perf_counter()
+        out = super().train(script, name, seed, *options)
+        kept = seconds_of(out)
+        if not kept.is_file():
+            write_json(kept, {"seconds": round(time.perf_counter() - began)})
+        return out
+
+    def _evaluate(self, model: str | Path, split: str) -> dict[str, float]:
+        pairs, began = self.pairs(split, 0), time.perf_counter()
+        results = self.judge(model).compare_many(pairs, progress=split)
+        figures = summarise(pairs, results)
+        outcomes = [float(pair.label == 0) for pair in pairs]
+        return {
+            split: figures.accuracy,
+            f"{split}, ± over prompts": figures.interval,
+            f"{split}, position gap": figures.position_gap,
+            f"{split}, calibration error": calibration(
+                [result.probability for result in results], outcomes
+            )[0],
+            f"{split}, seconds": round(time.perf_counter() - began),
+        }
+
+
+def seconds_of(run: Path) -> Path:
+    """The file beside a run that says how long its training took."""
+    return run.with_name(f"{run.name}.seconds.json")
+
+
+def drawn(pairs: list[Pair], count: int, seed: int | str) -> list[Pair]:
+    """``count`` of the pairs, drawn at random; all of them, in their order, where there are fewer."""
+    return random.Random(f"{seed}").sample(pairs, count) if len(pairs) > count else pairs
+
+
+def pick_the_longer(pairs: list[Pair]) -> float:
+    """Accuracy of preferring the response with more characters; equal lengths count half."""
+    hits = [
+        (1 + (d > 0) - (d < 0)) / 2 if pair.label == 0 else (1 + (d < 0) - (d > 0)) / 2
+        for pair in pairs
+        for d in [len(pair.response_a) - len(pair.response_b)]
+    ]
+    return sum(hits) / len(hits)
+
+
+def table(lab: RealLab, seed: int):
+    """Every method on real preferences: accuracy on held-out prompts and on other files."""
+    longer = {name: pick_the_longer(pairs) for name, pairs in lab.tests.items()}
+    yield {"method": "the longer response", **longer}
+    for name in ("zero-shot", *METHODS):
+        run = lab.method(name, seed) if name in METHODS else lab.model
+        row = {"method": name}
+        for test in lab.tests:
+            row |= lab.evaluate(run, test)
+        kept = seconds_of(Path(run))
+        seconds = json.loads(kept.read_text()) if name in METHODS else {"seconds": 0}
+        yield {**row, "training, seconds": seconds["seconds"]}
+
+
+def curve(lab: RealLab, seed: int):
+    """Accuracy on held-out prompts over the number of labels."""
+    labelled = lab.pairs("labelled", seed)
+    counts = [n for n in (100, 200, 400, 800, 1600, 3200, 8000) if n < len(labelled)]
+    for count in (*counts, len(labelled)):
+        for name in CURVE:
+            starts, script, given = METHODS[name]
+            run = lab.method(name, seed)
+            if count < len(labelled):
+                data = lab.file(f"labelled-{count}-{seed}", labelled[:count])
+                init = ["--init", str(lab.stage1(seed))] if starts else []
+                run = lab.train(script, f"{count} {name}", seed, "--data", data, *given, *init)
+            yield {"method": name, "labels": count, **lab.evaluate(run, HELD_OUT)}
+
+
+def main(argv=None):
+    parser = options.parser(__doc__, EXAMPLES)
+    parser.add_argument(
+        "study", choices=("table", "curve"), metavar="STUDY", help="one of the above"
+    )
+    sources = parser.add_argument_group("data")
+    sources.add_argument("--labels", required=True, metavar="SOURCE", help="labelled pairs")
+    sources.add_argument("--unlabelled", required=True, metavar="SOURCE", help="pairs for stage 1")
+    sources.add_argument(
+        "--test",
+        action="append",
+        default=[],
+        metavar="NAME=SOURCE",
+        help="labelled pairs to test on, beside the held-out ones; give it once for each",
+    )
+    numbers = {
+        "labels-used": (480, "labelled pairs to train on, at most"),
+        "unlabelled-used": (480, "pairs of stage 1, at most"),
+        "tested": (200, "pairs of each test, at most; the same for all methods and seeds"),
+    }
+    for name, (default, text) in numbers.items():
+        sources.add_argument(
+            f"--{name}", type=options.positive_int, default=default, metavar="N", help=text
+        )
+    group = parser.add_argument_group("how")
+    group.add_argument("--model", required=True, metavar="NAME", help="as in the training scripts")
+    group.add_argument(
+        "--seeds", type=options.seed, nargs="+", default=[1, 2, 3], metavar="N", help="seeds to run"
+    )
+    group.add_argument(
+        "--epochs", type=options.positive_float, default=1, help="passes over the data, both stages"
+    )
+    group.add_argument("--name", default="real", help="the results are called NAME-STUDY")
+    group.add_argument("--runs", type=Path, default=Path("runs/real"), metavar="FOLDER")
+    group.add_argument("--results", type=Path, default=RESULTS, metavar="FOLDER")
+    options.add_model_options(group, bits_default=4, max_length_default=512)
+    args = parser.parse_args(argv)
+    tests = dict(test.partition("=")[::2] for test in args.test)
+    if HELD_OUT in tests or not all(tests.values()):
+        parser.error("--test: give NAME=SOURCE")
+    check_place(args.runs, "--runs")
+    check_place(args.results, "--results")
+    loading = {"bits": args.bits, "max_length": args.max_length, "device": args.device}
+    counts = args.labels_used, args.unlabelled_used, args.tested
+    lab = RealLab(
+        args.runs, args.model, args.labels, args.unlabelled, tests, counts,
+        ["--epochs", str(args.epochs)], loading,
+    )  # fmt: skip
+    shown = (HELD_OUT, *tests)
+    studies = {
+        f"{args.name}-table": (table, ("method",), None, shown),
+        f"{args.name}-curve": (curve, ("method", "labels"), "labels", (HELD_OUT,)),
+    }
+    run_study(f"{args.name}-{args.study}", lab, args.seeds, args.results, studies)
+
+
+if __name__ == "__main__":
+    with clear_errors():
+        main()
