@@ -11,7 +11,6 @@ import re
 import shutil
 import sys
 from collections import Counter
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -25,8 +24,8 @@ from gram_mini.runs.output import check_place, put_in_place
 
 CACHE = Path(HF_HOME) / "gram_mini"
 SUFFIX = ".gguf"
-# As what the weights are kept, by the type that most of them have in the file. What was rounded to
-# fewer bits has scales in float16; float16 is finer than bfloat16 and takes half of float32.
+# As what the weights are kept, by the type that most of them have in the file. Any other is a
+# quantised one: float16, whose rounding is far below that of 8 bits, takes half of float32.
 KEPT_AS = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 HEADER = 1 << 26  # bytes from the beginning that hold all but weights: config, vocabulary, template
 ELSE = "give the model that it was made from, as a folder with safetensors or a name on the hub"
@@ -42,7 +41,7 @@ def check_file(path: Path) -> None:
     """See that a GGUF file can be read here, as far as its name and first bytes tell.
 
     Raises:
-        UserError: no such file, one part of a split file, no GGUF, or no package to read it with.
+        UserError: no such file, one part of a split file, or no GGUF.
     """
     if not path.is_file():
         raise UserError(f"{path}: no such file; give a GGUF file on this machine, or download it")
@@ -57,16 +56,14 @@ def check_file(path: Path) -> None:
                 f"{path}: is no GGUF file, as it does not begin with these letters; download it "
                 "again"
             )
-    if find_spec("gguf") is None:
-        raise UserError(f"{path}: reading GGUF files takes a package: pip install gguf")
 
 
 def model_folder(path: Path) -> Path:
     """The model folder of a GGUF file; it is made where it is not in the cache yet.
 
     Raises:
-        UserError: the file is not complete, transformers cannot read it, or reads only a part of
-            it, or the cache cannot be written to.
+        UserError: the package gguf is missing, the file is not complete, transformers cannot read
+            it or only a part of it, or the cache cannot be written to.
     """
     from gram_mini.runs.record import fingerprint  # not above: it calls model.py, which calls us
 
@@ -92,10 +89,12 @@ def model_folder(path: Path) -> Path:
 
 
 def _unpack(path: Path, folder: Path) -> None:
-    from gguf import GGUFReader
-
     from gram_mini.runs.checks import check_weights  # not above: it calls model.py, which calls us
 
+    try:
+        from gguf import GGUFReader
+    except ImportError:
+        raise UserError(f"{path}: a GGUF file takes one more package; pip install gguf") from None
     try:
         reader = GGUFReader(path)
     except Exception as error:  # whatever numpy makes of bytes that are not there
@@ -129,8 +128,7 @@ def _unpack(path: Path, folder: Path) -> None:
     model.hf_quantizer = None  # or save_pretrained refuses
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
-    model.config.gguf = {"type": kind, "unread": unread}  # for say_lost
-    model.config.architectures = model.config.architectures or [type(model).__name__]
+    model.config.gram_gguf = {"type": kind, "unread": unread}  # for say_lost
     folder.mkdir()
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -172,14 +170,14 @@ def _unread(path: Path, reader, model) -> str:
 
 def say_lost(name: str, config, bits: int) -> None:
     """Say once a process what a GGUF file has lost of the model that it was made from."""
-    gguf = getattr(config, "gguf", None) or {}
+    lost = getattr(config, "gram_gguf", {"type": "F32", "unread": ""})
     lines = []
-    if gguf and gguf["type"] not in KEPT_AS:
+    if lost["type"] not in KEPT_AS:
         again = ", and --bits 4 rounds them once more" if bits == 4 else ""
-        lines.append(f"{name}: its weights were rounded to {gguf['type']} in a GGUF file{again}")
-    if gguf and gguf["unread"]:
+        lines.append(f"{name}: its weights were rounded to {lost['type']} in a GGUF file{again}")
+    if lost["unread"]:
         lines.append(
-            f"{name}: transformers does not read {gguf['unread']} of a GGUF file: positions count "
+            f"{name}: transformers does not read {lost['unread']} of a GGUF file: positions count "
             "a little otherwise than in the model that it was made from"
         )
     for line in lines:

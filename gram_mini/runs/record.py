@@ -15,7 +15,7 @@ from gram_mini.errors import UserError
 from gram_mini.model import VILLAGE, local_model
 from gram_mini.prompts import PromptPieces
 from gram_mini.runs import options
-from gram_mini.runs.gguf import HEADER
+from gram_mini.runs.gguf import HEADER, is_gguf
 
 EXPORTED = "gram_run.json"  # the record of an exported run; run.json would mark a run folder
 HEAD = "head.safetensors"  # beside the adapter of a run that trained its own head
@@ -65,7 +65,7 @@ def make_record(
     name = args.model
     if name != VILLAGE and Path(name).is_dir():
         name = str(Path(name).resolve())
-    elif local_model(name) is not None:  # GGUF: where a link leads may have another suffix
+    elif is_gguf(Path(name)):  # where a link leads may have another suffix
         name = str(Path(name).absolute())
     return {
         "stage": stage,
