@@ -45,6 +45,7 @@ from transformers.utils import logging as transformers_logging  # noqa: E402
 
 from gram_mini.errors import UserError, last_line  # noqa: E402
 from gram_mini.reading.sources import looks_like_path  # noqa: E402
+from gram_mini.runs import gguf  # noqa: E402
 
 VILLAGE = "village"  # what --model calls the backbone that the repository embeds
 VILLAGE_FOLDER = Path(__file__).parent / "village" / "backbone"
@@ -55,13 +56,16 @@ transformers_logging.disable_progress_bar()
 # ---- names ---------------------------------------------------------------------------
 
 
-def local_folder(name: str) -> Path | None:
-    """The folder of a model: the village's, or one on this machine; None for a name on the hub.
+def local_model(name: str) -> Path | None:
+    """The folder of a model, or its GGUF file (runs/gguf.py); None for a name on the hub.
 
     Raises:
-        UserError: for what looks like a path, but is no folder with a model in it.
+        UserError: for what looks like a path, but is neither a folder with a model in it nor GGUF.
     """
     folder = VILLAGE_FOLDER if name == VILLAGE else Path(name)
+    if gguf.is_gguf(folder):
+        gguf.check_file(folder)
+        return folder
     if folder.is_dir():
         if (folder / "adapter_config.json").is_file() and not (folder / "run.json").is_file():
             raise UserError(
@@ -69,17 +73,22 @@ def local_folder(name: str) -> Path | None:
                 "first (peft: merge_and_unload), and give the merged folder"
             )
         if not (folder / "config.json").is_file():
-            raise UserError(f"{name}: holds no config.json, so it is no model folder")
+            files = sorted(folder.glob("*.gguf"))
+            instead = f"; give the GGUF file itself, such as {files[0]}" if files else ""
+            raise UserError(f"{name}: holds no config.json, so it is no model folder{instead}")
         return folder
     if looks_like_path(name):
         raise UserError(
-            f"{name}: no such folder; give a model folder, a run folder or a name on the hub"
+            f"{name}: no such folder; give a model folder, a run folder, a file that ends in .gguf "
+            "or a name on the hub"
         )
     return None
 
 
 def _from_pretrained(kind, name: str, folder: Path | None, **options):
     """What the hub or a folder holds; a hub name may end in @COMMIT, which pins the version."""
+    if folder and gguf.is_gguf(folder):
+        folder = gguf.model_folder(folder)
     source, _, commit = (str(folder), "", "") if folder else name.partition("@")
     try:
         return kind.from_pretrained(source, revision=commit or "main", **options)
@@ -98,7 +107,7 @@ def load_tokenizer(name: str):
     Raises:
         UserError: if there is none under this name.
     """
-    folder = Path(name) if (Path(name) / "tokenizer.json").is_file() else local_folder(name)
+    folder = Path(name) if (Path(name) / "tokenizer.json").is_file() else local_model(name)
     tokenizer = _from_pretrained(AutoTokenizer, name, folder)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token  # padding is never attended to, any token will do
@@ -145,7 +154,7 @@ def load_model(
 ):
     """Load a causal language model with frozen weights; ``bits=4`` is NF4 (QLoRA).
 
-    ``name`` is a folder, "village", or a name on the hub, which may end in @COMMIT.
+    ``name`` is a folder, a GGUF file, "village", or a name on the hub, which may end in @COMMIT.
     ``checkpointing`` keeps only each layer's input for the backward pass and computes the rest
     again: less memory, up to half more time.
 
@@ -160,7 +169,7 @@ def load_model(
     dtype = compute_dtype(bits, device, name)
     # torch's attention for CPUs has a slow backward pass in bf16: a step takes a quarter longer.
     plain = device.type == "cpu" and dtype == torch.bfloat16
-    folder = local_folder(name)
+    folder = local_model(name)
     checks.check_stored(name, _from_pretrained(AutoConfig, name, folder), bits)
     model, report = _from_pretrained(
         AutoModelForCausalLM,

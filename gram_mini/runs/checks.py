@@ -26,6 +26,7 @@ from gram_mini.model import (
     without_adapter,
 )
 from gram_mini.prefixes import can_share, end_states
+from gram_mini.runs.gguf import say_lost
 
 NEARLY_ALL = 0.95  # share of the weights in 4 bits above which nothing is said
 warned: list[str] = []  # the model with which wrong scales were told: once for each process
@@ -69,11 +70,12 @@ def check_weights(name: str, model, report: dict) -> None:
 
 
 def check_stored(name: str, config, bits: int) -> None:
-    """A checkpoint that is stored in few bits already: NF4 and FP4 can be used, others cannot.
+    """A checkpoint in few bits already: NF4, FP4 and what was GGUF can be used, others cannot.
 
     Raises:
         UserError: for any other method.
     """
+    say_lost(name, config, bits)
     stored = getattr(config, "quantization_config", None)
     if not stored:
         return

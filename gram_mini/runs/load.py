@@ -11,7 +11,7 @@ from transformers.utils import logging as transformers_logging
 from gram_mini.baselines.judges import judge_with_head, load_head
 from gram_mini.errors import UserError
 from gram_mini.judge import Judge
-from gram_mini.model import load_lora, load_model, load_tokenizer, local_folder
+from gram_mini.model import load_lora, load_model, load_tokenizer, local_model
 from gram_mini.runs.checks import check_sizes
 from gram_mini.runs.defaults import MAX_LENGTH, for_model
 from gram_mini.runs.processes import pick_device
@@ -41,7 +41,7 @@ def load_judge(
     A model that is not a run becomes a zero-shot judge.
 
     Args:
-        path: run folder, model folder, hub name, or "village".
+        path: run folder, model folder, GGUF file, hub name, or "village".
         bits: 4, 16 or 32; by default as in training, for an exported run as written, else 4.
         device: "auto" or the name of a torch device.
         max_length: tokens per judge prompt; by default as in training, else 512 for the village's
@@ -63,7 +63,7 @@ def load_judge(
     if (folder / "run.json").is_file():
         record = read_record(folder)
         name, trained_on = record["backbone"]["name"], record["backbone"]["fingerprint"]
-        if local_folder(name) is not None and fingerprint(name) != trained_on:
+        if local_model(name) is not None and fingerprint(name) != trained_on:
             raise UserError(
                 f"{path}: was trained on another version of the backbone {name!r}; train it again"
             )

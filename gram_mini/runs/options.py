@@ -277,7 +277,7 @@ def add_training_options(
         type=model_name,
         default=VILLAGE,
         metavar="NAME",
-        help="backbone: hub name or folder, or 'village'",
+        help="backbone: hub name, folder or GGUF file, or 'village'",
     )
     g.add_argument("--data", type=data_name, default=VILLAGE, metavar="SOURCE", help=data_help)
     add_reading_options(g)

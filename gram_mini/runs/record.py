@@ -12,9 +12,10 @@ from pathlib import Path
 
 from gram_mini import prompts
 from gram_mini.errors import UserError
-from gram_mini.model import VILLAGE, local_folder
+from gram_mini.model import VILLAGE, local_model
 from gram_mini.prompts import PromptPieces
 from gram_mini.runs import options
+from gram_mini.runs.gguf import HEADER, is_gguf
 
 EXPORTED = "gram_run.json"  # the record of an exported run; run.json would mark a run folder
 HEAD = "head.safetensors"  # beside the adapter of a run that trained its own head
@@ -61,11 +62,11 @@ def make_record(
 ) -> dict:
     """The contents of run.json: everything that is needed to score with the run or repeat it."""
     init = getattr(args, "init", None)
-    name = (
-        args.model
-        if args.model == VILLAGE or not Path(args.model).is_dir()
-        else str(Path(args.model).resolve())
-    )
+    name = args.model
+    if name != VILLAGE and Path(name).is_dir():
+        name = str(Path(name).resolve())
+    elif is_gguf(Path(name)):  # where a link leads may have another suffix
+        name = str(Path(name).absolute())
     return {
         "stage": stage,
         "command": ["python", *sys.argv],
@@ -141,16 +142,21 @@ def settings(
 
 
 def fingerprint(name: str, model=None) -> str | None:
-    """What identifies a backbone: a hash of its folder, or its commit on the hub.
+    """What identifies a backbone: a hash of its folder or GGUF file, or its commit on the hub.
 
     The hash covers the config and samples of the weights. The commit is read from the loaded
     ``model``. For a name on the hub without a model it is None.
     """
-    folder = local_folder(name)
-    if folder is None:
+    place = local_model(name)
+    if place is None:
         return getattr(model.config, "_commit_hash", None) if model is not None else None
-    digest = hashlib.sha256((folder / "config.json").read_bytes())
-    for file in sorted(folder.glob("*.safetensors")):
+    if place.is_dir():
+        config, files = (place / "config.json").read_bytes(), sorted(place.glob("*.safetensors"))
+    else:
+        with open(place, "rb") as stream:
+            config, files = stream.read(HEADER), [place]
+    digest = hashlib.sha256(config)
+    for file in files:
         size = file.stat().st_size
         digest.update(f"{file.name} {size} ".encode())
         with open(file, "rb") as stream:
@@ -163,7 +169,7 @@ def fingerprint(name: str, model=None) -> str | None:
 
 def pinned(name: str, commit: str | None) -> str:
     """The name of a backbone at the commit a run was trained on; the hub's may be newer now."""
-    return f"{name}@{commit}" if commit and local_folder(name) is None else name
+    return f"{name}@{commit}" if commit and local_model(name) is None else name
 
 
 def check_init(init: Path, backbone: str, rank: int | None, head: str | None = None) -> dict:
@@ -184,7 +190,7 @@ def check_init(init: Path, backbone: str, rank: int | None, head: str | None = N
     record = read_record(init)
     name, trained_on = record["backbone"]["name"], record["backbone"]["fingerprint"]
     same = (
-        name == backbone if local_folder(backbone) is None else fingerprint(backbone) == trained_on
+        name == backbone if local_model(backbone) is None else fingerprint(backbone) == trained_on
     )
     if not same:
         raise UserError(

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from gram_mini.errors import clear_errors
 from gram_mini.evaluation import Evaluation, evaluate, summarise, with_interval
-from gram_mini.model import local_folder
+from gram_mini.model import local_model
 from gram_mini.runs import options
 from gram_mini.runs.load import load_judge
 from gram_mini.runs.record import read_record
@@ -66,7 +66,7 @@ def village_table(models: list[str], device: str = "auto") -> str:
     """
     for model in models:  # a missing model is an error before the first one is judged
         if not (Path(model) / "run.json").is_file():
-            local_folder(model)
+            local_model(model)
     in_distribution = village_pairs("in-distribution")
     out_of_distribution = village_pairs("out-of-distribution")
     folders: dict[tuple[str, str], str] = {}

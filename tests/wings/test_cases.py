@@ -10,7 +10,7 @@ from transformers import AutoTokenizer
 from gram_mini import prompts
 from gram_mini.batches import encode_pairs, join
 from gram_mini.errors import UserError
-from gram_mini.model import VILLAGE, load_tokenizer, local_folder
+from gram_mini.model import VILLAGE, load_tokenizer, local_model
 from gram_mini.pairs import Pair, is_blank, unusable
 from gram_mini.prompts import judge_prompt, pair_prompt
 from gram_mini.reading.formats import parse_pairs
@@ -408,7 +408,7 @@ def test_texts_without_such_strings_are_encoded_as_they_were(tokenizer):
 
 
 def test_a_saved_tokenizer_behaves_alike(tmp_path):
-    folder = local_folder(VILLAGE)
+    folder = local_model(VILLAGE)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.save_pretrained(tmp_path)
     again = AutoTokenizer.from_pretrained(tmp_path)
