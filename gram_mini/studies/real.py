@@ -127,7 +127,7 @@ def seconds_of(run: Path) -> Path:
 
 
 def drawn(pairs: list[Pair], count: int, seed: int | str) -> list[Pair]:
-    """``count`` of the pairs, drawn at random; all of them, in their order, where there are fewer."""
+    """``count`` of the pairs, drawn at random; or all, if there are fewer."""
     return random.Random(f"{seed}").sample(pairs, count) if len(pairs) > count else pairs
 
 
@@ -147,7 +147,7 @@ def table(lab: RealLab, seed: int):
     yield {"method": "the longer response", **longer}
     for name in ("zero-shot", *METHODS):
         run = lab.method(name, seed) if name in METHODS else lab.model
-        row = {"method": name}
+        row: dict[str, object] = {"method": name}
         for test in lab.tests:
             row |= lab.evaluate(run, test)
         kept = seconds_of(Path(run))

@@ -64,15 +64,12 @@ def village_table(models: list[str], device: str = "auto") -> str:
     Raises:
         UserError: a model that cannot be found or loaded.
     """
-    for model in models:  # a missing model is an error before the first one is judged
-        if not (Path(model) / "run.json").is_file():
-            local_model(model)
+    records = records_of(models)
     in_distribution = village_pairs("in-distribution")
     out_of_distribution = village_pairs("out-of-distribution")
     folders: dict[tuple[str, str], str] = {}
     rows: dict[tuple[str, str], dict[int, list[Evaluation]]] = defaultdict(dict)
-    for model in models:
-        record = read_record(Path(model)) if (Path(model) / "run.json").is_file() else None
+    for model, record in zip(models, records):
         judge = load_judge(model, device=device)
         results = judge.compare_many(out_of_distribution, progress=model)
         facts = [
@@ -103,6 +100,26 @@ def village_table(models: list[str], device: str = "auto") -> str:
     probabilities = [p for pair in out_of_distribution if (p := pair.probability) is not None]
     ideal = statistics.mean(map(_entropy, probabilities))
     lines.append(("the true rewards", "1.000", "1.000", "1.000", f"{ideal:.3f}", "0.000", ""))
+    return aligned(lines)
+
+
+def records_of(models: list[str]) -> list[dict | None]:
+    """The run.json of each model, None for one that is not a run.
+
+    Raises:
+        UserError: a missing model, so before the first one is judged.
+    """
+    records = []
+    for model in models:
+        is_run = (Path(model) / "run.json").is_file()
+        if not is_run:
+            local_model(model)
+        records.append(read_record(Path(model)) if is_run else None)
+    return records
+
+
+def aligned(lines: list[tuple[str, ...]]) -> str:
+    """A table of lines of cells: the first column to the left, the others to the right."""
     widths = [max(map(len, column)) for column in zip(*lines)]
     return "\n".join(
         "  ".join(

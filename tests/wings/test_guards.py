@@ -43,7 +43,7 @@ def test_the_lesson_imports_the_lesson_runs_and_reading_only(path):
 
 def test_the_lesson_is_a_dozen_files():
     assert len(LESSON) <= 12
-    assert WINGS == ["baselines", "reading", "runs", "serving", "studies", "village"]
+    assert WINGS == ["baselines", "everyday", "reading", "runs", "serving", "studies", "village"]
     assert all((PACKAGE / wing / "README.md").is_file() for wing in WINGS)
 
 

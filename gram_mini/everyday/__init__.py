@@ -1,0 +1,1 @@
+"""Everyday questions in plain English, with answers of known quality: a small data set."""

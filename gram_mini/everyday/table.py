@@ -1,0 +1,98 @@
+"""How well do judges do on test.jsonl? A line for each.
+
+python -m gram_mini.everyday.table MODEL [MODEL ...]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+from gram_mini.errors import clear_errors
+from gram_mini.evaluation import summarise, with_interval
+from gram_mini.everyday.build import FOLDER, QUALITIES
+from gram_mini.judge import Comparison
+from gram_mini.pairs import Pair
+from gram_mini.runs import options
+from gram_mini.runs.load import load_judge
+from gram_mini.village.table import aligned, method_of, records_of
+
+CAPTION = """\
+Accuracy, ± 95% interval over the questions. Labelled topics: new questions of topics with labels.
+Unlabelled topics: topics without labels. Fact, relevance, courtesy, length: what decides which
+answer is better, in topics of both kinds. Where fact decides, the others differ at random, and so
+on. Position gap: mean |P(a better, a shown first) - P(a better, a shown second)|. Seconds: for all
+pairs."""
+
+
+def longer(pair: Pair) -> Comparison:
+    """A judge that always prefers the longer answer."""
+    difference = len(pair.response_a) - len(pair.response_b)
+    p = 0.5 + (0.5 if difference > 0 else -0.5 if difference < 0 else 0.0)
+    return Comparison(p, p, p, difference, -difference, 1.0, False)
+
+
+def everyday_table(models: list[str], **settings) -> str:
+    """Judge the test pairs with each model, and return the table.
+
+    Args:
+        models: run folders, or any models that load_judge takes.
+        settings: for load_judge.
+
+    Raises:
+        UserError: a model that cannot be found or loaded.
+    """
+    records = records_of(models)
+    rows = [json.loads(line) for line in (FOLDER / "test.jsonl").read_text("utf-8").splitlines()]
+    pairs = [
+        Pair(row["prompt"], row["response_a"], row["response_b"], "AB".index(row["label"]))
+        for row in rows
+    ]
+
+    def line(name: str, results: list[Comparison], seconds: str, run: str) -> tuple[str, ...]:
+        def accuracy(key, value) -> str:
+            part = [i for i, row in enumerate(rows) if key(row) == value]
+            return with_interval([summarise([pairs[i] for i in part], [results[i] for i in part])])
+
+        topics = [accuracy(lambda row: row["labelled_topic"], labels) for labels in (True, False)]
+        decided = [accuracy(lambda row: row["differs"][0], quality) for quality in QUALITIES]
+        gap = f"{summarise(pairs, results).position_gap:.3f}"
+        return name, *topics, *decided, gap, seconds, run
+
+    columns = ("labelled topics", "unlabelled topics", *QUALITIES)
+    lines: list[tuple[str, ...]] = [("", *columns, "position gap", "seconds", "run")]
+    lines.append(line("pick the longer", list(map(longer, pairs)), "", ""))
+    for model, record in zip(models, records):
+        judge, start = load_judge(model, **settings), time.perf_counter()
+        results = judge.compare_many(pairs, progress=model)
+        seconds = f"{time.perf_counter() - start:.0f}"
+        lines.append(line(method_of(record)[0], results, seconds, Path(model).name))
+    return aligned(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m gram_mini.everyday.table",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "models",
+        nargs="+",
+        type=options.model_name,
+        metavar="MODEL",
+        help="run folders, or any model as a zero-shot judge: a folder, a hub name, 'village'",
+    )
+    options.add_model_options(parser, bits_default=None, max_length_default=None)
+    args = parser.parse_args()
+    with clear_errors():
+        sizes = {"bits": args.bits, "max_length": args.max_length, "device": args.device}
+        print(everyday_table(args.models, **sizes))
+        print(CAPTION)
+
+
+if __name__ == "__main__":
+    main()
