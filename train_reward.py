@@ -65,8 +65,8 @@ def main(argv=None):
             z = output_logits(model, verdict, labels)  # (B, 2): Z_A, Z_B
             loss = reward_loss(z, right, args.label_smoothing)  # -log sigmoid(m) + eps m
             if args.both_orders:
-                mean_margin = averaged_loss(z, right, args.label_smoothing)
-                loss = (1 - args.both_orders) * loss + args.both_orders * mean_margin
+                w = args.both_orders * run.share_left  # from W down to 0
+                loss = (1 - w) * loss + w * averaged_loss(z, right, args.label_smoothing)
             (loss * share).backward()
             m = margins(z, right)  # (B,): Z_w - Z_l
             accuracy = (m > 0).float().mean()

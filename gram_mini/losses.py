@@ -66,13 +66,14 @@ token t after it, w for the label of the preferred response (A or B), l for the 
    takes it from the other: m_1 = d + b and m_2 = d - b. Show each pair in both orders, and take one
    loss on the mean of the two margins beside the plain loss on each:
 
-       L_both = (1 - W) (L_eps(m_1) + L_eps(m_2)) / 2  +  W L_eps((m_1 + m_2) / 2).
+       L_both = (1 - w) (L_eps(m_1) + L_eps(m_2)) / 2  +  w L_eps((m_1 + m_2) / 2).
 
    In the second part b cancels, so its gradient is about d from the first step on. The plain part
    alone must bring b down first: where b is large, one order has a large gradient that says "less
    b", and what both orders say about d is the small rest. But the second part alone never asks for
    a small b. Judging only one of the two responses is enough for it: then m_1 and m_2 disagree, and
-   the position gap is wide. The plain part closes it.
+   the position gap is wide. The plain part closes it. So w begins at W and falls to 0 in a straight
+   line: the judge learns to score first and to compare then.
 """
 
 from __future__ import annotations

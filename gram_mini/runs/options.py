@@ -79,8 +79,9 @@ def reward_options(description: str, argv=None) -> argparse.Namespace:
         type=whole_share,
         default=0.0,
         metavar="W",
-        help="show each pair in both orders; W is the weight of one loss on the mean of the two "
-        "margins (step 8 of losses.py), 1 - W that of the plain loss; 0 is the paper's way",
+        help="show each pair in both orders, with one loss on the mean of the two margins (step 8 "
+        "of losses.py): its weight falls from W at the first step to 0 at the end, and the plain "
+        "loss has the rest; 0 is the paper's way",
     )
     args = p.parse_args(argv)
     defaults.choose(args, "reward")

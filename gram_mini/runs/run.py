@@ -251,6 +251,11 @@ class Run:
         """Whether this step ends a line of the log."""
         return self._log.due(self._step)
 
+    @property
+    def share_left(self) -> float:
+        """Share of the steps that are still to be done, this one included: 1 at the first step."""
+        return (self._total - self._step + 1) / self._total
+
     def finite(self, gradient_norm: float) -> bool:
         """Whether loss and gradient of the step are finite; other steps are counted as skipped.
 

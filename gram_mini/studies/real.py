@@ -37,14 +37,13 @@ EXAMPLES = """\
 RESULTS = Path(__file__).parent / "results"
 HELD_OUT = "held out"  # what the test on the labelled data's own prompts is called
 SCALAR = ["--head", "scalar", "--lr", "3e-4"]
-BOTH, HALF = ["--both-orders", "1"], ["--both-orders", "0.5"]
+BOTH = ["--both-orders", "1"]
 METHODS = {  # name: (whether it starts from stage 1, script, options of the script)
     "D-Baseline": (False, baselines, SCALAR + PLAIN),
     "D from stage 1": (True, baselines, SCALAR + PLAIN),
     "G-Baseline": (False, train_reward, PLAIN),
     "G-Label-Smoothing": (False, train_reward, []),
     "GRAM": (True, train_reward, []),
-    "G, both orders, W = 0.5 (ours)": (False, train_reward, HALF),
     "G, both orders (ours)": (False, train_reward, BOTH),
     "GRAM, both orders (ours)": (True, train_reward, BOTH),
 }
