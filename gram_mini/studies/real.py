@@ -47,6 +47,7 @@ METHODS = {  # name: (whether it starts from stage 1, script, options of the scr
     "G, both orders (ours)": (False, train_reward, BOTH),
     "GRAM, both orders (ours)": (True, train_reward, BOTH),
 }
+COUNTS = (100, 200, 400, 800, 1600, 3200, 8000)  # of labels, as far as there are so many
 CURVE = ("D-Baseline", "G-Label-Smoothing", "GRAM", "G, both orders (ours)")
 
 
@@ -158,7 +159,7 @@ def table(lab: RealLab, seed: int):
 def curve(lab: RealLab, seed: int):
     """Accuracy on held-out prompts over the number of labels."""
     labelled = lab.pairs("labelled", seed)
-    counts = [n for n in (100, 200, 400, 800, 1600, 3200, 8000) if n < len(labelled)]
+    counts = [n for n in COUNTS if n < len(labelled)]
     for count in (*counts, len(labelled)):
         for name in CURVE:
             starts, script, given = METHODS[name]

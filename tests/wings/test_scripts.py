@@ -17,7 +17,9 @@ import score
 import train_pretrain
 import train_reward
 from gram_mini.baselines import __main__ as baselines
+from gram_mini.losses import smoothed
 from gram_mini.model import VILLAGE_FOLDER, OutputHead, load_tokenizer
+from gram_mini.reading.load import load_pairs
 from gram_mini.runs.load import load_judge
 from gram_mini.village import table
 
@@ -70,6 +72,10 @@ def run_script(name, *arguments, cwd=ROOT):
     )
     assert "Traceback" not in done.stderr, done.stderr
     return done.returncode, done.stdout, (done.stderr.strip().splitlines() or [""])[-1]
+
+
+def pairs_of(data):
+    return load_pairs(data, labelled=True).pairs
 
 
 def log_of(run):
@@ -247,6 +253,38 @@ def test_batch_tokens_changes_the_passes_and_not_the_steps(tmp_path, data, monke
         weights.append(load_file(tmp_path / name / "adapter_model.safetensors"))
     assert len(passes) > 6 and sum(passes) == 2 * sum(passes[:3])
     assert all(torch.allclose(weights[0][key], weights[1][key], atol=1e-4) for key in weights[0])
+
+
+def test_both_orders_is_one_loss_on_the_mean_margin_at_first_and_the_plain_loss_later(
+    tmp_path, data
+):
+    options = "--steps 2 --log-every 1 --held-out 0 --lr 1e-9 --batch-size 64 --bits 32".split()
+    rows = load_judge("village", bits=32).compare_many(pairs_of(data))
+    # every pair is labelled A: these are the margins of its two orders
+    m = torch.tensor([[row.log_odds_first, row.log_odds_second] for row in rows])  # (30, 2)
+    averaged, plain = (smoothed(x.double(), 0.05).item() for x in (m.mean(dim=1), m))
+    logged = {}
+    for w in ("0.8", "0.4"):
+        train_reward.main(
+            ["--data", data, "--out", str(tmp_path / w), "--both-orders", w, *options]
+        )
+        logged[w] = [float(line["loss"]) for line in log_of(tmp_path / w)]
+    for w, losses in logged.items():
+        for share_left, loss in zip((1, 0.5), losses):
+            weight = float(w) * share_left
+            assert loss == pytest.approx((1 - weight) * plain + weight * averaged, abs=1e-4)
+    assert abs(averaged - plain) > 1e-3
+
+
+def test_both_orders_in_parts_are_those_of_the_whole(tmp_path, data):
+    weights = []
+    for name, options in (("whole", []), ("parts", ["--batch-tokens", "300"])):
+        options = [*options, *"--steps 3 --held-out 0 --both-orders 1".split(), *SMALL[:4]]
+        train_reward.main(["--data", data, "--out", str(tmp_path / name), *options])
+        weights.append(load_file(tmp_path / name / "adapter_model.safetensors"))
+    assert all(torch.allclose(weights[0][key], weights[1][key], atol=1e-4) for key in weights[0])
+    accuracies = [float(line["accuracy"]) for line in log_of(tmp_path / "whole")]
+    assert all(0 <= accuracy <= 1 for accuracy in accuracies)
 
 
 def test_stage_2_multiplies_two_rows_of_the_output_matrix(tmp_path, data, monkeypatch):

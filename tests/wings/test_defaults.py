@@ -1,0 +1,92 @@
+"""Defaults that depend on the backbone: rates, batches, lengths, the judge prompt."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from transformers import AutoTokenizer
+
+from gram_mini import prompts
+from gram_mini.baselines.__main__ import baseline_options
+from gram_mini.judge import Judge
+from gram_mini.model import VILLAGE_FOLDER
+from gram_mini.runs.defaults import DEFAULTS, MAX_LENGTH
+from gram_mini.runs.load import load_judge
+from gram_mini.runs.options import pretrain_options, reward_options
+
+OPTIONS = {"pretrain": pretrain_options, "reward": reward_options}
+
+
+@pytest.mark.parametrize("stage", OPTIONS)
+@pytest.mark.parametrize(("place", "model"), [(0, "village"), (0, "embedded"), (1, "some/model")])
+def test_each_backbone_has_its_defaults_and_what_is_given_wins(stage, place, model):
+    def parse(*more):
+        return OPTIONS[stage]("", ["--model", model, *more])
+
+    args = parse()
+    assert all(getattr(args, name) == values[place] for name, values in DEFAULTS[stage].items())
+    given = parse("--lr", "0.5", "--batch-size", "7", "--batch-tokens", "70", "--max-length", "71")
+    assert (given.lr, given.batch_size, given.batch_tokens, given.max_length) == (0.5, 7, 70, 71)
+
+
+def test_the_villages_are_those_it_was_tuned_with():
+    args = pretrain_options("", [])
+    assert (args.lr, args.batch_size, args.batch_tokens, args.max_length) == (3e-3, 64, None, 512)
+    assert reward_options("", []).lr == baseline_options([]).lr == 1e-3
+    assert reward_options("", []).both_orders == 0  # the paper's way
+
+
+def test_help_shows_both(capsys):
+    for stage, parse in OPTIONS.items():
+        with pytest.raises(SystemExit):
+            parse("", ["--help"])
+        said = " ".join(capsys.readouterr().out.split())
+        for village, other in DEFAULTS[stage].values():
+            village = "no limit" if village is None else f"{village:g}"
+            assert f"{village} for the village's backbone, {other:g} for any other model" in said
+
+
+def test_a_tokenizer_that_is_not_the_villages_gets_the_general_prompt(tmp_path, tokenizer):
+    assert prompts.default_judge(tokenizer) == prompts.VILLAGE_JUDGE
+    saved = json.loads((VILLAGE_FOLDER / "tokenizer.json").read_text())
+    for token in saved["added_tokens"]:
+        token["content"] = token["content"].replace(prompts.VILLAGE_INSTRUCTION, "instruction")
+    tokenizer.save_pretrained(tmp_path)
+    text = json.dumps(saved).replace(prompts.VILLAGE_INSTRUCTION, "instruction")
+    (tmp_path / "tokenizer.json").write_text(text)
+    other = AutoTokenizer.from_pretrained(tmp_path)
+    assert prompts.default_judge(other) == prompts.JUDGE
+    judge = Judge(None, other)
+    assert judge.template == prompts.JUDGE
+    assert prompts.INSTRUCTION in other.decode(judge.prompt.start)
+
+
+def test_a_judge_that_was_not_trained_reads_as_much_as_its_backbone_is_trained_on():
+    assert load_judge("village").max_length == MAX_LENGTH[0]
+    assert load_judge(str(VILLAGE_FOLDER)).max_length == MAX_LENGTH[1]
+
+
+@pytest.mark.parametrize("module", ["train_pretrain", "train_reward", "score"])
+@pytest.mark.parametrize(
+    ("given", "spins"),
+    [({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "passive"}, None)],
+)
+def test_how_threads_wait_is_set_before_torch_is_imported(module, given, spins):
+    code = (
+        "import builtins, os, sys\n"
+        "real, seen = builtins.__import__, []\n"
+        "def look(name, *more):\n"
+        "    if name == 'torch' and not seen:\n"
+        "        seen.append(os.environ.get('GOMP_SPINCOUNT'))\n"
+        "        print(seen[0])\n"
+        "        sys.exit()\n"
+        "    return real(name, *more)\n"
+        "builtins.__import__ = look\n"
+        f"import {module}\n"
+    )
+    environment = {"PATH": "/usr/bin", **given}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True
+    )
+    assert done.stdout.split() == [str(spins)], done.stderr

@@ -1,0 +1,131 @@
+"""The study on real preferences, on judges whose figures are known; and its command, in small."""
+
+import json
+
+import pytest
+
+from gram_mini.errors import UserError
+from gram_mini.judge import Comparison
+from gram_mini.studies import real
+
+
+class FakeLab(real.RealLab):
+    """Trains nothing; every model is the same judge, which says P(a better) in both orders."""
+
+    says = staticmethod(lambda pair: (0.9, 0.9))
+    trained: list
+
+    def train(self, script, name, seed, *given):
+        self.trained.append((name, seed, given))
+        out = self.folder / f"seed{seed}" / name
+        out.parent.mkdir(parents=True, exist_ok=True)
+        real.write_json(real.seconds_of(out), {"seconds": 3})
+        return out
+
+    def judge(self, model):
+        return self
+
+    def compare_many(self, pairs, progress=None):
+        return [Comparison(sum(p) / 2, *p, 1.0, 1.0, 1.0, False) for p in map(self.says, pairs)]
+
+
+@pytest.fixture
+def files(tmp_path):
+    """Labelled pairs, always A; unlabelled ones; a test in which the longer answer mostly loses."""
+
+    def write(name, rows):
+        path = tmp_path / f"{name}.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return str(path)
+
+    def row(i, a, b, **label):
+        return {"prompt": f"question {i}", "response_a": a, "response_b": b, **label}
+
+    labels = [row(i, "the longer answer", f"short {i}", label="A") for i in range(20)]
+    others = [row(i, "ab", "abc", label="AB"[i % 4 == 3]) for i in range(8)]
+    return {
+        "labels": write("labels", labels),
+        "unlabelled": write("unlabelled", [row(i, "x", "y") for i in range(10)]),
+        "tests": {"other": write("other", others)},
+    }
+
+
+def lab(tmp_path, files, counts=(12, 5, 100)):
+    made = FakeLab(tmp_path / "runs", "some/model", **files, counts=counts, training=[], loading={})
+    made.trained = []
+    return made
+
+
+def test_a_table_of_judges_that_are_known(tmp_path, files):
+    made = lab(tmp_path, files)
+    longer, zero_shot, *methods = real.table(made, seed=1)
+    assert longer == {"method": "the longer response", "held out": 1.0, "other": 0.25}
+    assert zero_shot["held out"] == 1.0 and zero_shot["other"] == 0.75
+    assert zero_shot["other, position gap"] == 0
+    assert zero_shot["other, calibration error"] == pytest.approx(0.15)
+    assert zero_shot["other, ± over prompts"] > 0.2
+    assert [row["method"] for row in methods] == list(real.METHODS)
+    assert {row["training, seconds"] for row in methods} == {3}
+    trained = {name: given for name, _, given in made.trained}
+    assert "--init" in trained["GRAM"] and "--init" not in trained["G-Baseline"]
+    assert trained["G, both orders (ours)"][-2:] == ("--both-orders", "1")
+
+
+def test_a_judge_that_favours_a_place_is_at_chance(tmp_path, files):
+    made = lab(tmp_path, files)
+    made.says = lambda pair: (1.0, 0.0)
+    row = list(real.table(made, seed=1))[1]
+    assert row["held out"] == row["other"] == 0.5 and row["other, position gap"] == 1
+
+
+def test_seeds_draw_labels_and_the_tests_stay(tmp_path, files):
+    made = lab(tmp_path, files, counts=(12, 5, 6))
+    one, two = made.pairs("labelled", 1), made.pairs("labelled", 2)
+    assert len(one) == len(two) == 12 and one != two and one == made.pairs("labelled", 1)
+    assert len(made.pairs("unlabelled", 1)) == 5 and len(made.pairs("other", 1)) == 6
+    tested = {pair.prompt for pair in made.pairs("held out", 1)}
+    assert tested and tested.isdisjoint(pair.prompt for pair in made.used)
+
+
+def test_the_curve_trains_on_the_first_labels_of_the_same_draw(tmp_path, files, monkeypatch):
+    monkeypatch.setattr(real, "COUNTS", (4, 8, 100))
+    made = lab(tmp_path, files)
+    rows = list(real.curve(made, seed=1))
+    assert [row["labels"] for row in rows] == [n for n in (4, 8, 12) for _ in real.CURVE]
+    data = {name: given[given.index("--data") + 1] for name, _, given in made.trained}
+    assert len(open(data["4 GRAM"]).readlines()) == 4
+    assert open(data["8 GRAM"]).read().startswith(open(data["4 GRAM"]).read())
+
+
+def test_the_command_writes_a_table_and_goes_on_with_what_is_there(
+    tmp_path, files, monkeypatch, capsys
+):
+    monkeypatch.setattr(real, "RealLab", FakeLab)
+    monkeypatch.setattr(FakeLab, "trained", [], raising=False)
+    command = ["table", "--model", "some/model", "--labels", files["labels"]]
+    command += ["--unlabelled", files["unlabelled"], "--test", f"other={files['tests']['other']}"]
+    command += [
+        "--seeds",
+        "1",
+        "2",
+        "--runs",
+        str(tmp_path / "runs"),
+        "--results",
+        str(tmp_path / "r"),
+    ]
+    real.main(command)
+    record = json.loads((tmp_path / "r" / "real-table.json").read_text())
+    assert record["seeds"] == [1, 2] and len(record["rows"]) == 2 * (2 + len(real.METHODS))
+    assert "GRAM, both orders (ours)" in capsys.readouterr().out
+    before = len(FakeLab.trained)
+    real.main(command)
+    assert len(FakeLab.trained) == before
+    with pytest.raises(UserError, match="made with other data"):
+        real.main([*command, "--labels-used", "3"])
+
+
+def test_labels_on_one_prompt_only(tmp_path, files):
+    path = tmp_path / "one.jsonl"
+    path.write_text(json.dumps({"prompt": "x", "chosen": "a", "rejected": "b"}) + "\n")
+    with pytest.raises(UserError, match="same prompt"):
+        lab(tmp_path, {**files, "labels": str(path)})
