@@ -11,7 +11,7 @@ from gram_mini.model import VILLAGE
 MAX_LENGTH = (512, 1024)  # tokens per sequence, in training and for a judge that was not trained
 BATCHES = {
     "batch_size": (64, 16),  # pairs
-    "batch_tokens": (None, 2048),  # what a laptop or a small card holds, padding included
+    "batch_tokens": (None, 1024),  # what a laptop or a small card holds, padding included
     "max_length": MAX_LENGTH,
 }
 # option: (for the village's backbone, for any other)

@@ -6,8 +6,9 @@
   smoothing   eps from 0 to 0.4: accuracy, margin, calibration
   noise       flipped labels, at random or by an adversary, with and without smoothing
   unlabelled  more or less stage 1, on the topics of the test or on others
+  orders      ours, not the paper's: each pair in both orders, and one loss on their mean margin
   rl          a policy trained against the judge: the judge's reward and the true one, over KL
-  all         these seven
+  all         these eight
 
 Each study writes STUDY.json and STUDY.png to gram_mini/studies/results (--quick to runs/quick).
 Trained models stay in runs/studies and are used again, by other studies too, so a study goes on

@@ -161,6 +161,19 @@ def rl(lab: Lab, seed: int):
             yield {"method": name, "step": step, "KL": kl, **rewards}
 
 
+def orders(lab: Lab, seed: int):
+    """Ours, not the paper's: each pair in both orders (step 8 of losses.py), from stage 1."""
+    data = lab.file(f"labelled-{seed}", lab.pairs("labelled", seed))
+    start = ["--data", data, "--init", str(lab.stage1(seed))]
+    longer, both = ["--epochs", "4"], ["--both-orders", "1"]
+    yield {"method": "GRAM", **lab.evaluate(lab.method("GRAM", seed))}
+    # as many forward passes as both orders take
+    run = lab.train(train_reward, "GRAM, 4 epochs", seed, *start, *longer)
+    yield {"method": "GRAM, 4 epochs", **lab.evaluate(run)}
+    run = lab.train(train_reward, "GRAM, both orders", seed, *start, *both)
+    yield {"method": "GRAM, both orders", **lab.evaluate(run)}
+
+
 # name: (study, columns that tell the rows apart, x axis of the figure, panels of the figure)
 STUDIES = {  # the longest first
     "table": (
@@ -183,6 +196,7 @@ STUDIES = {  # the longest first
         "eps",
         ("out-of-distribution", "margin", "calibration error"),
     ),
+    "orders": (orders, ("method",), None, ("out-of-distribution", "fact", "position gap")),
     "bon": (bon, ("method", "n"), "KL", ("proxy score", "true reward")),
     "rl": (rl, ("method", "step"), "KL", ("proxy reward", "true reward")),
 }
