@@ -36,6 +36,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from bitsandbytes.nn import Linear4bit
 from safetensors.torch import load_file
 
 import train_pretrain
@@ -88,28 +89,33 @@ STEPS, REAL_RATE = 20, ["--lr", "1e-4"]
 CARDS = (8, 12, 24)  # of the recipes, in GB
 ROWS = 3  # of the recipe table
 
-# Largest difference of log-odds between GPU and CPU. The log-odds here are between -4 and 4.
+# Mean difference of log-odds between GPU and CPU; the largest one may be ten times that. The
+# log-odds here are between -3 and 3. Measured on a CPU, in the mean: what bf16 rounds is 0.01 (16
+# bits) and 0.03 (4 bits). These must not pass: NF4 in place of float32, 0.1; 4 bits read with wrong
+# scales, 0.5; an adapter that is left out, 0.9.
 SCORES_APART = {
-    32: 1e-3,  # float32 on both, summed in another order; TF32 would be off by more
-    16: 0.15,  # bf16 on both: what it rounds moves log-odds by up to 0.06 (on the CPU, to float32)
-    4: 0.15,  # bf16 on the GPU, float32 on the CPU, and a weight between two levels may fall to
-    # either of them
+    32: 1e-4,  # float32 on both, summed in another order; TF32 would be off by more
+    16: 0.03,  # bf16 on both
+    4: 0.06,  # bf16 on the GPU, float32 on the CPU; a weight between two levels may fall to either
 }
 # What resuming may change, as a share of what was learned (the norm of LoRA's B, which begins at
 # zero). Sums on a GPU have no fixed order, so two runs that nobody interrupts differ too, and
 # Adam's first steps make much of little.
-RESUMED_APART = 0.01  # or three times what two uninterrupted runs are apart, if that is more
+RESUMED_APART = 0.01  # or three times what two uninterrupted runs are apart, if that is more,
+RESUMED_AT_MOST = 0.2  # but not so much that a lost optimiser would pass: it makes 0.4
 MEMORY_ABOVE = 1.05  # times the computed peak, as in tests/wings/test_memory.py
 
 ABOUT = {
     "Machine": "",
     "Training": f"{STEPS} steps of the scripts on one batch of 16 of the village's pairs. Loss: "
-    "mean of the first three steps and of the last three.",
+    "mean of the first three steps and of the last three. It must be finite and fall; with random "
+    "weights stage 2 need not fall.",
     "Resuming": "12 steps, interrupted in the sixth and resumed, against 12 at once; allowed is "
-    f"{RESUMED_APART:.0%} of what was learned, or three times what two uninterrupted runs differ.",
-    "Scores": "Largest difference of log-odds to those on the CPU, on 32 village pairs in both "
-    f"orders; allowed are {', '.join(f'{v} ({k} bits)' for k, v in SCORES_APART.items())}. The "
-    "code says why.",
+    f"{RESUMED_APART:.0%} of what was learned, or three times what two uninterrupted runs differ, "
+    f"{RESUMED_AT_MOST:.0%} at most.",
+    "Scores": "Difference of log-odds to those on the CPU, on 32 village pairs in both orders; "
+    f"allowed are {', '.join(f'{v:g} ({k} bits)' for k, v in SCORES_APART.items())} in the mean, "
+    "and ten times that at most. The code says why.",
     "Memory": "Rows of the recipe table for this card, with gradient checkpointing: measured peak "
     f"against computed, in GiB; allowed is {MEMORY_ABOVE} of the computed one.",
     "Speed": "NF4, whole sequences, without gradient checkpointing; operations are counted as in "
@@ -190,7 +196,10 @@ def run_of(x: Setting, stage: str, model: str, bits: int) -> Path:
 
 
 def training(x: Setting, stage: str, model: str, bits: int) -> tuple[str, str]:
-    """Losses are finite and fall. Stage 2 starts from stage 1."""
+    """Losses are finite and fall. Stage 2 starts from stage 1.
+
+    Stage 2 need not fall with random weights: their first verdicts jump about.
+    """
     out = run_of(x, stage, model, bits)
     init = ["--init", str(run_of(x, "pretrain", model, bits))] if stage == "reward" else []
     train(x, stage, model, bits, out, "--steps", str(STEPS), *init)
@@ -199,6 +208,8 @@ def training(x: Setting, stage: str, model: str, bits: int) -> tuple[str, str]:
     if not all(map(math.isfinite, losses)):
         raise Failed(f"{sum(not math.isfinite(v) for v in losses)} losses are not finite")
     first, last = statistics.mean(losses[:3]), statistics.mean(losses[-3:])
+    if stage == "reward" and model != VILLAGE:
+        return "measured", f"loss {first:.3f} to {last:.3f}, finite"
     if last >= first:
         raise Failed(f"the loss does not fall: {first:.3f} to {last:.3f}")
     return "passed", f"loss {first:.3f} to {last:.3f}"
@@ -240,7 +251,7 @@ def resuming(x: Setting, stage: str) -> tuple[str, str]:
     if away == 0:
         return "passed", "bit for bit"
     text = f"differs by {away:.2g} of what was learned; two uninterrupted runs by {by_itself:.2g}"
-    if not away <= max(RESUMED_APART, 3 * by_itself):
+    if not away <= min(max(RESUMED_APART, 3 * by_itself), RESUMED_AT_MOST):
         raise Failed(text)
     return "passed", text
 
@@ -266,9 +277,9 @@ def log_odds(run: Path, bits: int, device: torch.device) -> torch.Tensor:
     """
     judge = load_judge(run, bits, str(device), merge=False)
     for module in judge.model.modules() if device.type == "cpu" else ():
-        weight = getattr(module, "weight", None)
-        if getattr(weight, "quant_state", None):
-            module.forward = partial(F.linear, weight=read_by_blocks(weight), bias=module.bias)
+        if isinstance(module, Linear4bit):  # under LoRA, not LoRA's own layer
+            right = read_by_blocks(module.weight)
+            module.forward = partial(F.linear, weight=right, bias=module.bias)
     return judge.log_odds(judge.encode(village_pairs("out-of-distribution", 32)))[0]
 
 
@@ -276,12 +287,13 @@ def scores(x: Setting, bits: int) -> tuple[str, str]:
     """The log-odds of the village's judge are those on the CPU."""
     run = run_of(x, "reward", VILLAGE, 4)
     here, on_cpu = log_odds(run, bits, x.device), log_odds(run, bits, torch.device("cpu"))
-    difference = float((here - on_cpu).abs().max())
+    differences = (here - on_cpu).abs()
+    mean, largest = float(differences.mean()), float(differences.max())
     text = (
-        f"log-odds between {on_cpu.min():.2f} and {on_cpu.max():.2f} differ by {difference:.1e} "
-        f"at most"
+        f"log-odds between {on_cpu.min():.2f} and {on_cpu.max():.2f} differ by {mean:.1e} in the "
+        f"mean, by {largest:.1e} at most"
     )
-    if not difference <= SCORES_APART[bits]:
+    if not (mean <= SCORES_APART[bits] and largest <= 10 * SCORES_APART[bits]):
         raise Failed(text)
     return "passed", text
 
@@ -448,7 +460,7 @@ def check(x: Setting) -> tuple[str, bool]:
     began, lines, results, names = time.monotonic(), {}, [], []
     for section, name, step in steps_of(x):
         started = time.monotonic()
-        if started - began > 60 * MINUTES:
+        if not x.tiny and started - began > 60 * MINUTES:
             result, text = "left out", f"{MINUTES} minutes were over"
         else:
             result, text = outcome(x, step)
