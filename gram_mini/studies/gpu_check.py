@@ -279,7 +279,8 @@ def log_odds(run: Path, bits: int, device: torch.device) -> torch.Tensor:
     for module in judge.model.modules() if device.type == "cpu" else ():
         if isinstance(module, Linear4bit):  # under LoRA, not LoRA's own layer
             right = read_by_blocks(module.weight)
-            module.forward = partial(F.linear, weight=right, bias=module.bias)
+            forward = partial(F.linear, weight=right, bias=module.bias)
+            module.forward = forward  # type: ignore[method-assign]
     return judge.log_odds(judge.encode(village_pairs("out-of-distribution", 32)))[0]
 
 
@@ -457,7 +458,8 @@ def verdict(results: list[str], names: list[str]) -> str:
 
 def check(x: Setting) -> tuple[str, bool]:
     """Run all steps; the page, and whether every step passed or was measured."""
-    began, lines, results, names = time.monotonic(), {}, [], []
+    lines: dict[str, list[list[str]]] = {}
+    began, results, names = time.monotonic(), [], []
     for section, name, step in steps_of(x):
         started = time.monotonic()
         if not x.tiny and started - began > 60 * MINUTES:
