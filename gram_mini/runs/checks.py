@@ -138,21 +138,27 @@ def _check_dequantisation(name: str, model) -> None:
         state = getattr(parameter, "quant_state", None)
         if state is None or state.shape[-1] % state.blocksize == 0:
             continue
-        read = dequantize_4bit(parameter.data, state)
-        shape = state.shape
-        try:
-            state.shape = torch.Size([shape.numel() // state.blocksize, state.blocksize])
-            right = dequantize_4bit(parameter.data, state).view(shape)
-        finally:
-            state.shape = shape
-        if not torch.allclose(read, right):
+        if not torch.allclose(dequantize_4bit(parameter.data, state), read_by_blocks(parameter)):
             warned.append(name)
             say(
                 f"{name}: bitsandbytes reads 4-bit weights back with wrong scales on this CPU, as "
-                f"rows of {shape[-1]} weights are not whole blocks of {state.blocksize}: on a GPU "
-                "the same run gives other figures"
+                f"rows of {state.shape[-1]} weights are not whole blocks of {state.blocksize}: on "
+                "a GPU the same run gives other figures"
             )
         return
+
+
+def read_by_blocks(parameter) -> torch.Tensor:
+    """A 4-bit matrix turned back block by block, which is right on every machine."""
+    from bitsandbytes.functional import dequantize_4bit
+
+    state = parameter.quant_state
+    shape = state.shape
+    try:
+        state.shape = torch.Size([shape.numel() // state.blocksize, state.blocksize])
+        return dequantize_4bit(parameter.data, state).view(shape)
+    finally:
+        state.shape = shape
 
 
 # ---- computation ---------------------------------------------------------------------

@@ -152,10 +152,15 @@ def machine(device: torch.device) -> str:
     )
 
 
+def save_random(s: Shape, folder) -> None:
+    """Write a model of this shape with random weights, in bf16 as public ones are."""
+    AutoModelForCausalLM.from_config(s.config(), dtype=torch.bfloat16).save_pretrained(folder)
+
+
 def build(s: Shape, bits: int, rank: int, device: torch.device):
     """An adapted model with random weights, written to disk and loaded as the scripts load one."""
     with tempfile.TemporaryDirectory() as folder:
-        AutoModelForCausalLM.from_config(s.config(), dtype=torch.bfloat16).save_pretrained(folder)
+        save_random(s, folder)
         return add_lora(load_model(folder, bits, device), rank)
 
 
