@@ -91,6 +91,8 @@ MODELS = {
 }
 OTHERS = {
     "village": Shape("qwen2", 96, 4, 4, 4, 24, 288, 718, True),
+    # the model of `make real`
+    "SmolLM2-135M": Shape("llama", 576, 30, 9, 3, 64, 1536, 49152, True),
     # a real vocabulary on a body that a CPU can train
     "mid": Shape("qwen2", 512, 4, 8, 2, 64, 2048, 151936, True),
 }
