@@ -48,14 +48,15 @@ def main(argv=None):
 
     # Token ids
     train, held_out = judge.encode(train_pairs), judge.encode(held_out_pairs)
-    run.describe(train, held_out, prompt)
+    # a pair is one sequence, or two
+    run.describe(train, held_out, prompt, sequences=2 if args.both_orders else 1)
 
     # Loop
     steps = run.number_of_steps(len(train))
     optimizer, schedule = optimizer_and_schedule(model, args.lr, steps)
     batches = draw_batches(train, run.rows_per_step, args.seed)  # y_a or y_b first, at random
     for batch in run.steps(batches, steps, model, optimizer, schedule):
-        for part in run.passes(batch, sequences=2 if args.both_orders else 1):  # as many as fit
+        for part in run.passes(batch):  # all at once, or as many rows as fit
             share = len(part) / len(batch)  # mean over pairs
             if args.both_orders:  # ours, not the paper's: step 8 of losses.py
                 part = [order for row in part for order in (row, row.swapped())]

@@ -9,6 +9,12 @@ from contextlib import contextmanager
 
 FULL_OR_FORBIDDEN = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS)
 
+LESS_MEMORY = (
+    "what helps: a smaller --batch-size (in training with as much more --grad-accum, or "
+    "--batch-tokens, which give the same result), in training --gradient-checkpointing or a "
+    "smaller --lora-rank, a shorter --max-length"
+)
+
 
 class UserError(Exception):
     """Something the user can put right. The message says what is wrong, where, and what to do."""
@@ -66,12 +72,7 @@ def _explain(error: Exception) -> str | None:
         return f"a file could not be written: {reason}; make room or choose another folder"
     if type(error).__name__ == "OutOfMemoryError":
         reason = text.splitlines()[0].split(". ")[0]
-        return (
-            f"out of GPU memory ({reason}); what helps: a smaller --batch-size (in training with "
-            "as much more --grad-accum, or --batch-tokens, which give the same result), a shorter "
-            "--max-length, --bits 4, and in training --gradient-checkpointing or a smaller "
-            "--lora-rank"
-        )
+        return f"out of GPU memory ({reason}); {LESS_MEMORY}, --bits 4"
     if isinstance(error, MemoryError) or "can't allocate memory" in text:
-        return "out of memory; what helps: a smaller --batch-size, a shorter --max-length, --limit"
+        return f"out of memory; {LESS_MEMORY}, --limit"
     return None

@@ -109,7 +109,6 @@ def main(argv=None):
 
     # Token ids
     train, held_out = judge.encode(train_pairs), judge.encode(held_out_pairs)
-    run.describe(train, held_out, prompt)
 
     def length(row):
         """Tokens of a row's sequences: one judge prompt, or a response after its prompt."""
@@ -120,13 +119,14 @@ def main(argv=None):
 
     # A scalar head reads both responses, and the text loss the preferred one once more.
     sequences = 1 if args.head == "labels" else 3 if args.text_weight else 2
+    run.describe(train, held_out, prompt, length, sequences)
 
     # Loop
     steps = run.number_of_steps(len(train))
     optimizer, schedule = optimizer_and_schedule(model, args.lr, steps)
     batches = draw_batches(train, run.rows_per_step, args.seed)
     for batch in run.steps(batches, steps, model, optimizer, schedule):
-        for part in run.passes(batch, length, sequences):
+        for part in run.passes(batch):
             if args.head == "labels":
                 ids, last, right = judge_batch(part, prompt, run.device)  # (B, T), (B,), (B,)
             else:

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator
 import torch
 from tqdm import tqdm
 
-from gram_mini.batches import EncodedPair, split_by_tokens
+from gram_mini.batches import EncodedPair, split_by_tokens, trained_tokens
 from gram_mini.errors import Interrupted, UserError
 from gram_mini.model import length_kind
 from gram_mini.pairs import Pair
@@ -30,6 +30,7 @@ from gram_mini.runs import checkpoint
 from gram_mini.runs.checks import check_sizes
 from gram_mini.runs.folder import RunFolder
 from gram_mini.runs.log import Log
+from gram_mini.runs.memory import Longest, check_memory, free_for_each
 from gram_mini.runs.options import reading
 from gram_mini.runs.processes import add_up, in_shares, start_processes, stopping_after_the_step
 from gram_mini.runs.record import (
@@ -129,17 +130,24 @@ class Run:
             )
 
     def describe(
-        self, train: list[EncodedPair], held_out: list[EncodedPair], prompt: PromptPieces
+        self,
+        train: list[EncodedPair],
+        held_out: list[EncodedPair],
+        prompt: PromptPieces,
+        length: Callable[[EncodedPair], int] | None = None,
+        sequences: int = 1,
     ) -> None:
         """Say how many pairs there are and how long they are; run.json keeps it.
 
         Pairs that cutting has made alike are taken out of ``train``: nothing but length tells their
-        responses apart.
+        responses apart. In training a row takes ``sequences`` sequences of ``length`` tokens, by
+        default the one sequence of its pair.
 
         Raises:
             UserError: if none is left.
         """
-        self._prompt = prompt
+        self._train, self._prompt, self._sequences = train, prompt, sequences
+        self._length = length or (lambda row: row.length + prompt.fixed_tokens)
         dropped = drop_cut_alike(train, self.args.max_length)
         self.lengths = {**lengths(train + held_out, prompt), "dropped_cut_alike": dropped}
         counts = f"{len(train)} pairs to train on, {len(held_out)} held out"
@@ -153,10 +161,12 @@ class Run:
         """Yield the batch of each step, from the first step or from that after the checkpoint.
 
         Raises:
-            UserError: an unfinished run with other options or data, or one that cannot be read.
+            UserError: too little memory; an unfinished run with other options or data, or one that
+                cannot be read.
             Interrupted: after Ctrl-C, when the step is done and saved.
         """
         accelerator = self._accelerator
+        self._foresee_memory(model)
         if accelerator.is_main_process:
             self.folder.start()
         self._model, self._total, self._kind = model, steps, length_kind(model)
@@ -215,24 +225,17 @@ class Run:
                         )
         accelerator.end_training()
 
-    def passes(
-        self,
-        batch: list[EncodedPair],
-        length: Callable[[EncodedPair], int] | None = None,
-        sequences: int = 1,
-    ) -> Iterator[list[EncodedPair]]:
+    def passes(self, batch: list[EncodedPair]) -> Iterator[list[EncodedPair]]:
         """Yield this process's share of a step, one forward pass at a time.
 
-        A pass has at most ``--batch-size`` rows and ``--batch-tokens`` tokens. A row takes
-        ``sequences`` sequences of ``length`` tokens, by default the one sequence of its pair. After
-        the last pass, gradients and losses are summed over the processes.
+        A pass has at most ``--batch-size`` rows and ``--batch-tokens`` tokens. After the last pass,
+        gradients and losses are summed over the processes.
         """
         n = self._accelerator.num_processes
         # The rows are sorted by length, so every process gets equal work.
         share = batch[self._accelerator.process_index :: n]
-        length = length or (lambda row: row.length + self._prompt.fixed_tokens)
-        sizes = [sequences * length(row) for row in share]
-        kinds = [self._kind(length(row)) for row in share]
+        sizes = [self._sequences * self._length(row) for row in share]
+        kinds = [self._kind(self._length(row)) for row in share]
         most = self.args.batch_size
         for part in split_by_tokens(sizes, self.args.batch_tokens, most=most, kinds=kinds):
             yield share[part]
@@ -293,6 +296,33 @@ class Run:
         """Log the figures of the held-out pairs; run.json keeps the last ones."""
         self.evaluation, self._evaluated = figures, True
         self._log.exclude(time.perf_counter() - self._began)
+
+    def _foresee_memory(self, model) -> None:
+        """Say what a step will take and what is free.
+
+        Raises:
+            UserError: if it will take more.
+        """
+        free = free_for_each(self._accelerator, self.device)
+        if free is None:
+            self.say(f"memory: not estimated on {self.device.type}")
+            return
+        args, fixed = self.args, self._prompt.fixed_tokens
+        logits = 0.0
+        if self.stage == "pretrain":
+            parts = [trained_tokens(self._prompt, [row]) / self._length(row) for row in self._train]
+            logits = max(parts)
+        elif getattr(args, "text_weight", 0):
+            logits = 1 / self._sequences  # of the last one alone
+        longest = Longest(
+            rows=min(args.batch_size, -(-len(self._train) // self._accelerator.num_processes)),
+            sequences=self._sequences,
+            length=max(map(self._length, self._train)),
+            logits=logits,
+            limit=args.batch_tokens,
+            least=fixed + 6,
+        )
+        self.say(check_memory(model, longest, args.gradient_checkpointing, free))
 
     # ---- after the loop --------------------------------------------------------------
 

@@ -1,10 +1,19 @@
-"""The formula of studies/speed/memory.py against small models: it computes what they hold."""
+"""The formula of studies/speed/memory.py against small models: it computes what they hold. And
+what a run foresees before its first step (runs/memory.py).
+"""
 
+import re
+from types import SimpleNamespace
+
+import psutil
 import pytest
 import torch
 
+import train_reward
 from gram_mini import chunked
+from gram_mini.errors import UserError
 from gram_mini.model import checkpoint_gradients, hidden_states
+from gram_mini.runs import memory as foresee
 from gram_mini.studies.speed import common, memory
 from gram_mini.studies.speed.common import MODELS, Shape, build, held_bytes, random_rows
 from gram_mini.studies.speed.memory import (
@@ -187,3 +196,152 @@ def test_usage_errors(arguments, capsys):
     with pytest.raises(SystemExit) as error:
         memory.main(arguments)
     assert error.value.code == 2 and "error:" in capsys.readouterr().err
+
+
+# ---- the estimate before the first step: runs/memory.py ------------------------------
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("stage", ["pretrain", "reward"])
+def test_a_step_is_foreseen(built, stage, checkpointing, attention):
+    """From steps of 16 to 32 tokens, against what torch allocates in one of 512."""
+    _, bits, model = built
+    if attention == "eager" and bits == 4:
+        pytest.skip("bits and attention do not meet")
+    model.get_base_model().set_attn_implementation(attention)
+    try:
+        peak, _ = measure(model, stage, checkpointing, BATCH, LENGTH, steps=1)
+        share = memory.trained_tokens(BATCH, LENGTH) / (BATCH * LENGTH)
+        logits = share if stage == "pretrain" else 0
+        step = foresee.measure(model, LENGTH).step(BATCH * LENGTH, LENGTH, logits)
+    finally:
+        model.get_base_model().set_attn_implementation("sdpa")
+    ratio = step / (peak - held_bytes(model, None))
+    assert 0.9 < ratio < 1.2, ratio
+
+
+def test_measuring_changes_nothing(built):
+    _, _, model = built
+    model.eval()
+    before = [p.clone() for p in model.parameters()]
+    state = torch.get_rng_state()
+    foresee.measure(model, 64)
+    assert torch.equal(torch.get_rng_state(), state) and not model.training
+    assert all(torch.equal(p, q) and p.grad is None for p, q in zip(model.parameters(), before))
+
+
+def test_a_model_that_pads_to_a_length_of_its_own_is_tried_with_longer_rows(monkeypatch):
+    """As a scan in chunks of 64 does."""
+    seen = []
+
+    def tiny_step(model, rows, length):
+        seen.append(length)
+        kept = 1000 + rows * 10 * -(-length // 64) * 64
+        return [kept], kept
+
+    model = torch.nn.Module()
+    model.device, model.get_input_embeddings = torch.device("cpu"), lambda: torch.nn.Embedding(9, 1)
+    monkeypatch.setattr(foresee, "_tiny_step", tiny_step)
+    assert foresee.measure(model, 512).step(4 * 512, 512) == 1000 + 10 * 4 * 512
+    assert max(seen) == 128
+
+
+def run_reward(out, monkeypatch, free, *options):
+    """Stage 2 for a step on the village, where ``free`` bytes are free."""
+    monkeypatch.setattr("gram_mini.runs.run.free_for_each", lambda *_: free)
+    monkeypatch.setattr(foresee, "give_back_at_once", lambda: False)
+    train_reward.main(
+        ["--steps", "1", "--limit", "100", "--bits", "32", "--held-out", "0", "--out", str(out)]
+        + list(options)
+    )
+
+
+@pytest.mark.parametrize(
+    ("mib", "wanted"),
+    [
+        (80, r"--batch-tokens \d+"),
+        (5, r"--gradient-checkpointing --batch-tokens \d+"),
+        (4.2, r"--gradient-checkpointing --batch-tokens \d+ --max-length \d+"),
+    ],
+)
+def test_too_large_a_batch_is_refused_with_options_that_fit(
+    tmp_path, monkeypatch, capsys, mib, wanted
+):
+    with pytest.raises(UserError) as refused:
+        run_reward(tmp_path / "run", monkeypatch, int(mib * 2**20))
+    assert not any(tmp_path.glob("run*"))
+    options = re.search(f"give ({wanted}) ", str(refused.value))
+    assert options and "GRAM_MEMORY_CHECK=0" in str(refused.value), str(refused.value)
+    run_reward(tmp_path / "run", monkeypatch, int(mib * 2**20), *options[1].split())
+    assert "tight" not in capsys.readouterr().out
+
+
+def test_a_tight_run_is_warned_of_and_a_refused_one_can_be_tried(tmp_path, monkeypatch, capsys):
+    with pytest.raises(UserError, match="not even one short pair fits; a smaller --lora-rank"):
+        run_reward(tmp_path / "run", monkeypatch, 2**20)
+    monkeypatch.setenv(foresee.SKIP, "0")
+    run_reward(tmp_path / "run", monkeypatch, 2**20)
+    assert "tried all the same" in capsys.readouterr().out
+    monkeypatch.setattr(foresee, "measure", lambda *_: Fixed())
+    run_reward(tmp_path / "other", monkeypatch, 110)
+    assert "which is tight; give --batch-tokens" in capsys.readouterr().out
+
+
+class Fixed:
+    """An estimate of 100 bytes for what the run would do, and of 50 for less."""
+
+    def __init__(self):
+        self.most = 0
+
+    def step(self, tokens, length, logits):
+        self.most = self.most or tokens
+        return 100 if tokens == self.most else 50
+
+
+def test_where_nothing_can_be_measured_a_line_says_so(tmp_path, monkeypatch, capsys):
+    def fail(*_):
+        raise RuntimeError("no such operator")
+
+    monkeypatch.setattr(foresee, "measure", fail)
+    run_reward(tmp_path / "run", monkeypatch, 2**30)
+    assert "memory: not estimated: no such operator" in capsys.readouterr().out
+    run_reward(tmp_path / "other", monkeypatch, None)
+    assert "memory: not estimated on cpu" in capsys.readouterr().out
+
+
+def cgroup(folder, names, limit, used, prefix=""):
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / names[0]).write_text(f"{limit}\n")
+    (folder / names[1]).write_text(f"{used}\n")
+    (folder / "memory.stat").write_text(f"{prefix}active_file 20\n{prefix}inactive_file 30\nx 1\n")
+
+
+def test_free_memory_is_the_least_that_system_and_cgroups_leave(tmp_path, monkeypatch):
+    own, mounted = tmp_path / "cgroup", tmp_path / "sys"
+    leaves = lambda: list(foresee.cgroups_leave(mounted, own))
+    assert leaves() == []  # another system
+    own.write_text("0::/a/b\n")
+    assert leaves() == []  # no such group here
+    two = ("memory.max", "memory.current")
+    cgroup(mounted / "a" / "b", two, "max", 700)
+    cgroup(mounted / "a", two, 1000, 700)
+    assert leaves() == [350]
+    own.write_text("9:name=systemd:/\n4:memory:/gone\n0::/\n")  # in a container, version 1
+    one = ("memory.limit_in_bytes", "memory.usage_in_bytes")
+    cgroup(mounted / "memory", one, 5000, 1000, "total_")
+    assert leaves() == [4050]
+
+    (tmp_path / "meminfo").write_text(
+        "MemTotal: 9000 kB\nMemFree: 10 kB\nMemAvailable: 3000 kB\nCached: 1 kB\nBuffers: 1 kB\n"
+        "Active: 1 kB\nInactive: 1 kB\nShmem: 0 kB\nSlab: 0 kB\nSReclaimable: 0 kB\n"
+    )
+    monkeypatch.setattr(psutil, "PROCFS_PATH", str(tmp_path))
+    available = psutil.virtual_memory().available
+    assert available == 3000 * 1024
+    process = SimpleNamespace(memory_info=lambda: SimpleNamespace(shared=1000 * 1024))
+    monkeypatch.setattr(psutil, "Process", lambda: process)
+    for limit, free in ((2**40, 2000 * 1024), (1500 * 1024, 500 * 1024), (100, 0)):
+        monkeypatch.setattr(foresee, "cgroups_leave", lambda limit=limit: [limit])
+        assert foresee.free_bytes(torch.device("cpu")) == free
+    assert foresee.free_bytes(torch.device("meta")) is None
