@@ -21,8 +21,6 @@ With --benchmark, --data holds a public benchmark, and --out gets its official f
 (gram_mini/studies/README.md).
 """
 
-from tqdm import tqdm
-
 from gram_mini.errors import clear_errors
 from gram_mini.judge import Comparison, Ranking, preferred
 from gram_mini.pairs import Pair
@@ -31,6 +29,8 @@ from gram_mini.runs.load import load_judge
 from gram_mini.runs.options import score_options
 from gram_mini.runs.scores import SELDOM, read_questions, write_scores
 from gram_mini.studies.benchmarks import score_benchmark
+
+from tqdm import tqdm
 
 SCORES = {  # what a ranking's scores are
     "reference": "score = reward = P(better than the reference {!r})",

@@ -5,8 +5,6 @@ them, after the prompt x.
 Any preference data will do: labels are dropped, and which response comes first is drawn at random.
 """
 
-import torch
-
 from gram_mini.batches import IGNORED, encode_pairs, pair_batch, trained_tokens
 from gram_mini.chunked import chunked_pair_loss
 from gram_mini.errors import clear_errors
@@ -17,6 +15,8 @@ from gram_mini.prompts import label_tokens, pair_prompt
 from gram_mini.runs.options import pretrain_options
 from gram_mini.runs.run import Run
 from gram_mini.training import clip_gradients, draw_batches, optimizer_and_schedule
+
+import torch
 
 
 def main(argv=None):

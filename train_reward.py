@@ -6,8 +6,6 @@ m = Z_w - Z_l; gram_mini/losses.py derives it step by step.
 
 from dataclasses import asdict
 
-import torch
-
 from gram_mini.batches import judge_batch
 from gram_mini.errors import clear_errors
 from gram_mini.evaluation import summarise
@@ -25,6 +23,8 @@ from gram_mini.pairs import split_by_prompt
 from gram_mini.runs.options import reward_options
 from gram_mini.runs.run import Run
 from gram_mini.training import clip_gradients, draw_batches, optimizer_and_schedule
+
+import torch
 
 
 def main(argv=None):

@@ -13,12 +13,12 @@ from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-import torch
-from tqdm import tqdm
-
 from gram_mini.errors import UserError
 from gram_mini.pairs import Pair
 from gram_mini.prompts import MARKERS, PromptPieces
+
+import torch
+from tqdm import tqdm
 
 ENOUGH = 1024  # tokens of a forward pass; below this, smaller passes cost more than padding
 IGNORED = -100  # target of a position that carries no loss, torch's default ignore_index

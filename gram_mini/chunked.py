@@ -9,10 +9,10 @@ kept. tests/lesson/test_losses.py holds both twins together.
 
 from __future__ import annotations
 
+from gram_mini.losses import at_least_float32, pair_loss
+
 import torch
 import torch.nn.functional as F
-
-from gram_mini.losses import at_least_float32, pair_loss
 
 LOGITS_AT_ONCE = 2**25  # as many logits take 128 MiB in float32
 

@@ -9,14 +9,14 @@ from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
-
 from gram_mini.batches import IGNORED, EncodedPair, pair_batch, split_by_tokens
 from gram_mini.chunked import token_losses
 from gram_mini.judge import TIE, Comparison, Judge, preferred
 from gram_mini.model import evaluating, hidden_states, length_kind, output_head
 from gram_mini.pairs import Pair
 from gram_mini.prompts import PromptPieces
+
+import torch
 
 # ---- stage 1 -------------------------------------------------------------------------
 

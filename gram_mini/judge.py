@@ -21,8 +21,6 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-import torch
-
 from gram_mini import prefixes
 from gram_mini.batches import EncodedPair, Segments, encode_pairs, judge_batch, pair_segments
 from gram_mini.chunked import rows_at_once
@@ -31,6 +29,8 @@ from gram_mini.losses import label_mass
 from gram_mini.model import evaluating, hidden_states, output_head, output_logits
 from gram_mini.pairs import Pair
 from gram_mini.prompts import default_judge, judge_prompt, label_tokens
+
+import torch
 
 AVERAGES = ("probabilities", "logits")
 METHODS = ("round-robin", "knock-out", "reference")

@@ -34,6 +34,10 @@ import torch.nn.functional as F
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*", category=FutureWarning)
 
+from gram_mini.errors import UserError, last_line  # noqa: E402
+from gram_mini.reading.sources import looks_like_path  # noqa: E402
+from gram_mini.runs import gguf  # noqa: E402
+
 from peft import LoraConfig, PeftModel, get_peft_model  # noqa: E402
 from transformers import (  # noqa: E402
     AutoConfig,
@@ -42,10 +46,6 @@ from transformers import (  # noqa: E402
     BitsAndBytesConfig,
 )
 from transformers.utils import logging as transformers_logging  # noqa: E402
-
-from gram_mini.errors import UserError, last_line  # noqa: E402
-from gram_mini.reading.sources import looks_like_path  # noqa: E402
-from gram_mini.runs import gguf  # noqa: E402
 
 VILLAGE = "village"  # what --model calls the backbone that the repository embeds
 VILLAGE_FOLDER = Path(__file__).parent / "village" / "backbone"

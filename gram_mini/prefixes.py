@@ -13,10 +13,6 @@ from array import array
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-import torch
-from tqdm import tqdm
-from transformers import DynamicCache
-
 from gram_mini.batches import EncodedPair, Segments, pad, split_by_tokens
 from gram_mini.model import (
     decoder,
@@ -25,6 +21,10 @@ from gram_mini.model import (
     length_kind,
     without_adapter,
 )
+
+import torch
+from tqdm import tqdm
+from transformers import DynamicCache
 
 # more and smaller matrix products cost time of their own, so a fifth of the tokens must be spared
 WORTH_IT = 0.8

@@ -7,9 +7,9 @@ import random
 import warnings
 from collections.abc import Iterator
 
-import torch
-
 from gram_mini.batches import EncodedPair, batch_order
+
+import torch
 
 # a first step may be skipped
 warnings.filterwarnings("ignore", message=".*lr_scheduler.step.. before .optimizer.step")

@@ -7,11 +7,11 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # The models are tiny. This holds for the scripts that tests start, too.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import pytest
-import torch
-
 from gram_mini.judge import Judge
 from gram_mini.model import VILLAGE, load_model, load_tokenizer
+
+import pytest
+import torch
 
 
 def pytest_addoption(parser):

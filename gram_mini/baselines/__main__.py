@@ -13,8 +13,6 @@ difference of two rewards, and with --label-smoothing 0 that is the Bradley-Terr
 
 from dataclasses import asdict
 
-import torch
-
 from gram_mini.baselines.batches import chosen_batch, response_batch
 from gram_mini.baselines.judges import (
     ScalarJudge,
@@ -43,6 +41,8 @@ from gram_mini.runs.options import add_reward_options, parser, weight
 from gram_mini.runs.record import HEAD
 from gram_mini.runs.run import Run
 from gram_mini.training import clip_gradients, draw_batches, optimizer_and_schedule
+
+import torch
 
 EXAMPLES = """\
   python -m gram_mini.baselines --head scalar --lr 3e-4 --label-smoothing 0 --out runs/d-baseline

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import torch
-
 from gram_mini.batches import IGNORED, EncodedPair, Segments, next_tokens, pad, right_labels
 from gram_mini.prompts import SLOTS, PromptPieces, encode, fill, render, split_at_slots, with_bos
+
+import torch
 
 
 def response_prompt(tokenizer) -> PromptPieces:

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
-from safetensors.torch import load_file
-
 from gram_mini.baselines.batches import response_prompt, response_segments
 from gram_mini.batches import EncodedPair, Segments
 from gram_mini.judge import Judge, check_finite
 from gram_mini.model import evaluating
+
+import torch
+from safetensors.torch import load_file
 
 
 def add_head(model, labels: tuple[int, int] | None = None) -> torch.nn.Linear:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from gram_mini.errors import UserError
+
 import torch
 from accelerate.utils import gather_object
-
-from gram_mini.errors import UserError
 
 
 def save(

@@ -15,8 +15,6 @@ from __future__ import annotations
 
 import sys
 
-import torch
-
 from gram_mini.batches import Segments
 from gram_mini.errors import UserError, last_line
 from gram_mini.model import (
@@ -27,6 +25,8 @@ from gram_mini.model import (
 )
 from gram_mini.prefixes import can_share, end_states
 from gram_mini.runs.gguf import say_lost
+
+import torch
 
 NEARLY_ALL = 0.95  # share of the weights in 4 bits above which nothing is said
 warned: list[str] = []  # the model with which wrong scales were told: once for each process

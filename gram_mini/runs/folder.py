@@ -9,13 +9,13 @@ import shutil
 import time
 from pathlib import Path
 
-from filelock import FileLock, Timeout
-from safetensors.torch import save_file
-
 from gram_mini.errors import UserError
 from gram_mini.runs.log import plot
 from gram_mini.runs.output import check_place, put_in_place
 from gram_mini.runs.record import HEAD
+
+from filelock import FileLock, Timeout
+from safetensors.torch import save_file
 
 HOLDER = "process.txt"  # in NAME.partial: which process writes it
 _locks: dict[Path, FileLock] = {}  # what this process holds, until a run is finished or it ends

@@ -13,14 +13,14 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+from gram_mini.errors import UserError, last_line
+from gram_mini.runs.output import check_place, put_in_place
+
 import torch
 import transformers
 from filelock import FileLock
 from huggingface_hub.constants import HF_HOME
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-
-from gram_mini.errors import UserError, last_line
-from gram_mini.runs.output import check_place, put_in_place
 
 CACHE = Path(HF_HOME) / "gram_mini"
 SUFFIX = ".gguf"

@@ -4,10 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
-from transformers import AutoConfig
-from transformers.utils import logging as transformers_logging
-
 from gram_mini.baselines.judges import judge_with_head, load_head
 from gram_mini.errors import UserError
 from gram_mini.judge import Judge
@@ -23,6 +19,10 @@ from gram_mini.runs.record import (
     pinned,
     read_record,
 )
+
+import torch
+from transformers import AutoConfig
+from transformers.utils import logging as transformers_logging
 
 MERGE_UP_TO = 2**30  # bytes of float32 weights up to which merging is the default on a CPU
 

@@ -30,15 +30,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
-import torch
-from accelerate.utils import gather_object
-from torch.utils._python_dispatch import TorchDispatchMode
-
 from gram_mini.chunked import LOGITS_AT_ONCE
 from gram_mini.errors import UserError, last_line
 from gram_mini.model import checkpoint_gradients, hidden_states
 from gram_mini.training import trainable
+
+import psutil
+import torch
+from accelerate.utils import gather_object
+from torch.utils._python_dispatch import TorchDispatchMode
 
 GIB = 2**30
 TIGHT = 0.8  # share of the free memory above which a run is warned of

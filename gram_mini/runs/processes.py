@@ -12,12 +12,12 @@ import signal
 from contextlib import contextmanager
 from typing import Any
 
+from gram_mini.errors import UserError
+from gram_mini.training import trainable
+
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-
-from gram_mini.errors import UserError
-from gram_mini.training import trainable
 
 
 def pick_device(device: str) -> torch.device:

@@ -17,9 +17,6 @@ import math
 import time
 from collections.abc import Callable, Iterator
 
-import torch
-from tqdm import tqdm
-
 from gram_mini.batches import EncodedPair, split_by_tokens, trained_tokens
 from gram_mini.errors import Interrupted, UserError
 from gram_mini.model import length_kind
@@ -42,6 +39,9 @@ from gram_mini.runs.record import (
 )
 from gram_mini.runs.report import describe, drop_cut_alike, lengths
 from gram_mini.training import number_of_steps
+
+import torch
+from tqdm import tqdm
 
 LORA_RANK = 32  # if there is neither --lora-rank nor --init
 TITLES = {"pretrain": "stage 1", "reward": "stage 2"}

@@ -18,8 +18,6 @@ where it stopped. If you change a study, delete its files in runs/studies/rows.
 import shlex
 from pathlib import Path
 
-import torch
-
 from gram_mini.errors import UserError, clear_errors
 from gram_mini.reading.load import VILLAGE
 from gram_mini.runs import options
@@ -27,6 +25,8 @@ from gram_mini.runs.output import check_place
 from gram_mini.studies.lab import Lab
 from gram_mini.studies.paper import STUDIES
 from gram_mini.studies.seeds import run_side_by_side, run_study
+
+import torch
 
 EXAMPLES = """\
   python -m gram_mini.studies table                             # seeds 1 to 5

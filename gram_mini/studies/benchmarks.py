@@ -65,8 +65,6 @@ from itertools import chain, combinations, islice, product
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from gram_mini.errors import UserError
 from gram_mini.evaluation import bootstrap, brier, calibration, orders_agree
 from gram_mini.judge import TIE, Comparison, Judge, preferred, round_robin
@@ -75,6 +73,8 @@ from gram_mini.reading.formats import parse_pairs
 from gram_mini.reading.messages import read_prompt, read_text
 from gram_mini.reading.sources import Notes, read_rows
 from gram_mini.runs.output import save_figure, write_whole
+
+import torch
 
 
 @dataclass(frozen=True)

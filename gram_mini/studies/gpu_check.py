@@ -34,11 +34,6 @@ from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
-import torch
-import torch.nn.functional as F
-from bitsandbytes.nn import Linear4bit
-from safetensors.torch import load_file
-
 import train_pretrain
 import train_reward
 from gram_mini.errors import Interrupted, UserError, clear_errors, last_line
@@ -70,6 +65,11 @@ from gram_mini.studies.speed.common import (
 from gram_mini.studies.speed.train import operations
 from gram_mini.training import optimizer_and_schedule
 from gram_mini.village.pairs import village_pairs
+
+import torch
+import torch.nn.functional as F
+from bitsandbytes.nn import Linear4bit
+from safetensors.torch import load_file
 
 EXAMPLES = """\
   python -m gram_mini.studies.gpu_check                      # Qwen2.5-0.5B's shape

@@ -9,8 +9,6 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from filelock import FileLock
-
 import train_pretrain
 import train_reward
 from gram_mini.baselines import __main__ as baselines
@@ -23,6 +21,8 @@ from gram_mini.reading.load import VILLAGE, load_pairs
 from gram_mini.runs.load import load_judge
 from gram_mini.runs.output import write_whole
 from gram_mini.village.pairs import village_pairs
+
+from filelock import FileLock
 
 PLAIN = ["--label-smoothing", "0"]
 # Learning rates and the weight of the text loss were chosen on seed 0.

@@ -12,14 +12,14 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
-import torch
-from tqdm import tqdm
-
 from gram_mini.errors import Interrupted, UserError
 from gram_mini.runs.output import write_whole
 from gram_mini.studies.figures import average, draw, print_table
 from gram_mini.studies.lab import Lab, write_json
 from gram_mini.studies.paper import STUDIES
+
+import torch
+from tqdm import tqdm
 
 
 def run_seed(name: str, lab: Lab, seed: int, studies: dict = STUDIES) -> Path:

@@ -17,16 +17,6 @@ import random
 from collections.abc import Iterator
 from pathlib import Path
 
-import torch
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
-from tqdm import tqdm
-from transformers import (
-    PreTrainedTokenizerFast,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    get_cosine_schedule_with_warmup,
-)
-
 from gram_mini import prompts
 from gram_mini.batches import IGNORED, pad
 from gram_mini.judge import Judge
@@ -41,6 +31,16 @@ from gram_mini.village import (
     draw_response,
     question,
     statement,
+)
+
+import torch
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tqdm import tqdm
+from transformers import (
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    get_cosine_schedule_with_warmup,
 )
 
 CORPUS_SEED = 7

@@ -11,10 +11,10 @@ import itertools
 import math
 from collections.abc import Iterator
 
-import torch
-
 from gram_mini.pairs import Pair
 from gram_mini.village import COURTEOUS, CURT, FACTS, RAMBLING, Topic, question, statement
+
+import torch
 
 OPENINGS = COURTEOUS + CURT
 ENDINGS = ("", *RAMBLING)

@@ -3,6 +3,15 @@
 import json
 from types import SimpleNamespace
 
+import train_pretrain
+import train_reward
+from gram_mini import prompts
+from gram_mini.batches import encode_pairs, join, judge_batch
+from gram_mini.model import add_lora, hidden_states, load_model, load_tokenizer, output_logits
+from gram_mini.pairs import Pair
+from gram_mini.prompts import judge_prompt, label_tokens, pair_prompt
+from gram_mini.runs.load import load_judge
+
 import pytest
 import torch
 from tokenizers import (
@@ -29,15 +38,6 @@ from transformers import (
     Qwen3Config,
     Qwen3ForCausalLM,
 )
-
-import train_pretrain
-import train_reward
-from gram_mini import prompts
-from gram_mini.batches import encode_pairs, join, judge_batch
-from gram_mini.model import add_lora, hidden_states, load_model, load_tokenizer, output_logits
-from gram_mini.pairs import Pair
-from gram_mini.prompts import judge_prompt, label_tokens, pair_prompt
-from gram_mini.runs.load import load_judge
 
 TEXTS = (prompts.JUDGE, "Anna eats soup.", " A", "Who?!! Why!!!", "a\n\nb")
 SENTENCES = [

@@ -2,9 +2,6 @@
 
 import random
 
-import pytest
-import torch
-
 from gram_mini import prompts
 from gram_mini.batches import (
     IGNORED,
@@ -19,6 +16,9 @@ from gram_mini.batches import (
 from gram_mini.errors import UserError
 from gram_mini.pairs import Pair
 from gram_mini.prompts import judge_prompt, pair_prompt
+
+import pytest
+import torch
 
 PAIR = Pair("What does Anna eat?", "Glad you asked. Anna eats soup.", "Anna eats fish.", 0)
 

@@ -2,13 +2,13 @@
 
 import math
 
-import pytest
-import torch
-
 from gram_mini.evaluation import evaluate
 from gram_mini.judge import Judge
 from gram_mini.pairs import Pair
 from gram_mini.village.pairs import village_pairs
+
+import pytest
+import torch
 
 PAIRS = village_pairs("out-of-distribution", 40)
 

@@ -2,10 +2,6 @@
 
 import math
 
-import pytest
-import torch
-import torch.nn.functional as F
-
 from gram_mini import chunked
 from gram_mini.chunked import chunked_pair_loss
 from gram_mini.losses import (
@@ -17,6 +13,10 @@ from gram_mini.losses import (
     reward_loss,
 )
 from gram_mini.model import OutputHead
+
+import pytest
+import torch
+import torch.nn.functional as F
 
 EPS = [0.0, 0.05, 0.2, 0.4999]
 

@@ -1,11 +1,5 @@
 """NF4 + LoRA on the CPU: gradients, what is saved, which logits are computed."""
 
-import pytest
-import torch
-import torch.nn.functional as F
-from peft import PeftModel
-from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM
-
 from gram_mini import model as model_file
 from gram_mini.errors import UserError
 from gram_mini.model import (
@@ -23,6 +17,12 @@ from gram_mini.model import (
 from gram_mini.runs.folder import save_adapter
 from gram_mini.runs.processes import pick_device
 from gram_mini.runs.record import fingerprint, read_record
+
+import pytest
+import torch
+import torch.nn.functional as F
+from peft import PeftModel
+from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM
 
 FAST = model_file.fast_bfloat16  # conftest.py replaces it
 IDS = torch.arange(40).view(2, 20) + 20

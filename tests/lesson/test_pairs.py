@@ -4,13 +4,13 @@ import csv
 import gzip
 import json
 
-import pytest
-
 from gram_mini import prompts
 from gram_mini.errors import UserError
 from gram_mini.pairs import Pair, split_by_prompt
 from gram_mini.reading.formats import parse_pairs
 from gram_mini.reading.load import load_pairs
+
+import pytest
 
 ROW = {"prompt": "What is 1 + 1?", "chosen": "2", "rejected": "3"}
 

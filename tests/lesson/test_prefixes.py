@@ -1,5 +1,13 @@
 """Sharing what sequences begin with changes no number."""
 
+from gram_mini import prefixes
+from gram_mini.baselines.judges import ScalarJudge, add_head
+from gram_mini.batches import split_by_tokens
+from gram_mini.judge import Judge
+from gram_mini.model import VILLAGE, add_lora, load_model
+from gram_mini.pairs import Pair
+from gram_mini.prefixes import Level, can_share, end_states, tree
+
 import pytest
 import torch
 from transformers import (
@@ -14,14 +22,6 @@ from transformers import (
     MptConfig,
     MptForCausalLM,
 )
-
-from gram_mini import prefixes
-from gram_mini.baselines.judges import ScalarJudge, add_head
-from gram_mini.batches import split_by_tokens
-from gram_mini.judge import Judge
-from gram_mini.model import VILLAGE, add_lora, load_model
-from gram_mini.pairs import Pair
-from gram_mini.prefixes import Level, can_share, end_states, tree
 
 SMALL = dict(
     vocab_size=99, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4

@@ -2,13 +2,13 @@
 
 import copy
 
-import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
-
 from gram_mini import prompts
 from gram_mini.errors import UserError
 from gram_mini.prompts import encode, fill, judge_prompt, label_tokens, pair_prompt, read_template
+
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"

@@ -3,9 +3,6 @@
 import itertools
 import random
 
-import pytest
-import torch
-
 import score
 from gram_mini.batches import IGNORED, encode_pairs, pair_batch
 from gram_mini.chunked import chunked_pair_loss
@@ -15,6 +12,9 @@ from gram_mini.model import hidden_states, output_head
 from gram_mini.pairs import Pair
 from gram_mini.prompts import pair_prompt
 from gram_mini.village.pairs import village_pairs
+
+import pytest
+import torch
 
 TEXTS = [
     "Anna eats soup.",

@@ -2,10 +2,6 @@
 
 import json
 
-import pytest
-import torch
-from safetensors.torch import load_file
-
 import score
 import train_reward
 from gram_mini.baselines import __main__ as baselines
@@ -19,6 +15,10 @@ from gram_mini.pairs import Pair
 from gram_mini.prompts import label_tokens
 from gram_mini.runs.load import load_judge
 from gram_mini.serving import export
+
+import pytest
+import torch
+from safetensors.torch import load_file
 
 PAIRS = [
     Pair(

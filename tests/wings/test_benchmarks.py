@@ -5,15 +5,15 @@ import math
 import re
 from collections import Counter
 
-import pytest
-import torch
-
 import score
 from gram_mini.errors import UserError
 from gram_mini.evaluation import bootstrap, brier, calibration, consistency
 from gram_mini.judge import Judge
 from gram_mini.pairs import Pair
 from gram_mini.studies import benchmarks
+
+import pytest
+import torch
 
 
 class Judge(Judge):

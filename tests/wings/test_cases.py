@@ -2,11 +2,6 @@
 
 import json
 
-import pytest
-from tokenizers import AddedToken
-from tokenizers.normalizers import Lowercase
-from transformers import AutoTokenizer
-
 from gram_mini import prompts
 from gram_mini.batches import encode_pairs, join
 from gram_mini.errors import UserError
@@ -17,6 +12,11 @@ from gram_mini.reading.formats import parse_pairs
 from gram_mini.reading.load import load_pairs
 from gram_mini.reading.sources import read_rows
 from gram_mini.runs.report import describe, drop_cut_alike, lengths
+
+import pytest
+from tokenizers import AddedToken
+from tokenizers.normalizers import Lowercase
+from transformers import AutoTokenizer
 
 PLAIN = {"prompt": "Name a fruit.", "chosen": "A pear.", "rejected": "A brick."}
 

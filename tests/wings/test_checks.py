@@ -6,17 +6,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-import torch
-from safetensors.torch import load_file, save_file
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    LlamaForCausalLM,
-    Phi3Config,
-    Phi3ForCausalLM,
-)
-
 import score
 import train_pretrain
 import train_reward
@@ -35,6 +24,17 @@ from gram_mini.model import (
 from gram_mini.pairs import Pair
 from gram_mini.runs import checks
 from gram_mini.runs.load import load_judge
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    LlamaForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
+)
 
 ROOT = Path(__file__).parents[2]
 SIZES = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4)

@@ -2,14 +2,14 @@
 
 import json
 
-import pytest
-
 import score
 import train_pretrain
 import train_reward
 from gram_mini.errors import UserError
 from gram_mini.reading.columns import Columns
 from gram_mini.reading.load import load_pairs
+
+import pytest
 
 
 def write(path, *rows):

@@ -2,14 +2,14 @@
 
 import json
 
-import pytest
-
 from gram_mini import prompts
 from gram_mini.errors import UserError
 from gram_mini.pairs import Pair
 from gram_mini.reading.load import load_pairs
 from gram_mini.serving import convert
 from gram_mini.serving.convert import official_row, write_official
+
+import pytest
 
 PAIRS = [
     Pair(f"Question {i}?\nPlease.", f"right {i}", f"wrong\n\n{i}", i % 3 % 2) for i in range(40)

@@ -4,9 +4,6 @@ import json
 import subprocess
 import sys
 
-import pytest
-from transformers import AutoTokenizer
-
 from gram_mini import prompts
 from gram_mini.baselines.__main__ import baseline_options
 from gram_mini.judge import Judge
@@ -14,6 +11,9 @@ from gram_mini.model import VILLAGE_FOLDER
 from gram_mini.runs.defaults import DEFAULTS, MAX_LENGTH
 from gram_mini.runs.load import load_judge
 from gram_mini.runs.options import pretrain_options, reward_options
+
+import pytest
+from transformers import AutoTokenizer
 
 OPTIONS = {"pretrain": pretrain_options, "reward": reward_options}
 

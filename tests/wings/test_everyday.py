@@ -6,14 +6,14 @@ import re
 from collections import Counter, defaultdict
 from types import SimpleNamespace
 
-import pytest
-import torch
-from torch.nn.functional import binary_cross_entropy_with_logits
-
 from gram_mini.everyday import build, phrases, table
 from gram_mini.everyday.build import COUNTS, FOLDER, QUALITIES, SIDES, Answer, differing, goodness
 from gram_mini.judge import Comparison
 from gram_mini.reading.load import load_pairs
+
+import pytest
+import torch
+from torch.nn.functional import binary_cross_entropy_with_logits
 
 QUESTIONS = {question.text: question for question in build.read_questions()}
 CLAIMS, TRUE = {}, {}  # (question, framed claim): kind; framed true statement: its question

@@ -6,10 +6,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-import torch
-from transformers import AutoConfig, AutoModelForCausalLM
-
 import train_reward
 from gram_mini.batches import encode_pairs, join
 from gram_mini.errors import UserError
@@ -18,6 +14,10 @@ from gram_mini.pairs import Pair
 from gram_mini.prompts import judge_prompt, label_tokens
 from gram_mini.runs.load import load_judge
 from gram_mini.serving import export
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 IDS = torch.arange(40).view(2, 20) + 20
 PAIR = ("What does Anna eat?", "Anna eats soup.", "Stop bothering me. Anna eats fish.")

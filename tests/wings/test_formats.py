@@ -4,8 +4,6 @@ import copy
 import json
 from dataclasses import asdict
 
-import pytest
-
 import score
 import train_pretrain
 import train_reward
@@ -15,6 +13,8 @@ from gram_mini.reading import load
 from gram_mini.reading.formats import parse_pairs
 from gram_mini.reading.load import load_pairs
 from gram_mini.runs import run as runs_run
+
+import pytest
 
 
 def dialogue(*turns):

@@ -6,10 +6,10 @@ import io
 import json
 import random
 
-import pytest
-
 from gram_mini.errors import UserError
 from gram_mini.reading.load import load_pairs
+
+import pytest
 
 FILES = 10_000
 SHARDS = 8

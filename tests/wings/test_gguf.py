@@ -6,13 +6,6 @@ import shutil
 import sys
 from pathlib import Path
 
-import gguf
-import numpy as np
-import pytest
-import torch
-from gguf import GGMLQuantizationType as Type
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
-
 import score
 import train_pretrain
 import train_reward
@@ -23,6 +16,13 @@ from gram_mini.runs import run as runs_run
 from gram_mini.runs.load import load_judge
 from gram_mini.runs.record import fingerprint
 from gram_mini.serving import export
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from gguf import GGMLQuantizationType as Type
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 LAYERS, HEADS, KEY_VALUE_HEADS, HIDDEN, INNER = 2, 4, 2, 64, 128
 KINDS = {"blk.0.ffn_down.weight": Type.Q8_0}  # the one tensor of the file that is not F32

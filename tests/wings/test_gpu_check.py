@@ -2,13 +2,13 @@
 
 import re
 
-import pytest
-import torch
-
 from gram_mini.errors import UserError, clear_errors
 from gram_mini.runs.load import load_judge
 from gram_mini.studies import gpu_check
 from gram_mini.studies.gpu_check import Failed, Setting
+
+import pytest
+import torch
 
 CPU = torch.device("cpu")
 

@@ -10,8 +10,6 @@ import sys
 import time
 from pathlib import Path
 
-import pytest
-
 import train_pretrain
 import train_reward
 from gram_mini.errors import UserError
@@ -19,6 +17,8 @@ from gram_mini.model import VILLAGE_FOLDER, load_tokenizer
 from gram_mini.prompts import judge_prompt, label_tokens, pair_prompt
 from gram_mini.runs.load import load_judge
 from gram_mini.serving import export
+
+import pytest
 
 ROOT = Path(__file__).parents[2]
 SHORT = "--limit 60 --batch-size 8 --held-out 0".split()

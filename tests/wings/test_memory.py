@@ -5,10 +5,6 @@ what a run foresees before its first step (runs/memory.py).
 import re
 from types import SimpleNamespace
 
-import psutil
-import pytest
-import torch
-
 import train_reward
 from gram_mini import chunked
 from gram_mini.errors import UserError
@@ -25,6 +21,10 @@ from gram_mini.studies.speed.memory import (
     weight_bytes,
 )
 from gram_mini.training import optimizer_and_schedule
+
+import psutil
+import pytest
+import torch
 
 RANK, BATCH, LENGTH = 16, 2, 256
 SHAPES = {

@@ -2,11 +2,11 @@
 
 import json
 
-import pytest
-
 from gram_mini.errors import UserError
 from gram_mini.judge import Comparison
 from gram_mini.studies import real
+
+import pytest
 
 
 class FakeLab(real.RealLab):

@@ -11,10 +11,6 @@ import sys
 import time
 from pathlib import Path
 
-import pytest
-import torch
-from safetensors.torch import load_file
-
 import train_pretrain
 import train_reward
 from gram_mini.batches import EncodedPair
@@ -26,6 +22,10 @@ from gram_mini.runs.options import reward_options
 from gram_mini.runs.processes import in_shares
 from gram_mini.runs.run import Run
 from gram_mini.training import draw_batches
+
+import pytest
+import torch
+from safetensors.torch import load_file
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = {"train_pretrain": train_pretrain, "train_reward": train_reward}

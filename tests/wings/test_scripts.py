@@ -8,11 +8,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-import torch
-from safetensors.torch import load_file
-from transformers import LlamaConfig, LlamaForCausalLM
-
 import score
 import train_pretrain
 import train_reward
@@ -22,6 +17,11 @@ from gram_mini.model import VILLAGE_FOLDER, OutputHead, load_tokenizer
 from gram_mini.reading.load import load_pairs
 from gram_mini.runs.load import load_judge
 from gram_mini.village import table
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import LlamaConfig, LlamaForCausalLM
 
 ROOT = Path(__file__).parents[2]
 SMALL = ["--batch-size", "16", "--lora-rank", "8", "--log-every", "5"]

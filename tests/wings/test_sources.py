@@ -4,13 +4,13 @@ import builtins
 import gzip
 import json
 
-import datasets
-import pytest
-
 from gram_mini.errors import UserError
 from gram_mini.reading import sources
 from gram_mini.reading.load import load_pairs
 from gram_mini.reading.sources import read_rows
+
+import datasets
+import pytest
 
 ROWS = [{"prompt": f"{i} + 1?", "chosen": f"{i + 1}", "rejected": "x"} for i in range(5)]
 

@@ -2,9 +2,6 @@
 
 import json
 
-import pytest
-import torch
-
 from gram_mini import chunked, losses
 from gram_mini.batches import judge_batch
 from gram_mini.model import hidden_states, output_head
@@ -18,6 +15,9 @@ from gram_mini.studies.speed.common import (
     loss_of,
     rows_of,
 )
+
+import pytest
+import torch
 
 CPU = torch.device("cpu")
 SMALL = "--shape village --rounds 2 --max-length 256 --device cpu".split()

@@ -7,8 +7,6 @@ import re
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeout
 
-import pytest
-
 import train_pretrain
 import train_reward
 from gram_mini.errors import UserError
@@ -20,6 +18,8 @@ from gram_mini.studies import lab as lab_module
 from gram_mini.village import COURTEOUS, FACTS, RAMBLING, question
 from gram_mini.village.pairs import topics, village_pairs
 from gram_mini.village.policy import Policy, responses, train_policy
+
+import pytest
 
 TRUE = {(question(*topic), text): reward for topic in FACTS for text, reward in responses(topic)}
 

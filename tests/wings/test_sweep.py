@@ -20,10 +20,6 @@ import torch
 
 sys.path[:0] = [str(Path(__file__).parents[2])]
 
-from transformers import AutoConfig, AutoModelForCausalLM  # noqa: E402
-from transformers import __version__ as VERSION  # noqa: E402
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES  # noqa: E402
-
 import train_reward  # noqa: E402
 from gram_mini.batches import join  # noqa: E402
 from gram_mini.errors import UserError  # noqa: E402
@@ -31,6 +27,10 @@ from gram_mini.model import load_tokenizer  # noqa: E402
 from gram_mini.pairs import Pair  # noqa: E402
 from gram_mini.runs.load import load_judge  # noqa: E402
 from gram_mini.serving import export  # noqa: E402
+
+from transformers import AutoConfig, AutoModelForCausalLM  # noqa: E402
+from transformers import __version__ as VERSION  # noqa: E402
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES  # noqa: E402
 
 LIST = Path(__file__).parents[2] / "gram_mini" / "runs" / "architectures.md"
 SMALL = {

@@ -3,12 +3,12 @@
 import copy
 import math
 
-import pytest
-import torch
-
 from gram_mini.model import VILLAGE, load_model
 from gram_mini.reading.formats import parse_pairs
 from gram_mini.serving.trl import as_trl_reward
+
+import pytest
+import torch
 
 QUESTION = "What does Anna eat?"
 SOUP, FISH, CAKE = (

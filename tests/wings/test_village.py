@@ -5,8 +5,6 @@ import math
 import random
 import re
 
-import pytest
-
 import train_reward
 from gram_mini.model import VILLAGE_FOLDER
 from gram_mini.prompts import encode
@@ -26,6 +24,8 @@ from gram_mini.village import (
 )
 from gram_mini.village.build_backbone import CORPUS_SHA256, corpus, corpus_hash, probes
 from gram_mini.village.pairs import SPLITS, topics, village_pairs
+
+import pytest
 
 
 def read(text):

@@ -13,10 +13,6 @@ from dataclasses import dataclass
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler announces each start and stop
 
-import torch
-from torch.profiler import ProfilerActivity, profile
-from transformers import AutoConfig, AutoModelForCausalLM
-
 from gram_mini.batches import IGNORED, EncodedPair, judge_batch, pair_batch, truncate
 from gram_mini.chunked import chunked_pair_loss
 from gram_mini.losses import reward_loss
@@ -25,6 +21,10 @@ from gram_mini.prompts import PromptPieces
 from gram_mini.reading.load import load_pairs
 from gram_mini.runs import options
 from gram_mini.training import clip_gradients
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+from transformers import AutoConfig, AutoModelForCausalLM
 
 GIB = 2**30
 LABELS = (5, 6)

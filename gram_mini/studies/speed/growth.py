@@ -15,10 +15,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-from matplotlib.figure import Figure
-from tqdm import tqdm
-
 from gram_mini.batches import EncodedPair
 from gram_mini.errors import clear_errors
 from gram_mini.runs import options
@@ -39,6 +35,10 @@ from gram_mini.studies.speed.common import (
 )
 from gram_mini.studies.speed.score import judge_of, ours
 from gram_mini.training import optimizer_and_schedule
+
+import torch
+from matplotlib.figure import Figure
+from tqdm import tqdm
 
 EXAMPLES = """\
   # the mid shape: 7 minutes on 2 CPU cores

@@ -58,8 +58,6 @@ import argparse
 import gc
 import time
 
-import torch
-
 from gram_mini.batches import EncodedPair, judge_batch
 from gram_mini.chunked import LOGITS_AT_ONCE
 from gram_mini.errors import clear_errors
@@ -83,6 +81,8 @@ from gram_mini.studies.speed.common import (
     take_step,
 )
 from gram_mini.training import optimizer_and_schedule
+
+import torch
 
 EXAMPLES = """\
   # every model; without a GPU computed, in a second

@@ -21,8 +21,6 @@ import itertools
 import statistics
 from dataclasses import replace
 
-import torch
-
 from gram_mini import prefixes
 from gram_mini.batches import EncodedPair, join
 from gram_mini.errors import clear_errors
@@ -47,6 +45,8 @@ from gram_mini.studies.speed.common import (
     spread,
     table,
 )
+
+import torch
 
 EXAMPLES = """\
   # the mid shape, drawn lengths: 6 minutes on 2 CPU cores

@@ -22,10 +22,6 @@ import statistics
 import tempfile
 import time
 
-import torch
-from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForSequenceClassification, PrinterCallback, TrainerCallback
-
 from gram_mini.baselines.batches import response_segments
 from gram_mini.batches import (
     IGNORED,
@@ -69,6 +65,10 @@ from gram_mini.studies.speed.common import (
     take_step,
 )
 from gram_mini.training import optimizer_and_schedule
+
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForSequenceClassification, PrinterCallback, TrainerCallback
 
 EXAMPLES = """\
   # the mid shape, drawn lengths: 2 minutes on 2 CPU cores
