@@ -11,9 +11,10 @@ from gram_mini.errors import UserError
 from gram_mini.model import checkpoint_gradients, hidden_states
 from gram_mini.runs import memory as foresee
 from gram_mini.studies.speed import common, memory
-from gram_mini.studies.speed.common import MODELS, Shape, build, held_bytes, random_rows
+from gram_mini.studies.speed.common import MODELS, Shape, held_bytes, random_rows
 from gram_mini.studies.speed.memory import (
     adapter_parameters,
+    build_fused,
     compute,
     kept_bytes,
     layer_bytes,
@@ -42,7 +43,7 @@ def built(request):
     torch.manual_seed(0)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("gram_mini.model.compute_dtype", lambda bits, device, name="": torch.bfloat16)
-        yield SHAPES[kind], bits, build(SHAPES[kind], bits, RANK, torch.device("cpu"))
+        yield SHAPES[kind], bits, build_fused(SHAPES[kind], bits, RANK, torch.device("cpu"))
 
 
 def test_sizes_are_those_of_the_public_models():
@@ -128,9 +129,9 @@ def test_peak_is_between_85_and_105_percent_of_the_computed_one(built, stage, ch
     assert 0.85 < peak / compute(s, stage, bits, checkpointing, BATCH, LENGTH, RANK)["peak"] < 1.05
 
 
-def test_peak_where_the_logits_are_most_of_it():
+def test_peak_where_the_logits_are_most_of_it(fast_bfloat16):
     s = Shape("llama", 64, 2, 4, 2, 16, 128, 30_000, True)
-    model = build(s, 16, RANK, torch.device("cpu"))
+    model = build_fused(s, 16, RANK, torch.device("cpu"))
     terms = compute(s, "pretrain", 16, True, BATCH, LENGTH, RANK)
     assert 12 * s.vocabulary * memory.trained_tokens(BATCH, LENGTH) > 0.9 * terms["peak"]
     assert measure(model, "pretrain", True, BATCH, LENGTH, steps=1)[0] == pytest.approx(
@@ -138,9 +139,9 @@ def test_peak_where_the_logits_are_most_of_it():
     )
 
 
-def test_chunks_bound_the_logits(monkeypatch):
+def test_chunks_bound_the_logits(monkeypatch, fast_bfloat16):
     s = Shape("llama", 64, 2, 4, 2, 16, 128, 30_000, True)
-    model = build(s, 16, RANK, torch.device("cpu"))
+    model = build_fused(s, 16, RANK, torch.device("cpu"))
     whole = measure(model, "pretrain", True, BATCH, LENGTH, steps=1)[0]
     for module in (chunked, memory):
         monkeypatch.setattr(module, "LOGITS_AT_ONCE", 2**20)
