@@ -48,8 +48,7 @@ def main(argv=None):
 
     # Token ids
     train, held_out = judge.encode(train_pairs), judge.encode(held_out_pairs)
-    # a pair is one sequence, or two
-    run.describe(train, held_out, prompt, sequences=2 if args.both_orders else 1)
+    run.describe(train, held_out, prompt, sequences=2 if args.both_orders else 1)  # of a pair
 
     # Loop
     steps = run.number_of_steps(len(train))

@@ -278,7 +278,7 @@ def test_training_does_not_mix_lengths_across_the_switch(longrope, tmp_path, mon
 def test_positions_that_end_too_early_are_told_before_any_work(tmp_path, capsys):
     options = dict(ffn_dim=64, word_embed_proj_dim=64, max_position_embeddings=128)
     folder = model_folder(tmp_path / "opt", "opt", **options)
-    message = "has 128 positions and --max-length is 512; give --max-length 128 or less"
+    message = "has 128 positions and --max-length is 1024; give --max-length 128 or less"
     for script in (train_pretrain, train_reward):
         with pytest.raises(UserError, match=message):
             script.main(["--model", folder, "--out", str(tmp_path / "run"), *SHORT])

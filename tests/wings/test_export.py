@@ -93,7 +93,7 @@ def test_the_judge_prompt_and_length_of_the_run_come_along(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_an_exported_model_is_loaded_as_it_was_written(run, tmp_path, dtype):
+def test_an_exported_model_is_loaded_as_it_was_written(run, tmp_path, dtype, fast_bfloat16):
     export.export(run, tmp_path / "out", dtype)
     model = load_judge(str(tmp_path / "out")).model
     assert model.dtype == getattr(torch, dtype) and not getattr(model, "is_loaded_in_4bit", False)

@@ -130,7 +130,7 @@ def test_a_loss_that_rises_or_is_missing_fails(losses, monkeypatch, tmp_path):
         gpu_check.training(setting(tmp_path), "pretrain", "village", 4)
 
 
-def test_a_peak_above_the_computed_one_fails(monkeypatch, tmp_path):
+def test_a_peak_above_the_computed_one_fails(monkeypatch, tmp_path, fast_bfloat16):
     x, row = setting(tmp_path), (gpu_check.TINY["tiny"], 16, 2, 64)
     monkeypatch.setattr(gpu_check.memory, "measure", lambda *arguments: (10**9, 1.0))
     with pytest.raises(Failed, match=r"stage 1 0\.931, computed"):
