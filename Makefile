@@ -42,7 +42,7 @@ demo: .venv/.installed
 real: .venv/.installed $(filter $(SMOLLM2),$(MODEL))
 	$(BIN)/python train_pretrain.py --model $(MODEL) --bits 16 --data $(UNLABELLED) --epochs 1 \
 	  --out $(REAL)/pretrain --overwrite
-	$(BIN)/python train_reward.py --model $(MODEL) --bits 16 --data $(DATA) --epochs 1 --both-orders 1 \
+	$(BIN)/python train_reward.py --model $(MODEL) --bits 16 --data $(DATA) --both-orders 1 \
 	  --init $(REAL)/pretrain --out $(REAL)/reward --overwrite
 	@echo
 	@$(BIN)/python -m gram_mini.everyday.table $(MODEL) $(REAL)/reward
