@@ -45,7 +45,7 @@ real: .venv/.installed $(filter $(SMOLLM2),$(MODEL))
 	$(BIN)/python train_reward.py --model $(MODEL) --bits 16 --data $(DATA) --both-orders 1 \
 	  --init $(REAL)/pretrain --out $(REAL)/reward --overwrite
 	@echo
-	@$(BIN)/python -m gram_mini.everyday.table $(MODEL) $(REAL)/reward
+	@$(BIN)/python -m gram_mini.everyday.table --bits 16 $(MODEL) $(REAL)/reward
 	@echo
 	@$(BIN)/python score.py --model $(REAL)/reward --prompt "How can I keep bread fresh for longer?" \
 	  --response "Happy to help. Freeze what you will not eat in a day or two." \

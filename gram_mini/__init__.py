@@ -8,7 +8,8 @@ chunked and prefixes are the fast twins of losses and judge. errors is how a use
 wrong.
 
 What is not the lesson has a folder with a README in it: village/ (the tiny world whose truth is
-known), reading/ (files and formats), runs/ (what surrounds a run), baselines/, serving/, studies/.
+known), everyday/ (pairs in plain English), reading/ (files and formats), runs/ (what surrounds a
+run), baselines/, serving/, studies/.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""The two losses of GRAM, and why the second is a regularised Bradley-Terry loss.
+"""The two losses of GRAM, why the second is a regularised Bradley-Terry loss, and a third of ours.
 
 Stage 1 is the negative log-likelihood of the pair of responses, -log pi(y_a, y_b | x). The paper
 calls it pre-training on unlabeled data. It is a sum over the tokens of the pair, markers included;
@@ -68,12 +68,12 @@ token t after it, w for the label of the preferred response (A or B), l for the 
 
        L_both = (1 - w) (L_eps(m_1) + L_eps(m_2)) / 2  +  w L_eps((m_1 + m_2) / 2).
 
-   In the second part b cancels, so its gradient is about d from the first step on. The plain part
-   alone must bring b down first: where b is large, one order has a large gradient that says "less
-   b", and what both orders say about d is the small rest. But the second part alone never asks for
-   a small b. Judging only one of the two responses is enough for it: then m_1 and m_2 disagree, and
-   the position gap is wide. The plain part closes it. So w begins at W and falls to 0 in a straight
-   line: the judge learns to score first and to compare then.
+   In the second part b cancels, so from the first step its gradient is about d alone. The plain
+   part must bring b down first: where b is large, one order has a large gradient that says "less
+   b", and what both orders say about d is the small rest. But the second part never asks for a
+   small b. A judge that reads only the response in one place can lower it too; then m_1 and m_2
+   disagree, and the position gap is wide. The plain part closes it. So w begins at W and falls to
+   nearly 0 in a straight line: first the judge learns to score, then to compare.
 """
 
 from __future__ import annotations

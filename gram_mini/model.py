@@ -167,7 +167,7 @@ def load_model(
 
     device = torch.device(device)
     dtype = compute_dtype(bits, device, name)
-    # torch's attention for CPUs has a slow backward pass in bf16: a step takes a quarter longer.
+    # torch's attention for CPUs has a slow backward pass in bf16: a step takes a third longer.
     plain = device.type == "cpu" and dtype == torch.bfloat16
     folder = local_model(name)
     checks.check_stored(name, _from_pretrained(AutoConfig, name, folder), bits)

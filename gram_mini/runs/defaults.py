@@ -1,7 +1,8 @@
 """Defaults that depend on the backbone: the village's, and those of any other model.
 
-Rates and batches of the village were chosen on its seed 0; those of other models on SmolLM2-135M
-with real preferences, seed 0 (gram_mini/studies/README.md says what was tried).
+The village's were chosen on its seed 0. For other models stage 2's rate comes from trials with
+SmolLM2-135M, seed 0 (gram_mini/studies/README.md); stage 1's and the batches were not searched: the
+batches are what a laptop holds.
 """
 
 from __future__ import annotations

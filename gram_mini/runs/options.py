@@ -80,7 +80,7 @@ def reward_options(description: str, argv=None) -> argparse.Namespace:
         default=0.0,
         metavar="W",
         help="show each pair in both orders, with one loss on the mean of the two margins (step 8 "
-        "of losses.py): its weight falls from W at the first step to 0 at the end, and the plain "
+        "of gram_mini/losses.py): its weight falls from W to nearly 0, and the plain "
         "loss has the rest; 0 is the paper's way",
     )
     args = p.parse_args(argv)
@@ -134,7 +134,7 @@ def score_options(description: str, argv=None) -> argparse.Namespace:
         type=model_name,
         default=DEFAULT_JUDGE,
         metavar="NAME",
-        help="run folder, model folder, hub name, or 'village'",
+        help="run folder, model folder, GGUF file, hub name, or 'village'",
     )
     g.add_argument(
         "--rank",

@@ -1,4 +1,4 @@
-"""A real language model on real preferences: every method of the paper, with intervals over seeds.
+"""A real language model on real texts: every method of the paper, with intervals over seeds.
 
   table   every method, trained on the labels and tested on held-out prompts and on other files
   curve   accuracy over the number of labels
@@ -6,7 +6,8 @@
 --labels, --unlabelled and each --test take a file, a folder or a name on the hub, as --data of the
 training scripts does. Of the labelled prompts 15% are held out as the test "held out"; which
 ones is the same for all seeds. A seed draws which pairs are used, their order, and the adapters.
-Rates are the defaults for a model that is not the village's (gram_mini/runs/defaults.py).
+Rates are the defaults for a model that is not the village's (gram_mini/runs/defaults.py), and 3e-4
+for the scalar heads.
 
 Trained models and figures stay in --runs, so a study goes on where it stopped.
 """
@@ -204,7 +205,7 @@ def main(argv=None):
         "--epochs", type=options.positive_float, default=1, help="passes over the data, both stages"
     )
     group.add_argument("--name", default="real", help="the results are called NAME-STUDY")
-    group.add_argument("--runs", type=Path, default=Path("runs/real"), metavar="FOLDER")
+    group.add_argument("--runs", type=Path, default=Path("runs/real-study"), metavar="FOLDER")
     group.add_argument("--results", type=Path, default=RESULTS, metavar="FOLDER")
     options.add_model_options(group, bits_default=4, max_length_default=512)
     args = parser.parse_args(argv)
