@@ -84,7 +84,8 @@ def main() -> None:
         nargs="+",
         type=options.model_name,
         metavar="MODEL",
-        help="run folders, or any model as a zero-shot judge: a folder, a GGUF file, a hub name, 'village'",
+        help="run folders, or any model as a zero-shot judge: a folder, a GGUF file, a hub name, "
+        "'village'",
     )
     options.add_model_options(parser, bits_default=None, max_length_default=None)
     args = parser.parse_args()

@@ -1,4 +1,6 @@
-"""The paper's studies and one of ours: each yields the rows of one seed; STUDIES says how they are shown."""
+"""The paper's studies and one of ours: each yields the rows of one seed; STUDIES says how they are
+shown.
+"""
 
 from __future__ import annotations
 
