@@ -67,7 +67,7 @@ def score_pair(judge, args):
     orders = f"{first:.3f} with A shown first and {second:.3f} with B shown first"
     print(f"P(A better) = {p:.3f}, from {orders}")
     print(f"position gap {abs(first - second):.3f}; mass on the labels {mass.mean():.3f}")
-    if mass.mean() < SELDOM:
+    if mass.mean() < SELDOM and not judge.trained:  # stage 2 trains no mass: step 7 of losses.py
         print("The model hardly answers A or B here: do not rely on what follows.")
     if cut.any():
         print(f"the texts were cut to {judge.max_length} tokens")
@@ -107,7 +107,7 @@ def score_rows(judge, args):
             answers.append([next(compared) for _ in q.pairs])
         else:
             answers.append(rank(judge, q.prompt, q.responses, q.reference, args))
-    write_scores(args, questions, answers, judge.max_length)
+    write_scores(args, questions, answers, judge)
 
 
 if __name__ == "__main__":

@@ -115,6 +115,7 @@ class Judge:
     ):
         template = template or default_judge(tokenizer)
         self.model, self.tokenizer, self.template = model, tokenizer, template
+        self.trained = False  # whether the label tokens were trained to be compared
         self.max_length, self.batch_size, self.batch_tokens = max_length, batch_size, batch_tokens
         self.prompt = judge_prompt(tokenizer, template)
         self.labels = label_tokens(tokenizer, template)

@@ -102,6 +102,7 @@ def load_judge(
     judge = make(model, tokenizer, max_length, batch_size, template)
     if record and judge.template == record["prompt"]["judge"]:
         check_prompt(path, record, judge.prompt, judge.labels, tokenizer)
+    judge.trained = record is not None and record["stage"] == "reward"
     return judge
 
 

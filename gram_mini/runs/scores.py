@@ -7,7 +7,7 @@ from collections import Counter
 from dataclasses import asdict, dataclass, field, replace
 
 from gram_mini.errors import UserError
-from gram_mini.judge import Comparison, Ranking, preferred
+from gram_mini.judge import Comparison, Judge, Ranking, preferred
 from gram_mini.pairs import Pair, unusable
 from gram_mini.prompts import LABELS
 from gram_mini.reading.formats import has_literal_breaks, parse_pairs, read_ranking
@@ -98,7 +98,7 @@ def _read(question: Question, group: list[Row], args) -> None:
 
 
 def write_scores(
-    args, questions: list[Question], answers: list[list[Comparison] | Ranking], max_length: int
+    args, questions: list[Question], answers: list[list[Comparison] | Ranking], judge: Judge
 ) -> None:
     """Write the lines of ``--out`` and say what was scored, cut and left out.
 
@@ -108,7 +108,7 @@ def write_scores(
         args: the options of score.py.
         questions: the rows.
         answers: for each of them, the comparisons of its pairs or the ranking of its responses.
-        max_length: tokens per judge prompt.
+        judge: what has compared them.
 
     Raises:
         UserError: the file cannot be written.
@@ -135,7 +135,7 @@ def write_scores(
     cut = sum(bool(line.get("truncated")) for line in lines)
     print(
         f"scored {rows} rows from {args.data}: {len(lines)} lines, {cut} of them cut to "
-        f"{max_length} tokens; wrote {args.out}"
+        f"{judge.max_length} tokens; wrote {args.out}"
     )
     for reason, count in sum((question.left_out for question in questions), Counter()).items():
         print(f"not scored: {count} {reason}")
@@ -146,7 +146,7 @@ def write_scores(
     if breaks := sum(question.literal_breaks for question in questions):
         print(f"{breaks} rows with a literal \\n beside the markers, taken off")
     masses = [line["label_mass"] for line in lines if "label_mass" in line]
-    if masses and sum(masses) / len(masses) < SELDOM:
+    if masses and sum(masses) / len(masses) < SELDOM and not judge.trained:
         mean = sum(masses) / len(masses)
         print(
             f"The model hardly ever answers A or B (mean mass on the labels {mean:.2g}): "

@@ -613,13 +613,16 @@ def test_pairs_are_scored_whether_their_labels_can_be_read_or_not(tmp_path):
 
 
 def test_a_file_of_pairs_that_the_model_does_not_answer_is_marked(
-    data, tmp_path, capsys, monkeypatch
+    reward, data, tmp_path, capsys, monkeypatch
 ):
     monkeypatch.setattr(
         "gram_mini.judge.label_mass", lambda logits, labels: torch.full((len(logits),), 0.001)
     )
     score.main(["--model", "village", "--data", data, "--out", str(tmp_path / "s.jsonl")])
     assert "hardly ever answers A or B (mean mass on the labels 0.001)" in capsys.readouterr().out
+    # Stage 2 does not train the mass, and its scores do not read it.
+    score.main(["--model", str(reward), "--data", data, "--out", str(tmp_path / "t.jsonl")])
+    assert "hardly ever" not in capsys.readouterr().out
 
 
 def test_an_unfinished_run_is_named_as_such(tmp_path):
