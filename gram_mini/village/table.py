@@ -55,6 +55,7 @@ def method_of(record: dict | None) -> tuple[str, str]:
         name += ", frozen" if arguments.get("freeze") else ""
         name += ", smoothed" if arguments["label_smoothing"] > 0 else ""
         name += " = GRAM" if name == "stage 1 + labels, smoothed" else ""
+        name += ", both orders" if arguments.get("both_orders") else ""
     return name, json.dumps(arguments, sort_keys=True)
 
 
