@@ -116,6 +116,13 @@ def summarise(pairs: list[Pair], results: list[Comparison]) -> Evaluation:
     )
 
 
+def pick_the_longer(pair: Pair) -> Comparison:
+    """What a judge says that always prefers the response with more characters: a yardstick."""
+    difference = len(pair.response_a) - len(pair.response_b)
+    p = 0.5 + (0.5 if difference > 0 else -0.5 if difference < 0 else 0.0)
+    return Comparison(p, p, p, difference, difference, 1.0, False)
+
+
 def _softplus(x: float) -> float:
     return max(x, 0.0) + math.log1p(math.exp(-abs(x)))
 

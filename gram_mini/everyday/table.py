@@ -5,19 +5,18 @@ python -m gram_mini.everyday.table MODEL [MODEL ...]
 
 from __future__ import annotations
 
-import argparse
 import json
 import time
 from pathlib import Path
 
 from gram_mini.errors import clear_errors
-from gram_mini.evaluation import summarise, with_interval
+from gram_mini.evaluation import pick_the_longer, summarise, with_interval
 from gram_mini.everyday.build import FOLDER, QUALITIES
 from gram_mini.judge import Comparison
 from gram_mini.pairs import Pair
 from gram_mini.runs import options
 from gram_mini.runs.load import load_judge
-from gram_mini.village.table import aligned, method_of, records_of
+from gram_mini.village.table import aligned, method_of, models_parser, records_of
 
 CAPTION = """\
 Accuracy, ± 95% interval over the questions. Labelled topics: new questions of topics with labels.
@@ -25,13 +24,6 @@ Unlabelled topics: topics without labels. Fact, relevance, courtesy, length: wha
 answer is better, in topics of both kinds. Where fact decides, the others differ at random, and so
 on. Position gap: mean |P(a better, a shown first) - P(a better, a shown second)|. Seconds: for all
 pairs."""
-
-
-def longer(pair: Pair) -> Comparison:
-    """A judge that always prefers the longer answer."""
-    difference = len(pair.response_a) - len(pair.response_b)
-    p = 0.5 + (0.5 if difference > 0 else -0.5 if difference < 0 else 0.0)
-    return Comparison(p, p, p, difference, -difference, 1.0, False)
 
 
 def everyday_table(models: list[str], **settings) -> str:
@@ -63,7 +55,7 @@ def everyday_table(models: list[str], **settings) -> str:
 
     columns = ("labelled topics", "unlabelled topics", *QUALITIES)
     lines: list[tuple[str, ...]] = [("", *columns, "position gap", "seconds", "run")]
-    lines.append(line("pick the longer", list(map(longer, pairs)), "", ""))
+    lines.append(line("pick the longer", list(map(pick_the_longer, pairs)), "", ""))
     for model, record in zip(models, records):
         judge, start = load_judge(model, **settings), time.perf_counter()
         results = judge.compare_many(pairs, progress=model)
@@ -73,18 +65,10 @@ def everyday_table(models: list[str], **settings) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m gram_mini.everyday.table",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument(
-        "models",
-        nargs="+",
-        type=options.model_name,
-        metavar="MODEL",
-        help="run folders, or any model as a zero-shot judge: a folder, a GGUF file, a hub name, "
+    parser = models_parser(
+        "python -m gram_mini.everyday.table",
+        __doc__,
+        "run folders, or any model as a zero-shot judge: a folder, a GGUF file, a hub name, "
         "'village'",
     )
     options.add_model_options(parser, bits_default=None, max_length_default=None)

@@ -23,12 +23,12 @@ from pathlib import Path
 import train_reward
 from gram_mini.baselines import __main__ as baselines
 from gram_mini.errors import UserError, clear_errors
-from gram_mini.evaluation import calibration, summarise
+from gram_mini.evaluation import calibration, pick_the_longer, summarise
 from gram_mini.pairs import Pair, split_by_prompt
 from gram_mini.reading.load import load_pairs
 from gram_mini.runs import options
 from gram_mini.runs.output import check_place
-from gram_mini.studies.lab import PLAIN, Lab, write_json
+from gram_mini.studies.lab import PLAIN, SCALAR, Lab, write_json
 from gram_mini.studies.seeds import run_study
 
 EXAMPLES = """\
@@ -37,7 +37,6 @@ EXAMPLES = """\
 
 RESULTS = Path(__file__).parent / "results"
 HELD_OUT = "held out"  # what the test on the labelled data's own prompts is called
-SCALAR = ["--head", "scalar", "--lr", "3e-4"]
 BOTH = ["--both-orders", "1"]
 METHODS = {  # name: (whether it starts from stage 1, script, options of the script)
     "D-Baseline": (False, baselines, SCALAR + PLAIN),
@@ -133,19 +132,12 @@ def drawn(pairs: list[Pair], count: int, seed: int | str) -> list[Pair]:
     return random.Random(f"{seed}").sample(pairs, count) if len(pairs) > count else pairs
 
 
-def pick_the_longer(pairs: list[Pair]) -> float:
-    """Accuracy of preferring the response with more characters; equal lengths count half."""
-    hits = [
-        (1 + (d > 0) - (d < 0)) / 2 if pair.label == 0 else (1 + (d < 0) - (d > 0)) / 2
-        for pair in pairs
-        for d in [len(pair.response_a) - len(pair.response_b)]
-    ]
-    return sum(hits) / len(hits)
-
-
 def table(lab: RealLab, seed: int):
     """Every method on real preferences: accuracy on held-out prompts and on other files."""
-    longer = {name: pick_the_longer(pairs) for name, pairs in lab.tests.items()}
+    longer = {
+        name: summarise(pairs, list(map(pick_the_longer, pairs))).accuracy
+        for name, pairs in lab.tests.items()
+    }
     yield {"method": "the longer response", **longer}
     for name in ("zero-shot", *METHODS):
         run = lab.method(name, seed) if name in METHODS else lab.model

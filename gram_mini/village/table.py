@@ -138,19 +138,23 @@ def _entropy(p: float) -> float:
     return -p * math.log(p) - (1 - p) * math.log(1 - p)
 
 
-def main() -> None:
+def models_parser(program: str, description: str | None, models: str) -> argparse.ArgumentParser:
+    """The parser of a table of judges; ``models`` is the help of its arguments."""
     parser = argparse.ArgumentParser(
-        prog="python -m gram_mini.village.table",
-        description=__doc__,
+        prog=program,
+        description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument(
-        "models",
-        nargs="+",
-        type=options.model_name,
-        metavar="MODEL",
-        help="run folders, or 'village' for the plain backbone",
+    parser.add_argument("models", nargs="+", type=options.model_name, metavar="MODEL", help=models)
+    return parser
+
+
+def main() -> None:
+    parser = models_parser(
+        "python -m gram_mini.village.table",
+        __doc__,
+        "run folders, or 'village' for the plain backbone",
     )
     parser.add_argument("--device", default="auto", help="cpu, cuda, ... (default: auto)")
     args = parser.parse_args()
