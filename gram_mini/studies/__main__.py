@@ -35,8 +35,8 @@ EXAMPLES = """\
       --runs runs/mine --results runs/mine/results"""
 
 SEEDS = (1, 2, 3, 4, 5)
-OURS = ("orders",)  # not a claim of the paper
-NEEDS_TRUTH = ("bon", "adapt", "rl")
+OURS = ("orders", "where")  # not a claim of the paper
+NEEDS_TRUTH = ("bon", "adapt", "rl", "where")
 RESULTS = Path(__file__).parent / "results"
 
 

@@ -111,3 +111,41 @@ def draw(
     figure.suptitle(title)
     figure.tight_layout()
     save_figure(figure, picture)
+
+
+def draw_changes(means: list[dict], measures: dict[str, bool], picture: Path, title: str) -> None:
+    """What each eps changes against eps = 0, as a table: green is better, red is worse, white is
+    within the interval.
+
+    Args:
+        means: rows with "method", "eps" and, for each measure, "MEASURE, change".
+        measures: whether more is better.
+    """
+    from matplotlib.figure import Figure
+
+    methods = list(dict.fromkeys(row["method"] for row in means))
+    sizes = [eps for eps in dict.fromkeys(row["eps"] for row in means) if eps]
+    figure = Figure(figsize=(1.0 + 5.5 * len(sizes), 1.2 + 0.34 * len(methods)))
+    axes = figure.subplots(1, len(sizes), squeeze=False, sharey=True)[0]
+    for axis, eps in zip(axes, sizes):
+        for column, (name, more_is_better) in enumerate(measures.items()):
+            changes = {row["method"]: row[f"{name}, change"] for row in means if row["eps"] == eps}
+            largest = max(abs(mean) for mean, _ in changes.values()) or 1.0
+            for line, method in enumerate(methods):
+                change, half = changes[method]
+                beyond = abs(change) > (half or 0.0)
+                good = (change > 0) == more_is_better
+                color = ("tab:green" if good else "tab:red") if beyond else "white"
+                strength = 0.15 + 0.6 * abs(change) / largest
+                axis.fill_between(
+                    [column, column + 1], line, line + 1, color=color, alpha=strength, lw=0
+                )
+                text = f"{change:+.3f}"
+                axis.text(column + 0.5, line + 0.5, text, ha="center", va="center", fontsize=7)
+        axis.set(title=f"eps = {eps:g}", xlim=(0, len(measures)), ylim=(len(methods), 0))
+        axis.set_xticks([i + 0.5 for i in range(len(measures))], measures, fontsize=7, rotation=25)
+        axis.set_yticks([i + 0.5 for i in range(len(methods))], methods, fontsize=8)
+        axis.tick_params(length=0)
+    figure.suptitle(title)
+    figure.tight_layout()
+    save_figure(figure, picture)

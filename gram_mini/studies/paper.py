@@ -6,19 +6,17 @@ from __future__ import annotations
 
 import math
 import random
-import statistics
 from dataclasses import replace
 from pathlib import Path
 
 import train_reward
 from gram_mini.pairs import Pair
+from gram_mini.studies.certain import MEASURES, where
 from gram_mini.studies.lab import MAIN, METHODS, Lab
 from gram_mini.village.pairs import topics
 from gram_mini.village.policy import (
-    best_of_n,
+    best_of_n_curve,
     best_of_n_kl,
-    responses,
-    score_responses,
     train_policy,
 )
 
@@ -32,21 +30,12 @@ def table(lab: Lab, seed: int):
 
 def bon(lab: Lab, seed: int):
     """Figure 4: best of n by the judge; its score (log-odds against one response) and the truth."""
-    test_topics, draws = topics("out-of-distribution")[:40], random.Random(f"bon/{seed}")
-    rewards = {topic: [reward for _, reward in responses(topic)] for topic in test_topics}
-    drawn = {
-        topic: [draws.randrange(len(rewards[topic])) for _ in range(256)] for topic in test_topics
-    }
+    sizes = (1, 2, 4, 8, 16, 32, 64, 128, 256)
     for name in MAIN:
-        scores = score_responses(lab.judge(lab.method(name, seed)), test_topics, progress=name)
-        for n in (1, 2, 4, 8, 16, 32, 64, 128, 256):
-            proxy, true = zip(
-                *(
-                    best_of_n(scores[topic], rewards[topic], drawn[topic], n)
-                    for topic in test_topics
-                )
-            )
-            means = {"proxy score": statistics.mean(proxy), "true reward": statistics.mean(true)}
+        judge, draws = lab.judge(lab.method(name, seed)), random.Random(f"bon/{seed}")
+        test_topics = topics("out-of-distribution")[:40]
+        for n, proxy, true in best_of_n_curve(judge, test_topics, sizes, draws, progress=name):
+            means = {"proxy score": proxy, "true reward": true}
             yield {"method": name, "n": n, "KL": best_of_n_kl(n), **means}
 
 
@@ -198,6 +187,7 @@ STUDIES = {  # the longest first
         "eps",
         ("out-of-distribution", "margin", "calibration error"),
     ),
+    "where": (where, ("method", "eps"), "eps", MEASURES),
     "orders": (orders, ("method",), None, ("out-of-distribution", "fact", "position gap")),
     "bon": (bon, ("method", "n"), "KL", ("proxy score", "true reward")),
     "rl": (rl, ("method", "step"), "KL", ("proxy reward", "true reward")),
