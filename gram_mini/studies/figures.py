@@ -13,9 +13,9 @@ ACCURACIES = ("in-distribution", "out-of-distribution", "fact", "courtesy", "len
 
 
 def average(rows: list[dict], keys: tuple[str, ...]) -> list[dict]:
-    """Means of each figure over the seeds, as [mean, half of the 95% interval].
+    """Means of each figure over the seeds (and draws), as [mean, half of the 95% interval].
 
-    For one seed there is no interval, and its half is None.
+    For one value there is no interval, and its half is None.
     """
     groups: dict[tuple, list[dict]] = {}
     for row in rows:
@@ -25,7 +25,7 @@ def average(rows: list[dict], keys: tuple[str, ...]) -> list[dict]:
         mean = dict(zip(keys, group))
         for name in members[0]:
             values = [row[name] for row in members]
-            if name not in (*keys, "seed") and None not in values:
+            if name not in (*keys, "seed", "draw") and None not in values:
                 spread = statistics.stdev(values) if len(values) > 1 else None
                 half = spread and student_t(len(values) - 1) * spread / math.sqrt(len(values))
                 mean[name] = [statistics.mean(values), half]
@@ -60,8 +60,12 @@ def draw(
 
     panels = [name for name in shown if any(name in row for row in means)]
     methods = list(dict.fromkeys(row["method"] for row in means))
-    width = 5 if x else 2.6
-    figure = Figure(figsize=(width * len(panels), 3.8))
+    if x is None:  # long names and many bars need more room
+        names = 0.07 * max(0, max(map(len, methods)) - 24)
+        size = 2.6 * len(panels) + names, max(3.8, 0.2 * len(methods))
+    else:
+        size = 5.0 * len(panels), 3.8
+    figure = Figure(figsize=size)
     axes = figure.subplots(1, len(panels), squeeze=False, sharey=x is None)
     x_labels = {
         "KL": "KL, nats",

@@ -13,7 +13,7 @@ from gram_mini.errors import UserError
 from gram_mini.judge import Comparison
 from gram_mini.pairs import Pair
 from gram_mini.studies import __main__ as studies
-from gram_mini.studies import certain, figures, paper, seeds
+from gram_mini.studies import certain, few, figures, paper, seeds
 from gram_mini.studies import lab as lab_module
 from gram_mini.village import COURTEOUS, FACTS, RAMBLING, question
 from gram_mini.village.pairs import topics, village_pairs
@@ -196,6 +196,49 @@ def test_what_smoothing_changes_is_measured_against_none(tmp_path, monkeypatch):
     assert [row["accuracy, change"] for row in rows] == [0, 0.25, -0.25]
 
 
+def test_a_recipe_says_what_a_judge_goes_on_with(tmp_path, monkeypatch):
+    lab, given = FakeLab(tmp_path, truth), {}
+    monkeypatch.setattr(lab, "evaluate", lambda model: {"out-of-distribution": 0.5})
+    known = {name: lab.pairs(name, 1) for name in ("labelled", "adaptation")}
+    monkeypatch.setattr(lab, "pairs", lambda split, seed: known[split])
+    monkeypatch.setattr(lab, "method", lambda name, seed: tmp_path / name)
+
+    def train(script, name, seed, *options):
+        data = options[options.index("--data") + 1]
+        with open(data) as lines:
+            rows = [json.loads(line) for line in lines]
+        given.update(script=script.__name__, options=options, rows=rows)
+        return tmp_path / name
+
+    monkeypatch.setattr(lab, "train", train)
+    texts = {
+        split: {(p.prompt, p.response_a, p.response_b) for p in pairs}
+        for split, pairs in known.items()
+    }
+    seen = set()
+    for draw in (0, 1):
+        few.adapted(lab, 1, "GRAM", few.Recipe("3e-4", 2, 64, old=30, times=5), 50, draw)
+        rows = [(r["prompt"], r["response_a"], r["response_b"]) for r in given["rows"]]
+        new = [row for row in rows if row in texts["adaptation"]]
+        assert len(rows) == 280 and len(new) == 250 and len(set(new)) == 50
+        assert set(rows) - set(new) <= texts["labelled"] and not seen & set(new)
+        seen |= set(new)
+    assert given["script"] == "train_reward" and "--init" in given["options"]
+    assert given["options"][-6:] == ("--lr", "3e-4", "--epochs", "2", "--batch-size", "64")
+    few.adapted(lab, 1, "D-Baseline", few.Recipe("1e-4", 4), 50)  # the last of two rates counts
+    assert given["script"] == "gram_mini.baselines.__main__" and "scalar" in given["options"]
+    assert given["options"][-6:-4] == ("--lr", "1e-4")
+    few.adapted(lab, 1, "nothing", few.Recipe("1e-4", 4), 50)
+    assert given["script"] == "train_reward" and "--init" not in given["options"]
+    monkeypatch.setattr(lab, "train", lambda *given: pytest.fail("its figures are known"))
+    few.adapted(lab, 1, "nothing", few.Recipe("1e-4", 4), 50)
+
+
+def test_each_starting_point_goes_on_by_a_recipe_of_the_search():
+    tried = {(name, recipe) for name, tried, *_ in few.SEARCH for recipe in tried}
+    assert set(few.ADAPT) == set(few.STARTS) and tried >= set(few.ADAPT.items())
+
+
 def test_means_and_intervals_over_seeds():
     rows = [
         {"seed": s, "method": "m", "accuracy": a, "bound": None}
@@ -214,6 +257,7 @@ def test_each_study_writes_json_and_a_figure(study, tmp_path, monkeypatch):
     monkeypatch.setattr(certain, "LABELLING", {"cue": certain.LABELLING["cue"]})
     monkeypatch.setattr(certain, "EPOCHS", (2,))
     monkeypatch.setattr(certain, "EPS", (0.0, 0.2))
+    monkeypatch.setattr(few, "SEARCH", [("GRAM", (few.SLOW,), (50,), 2)])
     lab = FakeLab(tmp_path, truth)
     seeds.run_study(study, lab, [1, 2], tmp_path / "results")
     record = json.loads((tmp_path / "results" / f"{study}.json").read_text())
