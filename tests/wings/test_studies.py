@@ -235,7 +235,7 @@ def test_a_recipe_says_what_a_judge_goes_on_with(tmp_path, monkeypatch):
 
 
 def test_each_starting_point_goes_on_by_a_recipe_of_the_search():
-    tried = {(name, recipe) for name, tried, *_ in few.SEARCH for recipe in tried}
+    tried = {(name, recipe) for name, recipe, _ in few.SEARCH}
     assert set(few.ADAPT) == set(few.STARTS) and tried >= set(few.ADAPT.items())
 
 
@@ -257,7 +257,8 @@ def test_each_study_writes_json_and_a_figure(study, tmp_path, monkeypatch):
     monkeypatch.setattr(certain, "LABELLING", {"cue": certain.LABELLING["cue"]})
     monkeypatch.setattr(certain, "EPOCHS", (2,))
     monkeypatch.setattr(certain, "EPS", (0.0, 0.2))
-    monkeypatch.setattr(few, "SEARCH", [("GRAM", (few.SLOW,), (50,), 2)])
+    monkeypatch.setattr(few, "COUNTS", (0, 50))
+    monkeypatch.setattr(few, "SEARCH", [("GRAM", few.SLOW, {50: 2})])
     lab = FakeLab(tmp_path, truth)
     seeds.run_study(study, lab, [1, 2], tmp_path / "results")
     record = json.loads((tmp_path / "results" / f"{study}.json").read_text())
