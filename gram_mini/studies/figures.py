@@ -102,7 +102,7 @@ def draw(
         axis.grid(alpha=0.3)
         if x is None:
             axis.set_yticks(range(len(methods)), methods)
-            axis.invert_yaxis()
+            axis.set_ylim(len(methods) - 0.5, -0.5)
             axis.axvline(0.5, color="black", lw=0.8)  # chance
         elif x == "labels":
             counts = sorted({row[x] for row in means})
