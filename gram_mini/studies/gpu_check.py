@@ -7,8 +7,9 @@
   Speed      tokens per second, and the share of what large matrix products reach on the card
 
 Nothing is downloaded. Real shapes have random weights and the village's tokenizer. The page is
-printed and written to --out. A step that fails does not stop the others: its reason stands on the
-page, and the exit status is 1. What the steps say goes to standard error.
+written to --out after every step, and printed at the end. A step that fails does not stop the
+others: its reason stands on the page, and the exit status is 1. What the steps say goes to standard
+error.
 """
 
 from __future__ import annotations
@@ -447,20 +448,26 @@ def outcome(x: Setting, step: Step) -> tuple[str, str]:
     return "FAILED", " ".join(reason.split())
 
 
-def verdict(results: list[str], names: list[str]) -> str:
+def verdict(results: list[str], names: list[str], planned: int) -> str:
     """The last line of the page."""
     count = {r: results.count(r) for r in ("passed", "measured", "FAILED", "left out")}
     said = ", ".join(f"{n} {result}" for result, n in count.items() if n)
     bad = [name for name, result in zip(names, results) if result in ("FAILED", "left out")]
     ending = f"Not shown: {'; '.join(bad)}." if bad else "All checks hold."
-    return f"**{len(results)} steps: {said}. {ending}**"
+    if len(results) < planned:
+        return f"**Unfinished: {len(results)} of {planned} steps: {said}.**"
+    return f"**{planned} steps: {said}. {ending}**"
 
 
-def check(x: Setting) -> tuple[str, bool]:
-    """Run all steps; the page, and whether every step passed or was measured."""
+def check(x: Setting, write: Callable[[str], None]) -> bool:
+    """Run all steps; whether every step passed or was measured.
+
+    ``write`` gets the page after every step, so that one that hangs or kills the process takes
+    nothing with it.
+    """
     lines: dict[str, list[list[str]]] = {}
-    began, results, names = time.monotonic(), [], []
-    for section, name, step in steps_of(x):
+    began, results, names, steps = time.monotonic(), [], [], steps_of(x)
+    for section, name, step in steps:
         started = time.monotonic()
         if not x.tiny and started - began > 60 * MINUTES:
             result, text = "left out", f"{MINUTES} minutes were over"
@@ -472,14 +479,21 @@ def check(x: Setting) -> tuple[str, bool]:
         lines.setdefault(section, []).append([name, result, took, text])
         results.append(result)
         names.append(f"{section}: {name}")
+        seconds = time.monotonic() - began
+        write(page(x, lines, seconds, verdict(results, names, len(steps))))
+    return not {"FAILED", "left out"} & set(results)
+
+
+def page(x: Setting, lines: dict[str, list[list[str]]], seconds: float, ending: str) -> str:
+    """The page: the rows of each section, and the verdict."""
     where = NO_GPU if x.tiny else machine(x.device)
-    taken = f"{time.strftime('%Y-%m-%d')}, {time.monotonic() - began:.0f} seconds"
-    page = [f"# GPU check\n\n`python -m gram_mini.studies.gpu_check`: {where}; {taken}."]
+    taken = f"{time.strftime('%Y-%m-%d')}, {seconds:.0f} seconds"
+    parts = [f"# GPU check\n\n`python -m gram_mini.studies.gpu_check`: {where}; {taken}."]
     for section, rows in lines.items():
         about = f"{ABOUT[section]}\n\n" if ABOUT[section] else ""
-        page.append(f"## {section}\n\n{about}{table(['step', 'result', 'seconds', ''], rows)}")
-    page.append(f"## Verdict\n\n{verdict(results, names)}")
-    return "\n\n".join(page) + "\n", not {"FAILED", "left out"} & set(results)
+        parts.append(f"## {section}\n\n{about}{table(['step', 'result', 'seconds', ''], rows)}")
+    parts.append(f"## Verdict\n\n{ending}")
+    return "\n\n".join(parts) + "\n"
 
 
 def main(argv=None) -> int:
@@ -518,11 +532,17 @@ def main(argv=None) -> int:
         device, name = pick_device("auto"), args.shape or "Qwen2.5-0.5B"
         s = SHAPES[name]
     torch.manual_seed(0)
+    pages: list[str] = []
+
+    def write(page: str) -> None:
+        pages.append(page)
+        if out:
+            write_whole(out, [page], "--out")
+
     with tempfile.TemporaryDirectory() as folder:
-        page, good = check(Setting(device, name, s, Path(folder), args.tiny))
-    print(page, end="")
+        good = check(Setting(device, name, s, Path(folder), args.tiny), write)
+    print(pages[-1], end="")
     if out:
-        write_whole(out, [page], "--out")
         print(f"wrote {out}", file=sys.stderr)
     return 0 if good else 1
 
