@@ -104,6 +104,8 @@ def draw(
             counts = sorted({row[x] for row in means})
             axis.set_xscale("symlog", linthresh=50)
             axis.set_xticks(counts, counts, fontsize=8)
+        elif x == "comparisons":
+            axis.set_xscale("log", base=2)
     if x is not None:
         axes[0][-1].legend(fontsize=7, framealpha=0.5)
     figure.suptitle(title)
