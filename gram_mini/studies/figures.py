@@ -106,6 +106,7 @@ def draw(
             axis.set_xticks(counts, counts, fontsize=8)
         elif x == "comparisons":
             axis.set_xscale("log", base=2)
+            axis.xaxis.set_major_formatter("{x:.0f}")
     if x is not None:
         axes[0][-1].legend(fontsize=7, framealpha=0.5)
     figure.suptitle(title)

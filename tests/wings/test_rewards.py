@@ -1,7 +1,10 @@
 """The judge in other loops: each function is called as the loop's own code calls it."""
 
+import asyncio
 import importlib.util
+import textwrap
 from pathlib import Path
+from types import SimpleNamespace
 
 from gram_mini.errors import UserError
 from gram_mini.serving import ms_swift, openrlhf, rewards, verl
@@ -113,3 +116,88 @@ def test_a_loop_without_a_judge_is_told_how_to_name_one(monkeypatch):
 def test_the_judge_is_loaded_once(monkeypatch):
     monkeypatch.setenv("GRAM_JUDGE", "village")
     assert rewards.judge_of_the_loop() is rewards.judge_of_the_loop()
+
+
+# ---- the real callers, where their packages are installed (gram_mini/serving/rewards.md) ----
+
+
+def test_the_reward_managers_of_verl(loop, tokenizer):
+    pytest.importorskip("verl.workers.reward_manager.batch")
+    from omegaconf import OmegaConf
+    from verl import DataProto
+    from verl.trainer.ppo.reward import get_custom_reward_fn, load_reward_manager
+    from verl.workers.reward_manager import BatchRewardManager
+
+    encode = lambda texts: tokenizer(
+        texts, return_tensors="pt", padding=True, padding_side="right", add_special_tokens=False
+    )
+    asked, answered = encode([QUESTION] * 2), encode([SOUP, FISH])
+    mask = torch.cat([asked["attention_mask"], answered["attention_mask"]], dim=1)
+    ids = {"prompts": asked["input_ids"], "responses": answered["input_ids"]}
+    columns = {
+        "data_source": ["village"] * 2,
+        "reward_model": [{"ground_truth": CAKE}] * 2,
+        "extra_info": [{"question": QUESTION}, {"question": QUESTION}],
+    }
+    data = DataProto.from_dict(
+        tensors={**ids, "attention_mask": mask},
+        non_tensors={name: np.array(column, dtype=object) for name, column in columns.items()},
+    )
+
+    def configured(name: str):
+        function = {"path": "pkg://gram_mini.serving.verl", "name": name}
+        manager = {"source": "register", "name": "naive"}
+        reward = {"custom_reward_function": function, "reward_manager": manager}
+        return OmegaConf.create({"reward": reward})
+
+    expected = [loop.reward(QUESTION, text, CAKE) for text in (SOUP, FISH)]
+    batch = BatchRewardManager(tokenizer, 0, get_custom_reward_fn(configured("compute_score")))
+    assert batch(data).sum(dim=1).tolist() == pytest.approx(expected, abs=1e-5)
+
+    async def one_by_one():
+        manager = load_reward_manager(configured("compute_score_of_one"), tokenizer)
+        return [(await manager.run_single(data[i : i + 1]))["reward_score"] for i in range(2)]
+
+    assert asyncio.run(one_by_one()) == pytest.approx(expected, abs=1e-5)
+
+
+def test_the_executor_of_openrlhf(loop, tokenizer):
+    executor = pytest.importorskip("openrlhf.utils.agent").SingleTurnAgentExecutor
+
+    class Engine:
+        async def generate(self, ids, params, multi_modal_data=None):
+            answer = tokenizer(f"{SOUP}<|end|>", add_special_tokens=False)["input_ids"]
+            output = SimpleNamespace(token_ids=answer, finish_reason="stop", logprobs=None)
+            return SimpleNamespace(outputs=[output])
+
+    sampling = SimpleNamespace(max_tokens=64, logprobs=None)
+    given = QUESTION, FISH, sampling, 512, tokenizer, Engine()
+    done = asyncio.run(executor(openrlhf.__file__).execute(*given))
+    expected = loop.reward(QUESTION, SOUP, FISH)
+    assert done["reward"].item() == pytest.approx(expected, abs=1e-5)
+    assert set(done["extra_logs"]) == {"gram_position_gap", "gram_label_mass"}
+
+
+def test_the_rewards_of_ms_swift(loop, tmp_path):
+    algorithm = pytest.importorskip("swift.rl_core.grpo_algorithm")
+    from swift.rewards import orms
+    from swift.rl_core.data import GRPOSample
+    from swift.utils import import_external_file
+
+    said = ms_swift.__doc__.split("of yours:\n")[1].split("\n\nand the options")[0]
+    (tmp_path / "plugin.py").write_text(textwrap.dedent(said))
+    import_external_file(str(tmp_path / "plugin.py"))
+    samples = [
+        GRPOSample(
+            messages=[
+                {"role": "user", "content": QUESTION},
+                {"role": "assistant", "content": text},
+            ],
+            extra={"reference": CAKE},
+        )
+        for text in (SOUP, FISH)
+    ]
+    reward = orms["gram"](args=None)
+    found = algorithm.compute_rewards_per_func(samples, [reward], [None], torch.device("cpu"))
+    expected = [loop.reward(QUESTION, text, CAKE) for text in (SOUP, FISH)]
+    assert found[:, 0].tolist() == pytest.approx(expected, abs=1e-5)
