@@ -123,8 +123,10 @@ _loading = threading.Lock()  # loops call reward functions from several threads
 def judge_of_the_loop():
     """The judge of a loop that takes a file's path and a function's name, and no arguments.
 
-    The environment variable GRAM_JUDGE names it: a run folder, an exported folder, or what else
-    ``score.py --model`` takes. It is loaded once in each process.
+    Environment variables name it. GRAM_JUDGE is a run folder, an exported folder, or what else
+    ``score.py --model`` takes. With GRAM_SERVER, the address of an engine, the engine computes it
+    under the name GRAM_SERVED_NAME (as ``score.py --server`` and ``--served-name``). It is loaded
+    once in each process.
 
     Raises:
         UserError: GRAM_JUDGE is not set.
@@ -136,9 +138,13 @@ def judge_of_the_loop():
             "as in GRAM_JUDGE=runs/reward"
         )
     with _loading:
-        return _load(name)
+        return _load(name, os.environ.get("GRAM_SERVER"), os.environ.get("GRAM_SERVED_NAME"))
 
 
 @functools.cache
-def _load(name: str):
-    return load_judge(name)
+def _load(name: str, server: str | None, served_name: str | None):
+    if server is None:
+        return load_judge(name)
+    from gram_mini.serving.served import served_judge
+
+    return served_judge(name, server, served_name)

@@ -2,6 +2,7 @@
 
 import asyncio
 import importlib.util
+import sys
 import textwrap
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,7 +26,7 @@ SOUP, FISH, CAKE = (
 def loop(village_judge, monkeypatch):
     """A loop whose judge is the village's."""
     monkeypatch.setenv("GRAM_JUDGE", "village")
-    monkeypatch.setattr(rewards, "_load", lambda name: village_judge)
+    monkeypatch.setattr(rewards, "_load", lambda *named: village_judge)
     return village_judge
 
 
@@ -113,9 +114,16 @@ def test_a_loop_without_a_judge_is_told_how_to_name_one(monkeypatch):
         ms_swift.GramReward()
 
 
-def test_the_judge_is_loaded_once(monkeypatch):
+def test_the_judge_is_loaded_once_and_may_be_a_served_one(monkeypatch):
     monkeypatch.setenv("GRAM_JUDGE", "village")
+    monkeypatch.delenv("GRAM_SERVER", raising=False)
     assert rewards.judge_of_the_loop() is rewards.judge_of_the_loop()
+    served = SimpleNamespace(served_judge=lambda *given: given)
+    monkeypatch.setitem(sys.modules, "gram_mini.serving.served", served)
+    monkeypatch.setenv("GRAM_SERVER", "http://127.0.0.1:8000")
+    assert rewards.judge_of_the_loop() == ("village", "http://127.0.0.1:8000", None)
+    monkeypatch.setenv("GRAM_SERVED_NAME", "reward")
+    assert rewards.judge_of_the_loop()[2] == "reward"
 
 
 # ---- the real callers, where their packages are installed (gram_mini/serving/rewards.md) ----
