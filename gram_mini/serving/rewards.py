@@ -63,7 +63,7 @@ def group_rewards(
         judge: a Judge, or what has its ``compare_many``.
         prompts: N texts or lists of messages, read as in training (reading.formats.parse_pairs).
         completions: N of the same.
-        references: N of the same; None, or an empty text, where there is none.
+        references: N of the same; None where there is none.
         against: "first" or "all".
         average: "probabilities" or "logits", as in Judge.compare_many.
 
@@ -72,7 +72,7 @@ def group_rewards(
     """
     if against not in AGAINST:
         raise ValueError(f"against must be one of {AGAINST}, got {against!r}")
-    given = [None] * len(prompts) if references is None else [text or None for text in references]
+    given = [None] * len(prompts) if references is None else references
     questions = [read_prompt(prompt, f"row {i}", "prompt") for i, prompt in enumerate(prompts)]
     groups: dict[str, list[int]] = {}
     for i, question in enumerate(questions):
