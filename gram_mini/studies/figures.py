@@ -80,7 +80,8 @@ def draw(
                     places, values, marker=".", label=method, ls=("-", "--")[place % 2]
                 )
                 low, high = ([v - s * h for v, h in zip(values, halves)] for s in (1, -1))
-                axis.fill_between(places, low, high, alpha=0.2, color=line.get_color())
+                if x != "comparisons":  # there the seeds move all lines together
+                    axis.fill_between(places, low, high, alpha=0.2, color=line.get_color())
         bounds = {
             row[x]: row["bound"][0] for row in means if x and name == "margin" and "bound" in row
         }

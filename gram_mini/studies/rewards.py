@@ -51,9 +51,24 @@ def rewards(lab: Lab, seed: int):
                     row["best of n"].append(max(true))
                     row[f"agreement, {who}"] += agreement(scores, true)
                     row[f"true reward of the first, {who}"].append(true[best_first(scores)[0]])
-    for (way, n), row in figures.items():
-        means = {name: statistics.mean(values) for name, values in row.items()}
-        yield {"method": way, "n": n, **means}
+    yield from beside_all(
+        [
+            {"method": way, "n": n, **{name: statistics.mean(of) for name, of in row.items()}}
+            for (way, n), row in figures.items()
+        ]
+    )
+
+
+def beside_all(rows: list[dict]) -> list[dict]:
+    """The rows of a seed, with how far the agreement of each is below that of all against all.
+
+    Judges of different seeds differ more than ways do, so ways are compared within a seed.
+    """
+    of_all = {row["n"]: row for row in rows if row["method"] == "all"}
+    for row, who in itertools.product(rows, ("GRAM", "votes")):
+        name = f"agreement, {who}"
+        row[f"below all, {who}"] = of_all[row["n"]][name] - row[name]
+    return rows
 
 
 def played(way: Way, texts: list[str], reference: str, better: dict) -> tuple[list[float], int]:
