@@ -667,11 +667,11 @@ def test_help_opens_with_two_commands_and_shows_every_default(script):
     first, second = (line.strip() for line in said.splitlines()[1:3])
     assert first.startswith(f"python {script}") and second.startswith(f"python {script}")
     assert "(default: None)" not in said
-    without = {"--help", "--debug", "--overwrite"}
+    without = {"--help", "--debug", "--overwrite", "--resume"}
     without |= (
         {"--prompt", "--response", "--reference", "--data", "--out"}
         if script == "score.py"
-        else {"--steps", "--resume", "--gradient-checkpointing"}
+        else {"--steps", "--gradient-checkpointing"}
     )
     entries = {entry.split()[0]: entry for entry in re.split(r"\n  (?:-h, )?(?=--)", said)[1:]}
     assert {name for name, entry in entries.items() if "default" not in entry} == without
