@@ -204,7 +204,7 @@ class Scores:
                 digest.update(question.digest())
             kept = self.file.kept(sum(question.lines for question in chunk))
             if kept is not None:
-                self._count(chunk, self._parsed(kept))
+                self._count(chunk, self._parsed(chunk, kept))
                 continue
             if resumed:
                 self._say_resumed(f"going on at row {chunk[0].head['row']}")
@@ -220,14 +220,18 @@ class Scores:
         kept = f"--resume: {self.file.lines} lines kept{dropped * bool(self.file.dropped)}"
         print(f"{kept}; {how}", flush=True)
 
-    def _parsed(self, kept: list[str]) -> list[dict]:
+    def _parsed(self, chunk: list[Question], kept: list[str]) -> list[dict]:
+        rows = [question.head["row"] for question in chunk for _ in range(question.lines)]
         try:
-            return [json.loads(line) for line in kept]
-        except ValueError:
-            raise UserError(
-                f"{self.file.partial}: a line between {self.lines + 1} and "
-                f"{self.lines + len(kept)} is no JSON; start anew with --overwrite"
-            ) from None
+            lines = [json.loads(line) for line in kept]
+            if [line["row"] for line in lines] == rows:
+                return lines
+        except (ValueError, TypeError, KeyError):
+            pass
+        raise UserError(
+            f"{self.file.partial}: lines {self.lines + 1} to {self.lines + len(kept)} are not "
+            "those of this data; start anew with --overwrite"
+        )
 
     def write(self, chunk: list[Question], answers: Sequence[list[Comparison] | Ranking]) -> None:
         """Write the lines of a chunk.
