@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 UNREADABLE = "that cannot be read"
 SELDOM = 0.5  # mass on the labels; below it the model hardly ever answers A or B
-CHUNK = 1000  # comparisons that are held, made and written together: see README.md
+CHUNK = 2000  # comparisons that are held, made and written together: see README.md
 NOTED = ("batch_size", "device")  # change no score by more than rounding
 
 

@@ -107,7 +107,7 @@ def stop(monkeypatch, how, chunk):
 
 
 def test_the_chunks_change_no_score_but_for_rounding(data, whole, tmp_path, monkeypatch):
-    monkeypatch.setattr(scores, "CHUNK", 1000)
+    monkeypatch.setattr(scores, "CHUNK", 2000)
     at_once = [json.loads(line) for line in scored(data, tmp_path / "once.jsonl").splitlines()]
     lines = [json.loads(line) for line in whole.splitlines()]
     assert len(lines) == LINES == len(at_once) and not left_over(tmp_path / "once.jsonl")
@@ -119,7 +119,7 @@ def test_the_chunks_change_no_score_but_for_rounding(data, whole, tmp_path, monk
 
 
 def test_a_file_of_one_chunk_is_judged_in_one_call(data, tmp_path, monkeypatch, judge):
-    monkeypatch.setattr(scores, "CHUNK", 1000)
+    monkeypatch.setattr(scores, "CHUNK", 2000)
     data.write_text("".join(json.dumps(row) + "\n" for row in ROWS[:20]))
     pairs = list(scores.read_questions(scores.options.score_options("", command(data, "o"))))
     results = judge.compare_many([pair for question in pairs for pair in question.pairs])
