@@ -43,7 +43,7 @@ class PartialFile:
     """A file whose lines are written as they come, as NAME.partial until it is complete.
 
     NAME.partial.json holds the settings that the lines were made with. ``settings`` must be equal
-    to them for the file to go on; so must ``lasting``, but for a note of what has changed.
+    to them for the file to go on. What of ``noted`` has changed is only said.
 
     Lines are kept or dropped a chunk at a time: :meth:`kept` gives those of the next chunk as long
     as they are there, then :meth:`add` appends.
@@ -70,6 +70,8 @@ class PartialFile:
             if resume:
                 self._compare(settings, noted)
             else:
+                # First, so that old lines never stand beside new settings.
+                self.partial.unlink(missing_ok=True)
                 write_whole(self._settings, [json.dumps({**settings, **noted}, indent=1)], name)
             self._file = open(self.partial, "r+b" if resume else "wb")
         except OSError as error:
@@ -104,7 +106,7 @@ class PartialFile:
         if changed := changes(noted):
             print(f"--resume: {changed}; the last digits of what follows may be others for it")
 
-    def kept(self, count: int) -> list[str] | None:
+    def kept(self, count: int) -> list[bytes] | None:
         """The next ``count`` lines, or None where they are not all there: then what there is of
         them is cut off, and whatever follows is to be added.
         """
@@ -114,7 +116,7 @@ class PartialFile:
         lines = [self._file.readline() for _ in range(count)]
         if all(line.endswith(b"\n") for line in lines):
             self.lines += count
-            return [line.decode() for line in lines]
+            return lines
         self._file.seek(begin)
         self._file.truncate()
         self.dropped = sum(map(bool, lines))

@@ -220,7 +220,7 @@ class Scores:
         kept = f"--resume: {self.file.lines} lines kept{dropped * bool(self.file.dropped)}"
         print(f"{kept}; {how}", flush=True)
 
-    def _parsed(self, chunk: list[Question], kept: list[str]) -> list[dict]:
+    def _parsed(self, chunk: list[Question], kept: list[bytes]) -> list[dict]:
         rows = [question.head["row"] for question in chunk for _ in range(question.lines)]
         try:
             lines = [json.loads(line) for line in kept]
