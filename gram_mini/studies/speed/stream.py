@@ -24,6 +24,7 @@ from gram_mini.errors import UserError, clear_errors
 from gram_mini.runs import options
 from gram_mini.runs.output import check_place, save_figure, write_whole
 from gram_mini.runs.partial import partial_names
+from gram_mini.runs.scores import read_through
 from gram_mini.village.pairs import village_pairs
 
 import psutil
@@ -103,6 +104,15 @@ def watch(args, data: Path, out: Path, samples: Path) -> None:
             except subprocess.TimeoutExpired:
                 pass
     ended_well(process, data)
+
+
+def reading_seconds(args, data: Path) -> float:
+    """How long score.py reads before it scores."""
+    files = ["--data", str(data), "--out", str(data.with_name("nothing.jsonl"))]
+    given = options.score_options("", ["--model", args.model, *files])
+    began = time.monotonic()
+    read_through(given)
+    return round(time.monotonic() - began, 1)
 
 
 def read_samples(file: Path) -> list[list[float]]:
@@ -197,12 +207,14 @@ def main(argv=None) -> None:
     points = read_samples(samples)
     seconds = points[-1][0]
     kills = kill_at_random(args, data, whole, folder, seconds) if args.kills else []
+    reading = reading_seconds(args, data)
     step = -(-len(points) // POINTS)
     tenth = whole.stat().st_size / 10
     early = next((point for point in points if point[1] >= tenth), points[-1])
     record = {
         "rows": args.rows,
         "seconds": seconds,
+        "seconds of one reading": reading,
         "MiB at a tenth of the file": round(early[2] / MIB),
         "MiB at the end": round(points[-1][2] / MIB),
         "MiB at most": round(max(point[2] for point in points) / MIB),
