@@ -77,8 +77,8 @@ def read_questions(
             rows are counted.
     """
     notes = Notes() if notes is None else notes
-    options = args.split, args.limit, args.subset, args.streaming, args.columns, args.labels
-    for number, group in read_groups(args.data, *options, notes, progress):
+    given = args.split, args.limit, args.subset, args.streaming, args.columns, args.labels
+    for number, group in read_groups(args.data, *given, notes, progress):
         row = group[0][1]
         head = {"row": number}
         if isinstance(row, dict) and "id" in row:
