@@ -33,7 +33,7 @@ from tqdm import tqdm
 EXAMPLES = """\
   # 3,000 pairs, killed three times: 2 minutes on 2 CPU cores
   python -m gram_mini.studies.speed.stream --rows 3000 --kills 3 --out runs/stream
-  # a million pairs: an hour
+  # a million pairs: half an hour to an hour
   python -m gram_mini.studies.speed.stream"""
 
 SCRIPT = Path(__file__).parents[3] / "score.py"
@@ -93,8 +93,8 @@ def watch(args, data: Path, out: Path, samples: Path) -> None:
                 resident = psutil.Process(process.pid).memory_info().rss
             except psutil.Error:  # it has just ended
                 break
-            partial = partial_names(out)[0]
-            written = partial.stat().st_size if partial.is_file() else 0
+            files = [file for file in (out, partial_names(out)[0]) if file.is_file()]
+            written = files[0].stat().st_size if files else 0
             seconds = offset + time.monotonic() - began
             csv.writer(file).writerow([round(seconds, 1), written, resident])
             file.flush()
