@@ -303,9 +303,17 @@ def test_an_unfinished_file_is_not_thrown_away_unasked(data, whole, tmp_path, mo
     with FileLock(tmp_path / ".o.jsonl.lock"):
         with pytest.raises(UserError, match="another process is writing it"):
             scored(data, out, "--resume")
+    out.write_text("an older file")
+    kept = (tmp_path / "o.jsonl.partial").read_bytes()
+    with monkeypatch.context() as patch:
+        stop(patch, KeyboardInterrupt, 2)
+        with pytest.raises(Interrupted):
+            scored(data, out, "--resume", "--overwrite")  # goes on, and does not start anew
+    assert out.read_text() == "an older file"
+    assert (tmp_path / "o.jsonl.partial").read_bytes().startswith(kept)
     (tmp_path / "o.jsonl.partial").write_text('{"row": 2}\n' * 14)
     with pytest.raises(UserError, match="lines 1 to 7 are not those of this data"):
-        scored(data, out, "--resume")
+        scored(data, out, "--resume", "--overwrite")
     assert scored(data, out, "--overwrite") == whole and not left_over(out)
     (tmp_path / "o.jsonl.partial").write_text("a thesis")
     out.unlink()
