@@ -3,8 +3,7 @@
 Every comparison is made in both orders. On the command line two responses give a comparison, more
 (or --rank) a ranking, --reference the reward of each. With --data, a file's rows become lines of
 JSON, each with "row" and the row's "id". A row with several pairs gives a line for each, numbered
-by "pair". A row with none gives a line with "skipped", the reason. Lines are written as they come,
-to FILE.jsonl.partial, which gets its name when it is complete. After a stop --resume goes on.
+by "pair". A row with none gives a line with "skipped", the reason. After a stop --resume goes on.
 
   prompt, chosen, rejected (or any other format of gram_mini/reading/README.md)    -> a comparison
       probability    P(the first response, A, is better), the average of both orders

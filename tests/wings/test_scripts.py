@@ -518,7 +518,7 @@ def test_user_error_ends_the_script_with_one_line_and_status_2(tmp_path):
     (score, ["--data", "x.jsonl"], "needs --out"),
     (score, [*PAIR, "--rank", "reference"], "needs --reference"),
     (score, [*PAIR, "--resume"], "--overwrite, --resume and --limit go with --data"),
-    (score, "--data x --benchmark llmbar --out x.json --resume".split(), "does not go with --bench"),
+    (score, "--data x --benchmark llmbar --out x.json --resume".split(), "not go with --bench"),
 ])  # fmt: skip
 def test_usage_errors(script, arguments, message, capsys):
     with pytest.raises(SystemExit) as error:
