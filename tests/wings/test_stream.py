@@ -36,7 +36,8 @@ ROWS = [
 ]  # fmt: skip
 LINES = 20 + 1 + 4 + 1 + 6 + 1 + 9
 
-# Ends the process in the fifth chunk: before it is judged, or with half of its lines written.
+# Ends the process when pairs are encoded for the fifth time, or in the fifth chunk with all but the
+# last line or two of it written.
 KILL = """
 import os, signal, sys, score
 from gram_mini.runs import partial, scores
@@ -242,14 +243,13 @@ def test_wherever_the_partial_file_was_torn(data, whole, tmp_path, monkeypatch, 
 
 
 @pytest.mark.parametrize(
-    ("kind", "name", "before"),
-    [("score.Judge", "encode", "pass"), ("partial.PartialFile", "add", TORN)],
+    ("kind", "name", "before", "done"),
+    [("scores.Judge", "encode", "pass", 21), ("partial.PartialFile", "add", TORN, 37)],
     ids=["judging", "writing"],
 )
-def test_sigkill_loses_at_most_a_chunk(kind, name, before, data, whole, tmp_path):
+def test_sigkill_loses_at_most_a_chunk(kind, name, before, done, data, whole, tmp_path):
     out = tmp_path / "o.jsonl"
     code = KILL.format(kind=kind, name=name, before=before)
-    code = code.replace("score.Judge", "scores.Judge")
     process = subprocess.run(
         [sys.executable, "-c", code, *command(data, out)],
         env={**os.environ, "PYTHONPATH": str(ROOT)},
@@ -258,7 +258,7 @@ def test_sigkill_loses_at_most_a_chunk(kind, name, before, data, whole, tmp_path
     )
     assert process.returncode == -signal.SIGKILL, process.stderr
     kept = (tmp_path / "o.jsonl.partial").read_bytes()
-    assert kept.count(b"\n") >= 7 and whole.startswith(kept) and not out.exists()
+    assert kept.count(b"\n") == done and whole.startswith(kept) and not out.exists()
     assert scored(data, out, "--resume") == whole
 
 
