@@ -5,10 +5,11 @@ import gzip
 import json
 import math
 import os
+import random
 import signal
-import subprocess
-import sys
+import time
 import tracemalloc
+from functools import partial
 from pathlib import Path
 
 import score
@@ -16,13 +17,13 @@ from gram_mini.errors import Interrupted, UserError
 from gram_mini.judge import Comparison, Judge
 from gram_mini.model import VILLAGE
 from gram_mini.runs import scores
+from gram_mini.runs.partial import PartialFile, partial_names
 from gram_mini.studies.speed import stream
 from gram_mini.village.pairs import village_pairs
 
 import pytest
 from filelock import FileLock
 
-ROOT = Path(__file__).parents[2]
 COLUMNS = ("prompt", "chosen", "rejected")
 ROWS = [
     *[{"id": i, **dict(zip(COLUMNS, (p.prompt, p.response_a, p.response_b)))}
@@ -35,24 +36,6 @@ ROWS = [
     *[{"prompt": "How?", "response_a": f"so {i}", "response_b": "no", "x": 1} for i in range(9)],
 ]  # fmt: skip
 LINES = 20 + 1 + 4 + 1 + 6 + 1 + 9
-
-# Ends the process when pairs are encoded for the fifth time, or in the fifth chunk with all but the
-# last line or two of it written.
-KILL = """
-import os, signal, sys, score
-from gram_mini.runs import partial, scores
-scores.CHUNK = 7
-real, calls = {kind}.{name}, []
-def last(self, given, *more, **named):
-    calls.append(1)
-    if len(calls) == 5:
-        {before}
-        os.kill(os.getpid(), signal.SIGKILL)
-    return real(self, given, *more, **named)
-{kind}.{name} = last
-score.main(sys.argv[1:])
-"""
-TORN = "self._file.write(''.join(given).encode('utf-8', 'replace')[:-300]); self._file.flush()"
 
 
 @pytest.fixture(autouse=True)
@@ -242,24 +225,63 @@ def test_wherever_the_partial_file_was_torn(data, whole, tmp_path, monkeypatch, 
     ]
 
 
-@pytest.mark.parametrize(
-    ("kind", "name", "before", "done"),
-    [("scores.Judge", "encode", "pass", 21), ("partial.PartialFile", "add", TORN, 37)],
-    ids=["judging", "writing"],
-)
-def test_sigkill_loses_at_most_a_chunk(kind, name, before, done, data, whole, tmp_path):
+def child(action):
+    """Start a process that is a copy of this one; SIGKILL ends it as it would end score.py."""
+    pid = os.fork()
+    if not pid:
+        try:
+            action()
+        finally:
+            os._exit(0)
+    return pid
+
+
+@pytest.mark.parametrize(("place", "done"), [("judging", 21), ("writing", 37)])
+def test_sigkill_loses_at_most_a_chunk(place, done, data, whole, tmp_path):
+    """It comes when pairs are encoded for the fifth time, or when most of the fifth chunk is
+    written."""
     out = tmp_path / "o.jsonl"
-    code = KILL.format(kind=kind, name=name, before=before)
-    process = subprocess.run(
-        [sys.executable, "-c", code, *command(data, out)],
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-    )
-    assert process.returncode == -signal.SIGKILL, process.stderr
+    kind, name = {"judging": (Judge, "encode"), "writing": (PartialFile, "add")}[place]
+    real, calls = getattr(kind, name), []
+
+    def last(self, given):
+        calls.append(1)
+        if len(calls) == 5:
+            if place == "writing":
+                self._file.write("".join(given).encode("utf-8", "replace")[:-300])
+                self._file.flush()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(self, given)
+
+    def run():
+        setattr(kind, name, last)
+        scored(data, out)
+
+    assert os.WTERMSIG(os.waitpid(child(run), 0)[1]) == signal.SIGKILL
     kept = (tmp_path / "o.jsonl.partial").read_bytes()
     assert kept.count(b"\n") == done and whole.startswith(kept) and not out.exists()
     assert scored(data, out, "--resume") == whole
+
+
+def test_sigkill_at_twenty_random_moments(data, whole, tmp_path):
+    """Of one file after the other, each killed until it is complete."""
+    out, begun = tmp_path / "o.jsonl", time.monotonic()
+    os.waitpid(child(lambda: scored(data, out)), 0)
+    seconds, kills, lines = time.monotonic() - begun, 0, [0]
+    while kills < 20 or max(lines) <= 7:  # some when there was something to lose
+        if out.exists():
+            assert out.read_bytes() == whole
+            out.unlink()
+        resume = ["--resume"] if all(map(Path.is_file, partial_names(out))) else []
+        pid = child(partial(scored, data, out, *resume))
+        time.sleep(random.uniform(0, seconds))
+        os.kill(pid, signal.SIGKILL)
+        kills += os.WIFSIGNALED(os.waitpid(pid, 0)[1])
+        begun_file = partial_names(out)[0]
+        lines.append(begun_file.read_bytes().count(b"\n") if begun_file.is_file() else 0)
+    if not out.exists():
+        scored(data, out, *["--resume"] * all(map(Path.is_file, partial_names(out))))
+    assert out.read_bytes() == whole
 
 
 def test_what_was_begun_otherwise_is_not_gone_on_with(data, tmp_path, monkeypatch, capsys, judge):
