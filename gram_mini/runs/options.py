@@ -15,6 +15,7 @@ from gram_mini.model import VILLAGE
 from gram_mini.reading.columns import Columns, check_columns
 from gram_mini.runs import defaults
 from gram_mini.runs.output import check_output
+from gram_mini.runs.partial import check_partial
 from gram_mini.studies import benchmarks
 
 PRETRAIN_EXAMPLES = """\
@@ -128,6 +129,11 @@ def score_options(description: str, argv=None) -> argparse.Namespace:
         help="file to write the scores of --data to, one line a row",
     )
     g.add_argument("--overwrite", action="store_true", help="replace a file that is already there")
+    g.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on with the unfinished file of --out; give the same options again",
+    )
     g = p.add_argument_group("how")
     g.add_argument(
         "--model",
@@ -185,9 +191,13 @@ def _check_scoring(p: argparse.ArgumentParser, args: argparse.Namespace) -> None
             p.error("--benchmark needs --out FILE.json")
         for path in benchmarks.files(args.benchmark, args.out) if args.benchmark else [args.out]:
             check_output(path, args.overwrite, "--out")
+        if not args.benchmark:
+            check_partial(args.out, args.overwrite, args.resume, "--out")
+        elif args.resume:
+            p.error("--resume does not go with --benchmark")
     else:
-        if args.out or args.overwrite or args.limit:
-            p.error("--out, --overwrite and --limit go with --data")
+        if args.out or args.overwrite or args.resume or args.limit:
+            p.error("--out, --overwrite, --resume and --limit go with --data")
         if args.benchmark:
             p.error("--benchmark goes with --data")
         if not args.prompt or not args.response:
