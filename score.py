@@ -28,6 +28,7 @@ from gram_mini.prompts import read_template
 from gram_mini.runs.load import load_judge
 from gram_mini.runs.options import score_options
 from gram_mini.runs.scores import SELDOM, read_questions, write_scores
+from gram_mini.serving.served import served_judge
 from gram_mini.studies.benchmarks import score_benchmark
 
 from tqdm import tqdm
@@ -43,7 +44,10 @@ def main(argv=None):
     args = score_options(__doc__, argv)
     template = read_template(args.judge_template) if args.judge_template else None
     sizes = args.max_length, args.batch_size
-    judge = load_judge(args.model, args.bits, args.device, *sizes, template)
+    if args.server:
+        judge = served_judge(args.model, args.server, args.served_name, *sizes, template)
+    else:
+        judge = load_judge(args.model, args.bits, args.device, *sizes, template)
     if args.benchmark:
         score_benchmark(judge, args)
     elif args.data:
