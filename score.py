@@ -44,10 +44,10 @@ def main(argv=None):
     args = score_options(__doc__, argv)
     template = read_template(args.judge_template) if args.judge_template else None
     sizes = args.max_length, args.batch_size
-    if args.server:
-        judge = served_judge(args.model, args.server, args.served_name, *sizes, template)
-    else:
+    if not args.server:
         judge = load_judge(args.model, args.bits, args.device, *sizes, template)
+    else:
+        judge = served_judge(args.model, args.server, args.served_name, *sizes, template)
     if args.benchmark:
         score_benchmark(judge, args)
     elif args.data:

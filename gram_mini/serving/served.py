@@ -56,6 +56,7 @@ def served_judge(
     max_length: int | None = None,
     batch_size: int = 32,
     template: str | None = None,
+    route: str | None = None,
 ) -> ServedJudge:
     """A judge whose prompts are made as for ``path`` and computed by ``server``.
 
@@ -66,6 +67,7 @@ def served_judge(
         served_name: the name of the model there; may be left out where only one is served.
         max_length, template: as in load_judge.
         batch_size: requests at a time.
+        route: one of ROUTES; by default the first that the server answers.
 
     Raises:
         UserError: no such folder, an unfinished run, a run with a head of its own; and as
@@ -79,7 +81,7 @@ def served_judge(
         template = template or record["prompt"]["judge"]
     tokenizer = load_tokenizer(str(path))
     max_length = max_length or for_model(MAX_LENGTH, str(path))
-    judge = ServedJudge(tokenizer, server, served_name, max_length, batch_size, template)
+    judge = ServedJudge(tokenizer, server, served_name, max_length, batch_size, template, route)
     check_trained(judge, path, record)
     return judge
 

@@ -17,7 +17,6 @@ from pathlib import Path
 
 from gram_mini.errors import clear_errors
 from gram_mini.evaluation import Evaluation, evaluate, summarise, with_interval
-from gram_mini.judge import Judge
 from gram_mini.model import local_model
 from gram_mini.runs import options
 from gram_mini.runs.load import load_judge
@@ -80,10 +79,10 @@ def village_table(
     folders: dict[tuple[str, str], str] = {}
     rows: dict[tuple[str, str], dict[int, list[Evaluation]]] = defaultdict(dict)
     for model, record in zip(models, records):
-        if server:
-            judge: Judge = served_judge(model, server, served_name)
-        else:
+        if not server:
             judge = load_judge(model, device=device)
+        else:
+            judge = served_judge(model, server, served_name)
         results = judge.compare_many(out_of_distribution, progress=model)
         facts = [
             (pair, result)

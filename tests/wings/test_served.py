@@ -6,6 +6,7 @@ The server here is a stand-in: it speaks the protocols and computes with the vil
 import json
 import math
 import os
+import re
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -17,7 +18,7 @@ from gram_mini.judge import Judge
 from gram_mini.model import VILLAGE, load_model
 from gram_mini.pairs import Pair
 from gram_mini.runs.load import load_judge
-from gram_mini.serving import served
+from gram_mini.serving import compare, served
 from gram_mini.serving.served import ROUTES, ServedJudge, served_judge
 from gram_mini.serving.trl import as_trl_reward
 from gram_mini.village.pairs import village_pairs
@@ -45,6 +46,7 @@ class StandIn(ThreadingHTTPServer):
         self.fault = lambda path, body: None
         self.cards = [{"id": "judge", "max_model_len": 2048}]
         self.seen: list[tuple[str, dict]] = []
+        self.keys: list[str | None] = []
         self.active = self.most = 0
         self.lock = threading.Lock()
         self.url = f"http://127.0.0.1:{self.server_port}"
@@ -95,6 +97,7 @@ class Handler(BaseHTTPRequestHandler):
         body = json.loads(text) if text else {}
         with server.lock:
             server.seen.append((self.path, body))
+            server.keys.append(self.headers.get("Authorization"))
             server.active += 1
             server.most = max(server.most, server.active)
         try:
@@ -165,6 +168,16 @@ def test_the_form_of_llama_cpp(serve, tokenizer, village_judge):
     assert judge.compare(*PAIR).log_odds_first == pytest.approx(theirs.log_odds_first, abs=1e-4)
 
 
+def test_a_key_is_sent_only_if_it_is_set(serve, tokenizer, monkeypatch):
+    server = serve("named")
+    ServedJudge(tokenizer, server.url)
+    assert set(server.keys) == {None}
+    monkeypatch.setenv("GRAM_SERVER_KEY", "secret")
+    server.keys.clear()
+    ServedJudge(tokenizer, server.url)
+    assert set(server.keys) == {"Bearer secret"}
+
+
 def test_requests_go_out_together_and_no_more_than_allowed(serve, tokenizer):
     server = serve("named")
     judge = ServedJudge(tokenizer, server.url, batch_size=3)
@@ -221,6 +234,27 @@ def test_score_py_with_a_server(run, serve, tmp_path, capsys, monkeypatch):
     score.main(["--model", str(run), *texts, *there])
     assert "is better" in capsys.readouterr().out
     assert {body["model"] for path, body in server.seen if path != "/v1/models"} == {"judge"}
+
+
+def test_compare_finds_nothing_between_a_judge_and_itself(run, serve, tmp_path, capsys):
+    data = tmp_path / "pairs.jsonl"
+    rows = [
+        dict(prompt=p.prompt, response_a=p.response_a, response_b=p.response_b, label="AB"[p.label])
+        for p in PAIRS
+    ]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    server = serve("named", judge=load_judge(run))
+    there = ["--server", server.url, "--data", str(data)]
+    compare.main(["--model", str(run), *there])
+    said = capsys.readouterr().out
+    assert "the same verdict on 8 of 8 pairs" in said
+    (apart,) = re.findall("log-odds apart: mean .*, at most (.*)", said)
+    assert float(apart) < 1e-4
+    # The untrained backbone is another judge; only the tokenizer and the prompt are the same.
+    server.judge = load_judge(VILLAGE, bits=32)
+    compare.main(["--model", str(run), *there])
+    (apart,) = re.findall("log-odds apart: mean .*, at most (.*)", capsys.readouterr().out)
+    assert float(apart) > 0.01
 
 
 def test_a_served_run_keeps_its_prompt_and_length(run, serve):
