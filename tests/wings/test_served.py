@@ -15,14 +15,15 @@ import score
 import train_reward
 from gram_mini.errors import UserError
 from gram_mini.judge import Judge
-from gram_mini.model import VILLAGE, load_model
+from gram_mini.model import VILLAGE
 from gram_mini.pairs import Pair
 from gram_mini.runs.load import load_judge
 from gram_mini.serving import compare, served
+from gram_mini.serving.export import export
 from gram_mini.serving.served import ROUTES, ServedJudge, served_judge
 from gram_mini.serving.trl import as_trl_reward
+from gram_mini.village import wide_heads
 from gram_mini.village.pairs import village_pairs
-from gram_mini.village.wide_heads import widen
 
 import pytest
 import torch
@@ -397,14 +398,17 @@ def test_a_head_cannot_be_served(run, tmp_path):
 # ---- a real server -------------------------------------------------------------------
 
 
-def test_wide_heads_compute_the_same(village_judge):
-    ids = torch.arange(80).view(2, 40) + 20
-    with torch.no_grad():
-        wide, narrow = (
-            model(input_ids=ids).logits
-            for model in (widen(load_model(VILLAGE, bits=32)), village_judge.model)
-        )
-    assert torch.allclose(wide, narrow, atol=1e-4)
+def test_wide_heads_compute_the_same(run, tmp_path):
+    export(run, tmp_path / "narrow", "float32")
+    wide_heads.main([str(tmp_path / "narrow"), str(tmp_path / "wide")])
+    narrow, wide = (load_judge(tmp_path / name) for name in ("narrow", "wide"))
+    assert wide.model.config.head_dim == 32 and wide.max_length == narrow.max_length == 64
+    rows = narrow.encode(PAIRS)
+    assert torch.allclose(wide.log_odds(rows)[0], narrow.log_odds(rows)[0], atol=1e-4)
+    assert "is there already" in line(
+        lambda: wide_heads.main([str(tmp_path / "narrow"), str(tmp_path / "wide")])
+    )
+    assert "is for the village's model" in line(lambda: wide_heads.widen(wide.model))
 
 
 @pytest.mark.server
