@@ -7,7 +7,7 @@ first of these that it answers is kept (:data:`ROUTES`):
     /v1/completions with logprob_token_ids    log P of both labels by their ids (vLLM 0.32)
     /generative_scoring                       P of the first label; asked twice (vLLM)
     /v1/score                                 P of both labels (SGLang)
-    /v1/completions                           log P of the TOP likeliest tokens (llama.cpp, others)
+    /v1/completions                           log P of the likeliest 1,000 tokens (llama.cpp), or 20
 
 Read in vLLM 0.32.0 (entrypoints/openai/completion/protocol.py and
 entrypoints/generate/generative_scoring/serving.py) and in SGLang
@@ -41,7 +41,7 @@ from gram_mini.runs.record import HEAD, PROBE
 import torch
 from tqdm import tqdm
 
-TOP = 20  # most likely tokens that /v1/completions is asked for; vLLM's limit unless it is raised
+MANY, FEW = 1000, 20  # likeliest tokens; FEW is vLLM's limit unless --max-logprobs raises it
 ITEMS = 16  # judge prompts of one question in a request
 WAITS = (1, 2, 4)  # seconds before a failed request is sent again
 TIMEOUT = 300  # seconds for one request
@@ -184,34 +184,35 @@ class ServedJudge(Judge):
 Route = Callable[["Engine", tuple[int, int], list[int], list[list[int]]], list[tuple[float, float]]]
 
 
-def completions(engine, labels, query, items, named: bool = False):
-    """OpenAI's completions: one token with its log-probabilities.
+def completions(engine, labels, query, items, top: int = FEW, named: bool = False):
+    """OpenAI's completions: one token, with the log-probabilities of the ``top`` likeliest.
 
-    ``named`` insists on an engine that gives the tokens of ``logprob_token_ids``. Others do not
-    know this field and give the likeliest tokens. A label that is not among them is an error.
+    ``named`` insists on an engine that gives the tokens of ``logprob_token_ids`` instead. Others do
+    not know this field. A label that is not among the likeliest is an error.
     """
     path = "/v1/completions"
     request = {
         "prompt": [query + item for item in items],
         "max_tokens": 1,
         "temperature": 0,
-        "logprobs": TOP,
+        "logprobs": top,
         "logprob_token_ids": list(labels),
         "return_tokens_as_token_ids": True,
     }
     choices = sorted(engine.post(path, request)["choices"], key=lambda choice: choice["index"])
     answer = []
     for choice in choices:
-        top = by_token_id(choice["logprobs"])
-        if named and len(top) > len(labels) + 1:  # and the sampled one
+        logs = by_token_id(choice["logprobs"])
+        if named and len(logs) > len(labels) + 1:  # and the sampled one
             raise Refused("does not know logprob_token_ids")
         for label in labels:
-            if label not in top:
+            if label not in logs:
                 raise UserError(
-                    f"{engine.url}{path}: token {label}, a label, is not among the {len(top)} "
-                    "likeliest: this model hardly answers A or B, or is not the judge"
+                    f"{engine.url}{path}: token {label}, a label, is not among the {len(logs)} "
+                    f"likeliest; let the server give more (vLLM: --max-logprobs {MANY}), or use an "
+                    "engine that gives tokens by their ids"
                 )
-        answer.append((top[labels[0]], top[labels[1]]))
+        answer.append((logs[labels[0]], logs[labels[1]]))
     return answer
 
 
@@ -261,7 +262,8 @@ ROUTES: dict[str, Route] = {
     "/v1/completions with logprob_token_ids": partial(completions, named=True),
     "/generative_scoring": generative_scoring,
     "/v1/score": score,
-    "/v1/completions": completions,
+    f"/v1/completions, {MANY} likeliest tokens": partial(completions, top=MANY),
+    f"/v1/completions, {FEW} likeliest tokens": completions,
 }
 
 

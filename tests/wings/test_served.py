@@ -34,8 +34,13 @@ SPEAKS = {  # what a server of each kind speaks, by our name of the route
     "/v1/completions with logprob_token_ids": {"named", "/generative_scoring"},
     "/generative_scoring": {"/generative_scoring", "/v1/completions"},
     "/v1/score": {"/v1/score", "/v1/completions"},
-    "/v1/completions": {"/v1/completions"},
+    "/v1/completions, 1000 likeliest tokens": {"/v1/completions"},
+    "/v1/completions, 20 likeliest tokens": {"/v1/completions", "few"},
 }
+
+
+class TooMany(Exception):
+    """More likeliest tokens than this server gives."""
 
 
 class StandIn(ThreadingHTTPServer):
@@ -66,6 +71,8 @@ class StandIn(ThreadingHTTPServer):
             ids = self.judge.tokenizer(body["prompt"], add_special_tokens=False)["input_ids"]
             return {"tokens": ids}
         if path == "/v1/completions" and self.speaks & {"named", path}:
+            if "few" in self.speaks and body["logprobs"] > 20:
+                raise TooMany
             return {"choices": [self.choice(k, ids, body) for k, ids in enumerate(body["prompt"])]}
         if path not in self.speaks:
             return None
@@ -78,7 +85,7 @@ class StandIn(ThreadingHTTPServer):
 
     def choice(self, index: int, ids: list[int], body: dict) -> dict:
         logs = self.logs(ids)
-        top = logs.topk(body["logprobs"]).indices.tolist()
+        top = logs.topk(min(body["logprobs"], len(logs))).indices.tolist()
         if "named" in self.speaks:
             top = {top[0], *body["logprob_token_ids"]}
         if "content" in self.speaks:  # llama.cpp
@@ -106,6 +113,8 @@ class Handler(BaseHTTPRequestHandler):
             if reply is None:
                 answer = server.answer(self.path, body)
                 status, reply = (404, "") if answer is None else (200, json.dumps(answer))
+        except TooMany:
+            status, reply = 400, "too many logprobs"
         finally:
             with server.lock:
                 server.active -= 1
@@ -353,10 +362,14 @@ def test_nonsense(tokenizer, serve):
     assert "log P(A) = -inf" in line(lambda: judge.compare(*PAIR))
 
 
-def test_a_label_that_is_not_among_the_likeliest(tokenizer, serve, monkeypatch):
-    monkeypatch.setattr(served, "TOP", 1)
-    server = serve("/v1/completions")
-    assert "is not among the 1 likeliest" in line(lambda: ServedJudge(tokenizer, server.url))
+def test_a_label_that_is_not_among_the_likeliest(tokenizer, serve):
+    judge = ServedJudge(tokenizer, serve("/v1/completions", "few").url)
+    judge.labels = (5, 6)  # never said
+    said = line(lambda: judge.compare(*PAIR))
+    assert "is not among the 20 likeliest" in said and "--max-logprobs 1000" in said
+    judge = ServedJudge(tokenizer, serve("/v1/completions").url)
+    judge.labels = (5, 6)
+    assert judge.compare(*PAIR).label_mass < 1e-3
 
 
 def test_tokens_named_by_their_text_are_not_guessed(tokenizer, serve):
