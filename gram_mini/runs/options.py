@@ -527,8 +527,8 @@ def add_server(group) -> None:
     group.add_argument(
         "--server",
         metavar="URL",
-        help="a server that computes the judge, such as http://127.0.0.1:8000; --model gives "
-        "tokenizer and prompt (gram_mini/serving/README.md)",
+        help="a server that computes the judge, such as http://127.0.0.1:8000; --model then gives "
+        "only tokenizer and prompt (default: it is computed here)",
     )
     group.add_argument(
         "--served-name", metavar="NAME", help="name of the judge there (default: the only one)"
