@@ -10,8 +10,8 @@ first of these that it answers is kept (:data:`ROUTES`):
     /v1/completions                           log P of the likeliest 1,000 tokens (llama.cpp), or 20
 
 Read in vLLM 0.32.0 (entrypoints/openai/completion/protocol.py and
-entrypoints/generate/generative_scoring/serving.py) and in SGLang
-(python/sglang/srt/managers/tokenizer_manager_score_mixin.py).
+entrypoints/generate/generative_scoring/serving.py), SGLang 0.5.23
+(srt/managers/tokenizer_manager_score_mixin.py) and llama.cpp (tools/server/server-task.cpp).
 """
 
 from __future__ import annotations
