@@ -28,6 +28,7 @@ from gram_mini.prompts import read_template
 from gram_mini.runs.load import load_judge
 from gram_mini.runs.options import score_options
 from gram_mini.runs.scores import SELDOM, Scores
+from gram_mini.serving.served import served_judge
 from gram_mini.studies.benchmarks import score_benchmark
 
 from tqdm import tqdm
@@ -43,7 +44,10 @@ def main(argv=None):
     args = score_options(__doc__, argv)
     template = read_template(args.judge_template) if args.judge_template else None
     sizes = args.max_length, args.batch_size
-    judge = load_judge(args.model, args.bits, args.device, *sizes, template)
+    if not args.server:
+        judge = load_judge(args.model, args.bits, args.device, *sizes, template)
+    else:
+        judge = served_judge(args.model, args.server, args.served_name, *sizes, template)
     if args.benchmark:
         score_benchmark(judge, args)
     elif args.data:
@@ -97,8 +101,7 @@ def rank(judge, prompt, responses, reference, args):
 
 
 def score_rows(judge, args):
-    """The rows of a file, chunk by chunk. The pairs of a chunk go in one call, so that shared
-    beginnings are computed once."""
+    """The rows of a file, chunk by chunk: one call for all pairs of a chunk shares beginnings."""
     with Scores(args, judge) as scores:
         for chunk in scores.chunks():
             pairs = [pair for question in chunk for pair in question.pairs]

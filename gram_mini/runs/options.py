@@ -159,9 +159,10 @@ def score_options(description: str, argv=None) -> argparse.Namespace:
         default=32,
         metavar="N",
         help="judge prompts of --max-length per forward pass; of shorter ones as many more as have "
-        "the same number of tokens",
+        "the same number of tokens; with --server requests at a time",
     )
     add_model_options(g, bits_default=None, max_length_default=None)
+    add_server(g)
     add_judge_template(g, default="as in training, else one of the two in gram_mini/prompts.py")
     args = p.parse_args(argv)
     _check_scoring(p, args)
@@ -212,6 +213,10 @@ def _check_scoring(p: argparse.ArgumentParser, args: argparse.Namespace) -> None
         p.error("--columns, --labels and --pairs-per-prompt do not go with --benchmark")
     if args.benchmark and (args.on_bad_row != "error" or args.pairs != "all" or args.streaming):
         p.error("--on-bad-row, --pairs and --streaming do not go with --benchmark")
+    if args.served_name and not args.server:
+        p.error("--served-name goes with --server")
+    if args.server and (args.bits or args.device != "auto"):
+        p.error("--bits and --device do not go with --server, which has its own")
     if args.columns and args.labels:
         Columns(args.columns, args.labels)
     if args.benchmark and (args.rank or args.reference is not None):
@@ -524,6 +529,19 @@ def add_model_options(
         "--device",
         default="auto",
         help="cpu, cuda, cuda:1, ...; auto takes a GPU if there is one",
+    )
+
+
+def add_server(group) -> None:
+    """Options of every command that may have its judge computed by a server."""
+    group.add_argument(
+        "--server",
+        metavar="URL",
+        help="a server that computes the judge, such as http://127.0.0.1:8000; --model then gives "
+        "only tokenizer and prompt (default: it is computed here)",
+    )
+    group.add_argument(
+        "--served-name", metavar="NAME", help="name of the judge there (default: the only one)"
     )
 
 

@@ -26,7 +26,7 @@ from tqdm import tqdm
 UNREADABLE = "that cannot be read"
 SELDOM = 0.5  # mass on the labels; below it the model hardly ever answers A or B
 CHUNK = 2000  # comparisons that are held, made and written together: see README.md
-NOTED = ("batch_size", "device")  # change no score by more than rounding
+NOTED = ("batch_size", "device", "server")  # change no score by more than rounding
 
 
 @dataclass
@@ -336,6 +336,7 @@ def settings(args, judge: Judge, contents: Contents) -> tuple[dict, dict]:
     given = options.as_record(args)
     return {
         **{name: value for name, value in given.items() if name not in left_out},
+        "served": args.server is not None,  # an engine computes in a type of its own
         "max_length": judge.max_length,
         "judge": judge_fingerprint(args.model, getattr(judge, "model", None)),
         "judge prompt": judge.template,

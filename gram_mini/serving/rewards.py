@@ -19,6 +19,7 @@ from gram_mini.pairs import Pair
 from gram_mini.reading.formats import parse_pairs
 from gram_mini.reading.messages import read_prompt
 from gram_mini.runs.load import load_judge
+from gram_mini.serving.served import served_judge
 
 AGAINST = ("first", "all")
 
@@ -145,6 +146,4 @@ def judge_of_the_loop():
 def _load(name: str, server: str | None, served_name: str | None):
     if server is None:
         return load_judge(name)
-    from gram_mini.serving.served import served_judge
-
     return served_judge(name, server, served_name)

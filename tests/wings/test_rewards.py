@@ -2,7 +2,6 @@
 
 import asyncio
 import importlib.util
-import sys
 import textwrap
 from pathlib import Path
 from types import SimpleNamespace
@@ -118,8 +117,7 @@ def test_the_judge_is_loaded_once_and_may_be_a_served_one(monkeypatch):
     monkeypatch.setenv("GRAM_JUDGE", "village")
     monkeypatch.delenv("GRAM_SERVER", raising=False)
     assert rewards.judge_of_the_loop() is rewards.judge_of_the_loop()
-    served = SimpleNamespace(served_judge=lambda *given: given)
-    monkeypatch.setitem(sys.modules, "gram_mini.serving.served", served)
+    monkeypatch.setattr(rewards, "served_judge", lambda *given: given)
     monkeypatch.setenv("GRAM_SERVER", "http://127.0.0.1:8000")
     assert rewards.judge_of_the_loop() == ("village", "http://127.0.0.1:8000", None)
     monkeypatch.setenv("GRAM_SERVED_NAME", "reward")
