@@ -126,7 +126,7 @@ def score_options(description: str, argv=None) -> argparse.Namespace:
         "--out",
         type=Path,
         metavar="FILE.jsonl",
-        help="file to write the scores of --data to, one line a row",
+        help="file to write the scores of --data to, a line for each pair or ranking",
     )
     g.add_argument("--overwrite", action="store_true", help="replace a file that is already there")
     g.add_argument(
@@ -201,6 +201,10 @@ def _check_scoring(p: argparse.ArgumentParser, args: argparse.Namespace) -> None
             p.error("--out, --overwrite, --resume and --limit go with --data")
         if args.benchmark:
             p.error("--benchmark goes with --data")
+        reading = ("split", "subset", "streaming", "on_bad_row", "pairs", "pairs_per_prompt")
+        for name in (*reading, "columns", "labels"):
+            if getattr(args, name) != p.get_default(name):
+                p.error(f"--{name.replace('_', '-')} goes with --data")
         if not args.prompt or not args.response:
             p.error("give --prompt and at least one --response")
         if len(args.response) == 1 and args.reference is None:

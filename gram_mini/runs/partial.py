@@ -135,15 +135,16 @@ class PartialFile:
 
     def finish(self) -> None:
         """Give the file its name."""
-        if self._reading and self._file.read(1):
-            raise UserError(f"{self.partial}: holds more lines than the data; use --overwrite")
-        self._file.close()
         try:
+            if self._reading and self._file.read(1):
+                raise UserError(f"{self.partial}: holds more lines than the data; use --overwrite")
+            self._file.close()
             self.partial.replace(self.path)
+            self._settings.unlink(missing_ok=True)
         except OSError as error:
             raise self._failed(error) from None
-        self._settings.unlink(missing_ok=True)
-        self._unlock()
+        finally:
+            self._unlock()
 
     def leave(self) -> None:
         """Let go of the file as it is; without a line it is removed."""

@@ -213,7 +213,9 @@ class Scores:
         if resumed:
             self._say_resumed("all rows are there")
         if digest.hexdigest()[:16] != self.contents.fingerprint:
-            raise UserError(f"{self.args.data}: has changed while it was read; score it again")
+            raise UserError(
+                f"{self.args.data}: has changed while it was read; score it again with --overwrite"
+            )
 
     def _say_resumed(self, how: str) -> None:
         dropped = f", {self.file.dropped} of a chunk that is not whole dropped"
@@ -336,7 +338,7 @@ def settings(args, judge: Judge, contents: Contents) -> tuple[dict, dict]:
     given = options.as_record(args)
     return {
         **{name: value for name, value in given.items() if name not in left_out},
-        "served": args.server is not None,  # an engine computes in a type of its own
+        "served": getattr(judge, "served_as", None),
         "max_length": judge.max_length,
         "judge": judge_fingerprint(args.model, getattr(judge, "model", None)),
         "judge prompt": judge.template,

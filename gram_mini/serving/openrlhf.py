@@ -37,7 +37,7 @@ def reward_func(queries, prompts, labels, **others) -> dict:
         rows = [label if isinstance(label, dict) else {"reference": label} for label in labels]
         plain = [row.get("prompt") or prompt for row, prompt in zip(rows, prompts)]
         responses = [_response(*texts) for texts in zip(queries, prompts)]
-        references = [row.get("reference") or None for row in rows]
+        references = [row.get("reference") for row in rows]
         found = group_rewards(judge_of_the_loop(), plain, responses, references)
     except Exception as error:
         print(f"error: gram_mini/serving/openrlhf.py: {error}", file=sys.stderr)

@@ -11,6 +11,7 @@ import os
 import statistics
 import threading
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 from gram_mini.errors import UserError
@@ -19,7 +20,7 @@ from gram_mini.pairs import Pair
 from gram_mini.reading.formats import parse_pairs
 from gram_mini.reading.messages import read_prompt
 from gram_mini.runs.load import load_judge
-from gram_mini.serving.served import served_judge
+from gram_mini.serving.served import ServedJudge, served_judge
 
 AGAINST = ("first", "all")
 
@@ -64,7 +65,7 @@ def group_rewards(
         judge: a Judge, or what has its ``compare_many``.
         prompts: N texts or lists of messages, read as in training (reading.formats.parse_pairs).
         completions: N of the same.
-        references: N of the same; None where there is none.
+        references: N of the same; None or an empty text where there is none.
         against: "first" or "all".
         average: "probabilities" or "logits", as in Judge.compare_many.
 
@@ -73,7 +74,7 @@ def group_rewards(
     """
     if against not in AGAINST:
         raise ValueError(f"against must be one of {AGAINST}, got {against!r}")
-    given = [None] * len(prompts) if references is None else references
+    given = [text or None for text in references or [None] * len(prompts)]
     questions = [read_prompt(prompt, f"row {i}", "prompt") for i, prompt in enumerate(prompts)]
     groups: dict[str, list[int]] = {}
     for i, question in enumerate(questions):
@@ -103,7 +104,8 @@ def group_rewards(
             in_order(pair) for row in pairs for pair in row if pair.response_a != pair.response_b
         )
     )
-    results = judge.compare_many(compared, average)
+    with nullcontext() if isinstance(judge, ServedJudge) else _computing:
+        results = judge.compare_many(compared, average)
     better = {}
     for pair, result in zip(compared, results):
         better[pair.prompt, pair.response_a, pair.response_b] = result.probability
@@ -118,7 +120,8 @@ def in_order(pair: Pair) -> Pair:
     return Pair(pair.prompt, first, second)
 
 
-_loading = threading.Lock()  # loops call reward functions from several threads
+# Loops call reward functions from several threads; a model here computes for one at a time.
+_loading, _computing = threading.Lock(), threading.Lock()
 
 
 def judge_of_the_loop():
@@ -144,6 +147,4 @@ def judge_of_the_loop():
 
 @functools.cache
 def _load(name: str, server: str | None, served_name: str | None):
-    if server is None:
-        return load_judge(name)
-    return served_judge(name, server, served_name)
+    return served_judge(name, server, served_name) if server else load_judge(name)

@@ -123,6 +123,11 @@ class ServedJudge(Judge):
             + ("is ours" if compared else "could not be compared with ours (no /tokenize)")
         )
 
+    @property
+    def served_as(self) -> list[str]:
+        """The name of the model there, and how it is asked."""
+        return [self.engine.name or "", self.route]
+
     def plain_log_odds(self, rows: list[EncodedPair]) -> torch.Tensor:
         """The log-odds (N, 2) of :meth:`log_odds`; there is no plainer way to ask a server."""
         return self.log_odds(rows)[0]
@@ -164,6 +169,7 @@ class ServedJudge(Judge):
 
         Raises:
             Refused: the engine does not answer this route, or with something else.
+            UserError: it is gone, or does not give one of the labels.
         """
         query, items = list(sequences[0][0]), [[*a, *b] for _, a, b in sequences]
         where = f"{self.engine.url}, {self.route}"
@@ -330,14 +336,14 @@ class Engine:
                 what = f"HTTP {error.code}: {message(error)}"
                 if error.code not in BUSY:
                     raise Refused(what) from None
-            except TimeoutError:
-                raise UserError(
-                    f"{self.url}{path}: no answer within {self.timeout:g} s; ask for fewer at a "
-                    "time (--batch-size), or look whether the server hangs"
-                ) from None
             except ValueError:
                 raise Refused("answers with something that is not JSON") from None
             except (OSError, http.client.HTTPException) as error:
+                if isinstance(getattr(error, "reason", error), TimeoutError):
+                    raise UserError(
+                        f"{self.url}{path}: no answer within {self.timeout:g} s; ask for fewer at "
+                        "a time (--batch-size), or look whether the server hangs"
+                    ) from None
                 what = str(getattr(error, "reason", None) or error or type(error).__name__)
             if wait is not None:
                 time.sleep(wait)

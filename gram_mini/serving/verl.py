@@ -31,9 +31,8 @@ def compute_score(
         ValueError: as from group_rewards.
     """
     prompts = [_prompt(i, info or {}) for i, info in enumerate(extra_infos)]
-    references = [truth or None for truth in ground_truths]
     judge = judge_of_the_loop()
-    return group_rewards(judge, prompts, solution_strs, references, against).rewards
+    return group_rewards(judge, prompts, solution_strs, ground_truths, against).rewards
 
 
 def compute_score_of_one(

@@ -79,6 +79,7 @@ EXAMPLES = """\
 
 TINY = {"tiny": Shape("qwen3", 128, 2, 4, 2, 32, 384, 1024, True)}
 RESULTS = Path(__file__).parent / "results"
+OUT = Path("runs/gpu_check.md")
 NO_GPU = "no GPU: checked on a CPU with tiny shapes"
 MINUTES = 9  # after which no step is begun
 SCRIPTS = {"pretrain": train_pretrain, "reward": train_reward}
@@ -479,16 +480,16 @@ def check(x: Setting, write: Callable[[str], None]) -> bool:
         lines.setdefault(section, []).append([name, result, took, text])
         results.append(result)
         names.append(f"{section}: {name}")
-        seconds = time.monotonic() - began
-        write(page(x, lines, seconds, verdict(results, names, len(steps))))
+        ending = verdict(results, names, len(steps))
+        write(page(x, lines, time.monotonic() - began, ending))
     return not {"FAILED", "left out"} & set(results)
 
 
-def page(x: Setting, lines: dict[str, list[list[str]]], seconds: float, ending: str) -> str:
+def page(x: Setting, lines: dict[str, list[list[str]]], taken: float, ending: str) -> str:
     """The page: the rows of each section, and the verdict."""
     where = NO_GPU if x.tiny else machine(x.device)
-    taken = f"{time.strftime('%Y-%m-%d')}, {seconds:.0f} seconds"
-    parts = [f"# GPU check\n\n`python -m gram_mini.studies.gpu_check`: {where}; {taken}."]
+    when = f"{time.strftime('%Y-%m-%d')}, {taken:.0f} seconds"
+    parts = [f"# GPU check\n\n`python -m gram_mini.studies.gpu_check`: {where}; {when}."]
     for section, rows in lines.items():
         about = f"{ABOUT[section]}\n\n" if ABOUT[section] else ""
         parts.append(f"## {section}\n\n{about}{table(['step', 'result', 'seconds', ''], rows)}")
@@ -500,15 +501,14 @@ def main(argv=None) -> int:
     parser = options.parser(__doc__, EXAMPLES)
     parser.add_argument(
         "--shape",
-        choices=SHAPES,
+        choices=[name for name in SHAPES if name != VILLAGE],
         help="sizes of the model with random weights (default: Qwen2.5-0.5B)",
     )
     parser.add_argument(
         "--out",
         type=Path,
         metavar="PAGE.md",
-        help="the page to write (default: gram_mini/studies/results/gpu_check.md; with --tiny the "
-        "page is only printed)",
+        help=f"the page to write (default: {OUT}; with --tiny the page is only printed)",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace a page that is there")
     parser.add_argument(
@@ -521,7 +521,7 @@ def main(argv=None) -> int:
         parser.error("--shape does not go with --tiny")
     if not args.tiny and not torch.cuda.is_available():
         raise UserError("there is no CUDA card here; --tiny tries this check on the CPU")
-    out = args.out or (None if args.tiny else RESULTS / "gpu_check.md")
+    out = args.out or (None if args.tiny else OUT)
     if out and args.tiny and out.resolve().is_relative_to(RESULTS):
         raise UserError(f"--out {out}: results are of GPUs; with --tiny give a file elsewhere")
     if out:

@@ -172,6 +172,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.server and len(args.models) > 1:
         parser.error("--server goes with one model")
+    if args.server and args.device != "auto":
+        parser.error("--device does not go with --server, which has its own")
     with clear_errors():
         print(village_table(args.models, args.device, args.server, args.served_name))
         print(CAPTION)
