@@ -9,6 +9,7 @@
   rl          a policy trained against the judge: the judge's reward and the true one, over KL
   all         these seven
   orders      ours, not the paper's: each pair in both orders, and one loss on their mean margin
+  rewards     ours: from pairs to the rewards of n responses, by the number of comparisons
   where       ours: where smoothing matters (noise of the labels x epochs x eps)
   recipes     ours: the search for the recipe of adapt, on seed 0
 
@@ -37,8 +38,8 @@ EXAMPLES = """\
       --runs runs/mine --results runs/mine/results"""
 
 SEEDS = (1, 2, 3, 4, 5)
-OURS = ("orders", "where", "recipes")  # not a claim of the paper
-NEEDS_TRUTH = ("bon", "adapt", "rl", "where", "recipes")
+OURS = ("orders", "rewards", "where", "recipes")  # not claims of the paper
+NEEDS_TRUTH = ("bon", "adapt", "rl", "rewards", "where", "recipes")
 RESULTS = Path(__file__).parent / "results"
 
 

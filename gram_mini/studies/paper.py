@@ -14,6 +14,7 @@ from gram_mini.pairs import Pair
 from gram_mini.studies.certain import MEASURES, where
 from gram_mini.studies.few import adapt, recipes
 from gram_mini.studies.lab import MAIN, METHODS, Lab
+from gram_mini.studies.rewards import rewards
 from gram_mini.village.pairs import topics
 from gram_mini.village.policy import best_of_n_curve, best_of_n_kl, train_policy
 
@@ -169,4 +170,15 @@ STUDIES = {  # the longest first
     "orders": (orders, ("method",), None, ("out-of-distribution", "fact", "position gap")),
     "bon": (bon, ("method", "n"), "KL", ("proxy score", "true reward")),
     "rl": (rl, ("method", "step"), "KL", ("proxy reward", "true reward")),
+    "rewards": (
+        rewards,
+        ("method", "n"),
+        "comparisons",
+        (
+            "agreement, GRAM",
+            "true reward of the first, GRAM",
+            "agreement, votes",
+            "true reward of the first, votes",
+        ),
+    ),
 }

@@ -1,4 +1,4 @@
-"""A real language model on real texts: every method of the paper, with intervals over seeds.
+"""A real language model on real texts: the main methods and our loss, with intervals over seeds.
 
   table   every method, trained on the labels and tested on held-out prompts and on other files
   curve   accuracy over the number of labels
@@ -40,7 +40,6 @@ EXAMPLES = """\
   python -m gram_mini.studies.real table --model HuggingFaceTB/SmolLM2-135M-Instruct --bits 16 \\
       --labels polite.jsonl --unlabelled unlabelled.jsonl --test pandalm=pandalm.jsonl"""
 
-RESULTS = Path(__file__).parent / "results"
 HELD_OUT = "held out"  # what the test on the labelled data's own prompts is called
 VALIDATION = "validation"  # prompts to choose rates on, never those that are held out
 BOTH = ["--both-orders", "1"]
@@ -248,14 +247,17 @@ def main(argv=None):
         group.add_argument(f"--{name}", default=[], type=words, metavar="OPTIONS", help=text)
     group.add_argument("--name", default="real", help="the results are called NAME-STUDY")
     group.add_argument("--runs", type=Path, default=Path("runs/real-study"), metavar="FOLDER")
-    group.add_argument("--results", type=Path, default=RESULTS, metavar="FOLDER")
+    group.add_argument(
+        "--results", type=Path, metavar="FOLDER", help="for tables and figures (default: in --runs)"
+    )
     options.add_model_options(group, bits_default=4, max_length_default=512)
     args = parser.parse_args(argv)
     tests = dict(test.partition("=")[::2] for test in args.test)
     if HELD_OUT in tests or not all(tests.values()):
         parser.error("--test: give NAME=SOURCE")
     check_place(args.runs, "--runs")
-    check_place(args.results, "--results")
+    results = args.results or args.runs / "results"
+    check_place(results, "--results")
     loading = {"bits": args.bits, "max_length": args.max_length, "device": args.device}
     counts = args.labels_used, args.unlabelled_used, args.tested
     lab = RealLab(
@@ -273,7 +275,7 @@ def main(argv=None):
         f"{args.name}-curve": (curve, ("method", "labels"), "labels", (HELD_OUT,)),
         f"{args.name}-rates": (rates, ("method", "rate"), "rate", (VALIDATION,)),
     }
-    run_study(f"{args.name}-{args.study}", lab, args.seeds, args.results, studies)
+    run_study(f"{args.name}-{args.study}", lab, args.seeds, results, studies)
 
 
 def words(text: str) -> list[str]:
