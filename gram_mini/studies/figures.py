@@ -123,7 +123,7 @@ def draw(
 
 def draw_changes(means: list[dict], measures: dict[str, bool], picture: Path, title: str) -> None:
     """What each eps changes against eps = 0, as a table: green is better, red is worse, white is
-    within the interval.
+    within the interval over the seeds. (One seed has none, so all of it is coloured.)
 
     Args:
         means: rows with "method", "eps" and, for each measure, "MEASURE, change".

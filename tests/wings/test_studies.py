@@ -224,6 +224,7 @@ def test_the_cue_fits_all_labels():
 def test_what_smoothing_changes_is_measured_against_none(tmp_path, monkeypatch):
     monkeypatch.setattr(certain, "EPOCHS", (2,))
     monkeypatch.setattr(certain, "LABELLING", {"certain": (0.0, False)})
+    monkeypatch.setattr(certain, "EPS", (0.0, 0.05, 0.2))
     values = {0.0: 0.5, 0.05: 0.75, 0.2: 0.25}
     monkeypatch.setattr(
         certain,
