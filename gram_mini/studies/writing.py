@@ -1,0 +1,253 @@
+"""A policy that writes: the village's language model against each judge (village/writer.py).
+
+  rl    trained with TRL's GRPOTrainer: true reward and the judge's, over the KL to its start
+  bon   best of n = 1 to 1,024 answers of the start at temperature 1.5, where it writes nonsense too
+
+--judges runs some of the judges alone. A judge and a seed are one task of a minute or two on one
+core; what it made stays in --runs, with the judges, and is used again. "true reward" is a judge
+that knows the truth. Needs TRL: pip install trl.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import statistics
+from functools import partial
+from pathlib import Path
+
+from gram_mini.errors import clear_errors
+from gram_mini.pairs import Pair
+from gram_mini.reading.load import VILLAGE
+from gram_mini.runs import options
+from gram_mini.runs.output import check_place
+from gram_mini.serving.trl import as_trl_reward
+from gram_mini.studies.lab import MAIN, Lab, write_json
+from gram_mini.studies.seeds import run_seed, run_study
+from gram_mini.village import question
+from gram_mini.village.pairs import topics
+from gram_mini.village.policy import best_of_n, best_of_n_kl
+from gram_mini.village.writer import (
+    NO_ANSWER,
+    TrueJudge,
+    Writer,
+    load_writer,
+    require_trl,
+    train_start,
+    train_writer,
+    true_reward,
+)
+
+import torch
+from tqdm import tqdm
+
+EXAMPLES = """\
+  python -m gram_mini.studies.writing rl                            # every judge, seeds 1 to 5
+  python -m gram_mini.studies.writing bon --judges GRAM --seeds 1   # one task"""
+
+RESULTS = Path(__file__).parent / "results"
+TRUTH = "true reward"
+JUDGES = (*MAIN, TRUTH)
+TEMPERATURE = 1.5  # of best of n: about a third of the texts are no answers
+DRAWN = 1024  # texts for each question of best of n
+ASKED = 20  # questions of best of n
+EACH = 4  # texts for each of the 80 questions when the policy in training is measured
+
+
+def judge_of(lab: Lab, name: str, seed: int):
+    return TrueJudge() if name == TRUTH else lab.judge(lab.method(name, seed))
+
+
+def start_of(lab: Lab, seed: int) -> Writer:
+    """The policy at its start, trained unless it is there already."""
+    folder = lab.folder / f"seed{seed}" / "start-policy"
+    with lab.alone(folder):
+        if not folder.is_dir():
+            partial_folder = folder.with_name("start-policy.partial")
+            train_start(lab.pairs("unlabelled", seed), partial_folder, seed)
+            partial_folder.rename(folder)
+    return load_writer(folder)
+
+
+def rl_of(name: str, lab: Lab, seed: int):
+    """The policy trained against one judge; its last answers go to a file of their own."""
+    judge = judge_of(lab, name, seed)
+    writer = start_of(lab, seed)
+    reward = as_trl_reward(judge)
+    prompts = [question(*topic) for topic in topics("out-of-distribution")]
+    references = writer.write(prompts, temperature=0).texts
+    rows = []
+
+    def measure(step: int) -> None:
+        asked = prompts * EACH
+        drawn = writer.write(asked)
+        true = [true_reward(*answer) for answer in zip(asked, drawn.texts)]
+        judged = reward(asked, drawn.texts, reference=references * EACH)
+        rows.append(
+            {
+                "method": name,
+                "step": step,
+                "KL": writer.kl(drawn),
+                "judge's reward": statistics.mean(judged),
+                "true reward": statistics.mean(true),
+                "no answer": statistics.mean(x == NO_ANSWER for x in true),
+                "length": statistics.mean(drawn.lengths),
+            }
+        )
+        columns = ("question", "answer", "true reward", "judge's reward")
+        last = zip(prompts, drawn.texts, true, judged)
+        write_json(answers_of(lab, "rl", name, seed), [dict(zip(columns, row)) for row in last])
+
+    train_writer(writer, reward, prompts, references, seed, measure)
+    yield from rows
+
+
+def answers_of(lab: Lab, kind: str, name: str, seed: int) -> Path:
+    """The file of what a judge made the policy say in the end, an answer to each question."""
+    return lab.folder / f"seed{seed}" / f"answers-{kind}-{name.replace(' ', '-')}.json"
+
+
+def bon_of(name: str, lab: Lab, seed: int):
+    """Best of n by one judge; the score is its log-odds against the start's likeliest answer."""
+    judge = judge_of(lab, name, seed)
+    drawn = drawn_texts(lab, seed)
+    distinct = {prompt: list(dict.fromkeys(of["texts"])) for prompt, of in drawn.items()}
+    pairs = [
+        Pair(prompt, text, drawn[prompt]["reference"])
+        for prompt, texts in distinct.items()
+        for text in texts
+    ]
+    results = judge.compare_many(pairs, progress=name)
+    scores = {
+        (pair.prompt, pair.response_a): (result.log_odds_first + result.log_odds_second) / 2
+        for pair, result in zip(pairs, results)
+    }
+    for n in (2**k for k in range(11)):
+        means: dict[str, list[float]] = {}
+        for prompt, of in drawn.items():
+            texts = of["texts"]
+            of_texts = [scores[prompt, text] for text in texts]
+            true = [true_reward(prompt, text) for text in texts]
+            nothing = [float(reward == NO_ANSWER) for reward in true]
+            for figure, values in (("true reward", true), ("no answer", nothing)):
+                score, mean = best_of_n(of_texts, values, list(range(len(texts))), n)
+                means.setdefault(figure, []).append(mean)
+            means.setdefault("judge's score", []).append(score)
+        figures = {figure: statistics.mean(values) for figure, values in means.items()}
+        yield {"method": name, "n": n, "KL": best_of_n_kl(n), **figures}
+    write_json(
+        answers_of(lab, "bon", name, seed),
+        [
+            {
+                "question": prompt,
+                "answer": (best := max(of["texts"], key=lambda text: scores[prompt, text])),
+                "true reward": true_reward(prompt, best),
+                "judge's score": scores[prompt, best],
+            }
+            for prompt, of in drawn.items()
+        ],
+    )
+
+
+def drawn_texts(lab: Lab, seed: int) -> dict[str, dict]:
+    """What the start writes to ASKED questions: DRAWN texts each, and the likeliest one."""
+    known = lab.folder / f"seed{seed}" / "drawn.json"
+    writer = start_of(lab, seed)
+    with lab.alone(known):
+        if not known.is_file():
+            chosen = random.Random(f"writing/{seed}").sample(topics("out-of-distribution"), ASKED)
+            prompts = [question(*topic) for topic in chosen]
+            torch.manual_seed(seed)
+            write_json(
+                known,
+                {
+                    prompt: {
+                        "reference": writer.write([prompt], temperature=0).texts[0],
+                        "texts": writer.write([prompt] * DRAWN, TEMPERATURE).texts,
+                    }
+                    for prompt in tqdm(prompts, desc="texts")
+                },
+            )
+    return json.loads(known.read_text())
+
+
+KINDS = {  # name: (rows of one judge and seed, columns that tell rows apart, panels of the figure)
+    "rl": (rl_of, ("method", "step"), ("judge's reward", "true reward", "no answer", "length")),
+    "bon": (bon_of, ("method", "n"), ("judge's score", "true reward", "no answer")),
+}
+
+
+def study_of(kind: str, judges: list[str]) -> dict[str, tuple]:
+    """The study of these judges as seeds.run_study takes it, and one study for each of them.
+
+    So a judge and a seed are one task, whose rows are a file of their own.
+    """
+    rows_of, keys, shown = KINDS[kind]
+    tasks = {
+        f"writing-{kind}-{name.replace(' ', '-')}": (partial(rows_of, name), keys, "KL", shown)
+        for name in judges
+    }
+
+    def together(lab: Lab, seed: int):
+        for task in tasks:
+            yield from json.loads(run_seed(task, lab, seed, tasks).read_text())["rows"]
+
+    together.__doc__ = rows_of.__doc__
+    return {f"writing-{kind}": (together, keys, "KL", shown), **tasks}
+
+
+def main(argv=None):
+    parser = options.parser(__doc__, EXAMPLES)
+    parser.add_argument("study", choices=tuple(KINDS), metavar="STUDY", help="one of the above")
+    parser.add_argument(
+        "--judges",
+        nargs="+",
+        choices=JUDGES,
+        default=list(JUDGES),
+        metavar="JUDGE",
+        help=f"some of {', '.join(JUDGES)} (default: all)",
+    )
+    parser.add_argument(
+        "--seeds",
+        type=options.seed,
+        nargs="+",
+        default=[1, 2, 3, 4, 5],
+        metavar="N",
+        help="seeds to run",
+    )
+    parser.add_argument(
+        "--runs",
+        type=Path,
+        default=Path("runs/studies"),
+        metavar="FOLDER",
+        help="where models, answers and rows are kept",
+    )
+    parser.add_argument(
+        "--results",
+        type=Path,
+        default=RESULTS,
+        metavar="FOLDER",
+        help="where tables and figures go (default: gram_mini/studies/results)",
+    )
+    options.add_model_options(parser, bits_default=4, max_length_default=512)
+    args = parser.parse_args(argv)
+    require_trl()
+    check_place(args.runs, "--runs")
+    check_place(args.results, "--results")
+    loading = {"bits": args.bits, "max_length": args.max_length, "device": args.device}
+    lab = Lab(args.runs, VILLAGE, VILLAGE, loading=loading)
+    name = f"writing-{args.study}"
+    run_study(name, lab, args.seeds, args.results, study_of(args.study, args.judges))
+    answers = {
+        judge: {
+            seed: json.loads(answers_of(lab, args.study, judge, seed).read_text())
+            for seed in args.seeds
+        }
+        for judge in args.judges
+    }
+    write_json(args.results / f"{name}-answers.json", answers)
+
+
+if __name__ == "__main__":
+    with clear_errors():
+        main()

@@ -1,0 +1,140 @@
+"""A policy that writes: what its texts are worth, its KL, GRPO against the truth, best of n."""
+
+import functools
+import json
+import math
+import sys
+
+from gram_mini.errors import UserError
+from gram_mini.serving.trl import as_trl_reward
+from gram_mini.studies import writing
+from gram_mini.village import question
+from gram_mini.village.pairs import topics, village_pairs
+from gram_mini.village.writer import (
+    LONGEST,
+    NO_ANSWER,
+    TrueJudge,
+    load_writer,
+    rewards,
+    train_start,
+    train_writer,
+    true_reward,
+)
+
+import pytest
+import torch
+
+PROMPTS = [question(*topic) for topic in topics("out-of-distribution")]
+share = lambda prompts, texts: (
+    sum(true_reward(*answer) == NO_ANSWER for answer in zip(prompts, texts)) / len(texts)
+)
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory):
+    """The folder of a policy that was taught for some steps only."""
+    folder = tmp_path_factory.mktemp("start") / "policy"
+    train_start(village_pairs("unlabelled", 1_000), folder, seed=0)
+    return folder
+
+
+def test_what_is_no_answer_is_worth_less_than_the_worst_answer():
+    assert len(rewards(PROMPTS[0])) == 72 and min(rewards(PROMPTS[0]).values()) > NO_ANSWER
+    for pair in village_pairs("out-of-distribution", 50):
+        judged = TrueJudge().compare_many([pair])[0]
+        assert judged.probability == pytest.approx(pair.probability)
+        assert true_reward(pair.prompt, f" {pair.response_a}\n") > NO_ANSWER
+        twice = f"{pair.response_a} {pair.response_a}"
+        for text in ("", twice, pair.response_a[:-1], pair.response_a.lower()):
+            assert true_reward(pair.prompt, text) == NO_ANSWER
+    other = next(prompt for prompt in PROMPTS if prompt != pair.prompt)
+    assert true_reward(other, pair.response_a) == NO_ANSWER  # an answer to another question
+
+
+def test_it_learns_to_answer_and_writes_nonsense_when_hot(start):
+    torch.manual_seed(0)
+    writer = load_writer(start)
+    texts = {heat: writer.write(PROMPTS, heat).texts for heat in (0, 1.0, 3.0)}
+    assert writer.write(PROMPTS, 0).texts == texts[0]
+    assert share(PROMPTS, texts[0]) < 0.2 < 0.9 < share(PROMPTS, texts[3.0])
+    assert share(PROMPTS, texts[1.0]) < 0.5
+
+
+def test_kl_is_the_sum_over_the_tokens_of_a_text(start):
+    torch.manual_seed(0)
+    writer = load_writer(start)
+    drawn = writer.write(PROMPTS[:6], 1.5)
+    assert writer.kl(drawn) == 0
+    with torch.no_grad():
+        for parameter in writer.model.parameters():
+            parameter += 0.02 * torch.randn_like(parameter)
+    by_hand = []
+    for ids, mask, written in zip(drawn.ids, drawn.mask, drawn.written):
+        alone = ids[mask.bool()][None]  # (1, T) without padding
+        log_p, log_q = (
+            model(alone).logits[0, :-1].log_softmax(-1)[-int(written.sum()) :].detach()
+            for model in (writer.model, writer.start)
+        )
+        by_hand.append(torch.nn.functional.kl_div(log_q, log_p, reduction="sum", log_target=True))
+    assert len({int(mask.sum()) for mask in drawn.mask}) > 1
+    assert writer.kl(drawn) == pytest.approx(float(sum(by_hand)) / 6, rel=1e-4)
+    for text, length in zip(drawn.texts, drawn.lengths):
+        assert length == len(writer.tokenizer(text)["input_ids"]) or length == LONGEST
+
+
+# TRL still uses the old name of the option.
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
+def test_grpo_against_the_truth_makes_it_better(start):
+    writer, seen = load_writer(start), []
+    references = [max(rewards(prompt), key=rewards(prompt).get) for prompt in PROMPTS]
+
+    def measure(step):
+        torch.manual_seed(0)
+        drawn = writer.write(PROMPTS * 3)
+        true = [true_reward(*answer) for answer in zip(PROMPTS * 3, drawn.texts)]
+        seen.append((step, writer.kl(drawn), sum(true) / len(true)))
+
+    reward = as_trl_reward(TrueJudge())
+    how = {"steps": 12, "every": 5, "lr": 5e-4}
+    train_writer(writer, reward, PROMPTS, references, 0, measure, **how)
+    assert [step for step, _, _ in seen] == [0, 5, 10, 12]
+    assert seen[0][1] == 0 < seen[-1][1] and seen[-1][2] > seen[0][2] + 0.2
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
+def test_studies_write_tables_pictures_and_answers_and_go_on(start, tmp_path, monkeypatch):
+    small = functools.partial(train_writer, steps=2, every=1, questions=2, completions=2)
+    monkeypatch.setattr(writing, "train_writer", small)
+    for name, value in {"EACH": 1, "DRAWN": 64, "ASKED": 2}.items():
+        monkeypatch.setattr(writing, name, value)
+    place = tmp_path / "runs" / "seed3" / "start-policy"
+    place.parent.mkdir(parents=True)
+    place.symlink_to(start)
+    folders = ["--runs", str(tmp_path / "runs"), "--results", str(tmp_path / "results")]
+    for kind in ("rl", "bon"):
+        arguments = [kind, "--judges", "true reward", "--seeds", "3", *folders]
+        writing.main(arguments)
+        record = json.loads((tmp_path / "results" / f"writing-{kind}.json").read_text())
+        answers = json.loads((tmp_path / "results" / f"writing-{kind}-answers.json").read_text())
+        picture = tmp_path / "results" / f"writing-{kind}.png"
+        assert picture.read_bytes().startswith(b"\x89PNG")
+        said = answers["true reward"]["3"]
+        assert {true_reward(a["question"], a["answer"]) - a["true reward"] for a in said} == {0}
+        with monkeypatch.context() as patch:
+            patch.setattr(writing, "start_of", lambda lab, seed: pytest.fail("it was done"))
+            writing.main(arguments)
+        if kind == "rl":
+            assert [row["step"] for row in record["rows"]] == [0, 1, 2]
+        else:
+            true = [row["true reward"] for row in record["rows"]]
+            assert true == sorted(true) and [row["n"] for row in record["rows"]][-1] == 1024
+            assert record["rows"][-1]["true reward"] == pytest.approx(
+                sum(answer["true reward"] for answer in said) / len(said)
+            )
+            assert record["rows"][3]["KL"] == pytest.approx(math.log(8) - 7 / 8)
+
+
+def test_without_trl_one_line_says_so(monkeypatch):
+    monkeypatch.setitem(sys.modules, "trl", None)
+    with pytest.raises(UserError, match="pip install trl"):
+        writing.main(["rl"])
