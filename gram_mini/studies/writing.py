@@ -3,9 +3,9 @@
   rl    trained with TRL's GRPOTrainer: true reward and the judge's, over the KL to its start
   bon   best of n = 1 to 1,024 answers of the start at temperature 1.5, where it writes nonsense too
 
---judges runs some of the judges alone. A judge and a seed are one task of a minute or two on one
-core; what it made stays in --runs, with the judges, and is used again. "true reward" is a judge
-that knows the truth. Needs TRL: pip install trl.
+A judge (--judge) and a seed are one task of a minute or two on one core, after the training of the
+judge. What it made stays in --runs and is used again. The judge "true reward" knows the truth.
+Needs TRL: pip install trl.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from tqdm import tqdm
 
 EXAMPLES = """\
   python -m gram_mini.studies.writing rl                            # every judge, seeds 1 to 5
-  python -m gram_mini.studies.writing bon --judges GRAM --seeds 1   # one task"""
+  python -m gram_mini.studies.writing bon --judge GRAM --seeds 1    # one task"""
 
 RESULTS = Path(__file__).parent / "results"
 TRUTH = "true reward"
@@ -73,6 +73,7 @@ def rl_of(name: str, lab: Lab, seed: int):
     """The policy trained against one judge; its last answers go to a file of their own."""
     judge = judge_of(lab, name, seed)
     writer = start_of(lab, seed)
+    torch.manual_seed(seed)
     reward = as_trl_reward(judge)
     prompts = [question(*topic) for topic in topics("out-of-distribution")]
     references = writer.write(prompts, temperature=0).texts
@@ -94,9 +95,9 @@ def rl_of(name: str, lab: Lab, seed: int):
                 "length": statistics.mean(drawn.lengths),
             }
         )
-        columns = ("question", "answer", "true reward", "judge's reward")
-        last = zip(prompts, drawn.texts, true, judged)
-        write_json(answers_of(lab, "rl", name, seed), [dict(zip(columns, row)) for row in last])
+        columns = ("answer", "true reward", "judge's reward")
+        said = dict(zip(prompts, zip(drawn.texts, true, judged)))  # the last ones stay
+        keep_answers(lab, "rl", name, seed, columns, said)
 
     train_writer(writer, reward, prompts, references, seed, measure)
     yield from rows
@@ -105,6 +106,12 @@ def rl_of(name: str, lab: Lab, seed: int):
 def answers_of(lab: Lab, kind: str, name: str, seed: int) -> Path:
     """The file of what a judge made the policy say in the end, an answer to each question."""
     return lab.folder / f"seed{seed}" / f"answers-{kind}-{name.replace(' ', '-')}.json"
+
+
+def keep_answers(lab: Lab, kind: str, name: str, seed: int, columns, said: dict) -> None:
+    """Write them; ``said`` has the values of ``columns`` for each question."""
+    answers = {prompt: dict(zip(columns, row)) for prompt, row in said.items()}
+    write_json(answers_of(lab, kind, name, seed), answers)
 
 
 def bon_of(name: str, lab: Lab, seed: int):
@@ -135,18 +142,11 @@ def bon_of(name: str, lab: Lab, seed: int):
             means.setdefault("judge's score", []).append(score)
         figures = {figure: statistics.mean(values) for figure, values in means.items()}
         yield {"method": name, "n": n, "KL": best_of_n_kl(n), **figures}
-    write_json(
-        answers_of(lab, "bon", name, seed),
-        [
-            {
-                "question": prompt,
-                "answer": (best := max(of["texts"], key=lambda text: scores[prompt, text])),
-                "true reward": true_reward(prompt, best),
-                "judge's score": scores[prompt, best],
-            }
-            for prompt, of in drawn.items()
-        ],
-    )
+    said = {}
+    for prompt, of in drawn.items():
+        best = max(of["texts"], key=lambda text: scores[prompt, text])
+        said[prompt] = (best, true_reward(prompt, best), scores[prompt, best])
+    keep_answers(lab, "bon", name, seed, ("answer", "true reward", "judge's score"), said)
 
 
 def drawn_texts(lab: Lab, seed: int) -> dict[str, dict]:
@@ -177,16 +177,17 @@ KINDS = {  # name: (rows of one judge and seed, columns that tell rows apart, pa
 }
 
 
-def study_of(kind: str, judges: list[str]) -> dict[str, tuple]:
-    """The study of these judges as seeds.run_study takes it, and one study for each of them.
+def task_of(kind: str, judge: str) -> str:
+    return f"writing-{kind}-{judge.replace(' ', '-')}"
+
+
+def studies_of(kind: str) -> dict[str, tuple]:
+    """A study for each judge, and one of all of them, as seeds.run_study takes them.
 
     So a judge and a seed are one task, whose rows are a file of their own.
     """
     rows_of, keys, shown = KINDS[kind]
-    tasks = {
-        f"writing-{kind}-{name.replace(' ', '-')}": (partial(rows_of, name), keys, "KL", shown)
-        for name in judges
-    }
+    tasks = {task_of(kind, judge): (partial(rows_of, judge), keys, "KL", shown) for judge in JUDGES}
 
     def together(lab: Lab, seed: int):
         for task in tasks:
@@ -200,12 +201,10 @@ def main(argv=None):
     parser = options.parser(__doc__, EXAMPLES)
     parser.add_argument("study", choices=tuple(KINDS), metavar="STUDY", help="one of the above")
     parser.add_argument(
-        "--judges",
-        nargs="+",
+        "--judge",
         choices=JUDGES,
-        default=list(JUDGES),
         metavar="JUDGE",
-        help=f"some of {', '.join(JUDGES)} (default: all)",
+        help=f"one of {', '.join(JUDGES)}; the results are called after it (default: all)",
     )
     parser.add_argument(
         "--seeds",
@@ -236,14 +235,14 @@ def main(argv=None):
     check_place(args.results, "--results")
     loading = {"bits": args.bits, "max_length": args.max_length, "device": args.device}
     lab = Lab(args.runs, VILLAGE, VILLAGE, loading=loading)
-    name = f"writing-{args.study}"
-    run_study(name, lab, args.seeds, args.results, study_of(args.study, args.judges))
+    name = task_of(args.study, args.judge) if args.judge else f"writing-{args.study}"
+    run_study(name, lab, args.seeds, args.results, studies_of(args.study))
     answers = {
         judge: {
             seed: json.loads(answers_of(lab, args.study, judge, seed).read_text())
             for seed in args.seeds
         }
-        for judge in args.judges
+        for judge in ([args.judge] if args.judge else JUDGES)
     }
     write_json(args.results / f"{name}-answers.json", answers)
 

@@ -146,7 +146,7 @@ class Writer:
             return_tensors="pt", return_dict=True,
         )  # fmt: skip
         end, padding = self.tokenizer.eos_token_id, self.tokenizer.pad_token_id
-        how = {"do_sample": False}
+        how: dict = {"do_sample": False}
         if temperature:
             how = {"do_sample": True, "temperature": temperature, "top_k": 0}
         with evaluating(self.model):

@@ -119,14 +119,15 @@ def test_studies_write_tables_pictures_and_answers_and_go_on(start, tmp_path, mo
     place.symlink_to(start)
     folders = ["--runs", str(tmp_path / "runs"), "--results", str(tmp_path / "results")]
     for kind in ("rl", "bon"):
-        arguments = [kind, "--judges", "true reward", "--seeds", "3", *folders]
+        arguments = [kind, "--judge", "true reward", "--seeds", "3", *folders]
         writing.main(arguments)
-        record = json.loads((tmp_path / "results" / f"writing-{kind}.json").read_text())
-        answers = json.loads((tmp_path / "results" / f"writing-{kind}-answers.json").read_text())
-        picture = tmp_path / "results" / f"writing-{kind}.png"
-        assert picture.read_bytes().startswith(b"\x89PNG")
+        result = tmp_path / "results" / f"writing-{kind}-true-reward"
+        record = json.loads(result.with_suffix(".json").read_text())
+        answers = json.loads(result.with_name(f"{result.name}-answers.json").read_text())
+        assert result.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
         said = answers["true reward"]["3"]
-        assert {true_reward(a["question"], a["answer"]) - a["true reward"] for a in said} == {0}
+        for prompt, row in said.items():
+            assert row["true reward"] == true_reward(prompt, row["answer"])
         with monkeypatch.context() as patch:
             patch.setattr(writing, "start_of", lambda lab, seed: pytest.fail("it was done"))
             writing.main(arguments)
@@ -136,7 +137,7 @@ def test_studies_write_tables_pictures_and_answers_and_go_on(start, tmp_path, mo
             true = [row["true reward"] for row in record["rows"]]
             assert true == sorted(true) and [row["n"] for row in record["rows"]][-1] == 1024
             assert record["rows"][-1]["true reward"] == pytest.approx(
-                sum(answer["true reward"] for answer in said) / len(said)
+                sum(row["true reward"] for row in said.values()) / len(said)
             )
             assert record["rows"][3]["KL"] == pytest.approx(math.log(8) - 7 / 8)
 
