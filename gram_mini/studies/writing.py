@@ -1,6 +1,7 @@
 """A policy that writes: the village's language model against each judge (village/writer.py).
 
   rl    trained with TRL's GRPOTrainer: true reward and the judge's, over the KL to its start
+  free  the same without the penalty on the KL: nothing holds the policy
   bon   best of n = 1 to 1,024 answers of the start at temperature 1.5, where it writes nonsense too
 
 A judge (--judge) and a seed are one task of a minute or two on one core, after the training of the
@@ -51,6 +52,7 @@ JUDGES = (*MAIN, TRUTH)
 TEMPERATURE = 1.5  # of best of n: about a third of the texts are no answers
 DRAWN = 1024  # texts for each question of best of n
 ASKED = 20  # questions of best of n
+BETAS = {"rl": 0.05, "free": 0.0}  # weights of the penalty on the KL
 EACH = 4  # texts for each of the 80 questions when the policy in training is measured
 
 
@@ -69,7 +71,7 @@ def start_of(lab: Lab, seed: int) -> Writer:
     return load_writer(folder)
 
 
-def rl_of(name: str, lab: Lab, seed: int):
+def rl_of(kind: str, name: str, lab: Lab, seed: int):
     """The policy trained against one judge; its last answers go to a file of their own."""
     judge = judge_of(lab, name, seed)
     writer = start_of(lab, seed)
@@ -97,9 +99,9 @@ def rl_of(name: str, lab: Lab, seed: int):
         )
         columns = ("answer", "true reward", "judge's reward")
         said = dict(zip(prompts, zip(drawn.texts, true, judged)))  # the last ones stay
-        keep_answers(lab, "rl", name, seed, columns, said)
+        keep_answers(lab, kind, name, seed, columns, said)
 
-    train_writer(writer, reward, prompts, references, seed, measure)
+    train_writer(writer, reward, prompts, references, seed, measure, beta=BETAS[kind])
     yield from rows
 
 
@@ -114,7 +116,7 @@ def keep_answers(lab: Lab, kind: str, name: str, seed: int, columns, said: dict)
     write_json(answers_of(lab, kind, name, seed), answers)
 
 
-def bon_of(name: str, lab: Lab, seed: int):
+def bon_of(kind: str, name: str, lab: Lab, seed: int):
     """Best of n by one judge; the score is its log-odds against the start's likeliest answer."""
     judge = judge_of(lab, name, seed)
     drawn = drawn_texts(lab, seed)
@@ -146,7 +148,7 @@ def bon_of(name: str, lab: Lab, seed: int):
     for prompt, of in drawn.items():
         best = max(of["texts"], key=lambda text: scores[prompt, text])
         said[prompt] = (best, true_reward(prompt, best), scores[prompt, best])
-    keep_answers(lab, "bon", name, seed, ("answer", "true reward", "judge's score"), said)
+    keep_answers(lab, kind, name, seed, ("answer", "true reward", "judge's score"), said)
 
 
 def drawn_texts(lab: Lab, seed: int) -> dict[str, dict]:
@@ -171,8 +173,10 @@ def drawn_texts(lab: Lab, seed: int) -> dict[str, dict]:
     return json.loads(known.read_text())
 
 
+PANELS = ("judge's reward", "true reward", "no answer", "length")
 KINDS = {  # name: (rows of one judge and seed, columns that tell rows apart, panels of the figure)
-    "rl": (rl_of, ("method", "step"), ("judge's reward", "true reward", "no answer", "length")),
+    "rl": (rl_of, ("method", "step"), PANELS),
+    "free": (rl_of, ("method", "step"), PANELS),
     "bon": (bon_of, ("method", "n"), ("judge's score", "true reward", "no answer")),
 }
 
@@ -187,7 +191,9 @@ def studies_of(kind: str) -> dict[str, tuple]:
     So a judge and a seed are one task, whose rows are a file of their own.
     """
     rows_of, keys, shown = KINDS[kind]
-    tasks = {task_of(kind, judge): (partial(rows_of, judge), keys, "KL", shown) for judge in JUDGES}
+    tasks = {
+        task_of(kind, judge): (partial(rows_of, kind, judge), keys, "KL", shown) for judge in JUDGES
+    }
 
     def together(lab: Lab, seed: int):
         for task in tasks:

@@ -80,7 +80,7 @@ def messages(role: str, texts: list[str]) -> list[list[dict]]:
     return [[{"role": role, "content": text}] for text in texts]
 
 
-def train_start(pairs: list[Pair], folder: Path, seed: int, lr: float = 1e-3) -> None:
+def train_start(pairs: list[Pair], folder: Path, seed: int) -> None:
     """Teach the backbone, all its weights, to answer as the responses of ``pairs`` do.
 
     The loss is -log pi(y | x), y with the token that ends it, mean over tokens. One epoch over both
@@ -97,7 +97,7 @@ def train_start(pairs: list[Pair], folder: Path, seed: int, lr: float = 1e-3) ->
             answer = [*encode(tokenizer, text), tokenizer.eos_token_id]
             rows.append(([*asked, *answer], len(asked)))
     batches = batch_order([len(ids) for ids, _ in rows], 64, random.Random(seed))
-    optimizer, schedule = optimizer_and_schedule(model, lr, len(batches))
+    optimizer, schedule = optimizer_and_schedule(model, 1e-3, len(batches))
     for batch in tqdm(batches, desc="start policy"):
         ids = pad([rows[i][0] for i in batch])  # (B, T)
         targets = pad([next_tokens(*rows[i]) for i in batch], IGNORED)  # (B, T)
@@ -200,8 +200,8 @@ def train_writer(
     measure,
     steps: int = 100,
     every: int = 10,
-    lr: float = 3e-4,
-    beta: float = 0.0,
+    lr: float = 1e-4,
+    beta: float = 0.05,
     questions: int = 8,
     completions: int = 8,
 ) -> None:
