@@ -51,7 +51,7 @@ TRUTH = "true reward"
 JUDGES = (*MAIN, TRUTH)
 TEMPERATURE = 1.5  # of best of n: about a third of the texts are no answers
 DRAWN = 1024  # texts for each question of best of n
-ASKED = 20  # questions of best of n
+ASKED = 12  # questions of best of n
 BETAS = {"rl": 0.05, "free": 0.0}  # weights of the penalty on the KL
 EACH = 4  # texts for each of the 80 questions when the policy in training is measured
 
