@@ -97,22 +97,22 @@ def test_grpo_against_the_truth_makes_it_better(start):
 
     def measure(step):
         torch.manual_seed(0)
-        drawn = writer.write(PROMPTS * 8)
-        true = [true_reward(*answer) for answer in zip(PROMPTS * 8, drawn.texts)]
+        drawn = writer.write(PROMPTS * 4)
+        true = [true_reward(*answer) for answer in zip(PROMPTS * 4, drawn.texts)]
         seen.append((step, writer.kl(drawn), sum(true) / len(true)))
 
     reward = as_trl_reward(TrueJudge())
-    how = {"steps": 12, "every": 5, "lr": 3e-4}
+    how = {"steps": 10, "every": 4, "lr": 2e-4, "questions": 4, "completions": 16}
     train_writer(writer, reward, PROMPTS, references, 0, measure, **how)
-    assert [step for step, _, _ in seen] == [0, 5, 10, 12]
+    assert [step for step, _, _ in seen] == [0, 4, 8, 10]
     assert seen[0][1] == 0 < seen[-1][1] and seen[-1][2] > seen[0][2] + 0.2
 
 
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
 def test_studies_write_tables_pictures_and_answers_and_go_on(start, tmp_path, monkeypatch):
-    small = functools.partial(train_writer, steps=2, every=1, questions=2, completions=2)
+    small = functools.partial(train_writer, every=1, questions=2, completions=2)
     monkeypatch.setattr(writing, "train_writer", small)
-    for name, value in {"EACH": 1, "DRAWN": 64, "ASKED": 2}.items():
+    for name, value in {"STEPS": 2, "EACH": 1, "DRAWN": 32, "ASKED": 2}.items():
         monkeypatch.setattr(writing, name, value)
     place = tmp_path / "runs" / "seed3" / "start-policy"
     place.parent.mkdir(parents=True)
