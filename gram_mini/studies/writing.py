@@ -1,6 +1,7 @@
 """A policy that writes: the village's language model against each judge (village/writer.py).
 
   rl    trained with TRL's GRPOTrainer: true reward and the judge's, over the KL to its start
+  weak  the same with a quarter of the penalty on the KL, and more steps
   bon   best of n = 1 to 1,024 answers of the start at temperature 1.5, where it writes nonsense too
 
 A judge (--judge) and a seed are one task of a minute or two on one core, after the training of the
@@ -13,7 +14,7 @@ from __future__ import annotations
 import json
 import random
 import statistics
-from functools import partial
+from functools import partial, update_wrapper
 from pathlib import Path
 
 from gram_mini.errors import clear_errors
@@ -25,15 +26,18 @@ from gram_mini.serving.trl import as_trl_reward
 from gram_mini.studies.figures import average, print_table
 from gram_mini.studies.lab import MAIN, Lab, write_json
 from gram_mini.studies.seeds import run_seed, run_study
-from gram_mini.village import question
+from gram_mini.village import GROUPS, question
 from gram_mini.village.pairs import topics
 from gram_mini.village.policy import best_of_n, best_of_n_kl
 from gram_mini.village.writer import (
     NO_ANSWER,
+    TOPICS,
     TrueJudge,
     Writer,
+    answered,
     load_writer,
     require_trl,
+    rewards,
     train_start,
     train_writer,
     true_reward,
@@ -52,9 +56,8 @@ JUDGES = (*MAIN, TRUTH)
 TEMPERATURE = 1.5  # of best of n: about a third of the texts are no answers
 DRAWN = 1024  # texts for each question of best of n
 ASKED = 6  # questions of best of n
-BETA = 0.2  # weight of the penalty on the KL in GRPO
-STEPS = 60  # of GRPO
-EACH = 2  # texts for each of the 80 questions when the policy in training is measured
+TRAINED = {"rl": (0.2, 60), "weak": (0.05, 100)}  # weight of the penalty on the KL, steps of GRPO
+EACH = 4  # texts for each of the 80 questions when the policy in training is measured
 
 
 def judge_of(lab: Lab, name: str, seed: int):
@@ -72,7 +75,7 @@ def start_of(lab: Lab, seed: int) -> Writer:
     return load_writer(folder)
 
 
-def rl_of(name: str, lab: Lab, seed: int):
+def rl_of(kind: str, name: str, lab: Lab, seed: int):
     """The policy trained against one judge; its last answers go to a file of their own."""
     judge = judge_of(lab, name, seed)
     writer = start_of(lab, seed)
@@ -100,9 +103,10 @@ def rl_of(name: str, lab: Lab, seed: int):
         )
         columns = ("answer", "true reward", "judge's reward")
         said = dict(zip(prompts, zip(drawn.texts, true, judged)))  # the last ones stay
-        keep_answers(lab, "rl", name, seed, columns, said)
+        keep_answers(lab, kind, name, seed, columns, said)
 
-    train_writer(writer, reward, prompts, references, seed, measure, STEPS, beta=BETA)
+    beta, steps = TRAINED[kind]
+    train_writer(writer, reward, prompts, references, seed, measure, steps, beta=beta)
     yield from rows
 
 
@@ -117,7 +121,7 @@ def keep_answers(lab: Lab, kind: str, name: str, seed: int, columns, said: dict)
     write_json(answers_of(lab, kind, name, seed), answers)
 
 
-def bon_of(name: str, lab: Lab, seed: int):
+def bon_of(kind: str, name: str, lab: Lab, seed: int):
     """Best of n by one judge; the score is its log-odds against the start's likeliest answer."""
     judge = judge_of(lab, name, seed)
     drawn = drawn_texts(lab, seed)
@@ -149,7 +153,7 @@ def bon_of(name: str, lab: Lab, seed: int):
     for prompt, of in drawn.items():
         best = max(of["texts"], key=lambda text: scores[prompt, text])
         said[prompt] = (best, true_reward(prompt, best), scores[prompt, best])
-    keep_answers(lab, "bon", name, seed, ("answer", "true reward", "judge's score"), said)
+    keep_answers(lab, kind, name, seed, ("answer", "true reward", "judge's score"), said)
 
 
 def drawn_texts(lab: Lab, seed: int) -> dict[str, dict]:
@@ -174,12 +178,10 @@ def drawn_texts(lab: Lab, seed: int) -> dict[str, dict]:
     return json.loads(known.read_text())
 
 
+PANELS = ("judge's reward", "true reward", "no answer", "tokens")
 KINDS = {  # name: (rows of one judge and seed, columns that tell rows apart, panels of the figure)
-    "rl": (
-        rl_of,
-        ("method", "step"),
-        ("judge's reward", "true reward", "no answer", "tokens"),
-    ),
+    "rl": (rl_of, ("method", "step"), PANELS),
+    "weak": (rl_of, ("method", "step"), PANELS),
     "bon": (bon_of, ("method", "n"), ("judge's score", "true reward", "no answer")),
 }
 
@@ -194,20 +196,27 @@ def studies_of(kind: str) -> dict[str, tuple]:
     So a judge and a seed are one task, whose rows are a file of their own.
     """
     rows_of, keys, shown = KINDS[kind]
-    tasks = {task_of(kind, judge): (partial(rows_of, judge), keys, "KL", shown) for judge in JUDGES}
+
+    def study(rows) -> tuple:
+        return update_wrapper(rows, rows_of), keys, "KL", shown
+
+    tasks = {task_of(kind, judge): study(partial(rows_of, kind, judge)) for judge in JUDGES}
 
     def together(lab: Lab, seed: int):
         for task in tasks:
             yield from json.loads(run_seed(task, lab, seed, tasks).read_text())["rows"]
 
-    together.__doc__ = rows_of.__doc__
-    return {f"writing-{kind}": (together, keys, "KL", shown), **tasks}
+    return {f"writing-{kind}": study(together), **tasks}
 
 
-def peaks(rows: list[dict]) -> list[dict]:
-    """Of each judge and seed the first, the highest and the last true reward, and the highest's KL.
+def summary(rows: list[dict], answers: dict) -> list[dict]:
+    """Of each judge and seed where the true reward was highest, and what was said in the end.
 
-    The highest of several is a little too high by chance, with every judge.
+    The highest of several figures is a little too high by chance, with every judge.
+
+    Args:
+        rows: those of a study, of each judge and seed from little KL to much.
+        answers: what was said in the end, answers[judge][seed][question].
     """
     runs: dict[tuple, list[dict]] = {}
     for row in rows:
@@ -215,6 +224,14 @@ def peaks(rows: list[dict]) -> list[dict]:
     found = []
     for (method, seed), run in runs.items():
         peak = max(run, key=lambda row: row["true reward"])
+        said = [row["answer"] for row in answers[method][seed].values()]
+        strays = [  # answers to another question
+            text
+            for prompt, row in answers[method][seed].items()
+            if answered().get(text := row["answer"].strip(), prompt) != prompt
+        ]
+        true = [rewards(answered()[text])[text] > 1 for text in strays]  # 1.5 and more: right
+        labelled = [TOPICS[answered()[text]][0] in GROUPS["labelled"] for text in strays]
         found.append(
             {
                 "method": method,
@@ -224,6 +241,10 @@ def peaks(rows: list[dict]) -> list[dict]:
                 "KL of the highest": peak["KL"],
                 "last": run[-1]["true reward"],
                 "fall": peak["true reward"] - run[-1]["true reward"],
+                "KL of the last": run[-1]["KL"],
+                "to another question": len(strays) / len(said),
+                "of these true": statistics.mean(true) if strays else None,
+                "of these about the labelled": statistics.mean(labelled) if strays else None,
             }
         )
     return found
@@ -269,10 +290,6 @@ def main(argv=None):
     lab = Lab(args.runs, VILLAGE, VILLAGE, loading=loading)
     name = task_of(args.study, args.judge) if args.judge else f"writing-{args.study}"
     run_study(name, lab, args.seeds, args.results, studies_of(args.study))
-    rows = json.loads((args.results / f"{name}.json").read_text())["rows"]
-    means = average(peaks(rows), ("method",))
-    print_table(means, ("method",))
-    write_json(args.results / f"{name}-peaks.json", means)
     answers = {
         judge: {
             seed: json.loads(answers_of(lab, args.study, judge, seed).read_text())
@@ -281,6 +298,11 @@ def main(argv=None):
         for judge in ([args.judge] if args.judge else JUDGES)
     }
     write_json(args.results / f"{name}-answers.json", answers)
+    rows = json.loads((args.results / f"{name}.json").read_text())["rows"]
+    found = summary(rows, answers)
+    means = average(found, ("method",))
+    print_table(means, ("method",))
+    write_json(args.results / f"{name}-summary.json", {"means": means, "rows": found})
 
 
 if __name__ == "__main__":

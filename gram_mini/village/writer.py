@@ -47,6 +47,12 @@ def true_reward(prompt: str, text: str) -> float:
     return rewards(prompt).get(text.strip(), NO_ANSWER)
 
 
+@functools.cache
+def answered() -> dict[str, str]:
+    """Every answer of the village to any question, with the question that it answers."""
+    return {text: prompt for prompt in TOPICS for text in rewards(prompt)}
+
+
 class TrueJudge:
     """A judge that knows the true rewards: the ceiling."""
 

@@ -112,7 +112,7 @@ def test_grpo_against_the_truth_makes_it_better(start):
 def test_studies_write_tables_pictures_and_answers_and_go_on(start, tmp_path, monkeypatch):
     small = functools.partial(train_writer, every=1, questions=2, completions=2)
     monkeypatch.setattr(writing, "train_writer", small)
-    for name, value in {"STEPS": 2, "EACH": 1, "DRAWN": 32, "ASKED": 2}.items():
+    for name, value in {"TRAINED": {"rl": (0.2, 2)}, "EACH": 1, "DRAWN": 32, "ASKED": 2}.items():
         monkeypatch.setattr(writing, name, value)
     place = tmp_path / "runs" / "seed3" / "start-policy"
     place.parent.mkdir(parents=True)
