@@ -178,11 +178,11 @@ def drawn_texts(lab: Lab, seed: int) -> dict[str, dict]:
     return json.loads(known.read_text())
 
 
-PANELS = ("judge's reward", "true reward", "no answer", "tokens")
-KINDS = {  # name: (rows of one judge and seed, columns that tell rows apart, panels of the figure)
-    "rl": (rl_of, ("method", "step"), PANELS),
-    "weak": (rl_of, ("method", "step"), PANELS),
-    "bon": (bon_of, ("method", "n"), ("judge's score", "true reward", "no answer")),
+PANELS = ("KL", "judge's reward", "true reward", "no answer")
+KINDS = {  # name: (rows of one judge and seed, what tells rows apart, x of the figure, its panels)
+    "rl": (rl_of, ("method", "step"), "step", PANELS),
+    "weak": (rl_of, ("method", "step"), "step", PANELS),
+    "bon": (bon_of, ("method", "n"), "KL", ("judge's score", "true reward", "no answer")),
 }
 
 
@@ -195,10 +195,10 @@ def studies_of(kind: str) -> dict[str, tuple]:
 
     So a judge and a seed are one task, whose rows are a file of their own.
     """
-    rows_of, keys, shown = KINDS[kind]
+    rows_of, keys, x, shown = KINDS[kind]
 
     def study(rows) -> tuple:
-        return update_wrapper(rows, rows_of), keys, "KL", shown
+        return update_wrapper(rows, rows_of), keys, x, shown
 
     tasks = {task_of(kind, judge): study(partial(rows_of, kind, judge)) for judge in JUDGES}
 

@@ -102,9 +102,9 @@ def test_grpo_against_the_truth_makes_it_better(start):
         seen.append((step, writer.kl(drawn), sum(true) / len(true)))
 
     reward = as_trl_reward(TrueJudge())
-    how = {"steps": 10, "every": 4, "lr": 2e-4, "questions": 4, "completions": 16}
+    how = {"steps": 8, "every": 4, "lr": 2e-4, "questions": 4, "completions": 16}
     train_writer(writer, reward, PROMPTS, references, 0, measure, **how)
-    assert [step for step, _, _ in seen] == [0, 4, 8, 10]
+    assert [step for step, _, _ in seen] == [0, 4, 8]
     assert seen[0][1] == 0 < seen[-1][1] and seen[-1][2] > seen[0][2] + 0.2
 
 
