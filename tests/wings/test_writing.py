@@ -96,16 +96,17 @@ def test_grpo_against_the_truth_makes_it_better(start):
     references = [max(rewards(prompt), key=rewards(prompt).get) for prompt in PROMPTS]
 
     def measure(step):
-        torch.manual_seed(0)
-        drawn = writer.write(PROMPTS * 4)
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            drawn = writer.write(PROMPTS * 4)
         true = [true_reward(*answer) for answer in zip(PROMPTS * 4, drawn.texts)]
         seen.append((step, writer.kl(drawn), sum(true) / len(true)))
 
     reward = as_trl_reward(TrueJudge())
-    how = {"steps": 8, "every": 4, "lr": 2e-4, "questions": 4, "completions": 16}
+    how = {"steps": 10, "every": 4, "lr": 2e-4, "questions": 4, "completions": 16}
     train_writer(writer, reward, PROMPTS, references, 0, measure, **how)
-    assert [step for step, _, _ in seen] == [0, 4, 8]
-    assert seen[0][1] == 0 < seen[-1][1] and seen[-1][2] > seen[0][2] + 0.2
+    assert [step for step, _, _ in seen] == [0, 4, 8, 10]
+    assert seen[0][1] == 0 < seen[-1][1] and seen[-1][2] > seen[0][2] + 0.1
 
 
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
@@ -126,6 +127,8 @@ def test_studies_write_tables_pictures_and_answers_and_go_on(start, tmp_path, mo
         answers = json.loads(result.with_name(f"{result.name}-answers.json").read_text())
         assert result.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
         said = answers["true reward"]["3"]
+        summary = json.loads(result.with_name(f"{result.name}-summary.json").read_text())
+        assert summary["rows"][0]["last"] == record["rows"][-1]["true reward"]
         for prompt, row in said.items():
             assert row["true reward"] == true_reward(prompt, row["answer"])
         with monkeypatch.context() as patch:
@@ -140,6 +143,34 @@ def test_studies_write_tables_pictures_and_answers_and_go_on(start, tmp_path, mo
                 sum(row["true reward"] for row in said.values()) / len(said)
             )
             assert record["rows"][3]["KL"] == pytest.approx(math.log(8) - 7 / 8)
+
+
+def test_summary_has_the_peak_and_counts_answers_to_other_questions():
+    true = {0.0: 1.0, 0.5: 2.0, 3.0: -0.5}  # over KL
+    rows = [{"method": "GRAM", "seed": 1, "KL": kl, "true reward": x} for kl, x in true.items()]
+    labelled = question(*topics("in-distribution")[0])
+    said = {
+        PROMPTS[0]: max(rewards(labelled), key=rewards(labelled).get),
+        PROMPTS[1]: min(rewards(PROMPTS[0]), key=rewards(PROMPTS[0]).get),
+        PROMPTS[2]: min(rewards(PROMPTS[2]), key=rewards(PROMPTS[2]).get),
+        PROMPTS[3]: "Happy to help. long.",
+    }
+    answers = {prompt: {"answer": text} for prompt, text in said.items()}
+    assert writing.summary(rows, {"GRAM": {1: answers}}) == [
+        {
+            "method": "GRAM",
+            "seed": 1,
+            "first": 1.0,
+            "highest": 2.0,
+            "KL of the highest": 0.5,
+            "last": -0.5,
+            "fall": 2.5,
+            "KL of the last": 3.0,
+            "to another question": 0.5,
+            "of these true": 0.5,
+            "of these about the labelled": 0.5,
+        }
+    ]
 
 
 def test_without_trl_one_line_says_so(monkeypatch):
