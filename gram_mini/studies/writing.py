@@ -4,7 +4,7 @@
   weak  the same with a quarter of the penalty on the KL, and more steps
   bon   best of n = 1 to 1,024 answers of the start at temperature 1.5, where it writes nonsense too
 
-A judge (--judge) and a seed are one task of a minute or two on one core, after the training of the
+A judge and a seed are one task of a minute or two on one core, after the training of the
 judge. What it made stays in --runs and is used again. The judge "true reward" knows the truth.
 Needs TRL: pip install trl.
 """
@@ -14,6 +14,8 @@ from __future__ import annotations
 import json
 import random
 import statistics
+from collections import Counter
+from collections.abc import Sequence
 from functools import partial, update_wrapper
 from pathlib import Path
 
@@ -26,7 +28,7 @@ from gram_mini.serving.trl import as_trl_reward
 from gram_mini.studies.figures import average, print_table
 from gram_mini.studies.lab import MAIN, Lab, write_json
 from gram_mini.studies.seeds import run_seed, run_study
-from gram_mini.village import GROUPS, question
+from gram_mini.village import GROUPS, question, statement
 from gram_mini.village.pairs import topics
 from gram_mini.village.policy import best_of_n, best_of_n_kl
 from gram_mini.village.writer import (
@@ -48,7 +50,7 @@ from tqdm import tqdm
 
 EXAMPLES = """\
   python -m gram_mini.studies.writing rl                            # every judge, seeds 1 to 5
-  python -m gram_mini.studies.writing bon --judge GRAM --seeds 1    # one task"""
+  python -m gram_mini.studies.writing bon --judges GRAM --seeds 1   # one task"""
 
 RESULTS = Path(__file__).parent / "results"
 TRUTH = "true reward"
@@ -186,12 +188,14 @@ KINDS = {  # name: (rows of one judge and seed, what tells rows apart, x of the 
 }
 
 
-def task_of(kind: str, judge: str) -> str:
-    return f"writing-{kind}-{judge.replace(' ', '-')}"
+def task_of(kind: str, *judges: str) -> str:
+    """The name of a study with some judges; that with all of them is named after none."""
+    named = () if judges == JUDGES else judges
+    return "-".join(["writing", kind, *named]).replace(" ", "-")
 
 
-def studies_of(kind: str) -> dict[str, tuple]:
-    """A study for each judge, and one of all of them, as seeds.run_study takes them.
+def studies_of(kind: str, judges: Sequence[str] = JUDGES) -> dict[str, tuple]:
+    """A study for each judge, and one of all of ``judges``, as seeds.run_study takes them.
 
     So a judge and a seed are one task, whose rows are a file of their own.
     """
@@ -200,13 +204,13 @@ def studies_of(kind: str) -> dict[str, tuple]:
     def study(rows) -> tuple:
         return update_wrapper(rows, rows_of), keys, x, shown
 
-    tasks = {task_of(kind, judge): study(partial(rows_of, kind, judge)) for judge in JUDGES}
+    tasks = {task_of(kind, judge): study(partial(rows_of, kind, judge)) for judge in judges}
 
     def together(lab: Lab, seed: int):
         for task in tasks:
             yield from json.loads(run_seed(task, lab, seed, tasks).read_text())["rows"]
 
-    return {f"writing-{kind}": study(together), **tasks}
+    return {task_of(kind, *judges): study(together), **tasks}
 
 
 def summary(rows: list[dict], answers: dict) -> list[dict]:
@@ -224,13 +228,19 @@ def summary(rows: list[dict], answers: dict) -> list[dict]:
     found = []
     for (method, seed), run in runs.items():
         peak = max(run, key=lambda row: row["true reward"])
-        said = [row["answer"] for row in answers[method][seed].values()]
-        strays = [  # answers to another question
-            text
-            for prompt, row in answers[method][seed].items()
-            if answered().get(text := row["answer"].strip(), prompt) != prompt
-        ]
+        said = {prompt: row["answer"].strip() for prompt, row in answers[method][seed].items()}
+        strays = [text for prompt, text in said.items() if answered().get(text, prompt) != prompt]
         true = [rewards(answered()[text])[text] > 1 for text in strays]  # 1.5 and more: right
+        claims = [  # of the others, such as "keeps a dog"
+            (attribute, value)
+            for prompt, text in said.items()
+            for name, attribute in [TOPICS[prompt]]
+            for value in attribute.values
+            if statement(name, attribute, value) in text
+        ]
+        commonest: dict = {}  # claim of each kind of question, and how often it was made
+        for (attribute, _), count in Counter(claims).items():
+            commonest[attribute] = max(count, commonest.get(attribute, 0))
         labelled = [TOPICS[answered()[text]][0] in GROUPS["labelled"] for text in strays]
         found.append(
             {
@@ -242,6 +252,7 @@ def summary(rows: list[dict], answers: dict) -> list[dict]:
                 "last": run[-1]["true reward"],
                 "fall": peak["true reward"] - run[-1]["true reward"],
                 "KL of the last": run[-1]["KL"],
+                "commonest claims": sum(commonest.values()) / max(len(claims), 1),
                 "to another question": len(strays) / len(said),
                 "of these true": statistics.mean(true) if strays else None,
                 "of these about the labelled": statistics.mean(labelled) if strays else None,
@@ -254,10 +265,12 @@ def main(argv=None):
     parser = options.parser(__doc__, EXAMPLES)
     parser.add_argument("study", choices=tuple(KINDS), metavar="STUDY", help="one of the above")
     parser.add_argument(
-        "--judge",
+        "--judges",
         choices=JUDGES,
+        nargs="+",
+        default=JUDGES,
         metavar="JUDGE",
-        help=f"one of {', '.join(JUDGES)}; the results are called after it (default: all)",
+        help=f"of {', '.join(JUDGES)} (default: all); results of some are called after them",
     )
     parser.add_argument(
         "--seeds",
@@ -288,14 +301,14 @@ def main(argv=None):
     check_place(args.results, "--results")
     loading = {"bits": args.bits, "max_length": args.max_length, "device": args.device}
     lab = Lab(args.runs, VILLAGE, VILLAGE, loading=loading)
-    name = task_of(args.study, args.judge) if args.judge else f"writing-{args.study}"
-    run_study(name, lab, args.seeds, args.results, studies_of(args.study))
+    name = task_of(args.study, *args.judges)
+    run_study(name, lab, args.seeds, args.results, studies_of(args.study, args.judges))
     answers = {
         judge: {
             seed: json.loads(answers_of(lab, args.study, judge, seed).read_text())
             for seed in args.seeds
         }
-        for judge in ([args.judge] if args.judge else JUDGES)
+        for judge in args.judges
     }
     write_json(args.results / f"{name}-answers.json", answers)
     rows = json.loads((args.results / f"{name}.json").read_text())["rows"]

@@ -120,7 +120,7 @@ def test_studies_write_tables_pictures_and_answers_and_go_on(start, tmp_path, mo
     place.symlink_to(start)
     folders = ["--runs", str(tmp_path / "runs"), "--results", str(tmp_path / "results")]
     for kind in ("rl", "bon"):
-        arguments = [kind, "--judge", "true reward", "--seeds", "3", *folders]
+        arguments = [kind, "--judges", "true reward", "--seeds", "3", *folders]
         writing.main(arguments)
         result = tmp_path / "results" / f"writing-{kind}-true-reward"
         record = json.loads(result.with_suffix(".json").read_text())
@@ -166,6 +166,7 @@ def test_summary_has_the_peak_and_counts_answers_to_other_questions():
             "last": -0.5,
             "fall": 2.5,
             "KL of the last": 3.0,
+            "commonest claims": 1.0,
             "to another question": 0.5,
             "of these true": 0.5,
             "of these about the labelled": 0.5,
