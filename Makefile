@@ -1,5 +1,6 @@
 # make demo          both stages on the village, and the table
-# make real          both stages on a real language model and plain English; DATA=, UNLABELLED=, MODEL= for others
+# make real          both stages on a real language model and plain English; DATA=, UNLABELLED=, MODEL= for others,
+#                    REAL= for another folder than runs/real; a judge that is there is never replaced
 # make test          all checks and tests
 # make test-lesson   the tests of the lesson alone, within a minute
 # make test-latest   all tests with the newest versions that requirements.txt admits
@@ -40,6 +41,8 @@ demo: .venv/.installed
 	@echo "  $(BIN)/python score.py --model $(DEMO)/reward --prompt ... --response ... --response ..."
 
 real: .venv/.installed $(filter $(SMOLLM2),$(MODEL))
+	@test ! -e $(REAL)/reward || \
+	  { echo "$(REAL)/reward is there already: give REAL=another/folder, or remove it first"; exit 1; }
 	$(BIN)/python train_pretrain.py --model $(MODEL) --bits 16 --data $(UNLABELLED) --epochs 1 \
 	  --out $(REAL)/pretrain --overwrite
 	$(BIN)/python train_reward.py --model $(MODEL) --bits 16 --data $(DATA) --both-orders 1 \

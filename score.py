@@ -3,7 +3,7 @@
 Every comparison is made in both orders. On the command line two responses give a comparison, more
 (or --rank) a ranking, --reference the reward of each. With --data, a file's rows become lines of
 JSON, each with "row" and the row's "id". A row with several pairs gives a line for each, numbered
-by "pair". A row with none gives a line with "skipped", the reason.
+by "pair". A row with none gives a line with "skipped", the reason. After a stop --resume goes on.
 
   prompt, chosen, rejected (or any other format of gram_mini/reading/README.md)    -> a comparison
       probability    P(the first response, A, is better), the average of both orders
@@ -27,7 +27,8 @@ from gram_mini.pairs import Pair
 from gram_mini.prompts import read_template
 from gram_mini.runs.load import load_judge
 from gram_mini.runs.options import score_options
-from gram_mini.runs.scores import SELDOM, read_questions, write_scores
+from gram_mini.runs.scores import SELDOM, Scores
+from gram_mini.serving.served import served_judge
 from gram_mini.studies.benchmarks import score_benchmark
 
 from tqdm import tqdm
@@ -43,7 +44,10 @@ def main(argv=None):
     args = score_options(__doc__, argv)
     template = read_template(args.judge_template) if args.judge_template else None
     sizes = args.max_length, args.batch_size
-    judge = load_judge(args.model, args.bits, args.device, *sizes, template)
+    if not args.server:
+        judge = load_judge(args.model, args.bits, args.device, *sizes, template)
+    else:
+        judge = served_judge(args.model, args.server, args.served_name, *sizes, template)
     if args.benchmark:
         score_benchmark(judge, args)
     elif args.data:
@@ -97,17 +101,18 @@ def rank(judge, prompt, responses, reference, args):
 
 
 def score_rows(judge, args):
-    """The rows of a file. All pairs go in one call, so that shared beginnings are computed once."""
-    questions = read_questions(args)
-    pairs = [pair for question in questions for pair in question.pairs]
-    compared = iter(judge.compare_many(pairs, args.average, progress="scoring"))
-    answers: list[list[Comparison] | Ranking] = []
-    for q in tqdm(questions, desc="scoring", delay=2, leave=False):
-        if q.responses is None:
-            answers.append([next(compared) for _ in q.pairs])
-        else:
-            answers.append(rank(judge, q.prompt, q.responses, q.reference, args))
-    write_scores(args, questions, answers, judge)
+    """The rows of a file, chunk by chunk: one call for all pairs of a chunk shares beginnings."""
+    with Scores(args, judge) as scores:
+        for chunk in scores.chunks():
+            pairs = [pair for question in chunk for pair in question.pairs]
+            compared = iter(judge.compare_many(pairs, args.average, progress="this chunk"))
+            answers: list[list[Comparison] | Ranking] = []
+            for q in tqdm(chunk, desc="this chunk", delay=2, leave=False):
+                if q.responses is None:
+                    answers.append([next(compared) for _ in q.pairs])
+                else:
+                    answers.append(rank(judge, q.prompt, q.responses, q.reference, args))
+            scores.write(chunk, answers)
 
 
 if __name__ == "__main__":

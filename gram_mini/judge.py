@@ -152,16 +152,26 @@ class Judge:
             UserError: if a log-odds is not a number; names its row.
         """
         orders = [order for row in rows for order in (row, row.swapped())]
-        z, mass = torch.zeros(len(orders), 2), torch.ones(len(orders))
-        with evaluating(self.model):
-            for places, verdict in self.verdict_states(orders, progress):  # (B,), (B, H)
-                z[places] = self.label_logits(verdict).float().cpu()
-                mass[places] = self.label_mass(verdict).cpu()
+        z, mass = self.verdicts(orders, progress)  # (2N, 2), (2N,)
         difference = (z[:, 0] - z[:, 1]).view(-1, 2)  # (N, 2): Z_A - Z_B in both orders
         odds = difference * torch.tensor([1, -1])  # (N, 2): in the second order a is called B
         check_finite(odds, rows)
         truncated = torch.tensor([row.truncated for row in rows], dtype=torch.bool)  # (N,)
         return odds, mass.view(-1, 2), truncated
+
+    def verdicts(
+        self, orders: list[EncodedPair], progress: str | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Z_A and Z_B (M, 2) of M judge prompts, and the mass (M,) on the two labels.
+
+        log P(A) and log P(B) will do as well: they differ from Z_A and Z_B by the same amount.
+        """
+        z, mass = torch.zeros(len(orders), 2), torch.ones(len(orders))
+        with evaluating(self.model):
+            for places, verdict in self.verdict_states(orders, progress):  # (B,), (B, H)
+                z[places] = self.label_logits(verdict).float().cpu()
+                mass[places] = self.label_mass(verdict).cpu()
+        return z, mass
 
     def verdict_states(self, orders: list[EncodedPair], progress: str | None = None) -> Iterable:
         """Yield (places (B,) in ``orders``, hidden states (B, H) of their verdicts) by passes."""

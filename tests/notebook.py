@@ -25,6 +25,7 @@ SMALLEST = (
     ),
     ("by-hand-setup", "HAND_STEPS = 100", "HAND_STEPS = 20"),
     ("table", 'village_pairs("in-distribution")', 'village_pairs("in-distribution", 40)'),
+    ("group-games", "[::5]", "[::40]"),
     ("bon-scores", "80 if FULL else 20", "2"),
     ("rl", "steps=150", "steps=10"),
 )
@@ -37,6 +38,8 @@ RANGES = (
     ("table", r"GRAM +\S+ ± \S+ +(\S+) ±", 0.80, 0.90),
     ("table", r"labels alone(?: +\S+ ± \S+){2} +(\S+) ±", 0.40, 0.60),
     ("table", r"GRAM(?: +\S+ ± \S+){2} +(\S+) ±", 0.70, 0.95),
+    ("group-rewards", r"first +7 comparisons, (\S+) of", 0.80, 0.92),
+    ("group-rewards", r"circle +8 comparisons, (\S+) of", 0.72, 0.88),
     ("few-labels", r"GRAM +\+ 200 labels: (\S+)", 0.78, 0.92),
     ("open-test", r"(\S+) ±", 0.88, 0.95),
     ("rl", r"GRAM .* (\S+) at the end", 2.0, 3.0),

@@ -86,10 +86,13 @@ def read_groups(
     columns: str | None,
     labels: str | None,
     notes: Notes,
+    progress: str | None = "reading",
 ) -> Iterator[tuple[int, list[Row]]]:
     """The rows of a source, those that hold one response each to one prompt together.
 
-    Arguments are those of load_pairs. Yields as formats.group_rows does.
+    Arguments are those of load_pairs; ``progress`` names the progress bar, if there is to be one.
+    Yields as formats.group_rows does. Rows are read when they are needed, and dropped with their
+    group. Only --columns with response= holds all of them, as it groups them wherever they stand.
 
     Raises:
         UserError: no such source, or --columns or --labels that cannot be followed.
@@ -97,7 +100,8 @@ def read_groups(
     if labels and not columns:
         raise UserError(f"--labels {labels}: goes with --columns; add --columns with label=COLUMN")
     rows = read_rows(source, split, limit, subset, streaming, notes)
-    rows = iter(tqdm(rows, desc="reading", unit=" rows", delay=2, leave=False))
+    silent = progress is None
+    rows = iter(tqdm(rows, desc=progress, unit=" rows", delay=2, disable=silent, leave=False))
     if not columns:
         return group_rows(rows)
     table = Columns(columns, labels)

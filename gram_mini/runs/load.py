@@ -59,17 +59,17 @@ def load_judge(
             run was trained on.
     """
     place, folder = pick_device(device), Path(path).resolve()
-    head = record = None
-    if (folder / "run.json").is_file():
-        record = read_record(folder)
+    record, head = find_record(path), None
+    if record:
+        max_length = max_length or record["options"]["max_length"]
+        template = template or record["prompt"]["judge"]
+    if record and (folder / "run.json").is_file():
         name, trained_on = record["backbone"]["name"], record["backbone"]["fingerprint"]
         if local_model(name) is not None and fingerprint(name) != trained_on:
             raise UserError(
                 f"{path}: was trained on another version of the backbone {name!r}; train it again"
             )
         bits = bits or record["options"]["bits"]
-        max_length = max_length or record["options"]["max_length"]
-        template = template or record["prompt"]["judge"]
         model = load_model(pinned(name, trained_on), bits, place)
         if merge is None:
             merge = (
@@ -80,30 +80,48 @@ def load_judge(
         model = load_merged(model, folder) if merge else load_lora(model, folder, trainable=False)
         tokenizer = load_tokenizer(str(folder))
         head = load_head(model, folder / HEAD) if (folder / HEAD).is_file() else None
-    elif (folder / "adapter_model.safetensors").is_file():
-        raise UserError(
-            f"{path}: holds an adapter but no run.json, so its backbone is unknown; is the run "
-            "finished?"
-        )
-    elif folder.with_name(f"{folder.name}.partial").is_dir() and not folder.is_dir():
-        raise UserError(
-            f"{path}: is not finished; train it to its end with the same command and --resume"
-        )
     else:
-        if (folder / EXPORTED).is_file():
-            record = read_record(folder, EXPORTED)
-            max_length = max_length or record["options"]["max_length"]
-            template = template or record["prompt"]["judge"]
+        if record:
             bits = bits or (32 if AutoConfig.from_pretrained(folder).dtype == torch.float32 else 16)
         model, tokenizer = load_model(str(path), bits or 4, place), load_tokenizer(str(path))
     max_length = max_length or for_model(MAX_LENGTH, str(path))
     check_sizes(str(path), model, tokenizer, max_length)
     make = Judge if head is None else judge_with_head
     judge = make(model, tokenizer, max_length, batch_size, template)
-    if record and judge.template == record["prompt"]["judge"]:
-        check_prompt(path, record, judge.prompt, judge.labels, tokenizer)
-    judge.trained = record is not None and record["stage"] == "reward"
+    check_trained(judge, path, record)
     return judge
+
+
+def check_trained(judge: Judge, path: str | Path, record: dict | None) -> None:
+    """See that the judge asks as in training, and note whether its labels were trained.
+
+    Raises:
+        UserError: if its tokenizer or chat template is not that of the training.
+    """
+    if record and judge.template == record["prompt"]["judge"]:
+        check_prompt(path, record, judge.prompt, judge.labels, judge.tokenizer)
+    judge.trained = record is not None and record["stage"] == "reward"
+
+
+def find_record(path: str | Path) -> dict | None:
+    """The record of a run folder or of an exported run; None for any other model.
+
+    Raises:
+        UserError: an unfinished run, or an adapter without a record.
+    """
+    folder = Path(path).resolve()
+    if (folder / "run.json").is_file():
+        return read_record(folder)
+    if (folder / "adapter_model.safetensors").is_file():
+        raise UserError(
+            f"{path}: holds an adapter but no run.json, so its backbone is unknown; is the run "
+            "finished?"
+        )
+    if folder.with_name(f"{folder.name}.partial").is_dir() and not folder.is_dir():
+        raise UserError(
+            f"{path}: is not finished; train it to its end with the same command and --resume"
+        )
+    return read_record(folder, EXPORTED) if (folder / EXPORTED).is_file() else None
 
 
 def load_merged(model, folder: Path):

@@ -15,6 +15,7 @@ from gram_mini.model import VILLAGE
 from gram_mini.reading.columns import Columns, check_columns
 from gram_mini.runs import defaults
 from gram_mini.runs.output import check_output
+from gram_mini.runs.partial import check_partial
 from gram_mini.studies import benchmarks
 
 PRETRAIN_EXAMPLES = """\
@@ -125,9 +126,14 @@ def score_options(description: str, argv=None) -> argparse.Namespace:
         "--out",
         type=Path,
         metavar="FILE.jsonl",
-        help="file to write the scores of --data to, one line a row",
+        help="file to write the scores of --data to, a line for each pair or ranking",
     )
     g.add_argument("--overwrite", action="store_true", help="replace a file that is already there")
+    g.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on with the unfinished file of --out; give the same options again",
+    )
     g = p.add_argument_group("how")
     g.add_argument(
         "--model",
@@ -153,9 +159,10 @@ def score_options(description: str, argv=None) -> argparse.Namespace:
         default=32,
         metavar="N",
         help="judge prompts of --max-length per forward pass; of shorter ones as many more as have "
-        "the same number of tokens",
+        "the same number of tokens; with --server requests at a time",
     )
     add_model_options(g, bits_default=None, max_length_default=None)
+    add_server(g)
     add_judge_template(g, default="as in training, else one of the two in gram_mini/prompts.py")
     args = p.parse_args(argv)
     _check_scoring(p, args)
@@ -185,11 +192,19 @@ def _check_scoring(p: argparse.ArgumentParser, args: argparse.Namespace) -> None
             p.error("--benchmark needs --out FILE.json")
         for path in benchmarks.files(args.benchmark, args.out) if args.benchmark else [args.out]:
             check_output(path, args.overwrite, "--out")
+        if not args.benchmark:
+            check_partial(args.out, args.overwrite, args.resume, "--out")
+        elif args.resume:
+            p.error("--resume does not go with --benchmark")
     else:
-        if args.out or args.overwrite or args.limit:
-            p.error("--out, --overwrite and --limit go with --data")
+        if args.out or args.overwrite or args.resume or args.limit:
+            p.error("--out, --overwrite, --resume and --limit go with --data")
         if args.benchmark:
             p.error("--benchmark goes with --data")
+        reading = ("split", "subset", "streaming", "on_bad_row", "pairs", "pairs_per_prompt")
+        for name in (*reading, "columns", "labels"):
+            if getattr(args, name) != p.get_default(name):
+                p.error(f"--{name.replace('_', '-')} goes with --data")
         if not args.prompt or not args.response:
             p.error("give --prompt and at least one --response")
         if len(args.response) == 1 and args.reference is None:
@@ -202,6 +217,10 @@ def _check_scoring(p: argparse.ArgumentParser, args: argparse.Namespace) -> None
         p.error("--columns, --labels and --pairs-per-prompt do not go with --benchmark")
     if args.benchmark and (args.on_bad_row != "error" or args.pairs != "all" or args.streaming):
         p.error("--on-bad-row, --pairs and --streaming do not go with --benchmark")
+    if args.served_name and not args.server:
+        p.error("--served-name goes with --server")
+    if args.server and (args.bits or args.device != "auto"):
+        p.error("--bits and --device do not go with --server, which has its own")
     if args.columns and args.labels:
         Columns(args.columns, args.labels)
     if args.benchmark and (args.rank or args.reference is not None):
@@ -514,6 +533,19 @@ def add_model_options(
         "--device",
         default="auto",
         help="cpu, cuda, cuda:1, ...; auto takes a GPU if there is one",
+    )
+
+
+def add_server(group) -> None:
+    """Options of every command that may have its judge computed by a server."""
+    group.add_argument(
+        "--server",
+        metavar="URL",
+        help="a server that computes the judge, such as http://127.0.0.1:8000; --model then gives "
+        "only tokenizer and prompt (default: it is computed here)",
+    )
+    group.add_argument(
+        "--served-name", metavar="NAME", help="name of the judge there (default: the only one)"
     )
 
 

@@ -167,6 +167,20 @@ def fingerprint(name: str, model=None) -> str | None:
     return digest.hexdigest()[:16]
 
 
+def judge_fingerprint(name: str, model=None) -> str | None:
+    """What identifies a judge: of a run a hash of its record and weights, else of its backbone.
+
+    The record names the backbone's own fingerprint, which load_judge has compared.
+    """
+    run = Path(name)
+    if not (run / "run.json").is_file():
+        return fingerprint(name, model)
+    digest = hashlib.sha256((run / "run.json").read_bytes())
+    for file in sorted(run.glob("*.safetensors")):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()[:16]
+
+
 def pinned(name: str, commit: str | None) -> str:
     """The name of a backbone at the commit a run was trained on; the hub's may be newer now."""
     return f"{name}@{commit}" if commit and local_model(name) is None else name

@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import sys
 from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 
-from gram_mini.errors import UserError
+from gram_mini.errors import Interrupted, UserError
 from gram_mini.judge import Comparison, Judge, Ranking, preferred
 from gram_mini.pairs import Pair, unusable
 from gram_mini.prompts import LABELS
 from gram_mini.reading.formats import has_literal_breaks, parse_pairs, read_ranking
 from gram_mini.reading.load import NOT_DRAWN, draw_pairs, read_groups
 from gram_mini.reading.sources import Notes, Row
-from gram_mini.runs.output import write_whole
+from gram_mini.runs import options
+from gram_mini.runs.partial import PartialFile
+from gram_mini.runs.record import judge_fingerprint, tokenizer_fingerprint
+
+from tqdm import tqdm
 
 UNREADABLE = "that cannot be read"
 SELDOM = 0.5  # mass on the labels; below it the model hardly ever answers A or B
+CHUNK = 2000  # comparisons that are held, made and written together: see README.md
+NOTED = ("batch_size", "device", "server")  # change no score by more than rounding
 
 
 @dataclass
@@ -33,18 +43,42 @@ class Question:
     responses: list[str] | None = None  # None if there are pairs to compare
     reference: str | None = None
 
+    @property
+    def lines(self) -> int:
+        """Lines of the output: one for each pair, one for a ranking, one that says why not."""
+        return max(1, len(self.pairs))
 
-def read_questions(args) -> list[Question]:
-    """What every row of ``--data`` asks for.
+    @property
+    def comparisons(self) -> int:
+        """How many comparisons it takes at most, and 1 if it takes none."""
+        n = len(self.responses or ())
+        return max(1, len(self.pairs), n * (n - 1) // 2 if self.reference is None else n)
+
+    def digest(self) -> bytes:
+        """A hash of what is asked."""
+        pairs = [(p.prompt, p.response_a, p.response_b, p.label) for p in self.pairs]
+        asked = self.head, pairs, self.prompt, self.responses, self.reference, [*self.left_out]
+        return hashlib.sha256(repr(asked).encode("utf-8", "surrogatepass")).digest()
+
+
+def read_questions(
+    args, notes: Notes | None = None, progress: str | None = None
+) -> Iterator[Question]:
+    """What the rows of ``--data`` ask for, one question after the other.
+
+    Args:
+        args: the options of score.py.
+        notes: gets what was skipped or assumed on the whole source; what is noted on a row is with
+            its question.
+        progress: the name of a progress bar, if there is to be one.
 
     Raises:
         UserError: a row that cannot be read (names file and line); with ``--on-bad-row skip`` such
             rows are counted.
     """
-    questions = []
-    notes = Notes()  # on the whole source; those on a row are with its question
-    options = args.split, args.limit, args.subset, args.streaming, args.columns, args.labels
-    for number, group in read_groups(args.data, *options, notes):
+    notes = Notes() if notes is None else notes
+    given = args.split, args.limit, args.subset, args.streaming, args.columns, args.labels
+    for number, group in read_groups(args.data, *given, notes, progress):
         row = group[0][1]
         head = {"row": number}
         if isinstance(row, dict) and "id" in row:
@@ -57,10 +91,7 @@ def read_questions(args) -> list[Question]:
             if args.on_bad_row == "error":
                 raise
             question.left_out = Counter({UNREADABLE: len(group)})
-        questions.append(question)
-    if questions:
-        questions[0].notes.update(notes)
-    return questions
+        yield question
 
 
 def _read(question: Question, group: list[Row], args) -> None:
@@ -97,66 +128,224 @@ def _read(question: Question, group: list[Row], args) -> None:
     question.reference = None if args.rank not in (None, "reference") else reference
 
 
-def write_scores(
-    args, questions: list[Question], answers: list[list[Comparison] | Ranking], judge: Judge
-) -> None:
-    """Write the lines of ``--out`` and say what was scored, cut and left out.
+# ---- the whole source, before any work ----------------------------------------------
 
-    The file appears when it is complete.
 
-    Args:
-        args: the options of score.py.
-        questions: the rows.
-        answers: for each of them, the comparisons of its pairs or the ranking of its responses.
-        judge: what has compared them.
+@dataclass
+class Contents:
+    """What a source holds, without its texts."""
+
+    rows: int = 0
+    lines: int = 0  # of the output
+    literal_breaks: int = 0
+    left_out: Counter = field(default_factory=Counter)
+    notes: Notes = field(default_factory=Notes)
+    fingerprint: str = ""
+
+
+def read_through(args) -> Contents:
+    """Read the rows of ``--data`` once and keep none.
+
+    So a row that cannot be read is named before any work, and what is begun can be told from
+    another file.
 
     Raises:
-        UserError: the file cannot be written.
+        UserError: as read_questions; a source that cannot be read twice.
     """
-    lines, hits = [], []
-    for question, answer in zip(questions, answers):
-        if isinstance(answer, Ranking):
-            lines.append(question.head | asdict(answer))
-        elif not question.pairs:
-            lines.append(question.head | {"skipped": ", ".join(question.left_out)})
-        else:
-            for k, (pair, comparison) in enumerate(zip(question.pairs, answer), start=1):
-                number = {"pair": k} if len(question.pairs) > 1 else {}
-                line = question.head | number | comparison_line(comparison)
-                if pair.label is not None and not unusable(pair):
-                    hits.append(line["better"] == LABELS[pair.label])
-                lines.append(line)
-    write_whole(
-        args.out,
-        (json.dumps(line, ensure_ascii=False, default=str) + "\n" for line in lines),
-        "--out",
-    )
-    rows = sum(question.rows for question in questions)
-    cut = sum(bool(line.get("truncated")) for line in lines)
-    print(
-        f"scored {rows} rows from {args.data}: {len(lines)} lines, {cut} of them cut to "
-        f"{judge.max_length} tokens; wrote {args.out}"
-    )
-    for reason, count in sum((question.left_out for question in questions), Counter()).items():
-        print(f"not scored: {count} {reason}")
-    notes = Notes()
+    source = Path(args.data)
+    if source.exists() and not (source.is_file() or source.is_dir()):
+        raise UserError(f"{source}: is read twice, which a pipe cannot be; save it as a file first")
+    contents, digest = Contents(), hashlib.sha256()
+    for question in read_questions(args, contents.notes, "reading"):
+        contents.rows += question.rows
+        contents.lines += question.lines
+        contents.literal_breaks += question.literal_breaks
+        contents.left_out.update(question.left_out)
+        contents.notes.update(question.notes)
+        digest.update(question.digest())
+    contents.fingerprint = digest.hexdigest()[:16]
+    return contents
+
+
+# ---- chunk by chunk ------------------------------------------------------------------
+
+
+class Scores:
+    """The rows of ``--data``, a chunk at a time, and the file of their scores, which grows.
+
+    Use it in a ``with`` statement: score what :meth:`chunks` yields and give it to :meth:`write`.
+    At the end of the statement the file gets its name, and a summary is printed. Where an error
+    or Ctrl-C ends it, what is written stays, and --resume goes on.
+
+    Raises:
+        UserError: as read_questions and PartialFile.
+    """
+
+    def __init__(self, args, judge: Judge):
+        self.args, self.judge = args, judge
+        self.contents = read_through(args)
+        same, noted = settings(args, judge, self.contents)
+        self.file = PartialFile(args.out, "--out", same, args.resume, noted)
+        self.lines = self.cut = self.masses = self.labelled = self.hits = 0
+        self.mass = 0.0  # their sum
+        self.bar = tqdm(
+            total=self.contents.lines, desc="scoring", unit=" lines", delay=2, leave=False
+        )
+
+    def chunks(self) -> Iterator[list[Question]]:
+        """Yield the chunks that have no lines yet, in order.
+
+        Where a chunk ends depends on the data alone, never on where a run was stopped: which
+        sequences share a forward pass can change the last digits of a score.
+        """
+        digest, resumed = hashlib.sha256(), self.args.resume
+        for chunk in in_chunks(read_questions(self.args)):
+            for question in chunk:
+                digest.update(question.digest())
+            kept = self.file.kept(sum(question.lines for question in chunk))
+            if kept is not None:
+                self._count(chunk, self._parsed(chunk, kept))
+                continue
+            if resumed:
+                self._say_resumed(f"going on at row {chunk[0].head['row']}")
+                resumed = False
+            yield chunk
+        if resumed:
+            self._say_resumed("all rows are there")
+        if digest.hexdigest()[:16] != self.contents.fingerprint:
+            raise UserError(
+                f"{self.args.data}: has changed while it was read; score it again with --overwrite"
+            )
+
+    def _say_resumed(self, how: str) -> None:
+        dropped = f", {self.file.dropped} of a chunk that is not whole dropped"
+        kept = f"--resume: {self.file.lines} lines kept{dropped * bool(self.file.dropped)}"
+        print(f"{kept}; {how}", flush=True)
+
+    def _parsed(self, chunk: list[Question], kept: list[bytes]) -> list[dict]:
+        rows = [question.head["row"] for question in chunk for _ in range(question.lines)]
+        try:
+            lines = [json.loads(line) for line in kept]
+            if [line["row"] for line in lines] == rows:
+                return lines
+        except (ValueError, TypeError, KeyError):
+            pass
+        raise UserError(
+            f"{self.file.partial}: lines {self.lines + 1} to {self.lines + len(kept)} are not "
+            "those of this data; start anew with --overwrite"
+        )
+
+    def write(self, chunk: list[Question], answers: Sequence[list[Comparison] | Ranking]) -> None:
+        """Write the lines of a chunk.
+
+        Args:
+            chunk: the questions.
+            answers: for each of them, the comparisons of its pairs or the ranking of its responses.
+
+        Raises:
+            UserError: the file cannot be written.
+        """
+        lines: list[dict] = []
+        for question, answer in zip(chunk, answers, strict=True):
+            if isinstance(answer, Ranking):
+                lines.append(question.head | asdict(answer))
+            elif not question.pairs:
+                lines.append(question.head | {"skipped": ", ".join(question.left_out)})
+            else:
+                for k, comparison in enumerate(answer, start=1):
+                    number = {"pair": k} if len(question.pairs) > 1 else {}
+                    lines.append(question.head | number | comparison_line(comparison))
+        self.file.add([json.dumps(line, ensure_ascii=False, default=str) + "\n" for line in lines])
+        self._count(chunk, lines)
+
+    def _count(self, chunk: list[Question], lines: list[dict]) -> None:
+        """Count the lines of a chunk for the summary."""
+        pairs = (pair for q in chunk for pair in (q.pairs if q.pairs else [None]))
+        for line, pair in zip(lines, pairs, strict=True):
+            self.lines += 1
+            self.cut += bool(line.get("truncated"))
+            if "label_mass" in line:
+                self.masses += 1
+                self.mass += line["label_mass"]
+            if pair is not None and pair.label is not None and not unusable(pair):
+                self.labelled += 1
+                self.hits += line["better"] == LABELS[pair.label]
+        self.bar.update(len(lines))
+
+    def __enter__(self) -> Scores:
+        return self
+
+    def __exit__(self, kind, error, traceback) -> None:
+        self.bar.close()
+        if kind is None:
+            self.file.finish()
+            self._summary()
+            return
+        self.file.leave()
+        done = f"{self.file.lines} of {self.contents.lines} lines are kept in {self.file.partial}"
+        how = f"{done}; go on with the same command and --resume"
+        if kind is KeyboardInterrupt:
+            raise Interrupted(how if self.file.lines else "nothing was written") from None
+        if self.file.lines:
+            print(how, file=sys.stderr)
+
+    def _summary(self) -> None:
+        """Say what was scored, cut and left out."""
+        args, contents = self.args, self.contents
+        print(
+            f"scored {contents.rows} rows from {args.data}: {self.lines} lines, {self.cut} of them "
+            f"cut to {self.judge.max_length} tokens; wrote {args.out}"
+        )
+        for reason, count in contents.left_out.items():
+            print(f"not scored: {count} {reason}")
+        notes = contents.notes.lines()
+        print(*notes, sep="\n", end="\n" * bool(notes))
+        if contents.literal_breaks:
+            print(
+                f"{contents.literal_breaks} rows with a literal \\n beside the markers, taken off"
+            )
+        if self.masses and self.mass / self.masses < SELDOM and not self.judge.trained:
+            print(
+                f"The model hardly ever answers A or B (mean mass on the labels "
+                f"{self.mass / self.masses:.2g}): do not rely on this."
+            )
+        if self.labelled:
+            print(
+                f"{self.hits} of {self.labelled} labelled pairs judged as labelled: "
+                f"accuracy {self.hits / self.labelled:.3f}"
+            )
+
+
+def in_chunks(questions: Iterable[Question]) -> Iterator[list[Question]]:
+    """Chunks of CHUNK comparisons, rows that ask for none counted as one; the last question of a
+    chunk may ask for more.
+    """
+    chunk: list[Question] = []
+    size = 0
     for question in questions:
-        notes.update(question.notes)
-    print(*notes.lines(), sep="\n", end="\n" * bool(notes.lines()))
-    if breaks := sum(question.literal_breaks for question in questions):
-        print(f"{breaks} rows with a literal \\n beside the markers, taken off")
-    masses = [line["label_mass"] for line in lines if "label_mass" in line]
-    if masses and sum(masses) / len(masses) < SELDOM and not judge.trained:
-        mean = sum(masses) / len(masses)
-        print(
-            f"The model hardly ever answers A or B (mean mass on the labels {mean:.2g}): "
-            "do not rely on this."
-        )
-    if hits:
-        print(
-            f"{sum(hits)} of {len(hits)} labelled pairs judged as labelled: "
-            f"accuracy {sum(hits) / len(hits):.3f}"
-        )
+        chunk.append(question)
+        size += question.comparisons
+        if size >= CHUNK:
+            yield chunk
+            chunk, size = [], 0
+    if chunk:
+        yield chunk
+
+
+def settings(args, judge: Judge, contents: Contents) -> tuple[dict, dict]:
+    """What must be the same for an unfinished file to go on, and what may change but is noted."""
+    left_out = ("out", "overwrite", "resume", "judge_template", *NOTED)
+    given = options.as_record(args)
+    return {
+        **{name: value for name, value in given.items() if name not in left_out},
+        "served": getattr(judge, "served_as", None),
+        "max_length": judge.max_length,
+        "judge": judge_fingerprint(args.model, getattr(judge, "model", None)),
+        "judge prompt": judge.template,
+        "tokenizer and chat template": tokenizer_fingerprint(judge.tokenizer),
+        "contents of the data": contents.fingerprint,
+        "comparisons in a chunk": CHUNK,
+    }, {name: given[name] for name in NOTED}
 
 
 def comparison_line(result: Comparison) -> dict:

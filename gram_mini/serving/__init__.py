@@ -1,1 +1,1 @@
-"""A judge in other tools: model folders, a reward for TRL, official files. See README.md here."""
+"""A judge in other tools: model folders, training loops, official files. See README.md here."""

@@ -2,37 +2,34 @@
 
 from __future__ import annotations
 
-import math
+import asyncio
 
-from gram_mini.judge import Judge
-from gram_mini.pairs import Pair
-from gram_mini.reading.formats import parse_pairs
-from gram_mini.reading.messages import read_prompt
-
-AGAINST = ("first", "all")
+from gram_mini.serving.rewards import AGAINST, group_rewards
 
 
-def as_trl_reward(judge: Judge, against: str = "first", average: str = "probabilities"):
+def as_trl_reward(
+    judge, against: str = "first", average: str = "probabilities", asynchronous: bool = False
+):
     """The judge as a reward function for TRL's GRPOTrainer(reward_funcs=...) and similar trainers.
 
     If the data set has a column ``reference``, a completion's reward is P(better than its
     reference), from 0 to 1. Otherwise (or if it is None) the completions of one prompt are compared
-    with each other. ``against`` says how:
+    with each other, as rewards.group_rewards says. Each process sees only its own completions. If
+    TRL spreads the completions of one prompt over several processes, add ``reference``, so that all
+    have the same reference.
 
-        first   reward = P(better than the first one); the first one itself gets 1/2
-        all     reward = mean P(better than another one); n (n - 1) / 2 comparisons for n of them
-
-    Equal texts are a draw, 1/2, and are not shown to the model. All comparisons of one call are
-    judged together. Each process sees only its own completions. If TRL spreads the completions of
-    one prompt over several processes, add ``reference``, so that all have the same reference.
+    The trainer's log gets gram/position_gap and gram/label_mass, the means over the comparisons, if
+    TRL passes ``log_metric`` (trl/trainer/grpo_trainer.py, _calculate_rewards; not before TRL 1.0).
 
     Args:
-        judge: the judge.
+        judge: a Judge, or a served judge with the same ``compare_many``.
         against: "first" or "all".
         average: "probabilities" or "logits", as in Judge.compare_many.
+        asynchronous: make f a coroutine function. TRL runs those side by side, so that a served
+            judge answers while other reward functions wait for theirs. Alone it is no faster.
 
-    Returns f(prompts, completions, completion_ids=None, reference=None, **others) -> one reward for
-    each completion. Texts and lists of messages are read as in training, by
+    Returns f(prompts, completions, completion_ids=None, reference=None, log_metric=None, **others)
+    -> one reward for each completion. Texts and lists of messages are read as in training, by
     reading.formats.parse_pairs. Tool messages are not supported.
 
     Raises:
@@ -42,54 +39,16 @@ def as_trl_reward(judge: Judge, against: str = "first", average: str = "probabil
         raise ValueError(f"against must be one of {AGAINST}, got {against!r}")
 
     def gram_reward(
-        prompts, completions, completion_ids=None, reference=None, **others
+        prompts, completions, completion_ids=None, reference=None, log_metric=None, **others
     ) -> list[float]:
-        references = reference or [None] * len(prompts)
-        questions = [read_prompt(prompt, f"row {i}", "prompt") for i, prompt in enumerate(prompts)]
-        groups: dict[str, list[int]] = {}
-        for i, question in enumerate(questions):
-            groups.setdefault(question, []).append(i)
+        found = group_rewards(judge, prompts, completions, reference, against, average)
+        if log_metric:
+            for name, mean in found.means.items():
+                log_metric(f"gram/{name}", mean)
+        return found.rewards
 
-        def rivals(i: int) -> list:
-            group = groups[questions[i]]
-            if references[i] is not None:
-                return [references[i]]
-            if len(group) == 1:
-                raise ValueError(
-                    f"the only completion of the prompt {questions[i][:60]!r} has nothing to be "
-                    "compared with; add a column 'reference' to the data set (a response to each "
-                    "prompt), or sample more than one completion"
-                )
-            return (
-                [completions[group[0]]]
-                if against == "first"
-                else [completions[j] for j in group if j != i]
-            )
+    async def gram_reward_async(**given) -> list[float]:
+        return await asyncio.to_thread(gram_reward, **given)
 
-        def pair_of(i: int, rival) -> Pair:
-            row = {"prompt": questions[i], "chosen": completions[i], "rejected": rival}
-            return parse_pairs([(f"row {i}", row)])[0][0]
-
-        pairs = [[pair_of(i, rival) for rival in rivals(i)] for i in range(len(completions))]
-        # P(b better) = 1 - P(a better), so two texts are compared once, in sorted order.
-        compared = list(
-            dict.fromkeys(
-                Pair(
-                    pair.prompt,
-                    min(pair.response_a, pair.response_b),
-                    max(pair.response_a, pair.response_b),
-                )
-                for row in pairs
-                for pair in row
-                if pair.response_a != pair.response_b
-            )
-        )
-        better = {}
-        for pair, result in zip(compared, judge.compare_many(compared, average)):
-            better[pair.prompt, pair.response_a, pair.response_b] = result.probability
-            better[pair.prompt, pair.response_b, pair.response_a] = 1 - result.probability
-        # Equal texts are a draw.
-        reward = lambda pair: better.get((pair.prompt, pair.response_a, pair.response_b), 0.5)
-        return [math.fsum(map(reward, row)) / len(row) for row in pairs]
-
-    return gram_reward
+    gram_reward_async.__name__ = gram_reward.__name__  # under which the trainer logs the rewards
+    return gram_reward_async if asynchronous else gram_reward

@@ -9,6 +9,7 @@
   rl          a policy trained against the judge: the judge's reward and the true one, over KL
   all         these seven
   orders      ours, not the paper's: each pair in both orders, and one loss on their mean margin
+  rewards     ours: from pairs to the rewards of n responses, by the number of comparisons
 
 Each study writes STUDY.json and STUDY.png to gram_mini/studies/results (--quick to runs/quick).
 Trained models stay in runs/studies and are used again, by other studies too, so a study goes on
@@ -35,8 +36,8 @@ EXAMPLES = """\
       --runs runs/mine --results runs/mine/results"""
 
 SEEDS = (1, 2, 3, 4, 5)
-OURS = ("orders",)  # not a claim of the paper
-NEEDS_TRUTH = ("bon", "adapt", "rl")
+OURS = ("orders", "rewards")  # not claims of the paper
+NEEDS_TRUTH = ("bon", "adapt", "rl", "rewards")
 RESULTS = Path(__file__).parent / "results"
 
 

@@ -80,7 +80,8 @@ def draw(
                     places, values, marker=".", label=method, ls=("-", "--")[place % 2]
                 )
                 low, high = ([v - s * h for v, h in zip(values, halves)] for s in (1, -1))
-                axis.fill_between(places, low, high, alpha=0.2, color=line.get_color())
+                if x != "comparisons":  # there the seeds move all lines together
+                    axis.fill_between(places, low, high, alpha=0.2, color=line.get_color())
         bounds = {
             row[x]: row["bound"][0] for row in means if x and name == "margin" and "bound" in row
         }
@@ -104,6 +105,11 @@ def draw(
             counts = sorted({row[x] for row in means})
             axis.set_xscale("symlog", linthresh=50)
             axis.set_xticks(counts, counts, fontsize=8)
+        elif x == "rate":
+            axis.set_xscale("log")
+        elif x == "comparisons":
+            axis.set_xscale("log", base=2)
+            axis.xaxis.set_major_formatter("{x:.0f}")
     if x is not None:
         axes[0][-1].legend(fontsize=7, framealpha=0.5)
     figure.suptitle(title)

@@ -7,8 +7,9 @@
   Speed      tokens per second, and the share of what large matrix products reach on the card
 
 Nothing is downloaded. Real shapes have random weights and the village's tokenizer. The page is
-printed and written to --out. A step that fails does not stop the others: its reason stands on the
-page, and the exit status is 1. What the steps say goes to standard error.
+written to --out after every step, and printed at the end. A step that fails does not stop the
+others: its reason stands on the page, and the exit status is 1. What the steps say goes to standard
+error.
 """
 
 from __future__ import annotations
@@ -78,6 +79,7 @@ EXAMPLES = """\
 
 TINY = {"tiny": Shape("qwen3", 128, 2, 4, 2, 32, 384, 1024, True)}
 RESULTS = Path(__file__).parent / "results"
+OUT = Path("runs/gpu_check.md")
 NO_GPU = "no GPU: checked on a CPU with tiny shapes"
 MINUTES = 9  # after which no step is begun
 SCRIPTS = {"pretrain": train_pretrain, "reward": train_reward}
@@ -447,20 +449,26 @@ def outcome(x: Setting, step: Step) -> tuple[str, str]:
     return "FAILED", " ".join(reason.split())
 
 
-def verdict(results: list[str], names: list[str]) -> str:
+def verdict(results: list[str], names: list[str], planned: int) -> str:
     """The last line of the page."""
     count = {r: results.count(r) for r in ("passed", "measured", "FAILED", "left out")}
     said = ", ".join(f"{n} {result}" for result, n in count.items() if n)
     bad = [name for name, result in zip(names, results) if result in ("FAILED", "left out")]
     ending = f"Not shown: {'; '.join(bad)}." if bad else "All checks hold."
-    return f"**{len(results)} steps: {said}. {ending}**"
+    if len(results) < planned:
+        return f"**Unfinished: {len(results)} of {planned} steps: {said}.**"
+    return f"**{planned} steps: {said}. {ending}**"
 
 
-def check(x: Setting) -> tuple[str, bool]:
-    """Run all steps; the page, and whether every step passed or was measured."""
+def check(x: Setting, write: Callable[[str], None]) -> bool:
+    """Run all steps; whether every step passed or was measured.
+
+    ``write`` gets the page after every step, so that one that hangs or kills the process takes
+    nothing with it.
+    """
     lines: dict[str, list[list[str]]] = {}
-    began, results, names = time.monotonic(), [], []
-    for section, name, step in steps_of(x):
+    began, results, names, steps = time.monotonic(), [], [], steps_of(x)
+    for section, name, step in steps:
         started = time.monotonic()
         if not x.tiny and started - began > 60 * MINUTES:
             result, text = "left out", f"{MINUTES} minutes were over"
@@ -472,29 +480,35 @@ def check(x: Setting) -> tuple[str, bool]:
         lines.setdefault(section, []).append([name, result, took, text])
         results.append(result)
         names.append(f"{section}: {name}")
+        ending = verdict(results, names, len(steps))
+        write(page(x, lines, time.monotonic() - began, ending))
+    return not {"FAILED", "left out"} & set(results)
+
+
+def page(x: Setting, lines: dict[str, list[list[str]]], taken: float, ending: str) -> str:
+    """The page: the rows of each section, and the verdict."""
     where = NO_GPU if x.tiny else machine(x.device)
-    taken = f"{time.strftime('%Y-%m-%d')}, {time.monotonic() - began:.0f} seconds"
-    page = [f"# GPU check\n\n`python -m gram_mini.studies.gpu_check`: {where}; {taken}."]
+    when = f"{time.strftime('%Y-%m-%d')}, {taken:.0f} seconds"
+    parts = [f"# GPU check\n\n`python -m gram_mini.studies.gpu_check`: {where}; {when}."]
     for section, rows in lines.items():
         about = f"{ABOUT[section]}\n\n" if ABOUT[section] else ""
-        page.append(f"## {section}\n\n{about}{table(['step', 'result', 'seconds', ''], rows)}")
-    page.append(f"## Verdict\n\n{verdict(results, names)}")
-    return "\n\n".join(page) + "\n", not {"FAILED", "left out"} & set(results)
+        parts.append(f"## {section}\n\n{about}{table(['step', 'result', 'seconds', ''], rows)}")
+    parts.append(f"## Verdict\n\n{ending}")
+    return "\n\n".join(parts) + "\n"
 
 
 def main(argv=None) -> int:
     parser = options.parser(__doc__, EXAMPLES)
     parser.add_argument(
         "--shape",
-        choices=SHAPES,
+        choices=[name for name in SHAPES if name != VILLAGE],
         help="sizes of the model with random weights (default: Qwen2.5-0.5B)",
     )
     parser.add_argument(
         "--out",
         type=Path,
         metavar="PAGE.md",
-        help="the page to write (default: gram_mini/studies/results/gpu_check.md; with --tiny the "
-        "page is only printed)",
+        help=f"the page to write (default: {OUT}; with --tiny the page is only printed)",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace a page that is there")
     parser.add_argument(
@@ -507,7 +521,7 @@ def main(argv=None) -> int:
         parser.error("--shape does not go with --tiny")
     if not args.tiny and not torch.cuda.is_available():
         raise UserError("there is no CUDA card here; --tiny tries this check on the CPU")
-    out = args.out or (None if args.tiny else RESULTS / "gpu_check.md")
+    out = args.out or (None if args.tiny else OUT)
     if out and args.tiny and out.resolve().is_relative_to(RESULTS):
         raise UserError(f"--out {out}: results are of GPUs; with --tiny give a file elsewhere")
     if out:
@@ -518,11 +532,17 @@ def main(argv=None) -> int:
         device, name = pick_device("auto"), args.shape or "Qwen2.5-0.5B"
         s = SHAPES[name]
     torch.manual_seed(0)
+    pages: list[str] = []
+
+    def write(page: str) -> None:
+        pages.append(page)
+        if out:
+            write_whole(out, [page], "--out")
+
     with tempfile.TemporaryDirectory() as folder:
-        page, good = check(Setting(device, name, s, Path(folder), args.tiny))
-    print(page, end="")
+        good = check(Setting(device, name, s, Path(folder), args.tiny), write)
+    print(pages[-1], end="")
     if out:
-        write_whole(out, [page], "--out")
         print(f"wrote {out}", file=sys.stderr)
     return 0 if good else 1
 

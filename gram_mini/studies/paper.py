@@ -1,5 +1,5 @@
-"""The paper's studies and one of ours: each yields the rows of one seed; STUDIES says how they are
-shown.
+"""The paper's studies and one of ours: each yields the rows of one seed. STUDIES says how they, and
+another one of ours from rewards.py, are shown.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from pathlib import Path
 import train_reward
 from gram_mini.pairs import Pair
 from gram_mini.studies.lab import MAIN, METHODS, Lab
+from gram_mini.studies.rewards import rewards
 from gram_mini.village.pairs import topics
 from gram_mini.village.policy import (
     best_of_n,
@@ -201,4 +202,15 @@ STUDIES = {  # the longest first
     "orders": (orders, ("method",), None, ("out-of-distribution", "fact", "position gap")),
     "bon": (bon, ("method", "n"), "KL", ("proxy score", "true reward")),
     "rl": (rl, ("method", "step"), "KL", ("proxy reward", "true reward")),
+    "rewards": (
+        rewards,
+        ("method", "n"),
+        "comparisons",
+        (
+            "agreement, GRAM",
+            "true reward of the first, GRAM",
+            "agreement, votes",
+            "true reward of the first, votes",
+        ),
+    ),
 }

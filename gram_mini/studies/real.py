@@ -1,25 +1,30 @@
-"""A real language model on real texts: every method of the paper, with intervals over seeds.
+"""A real language model on real texts: the main methods and our loss, with intervals over seeds.
 
   table   every method, trained on the labels and tested on held-out prompts and on other files
   curve   accuracy over the number of labels
+  rates   learning rates of both stages and of the scalar head: to choose them, with --seeds 0
 
 --labels, --unlabelled and each --test take a file, a folder or a name on the hub, as --data of the
 training scripts does. Of the labelled prompts 15% are held out as the test "held out"; which
 ones is the same for all seeds. A seed draws which pairs are used, their order, and the adapters.
 Rates are the defaults for a model that is not the village's (gram_mini/runs/defaults.py), and 3e-4
-for the scalar heads.
+for the scalar heads. "rates" leaves the held-out prompts alone: it tests on others, which it takes
+from the labelled ones.
 
 Trained models and figures stay in --runs, so a study goes on where it stopped.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import random
+import shlex
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import train_pretrain
 import train_reward
 from gram_mini.baselines import __main__ as baselines
 from gram_mini.errors import UserError, clear_errors
@@ -35,8 +40,8 @@ EXAMPLES = """\
   python -m gram_mini.studies.real table --model HuggingFaceTB/SmolLM2-135M-Instruct --bits 16 \\
       --labels polite.jsonl --unlabelled unlabelled.jsonl --test pandalm=pandalm.jsonl"""
 
-RESULTS = Path(__file__).parent / "results"
 HELD_OUT = "held out"  # what the test on the labelled data's own prompts is called
+VALIDATION = "validation"  # prompts to choose rates on, never those that are held out
 BOTH = ["--both-orders", "1"]
 METHODS = {  # name: (whether it starts from stage 1, script, options of the script)
     "D-Baseline": (False, baselines, SCALAR + PLAIN),
@@ -49,6 +54,15 @@ METHODS = {  # name: (whether it starts from stage 1, script, options of the scr
 }
 COUNTS = (100, 200, 400, 800, 1600, 3200, 8000)  # of labels, as far as there are so many
 CURVE = ("D-Baseline", "G-Label-Smoothing", "GRAM", "G, both orders (ours)")
+STAGE_1 = STAGE_2 = ("2e-4", "5e-4", "1e-3", "2e-3")
+RATES = {  # method: rates of its stage 1 if it starts from one, else of its stage 2
+    "D-Baseline": ("1e-4", "3e-4", "1e-3"),
+    "G-Label-Smoothing": STAGE_2,
+    "G, both orders (ours)": STAGE_2,
+    "D from stage 1": STAGE_1,
+    "GRAM": STAGE_1,
+    "GRAM, both orders (ours)": STAGE_1,
+}
 
 
 class RealLab(Lab):
@@ -70,7 +84,9 @@ class RealLab(Lab):
         counts: tuple[int, int, int],
         training: Sequence[str],
         loading: dict,
+        stages: dict[str, Sequence[str]] | None = None,
     ):
+        self.stages = stages or {}
         self.labels, self.unlabelled, self.tested = counts  # pairs to use, at most
         labelled, pool = load_pairs(labels, labelled=True), load_pairs(unlabelled, labelled=False)
         self.used, held_out = split_by_prompt(labelled.pairs, 0.15, seed=0)
@@ -87,20 +103,25 @@ class RealLab(Lab):
             "unlabelled": [unlabelled, pool.fingerprint, self.unlabelled],
             "tests": {name: [tests[name], data.fingerprint] for name, data in loaded.items()},
             "test pairs": self.tested,
+            "options": self.stages,
         }
         self.set_up(folder, model, data, training, loading)
 
     def pairs(self, split: str, seed: int) -> list[Pair]:
         if split == "labelled":
             return drawn(self.used, self.labels, seed)
-        return (
-            drawn(self.pool, self.unlabelled, seed) if split == "unlabelled" else self.tests[split]
-        )
+        if split == "unlabelled":
+            return drawn(self.pool, self.unlabelled, seed)
+        if split in self.tests:
+            return self.tests[split]
+        rest, validation = split_by_prompt(self.used, 0.15, seed=0)
+        validation = drawn(validation, self.tested, "test")
+        return {"rest": drawn(rest, self.labels, seed), VALIDATION: validation}[split]
 
     def train(self, script, name: str, seed: int, *options: str) -> Path:
-        """As in Lab; its seconds are kept beside the run."""
+        """As in Lab, with the options of its stage; its seconds are kept beside the run."""
         began = time.perf_counter()
-        out = super().train(script, name, seed, *options)
+        out = super().train(script, name, seed, *options, *self.stages.get(script.__name__, []))
         kept = seconds_of(out)
         if not kept.is_file():
             write_json(kept, {"seconds": round(time.perf_counter() - began)})
@@ -164,10 +185,30 @@ def curve(lab: RealLab, seed: int):
             yield {"method": name, "labels": count, **lab.evaluate(run, HELD_OUT)}
 
 
+def rates(lab: RealLab, seed: int):
+    """Accuracy by rate: of stage 1 for what starts from it, else of stage 2."""
+    for name, tried in RATES.items():
+        for rate in tried:
+            yield {"method": name, "rate": float(rate), **trial(lab, seed, name, rate)}
+
+
+def trial(lab: RealLab, seed: int, name: str, rate: str) -> dict[str, float]:
+    """Figures of a method on the validation prompts, with this rate."""
+    starts, script, given = METHODS[name]
+    options = ["--data", lab.file(f"rest-{seed}", lab.pairs("rest", seed)), *given]
+    if starts:
+        pool = lab.file(f"stage1-{seed}", lab.pairs("unlabelled", seed))
+        began = lab.train(train_pretrain, f"stage1 {rate}", seed, "--data", pool, "--lr", rate)
+        options += ["--init", str(began)]
+    else:
+        options += ["--lr", rate]
+    return lab.evaluate(lab.train(script, f"{name} {rate}", seed, *options), VALIDATION)
+
+
 def main(argv=None):
     parser = options.parser(__doc__, EXAMPLES)
     parser.add_argument(
-        "study", choices=("table", "curve"), metavar="STUDY", help="one of the above"
+        "study", choices=("table", "curve", "rates"), metavar="STUDY", help="one of the above"
     )
     sources = parser.add_argument_group("data")
     sources.add_argument("--labels", required=True, metavar="SOURCE", help="labelled pairs")
@@ -196,28 +237,53 @@ def main(argv=None):
     group.add_argument(
         "--epochs", type=options.positive_float, default=1, help="passes over the data, both stages"
     )
+    texts = {
+        "training": "further options of all scripts, as one text: --training '--batch-size 8'",
+        "stage-1": "further options of train_pretrain.py, as one text: --stage-1 '--lr 2e-4'",
+        "stage-2": "further options of train_reward.py, as one text",
+        "scalar": "further options of the scalar heads, as one text",
+    }
+    for name, text in texts.items():
+        group.add_argument(f"--{name}", default=[], type=words, metavar="OPTIONS", help=text)
     group.add_argument("--name", default="real", help="the results are called NAME-STUDY")
     group.add_argument("--runs", type=Path, default=Path("runs/real-study"), metavar="FOLDER")
-    group.add_argument("--results", type=Path, default=RESULTS, metavar="FOLDER")
+    group.add_argument(
+        "--results", type=Path, metavar="FOLDER", help="for tables and figures (default: in --runs)"
+    )
     options.add_model_options(group, bits_default=4, max_length_default=512)
     args = parser.parse_args(argv)
     tests = dict(test.partition("=")[::2] for test in args.test)
     if HELD_OUT in tests or not all(tests.values()):
         parser.error("--test: give NAME=SOURCE")
     check_place(args.runs, "--runs")
-    check_place(args.results, "--results")
+    results = args.results or args.runs / "results"
+    check_place(results, "--results")
     loading = {"bits": args.bits, "max_length": args.max_length, "device": args.device}
     counts = args.labels_used, args.unlabelled_used, args.tested
     lab = RealLab(
         args.runs, args.model, args.labels, args.unlabelled, tests, counts,
-        ["--epochs", str(args.epochs)], loading,
+        ["--epochs", str(args.epochs), *args.training], loading,
+        {
+            train_pretrain.__name__: args.stage_1,
+            train_reward.__name__: args.stage_2,
+            baselines.__name__: args.scalar,
+        },
     )  # fmt: skip
     shown = (HELD_OUT, *tests)
     studies = {
         f"{args.name}-table": (table, ("method",), None, shown),
         f"{args.name}-curve": (curve, ("method", "labels"), "labels", (HELD_OUT,)),
+        f"{args.name}-rates": (rates, ("method", "rate"), "rate", (VALIDATION,)),
     }
-    run_study(f"{args.name}-{args.study}", lab, args.seeds, args.results, studies)
+    run_study(f"{args.name}-{args.study}", lab, args.seeds, results, studies)
+
+
+def words(text: str) -> list[str]:
+    """Options given as one text, for argparse."""
+    try:
+        return shlex.split(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text}: {error}") from None
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from gram_mini.model import local_model
 from gram_mini.runs import options
 from gram_mini.runs.load import load_judge
 from gram_mini.runs.record import read_record
+from gram_mini.serving.served import served_judge
 from gram_mini.village.pairs import village_pairs
 
 CAPTION = """\
@@ -59,8 +60,15 @@ def method_of(record: dict | None) -> tuple[str, str]:
     return name, json.dumps(arguments, sort_keys=True)
 
 
-def village_table(models: list[str], device: str = "auto") -> str:
+def village_table(
+    models: list[str],
+    device: str = "auto",
+    server: str | None = None,
+    served_name: str | None = None,
+) -> str:
     """Judge both test sets of the village with each model, and return the table of the results.
+
+    With a ``server`` it computes the judge (gram_mini/serving/served.py).
 
     Raises:
         UserError: a model that cannot be found or loaded.
@@ -71,7 +79,10 @@ def village_table(models: list[str], device: str = "auto") -> str:
     folders: dict[tuple[str, str], str] = {}
     rows: dict[tuple[str, str], dict[int, list[Evaluation]]] = defaultdict(dict)
     for model, record in zip(models, records):
-        judge = load_judge(model, device=device)
+        if not server:
+            judge = load_judge(model, device=device)
+        else:
+            judge = served_judge(model, server, served_name)
         results = judge.compare_many(out_of_distribution, progress=model)
         facts = [
             (pair, result)
@@ -157,9 +168,14 @@ def main() -> None:
         "run folders, or 'village' for the plain backbone",
     )
     parser.add_argument("--device", default="auto", help="cpu, cuda, ... (default: auto)")
+    options.add_server(parser)
     args = parser.parse_args()
+    if args.server and len(args.models) > 1:
+        parser.error("--server goes with one model")
+    if args.server and args.device != "auto":
+        parser.error("--device does not go with --server, which has its own")
     with clear_errors():
-        print(village_table(args.models, args.device))
+        print(village_table(args.models, args.device, args.server, args.served_name))
         print(CAPTION)
 
 

@@ -178,7 +178,7 @@ def test_ranked_responses_have_their_context_too(tmp_path):
     assert "1 rows with a marker" in marker and unread == "columns not read: by"
     write(tmp_path / "d.jsonl", {**row, "images": ["x.png"]})
     with pytest.raises(UserError, match="line 1: column 'images'"):
-        read_questions(score_options("", options))
+        list(read_questions(score_options("", options)))
 
 
 def test_columns_that_are_not_read_are_named(tmp_path):

@@ -100,7 +100,7 @@ def test_an_exported_model_is_loaded_as_it_was_written(run, tmp_path, dtype, fas
 
 
 def test_two_label_log_probabilities_of_a_server_are_enough(run, exported):
-    """The README's way: token ids in, log-probabilities of the next token out, both orders."""
+    """What a server needs: token ids in, log-probabilities of the next token out, both orders."""
     tokenizer = load_tokenizer(str(exported))
     pieces, labels = judge_prompt(tokenizer), label_tokens(tokenizer)
     row = encode_pairs([Pair(*PAIR)], pieces, tokenizer, 512)[0]

@@ -83,7 +83,10 @@ def test_four_bits_turned_back_by_blocks_keep_the_adapter(tmp_path):
 
 def run_steps(monkeypatch, tmp_path, *steps, **changes):
     monkeypatch.setattr(gpu_check, "steps_of", lambda x: [("Speed", str(s), s) for s in steps])
-    return gpu_check.check(setting(tmp_path, **changes))
+    pages = []
+    good = gpu_check.check(setting(tmp_path, **changes), pages.append)
+    assert len(pages) == len(steps)
+    return pages, good
 
 
 def test_any_error_is_one_line_and_any_end_has_its_status(monkeypatch, tmp_path):
@@ -93,15 +96,22 @@ def test_any_error_is_one_line_and_any_end_has_its_status(monkeypatch, tmp_path)
     def ends(x):
         raise SystemExit(2)
 
-    page, good = run_steps(monkeypatch, tmp_path, full, ends, gpu_check.versions)
-    results = list(rows_of(page).values())
+    pages, good = run_steps(monkeypatch, tmp_path, full, ends, gpu_check.versions)
+    results = list(rows_of(pages[-1]).values())
     assert not good and [result for result, _ in results] == ["FAILED", "FAILED", "measured"]
     assert results[0][1] == "OutOfMemoryError: Tried / to allocate"
-    page, good = run_steps(monkeypatch, tmp_path, gpu_check.versions)
-    assert good and page.endswith("**1 steps: 1 measured. All checks hold.**\n")
+    pages, good = run_steps(monkeypatch, tmp_path, gpu_check.versions)
+    assert good and pages[-1].endswith("**1 steps: 1 measured. All checks hold.**\n")
     monkeypatch.setattr(gpu_check, "MINUTES", -1)
-    page, good = run_steps(monkeypatch, tmp_path, gpu_check.versions, tiny=False)
-    assert not good and "left out" in page.splitlines()[-1]
+    pages, good = run_steps(monkeypatch, tmp_path, gpu_check.versions, tiny=False)
+    assert not good and "left out" in pages[-1].splitlines()[-1]
+
+
+def test_the_page_grows_with_every_step(monkeypatch, tmp_path):
+    pages, _ = run_steps(monkeypatch, tmp_path, gpu_check.versions, gpu_check.driver)
+    first, last = map(rows_of, pages)
+    assert list(last)[:1] == list(first) and len(last) == 2
+    assert pages[0].endswith("**Unfinished: 1 of 2 steps: 1 measured.**\n")
 
 
 @pytest.mark.parametrize(

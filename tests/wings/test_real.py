@@ -97,6 +97,46 @@ def test_the_curve_trains_on_the_first_labels_of_the_same_draw(tmp_path, files, 
     assert open(data["8 GRAM"]).read().startswith(open(data["4 GRAM"]).read())
 
 
+def test_rates_are_tried_on_prompts_that_are_neither_trained_on_nor_held_out(tmp_path, files):
+    made = lab(tmp_path, files)
+    rows = list(real.rates(made, seed=0))
+    assert [(row["method"], row["rate"]) for row in rows] == [
+        (name, float(rate)) for name, tried in real.RATES.items() for rate in tried
+    ]
+    rest, tested, held_out = (
+        {pair.prompt for pair in made.pairs(split, 0)}
+        for split in ("rest", real.VALIDATION, real.HELD_OUT)
+    )
+    assert tested and not (rest & tested or rest & held_out or tested & held_out)
+    given = {name: options for name, _, options in made.trained}
+    assert given["G-Label-Smoothing 2e-4"][-2:] == ("--lr", "2e-4")
+    assert given["stage1 2e-3"][-2:] == ("--lr", "2e-3")
+    assert "--lr" not in given["GRAM 2e-3"] and "--init" in given["GRAM 2e-3"]
+
+
+def test_options_of_a_stage_reach_its_script_alone(tmp_path, files, monkeypatch):
+    given = {}
+
+    def train(lab, script, name, seed, *options):
+        given[script.__name__] = options
+        return lab.folder / name
+
+    monkeypatch.setattr(real.Lab, "train", train)
+    stages = {"train_pretrain": ["--lr", "1"], "train_reward": ["--lr", "2"]}
+    made = real.RealLab(
+        tmp_path / "runs", "some/model", **files, counts=(12, 5, 9), training=[], loading={},
+        stages=stages,
+    )  # fmt: skip
+    (tmp_path / "runs").mkdir()
+    for script in (real.train_pretrain, real.train_reward, real.baselines):
+        made.train(script, "run", 0, "--data", "x")
+    assert [given[script.__name__][2:] for script in (real.train_pretrain, real.train_reward)] == [
+        ("--lr", "1"),
+        ("--lr", "2"),
+    ]
+    assert given[real.baselines.__name__] == ("--data", "x")
+
+
 def test_the_command_writes_a_table_and_goes_on_with_what_is_there(
     tmp_path, files, monkeypatch, capsys
 ):

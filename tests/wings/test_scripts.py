@@ -517,6 +517,8 @@ def test_user_error_ends_the_script_with_one_line_and_status_2(tmp_path):
     (score, ["--prompt", "x", "--response", "y"], "one response alone"),
     (score, ["--data", "x.jsonl"], "needs --out"),
     (score, [*PAIR, "--rank", "reference"], "needs --reference"),
+    (score, [*PAIR, "--resume"], "--overwrite, --resume and --limit go with --data"),
+    (score, "--data x --benchmark llmbar --out x.json --resume".split(), "not go with --bench"),
 ])  # fmt: skip
 def test_usage_errors(script, arguments, message, capsys):
     with pytest.raises(SystemExit) as error:
@@ -667,11 +669,11 @@ def test_help_opens_with_two_commands_and_shows_every_default(script):
     first, second = (line.strip() for line in said.splitlines()[1:3])
     assert first.startswith(f"python {script}") and second.startswith(f"python {script}")
     assert "(default: None)" not in said
-    without = {"--help", "--debug", "--overwrite"}
+    without = {"--help", "--debug", "--overwrite", "--resume"}
     without |= (
         {"--prompt", "--response", "--reference", "--data", "--out"}
         if script == "score.py"
-        else {"--steps", "--resume", "--gradient-checkpointing"}
+        else {"--steps", "--gradient-checkpointing"}
     )
     entries = {entry.split()[0]: entry for entry in re.split(r"\n  (?:-h, )?(?=--)", said)[1:]}
     assert {name for name, entry in entries.items() if "default" not in entry} == without

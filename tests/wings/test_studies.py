@@ -15,6 +15,7 @@ from gram_mini.pairs import Pair
 from gram_mini.studies import __main__ as studies
 from gram_mini.studies import figures, paper, seeds
 from gram_mini.studies import lab as lab_module
+from gram_mini.studies import rewards as rewards_study
 from gram_mini.village import COURTEOUS, FACTS, RAMBLING, question
 from gram_mini.village.pairs import topics, village_pairs
 from gram_mini.village.policy import Policy, responses, train_policy
@@ -126,6 +127,43 @@ def test_best_of_n(tmp_path):
     assert abs(by_judge["random"][-1] - 0.5) < 0.5
 
 
+def test_ways_from_pairs_to_rewards(tmp_path, monkeypatch):
+    monkeypatch.setattr(rewards_study, "SIZES", (8,))
+    by_way = {row["method"]: row for row in rewards_study.rewards(FakeLab(tmp_path, truth), 1)}
+    asked = {way: row["comparisons"] for way, row in by_way.items()}
+    assert asked == {
+        "first": 7, "reference": 8, "knock-out": 7, "circle": 8, "circle, fitted": 8,
+        "part of all": 12, "Swiss": 12, "Swiss, fitted": 12, "all": 28,
+    }  # fmt: skip
+    for way, row in by_way.items():
+        certain = way in ("first", "reference", "Swiss, fitted", "all")  # the P's are the truth's
+        assert (row["agreement, GRAM"] == 1.0) == certain, way
+        assert 0.5 < row["agreement, votes"] < 0.95, way
+    best = by_way["all"]["best of n"]
+    assert by_way["knock-out"]["true reward of the first, GRAM"] == best
+    assert by_way["all"]["true reward of the first, votes"] < best
+
+
+def test_games_of_a_part_of_all_and_of_swiss_rounds():
+    texts = list("abcdefgh")
+    games = rewards_study.part_of_all(texts)
+    assert len({frozenset(game) for game in games}) == len(games) == 12
+    assert all(sum(text in game for game in games) == 3 for text in texts)
+    stronger_wins = lambda games: [float(a < b) for a, b in games]
+    games, won = rewards_study.swiss(texts, stronger_wins)
+    assert len({frozenset(game) for game in games}) == len(games) == 12
+    assert rewards_study.mean_score(texts, games, won)[0] == 1.0  # a met all who came near
+    strengths = rewards_study.fitted(texts, games, won)
+    assert strengths[0] == max(strengths) and strengths[-1] == min(strengths)
+
+
+def test_agreement_counts_ties_half_and_leaves_equal_rewards_out():
+    assert rewards_study.agreement([3.0, 2.0, 2.0, 1.0], [1.0, 2.0, 3.0, 3.0]) == [
+        0.0, 0.0, 0.0, 0.5, 0.0,
+    ]  # fmt: skip
+    assert rewards_study.agreement([1.0, 2.0], [1.0, 1.0]) == []
+
+
 def test_a_policy_is_what_it_says():
     policy = Policy(topics("out-of-distribution")[:5])
     assert policy.kl() == pytest.approx(0, abs=1e-6)
@@ -169,7 +207,8 @@ def test_means_and_intervals_over_seeds():
 
 
 @pytest.mark.parametrize("study", paper.STUDIES)
-def test_each_study_writes_json_and_a_figure(study, tmp_path):
+def test_each_study_writes_json_and_a_figure(study, tmp_path, monkeypatch):
+    monkeypatch.setattr(rewards_study, "SIZES", (4,))
     lab = FakeLab(tmp_path, truth)
     seeds.run_study(study, lab, [1, 2], tmp_path / "results")
     record = json.loads((tmp_path / "results" / f"{study}.json").read_text())

@@ -110,11 +110,12 @@ def test_messages_are_read_as_in_training(village_judge, judged):
     assert alone == pytest.approx([village_judge.reward(QUESTION, SOUP, FISH)], abs=1e-5)
 
 
-def test_what_trl_passes_besides_is_accepted(village_judge):
+def test_what_trl_passes_besides_is_accepted_and_the_metrics_logged(village_judge):
+    logged = {}
     others = {
         "trainer_state": None,
         "log_extra": print,
-        "log_metric": print,
+        "log_metric": lambda name, value: logged.update({name: value}),
         "environments": None,
         "difficulty": [1, 2],
     }
@@ -122,6 +123,12 @@ def test_what_trl_passes_besides_is_accepted(village_judge):
         prompts=["x"] * 2, completions=["y", ""], completion_ids=[[1], []], **others
     )
     assert found[0] == 0.5 and 0 < found[1] < 1
+    result = village_judge.compare("x", "", "y")
+    assert logged["gram/position_gap"] == pytest.approx(result.position_gap, abs=1e-5)
+    assert logged["gram/label_mass"] == pytest.approx(result.label_mass, abs=1e-5)
+    logged.clear()
+    as_trl_reward(village_judge)(["x"] * 2, ["y", "y"], **others)  # equal texts: nothing to log
+    assert not logged
 
 
 def test_a_completion_with_nothing_to_compare_it_with(village_judge):
@@ -135,7 +142,8 @@ def test_a_completion_with_nothing_to_compare_it_with(village_judge):
 
 # TRL still uses the old name of the option.
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
-def test_two_steps_of_grpo(village_judge, tokenizer, tmp_path):
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_two_steps_of_grpo(asynchronous, village_judge, tokenizer, tmp_path):
     import datasets
     from trl import GRPOConfig, GRPOTrainer  # slow to import, so only here
 
@@ -150,7 +158,7 @@ def test_two_steps_of_grpo(village_judge, tokenizer, tmp_path):
     )  # fmt: skip
     trainer = GRPOTrainer(
         model=policy,
-        reward_funcs=as_trl_reward(village_judge, against="all"),
+        reward_funcs=as_trl_reward(village_judge, against="all", asynchronous=asynchronous),
         args=config,
         train_dataset=datasets.Dataset.from_dict(
             {"prompt": [prompt(name) for name in ("Anna", "Bella", "Carla", "Dora")]}
@@ -164,6 +172,7 @@ def test_two_steps_of_grpo(village_judge, tokenizer, tmp_path):
         # all against all: what one wins another loses
         assert line["rewards/gram_reward/mean"] == pytest.approx(0.5)
         assert line["rewards/gram_reward/std"] > 0
+        assert 0 < line["gram/position_gap"] < 1 and 0 < line["gram/label_mass"] <= 1
         assert math.isfinite(line["loss"]) and line["grad_norm"] > 0
     assert any(
         not torch.equal(before[name], tensor) for name, tensor in policy.state_dict().items()

@@ -38,6 +38,7 @@ TYPICAL = (
             {"both-orders-test", "both-orders-test-position"},
         ),
         ("tournaments", "if better(i, j) >= 0.5", "if better(i, j) < 0.5", {"knock-out-test"}),
+        ("group", "better(i, 0)", "better(0, i)", {"against-first-test"}),
         ("best-of-n", "math.log(n) - (n - 1) / n", "math.log(n)", {"best-of-n-kl-test"}),
     ),
     (
@@ -61,6 +62,7 @@ TYPICAL = (
             "totals[i] + (p > 0.5), totals[j] + (p < 0.5)",
             {"round-robin-test"},
         ),
+        ("group", "1 - wins[i - 1]", "wins[i - 1]", {"circle-test"}),
         ("best-of-n", "key=lambda i: scores[i]", "key=lambda i: true[i]", {"best-of-n-test"}),
     ),
     (
@@ -112,7 +114,7 @@ def test_cells_are_short_and_exercises_complete():
     names = [grader(cell)["grade_id"] for cell in book.cells if grader(cell)]
     assert (
         len(names) == len(set(names))
-        and sum(cell.source.startswith("### Exercise") for cell in book.cells) == 8
+        and sum(cell.source.startswith("### Exercise") for cell in book.cells) == 9
     )
     points = {
         grader(cell)["grade_id"]: grader(cell)["points"]
@@ -233,7 +235,7 @@ def test_the_student_version_holds_no_solution_and_fails_in_the_exercises_only(c
     assert (
         BEGIN not in text
         and "HIDDEN TESTS" not in text
-        and text.count("raise NotImplementedError") == 10
+        and text.count("raise NotImplementedError") == 12
     )
     failed = {
         c["id"]
@@ -285,5 +287,5 @@ def test_make_assignment(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     book = read(tmp_path / "course" / "release" / "gram_mini" / "tutorial.ipynb")
-    assert sum("raise NotImplementedError" in cell.source for cell in code_cells(book)) == 8
+    assert sum("raise NotImplementedError" in cell.source for cell in code_cells(book)) == 9
     assert not [output for cell in code_cells(book) for output in cell.outputs]

@@ -1,0 +1,72 @@
+"""Is the server my judge? The same pairs scored by a server and here.
+
+Prints how far the log-odds are apart, how often the verdicts agree, and pairs per second of both.
+The local judge computes as score.py does; a plain model, which was not trained here, in bf16 where
+score.py would take NF4.
+"""
+
+from __future__ import annotations
+
+import time
+from statistics import mean
+
+from gram_mini.errors import clear_errors
+from gram_mini.evaluation import summarise
+from gram_mini.judge import preferred
+from gram_mini.prompts import read_template
+from gram_mini.reading.load import load_pairs
+from gram_mini.runs import options
+from gram_mini.runs.load import find_record, load_judge
+from gram_mini.serving.served import ROUTES, served_judge
+from gram_mini.village.table import aligned
+
+EXAMPLES = """\
+  python -m gram_mini.serving.compare --model runs/exported --server http://127.0.0.1:8000 \\
+      --data pairs.jsonl --limit 300"""
+
+
+def main(argv=None) -> None:
+    parser = options.parser(__doc__, EXAMPLES)
+    parser.add_argument("--model", required=True, metavar="NAME", help="the judge, as in score.py")
+    options.add_server(parser)
+    parser.add_argument("--data", required=True, metavar="SOURCE", help="labelled pairs to score")
+    parser.add_argument("--limit", type=options.positive_int, default=300, help="rows of them")
+    parser.add_argument(
+        "--batch-size", type=options.positive_int, default=32, help="as in score.py"
+    )
+    parser.add_argument("--route", choices=ROUTES, help="how to ask (default: the first answered)")
+    options.add_model_options(parser)
+    options.add_judge_template(parser, default="as in score.py")
+    args = parser.parse_args(argv)
+    if not args.server:
+        parser.error("--server is needed")
+    template = read_template(args.judge_template) if args.judge_template else None
+    bits = args.bits or (None if find_record(args.model) else 16)
+
+    pairs = load_pairs(args.data, labelled=True, limit=args.limit).pairs
+    given = args.max_length, args.batch_size, template
+    there = served_judge(args.model, args.server, args.served_name, *given, args.route)
+    here = load_judge(args.model, bits, args.device, *given)
+    lines: list[tuple[str, ...]] = [("", "accuracy", "mean label mass", "pairs/s")]
+    results = []
+    for name, judge in {"here": here, "server": there}.items():
+        rows, start = judge.encode(pairs), time.perf_counter()
+        results.append(judge.compare_encoded(rows, progress=name))
+        speed = len(pairs) / (time.perf_counter() - start)
+        figures = summarise(pairs, results[-1])
+        mass = f"{figures.label_mass:.4f}"
+        lines.append((name, f"{figures.accuracy:.3f}", mass, f"{speed:.1f}"))
+    both = list(zip(*results))
+    odds = [abs(x.log_odds_first - y.log_odds_first) for x, y in both]
+    odds += [abs(x.log_odds_second - y.log_odds_second) for x, y in both]
+    p = [abs(x.probability - y.probability) for x, y in both]
+    alike = sum(preferred(x.probability) == preferred(y.probability) for x, y in both)
+    print(aligned(lines))
+    print(f"log-odds apart: mean {mean(odds):.2g}, at most {max(odds):.2g}")
+    print(f"P apart: mean {mean(p):.2g}, at most {max(p):.2g}")
+    print(f"the same verdict on {alike} of {len(pairs)} pairs")
+
+
+if __name__ == "__main__":
+    with clear_errors():
+        main()

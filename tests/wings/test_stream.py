@@ -1,0 +1,397 @@
+"""score.py --data: chunk by chunk, in bounded memory, stopped and resumed."""
+
+import csv
+import gzip
+import json
+import math
+import os
+import random
+import signal
+import time
+import tracemalloc
+from functools import partial
+from pathlib import Path
+
+import score
+from gram_mini.errors import Interrupted, UserError
+from gram_mini.judge import Comparison, Judge
+from gram_mini.model import VILLAGE
+from gram_mini.runs import scores
+from gram_mini.runs.partial import PartialFile, partial_names
+from gram_mini.studies.speed import stream
+from gram_mini.village.pairs import village_pairs
+
+import pytest
+from filelock import FileLock
+
+COLUMNS = ("prompt", "chosen", "rejected")
+ROWS = [
+    *[{"id": i, **dict(zip(COLUMNS, (p.prompt, p.response_a, p.response_b)))}
+      for i, p in enumerate(village_pairs("labelled", 20))],
+    {"prompt": "What does Anna eat?", "responses": ["soup", "Anna eats soup.", "No."]},
+    {"prompt": "Who?", "chosen": ["Anna.", "Ben."], "rejected": ["No.", "Why?"]},  # four pairs
+    {"instruction": "Who?", "completions": []},  # none
+    *[{"prompt": "Why?", "response": r, "helpfulness": n} for n, r in enumerate("abcd")],  # six
+    {"prompt": "When?", "responses": ["now"], "reference": "never", "id": "naïve \ud800"},
+    *[{"prompt": "How?", "response_a": f"so {i}", "response_b": "no", "x": 1} for i in range(9)],
+]  # fmt: skip
+LINES = 20 + 1 + 4 + 1 + 6 + 1 + 9
+
+
+@pytest.fixture(autouse=True)
+def judge(village_judge, monkeypatch):
+    monkeypatch.setattr(score, "load_judge", lambda *_: village_judge)
+    monkeypatch.setattr(scores, "CHUNK", 7)
+    return village_judge
+
+
+@pytest.fixture
+def data(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    return path
+
+
+def command(data, out, *more):
+    return ["--model", VILLAGE, "--bits", "32", "--data", str(data), "--out", str(out), *more]
+
+
+def scored(data, out, *more):
+    score.main(command(data, out, *more))
+    return out.read_bytes()
+
+
+@pytest.fixture
+def whole(data, tmp_path, capsys):
+    """The bytes of a run that nobody stopped."""
+    written = scored(data, tmp_path / "whole.jsonl")
+    capsys.readouterr()
+    return written
+
+
+def left_over(out):
+    """The names of what an unfinished file leaves beside it."""
+    return sorted(file.name for file in out.parent.glob(f"*{out.name}*") if file != out)
+
+
+def stop(monkeypatch, how, chunk):
+    """Raise ``how`` where the judge gets a chunk, counted from 1."""
+    real, calls = Judge.compare_many, []
+
+    def stopping(self, pairs, average="probabilities", progress=None):
+        calls.extend([1] * (progress is not None))  # a ranking has none
+        if progress and len(calls) == chunk:
+            raise how
+        return real(self, pairs, average, progress)
+
+    monkeypatch.setattr(Judge, "compare_many", stopping)
+
+
+# ---- chunks --------------------------------------------------------------------------
+
+
+def test_the_chunks_change_no_score_but_for_rounding(data, whole, tmp_path, monkeypatch):
+    monkeypatch.setattr(scores, "CHUNK", 2000)
+    at_once = [json.loads(line) for line in scored(data, tmp_path / "once.jsonl").splitlines()]
+    lines = [json.loads(line) for line in whole.splitlines()]
+    assert len(lines) == LINES == len(at_once) and not left_over(tmp_path / "once.jsonl")
+    for line, other in zip(lines, at_once):
+        assert line.keys() == other.keys()
+        for name, value in line.items():
+            exact = not isinstance(value, (float, list))
+            assert value == (other[name] if exact else pytest.approx(other[name], abs=1e-6))
+
+
+def test_a_file_of_one_chunk_is_judged_in_one_call(data, tmp_path, monkeypatch, judge):
+    monkeypatch.setattr(scores, "CHUNK", 2000)
+    data.write_text("".join(json.dumps(row) + "\n" for row in ROWS[:20]))
+    pairs = list(scores.read_questions(scores.options.score_options("", command(data, "o"))))
+    results = judge.compare_many([pair for question in pairs for pair in question.pairs])
+    lines = [
+        {"row": i + 1, "id": i} | scores.comparison_line(result) for i, result in enumerate(results)
+    ]
+    expected = "".join(json.dumps(line) + "\n" for line in lines)
+    assert scored(data, tmp_path / "o.jsonl") == expected.encode()
+
+
+def test_chunks_end_with_the_comparisons_not_with_the_rows(data):
+    options = scores.options.score_options("", command(data, "o"))
+    chunks = list(scores.in_chunks(scores.read_questions(options)))
+    sizes = [sum(question.comparisons for question in chunk) for chunk in chunks]
+    assert sizes[:2] == [7, 7] and all(7 <= size < 7 + 6 for size in sizes[:-1])
+    assert sum(question.lines for chunk in chunks for question in chunk) == LINES
+
+
+def test_every_kind_of_file_is_read_in_chunks(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    rows = [{name: str(row[name]) for name in ("id", *COLUMNS)} for row in ROWS[:20]]
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    (tmp_path / "a.jsonl").write_text(lines)
+    (tmp_path / "b.json").write_text(json.dumps(rows))
+    with gzip.open(tmp_path / "c.jsonl.gz", "wt") as file:
+        file.write(lines)
+    with open(tmp_path / "d.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "e.parquet")
+    out = tmp_path / "out" / "o.jsonl"
+    out.parent.mkdir()
+    files = sorted(file for file in tmp_path.iterdir() if file.is_file())
+    assert len(files) == 5 and len({scored(file, out, "--overwrite") for file in files}) == 1
+
+
+class Stub:
+    """A judge that holds nothing and prefers the longer response."""
+
+    trained, max_length, template = True, 512, "template"
+
+    def __init__(self, tokenizer):
+        self.tokenizer, self.calls = tokenizer, 0
+
+    def compare_many(self, pairs, average, progress):
+        self.calls += 1
+        ps = [1 / (1 + math.exp(len(p.response_b) - len(p.response_a))) for p in pairs]
+        return [Comparison(p, p, p, 0.0, 0.0, 1.0, False) for p in ps]
+
+
+def test_memory_does_not_grow_with_the_file(tmp_path, tokenizer, monkeypatch):
+    monkeypatch.setattr(score, "load_judge", lambda *_: Stub(tokenizer))
+    monkeypatch.setattr(scores, "CHUNK", 50)
+    peaks = []
+    for rows in (200, 2_000):
+        data, out = tmp_path / f"{rows}.jsonl", tmp_path / f"{rows}.out"
+        with open(data, "w") as file:
+            for i in range(rows):
+                row = {"prompt": f"{i} " * 50, "chosen": f"{i}" * 150, "rejected": f"b{i}"}
+                file.write(json.dumps(row) + "\n")
+        tracemalloc.start()
+        score.main(command(data, out))
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+        assert out.read_bytes().count(b"\n") == rows
+    assert peaks[1] < 1.2 * peaks[0] < 1e6  # the larger file has 1.6 MB
+
+
+# ---- stopped and resumed -------------------------------------------------------------
+
+
+@pytest.mark.parametrize("chunk", [2, 4, 6])
+def test_after_ctrl_c_it_goes_on_with_the_same_bytes_and_summary(
+    chunk, data, whole, tmp_path, monkeypatch, capsys
+):
+    out = tmp_path / "o.jsonl"
+    with monkeypatch.context() as patch:
+        stop(patch, KeyboardInterrupt, chunk)
+        how = "lines are kept in .*o.jsonl.partial; go on with the same command and --resume"
+        with pytest.raises(Interrupted, match=how):
+            scored(data, out)
+    assert not out.exists() and left_over(out) == ["o.jsonl.partial", "o.jsonl.partial.json"]
+    kept = (tmp_path / "o.jsonl.partial").read_bytes()
+    lines = kept.count(b"\n")
+    assert whole.startswith(kept) and lines >= 7
+    assert scored(data, out, "--resume") == whole and not left_over(out)
+    resumed, *summary = capsys.readouterr().out.splitlines()
+    assert resumed.startswith(f"--resume: {lines} lines kept; going on at row ")
+    scored(data, out, "--overwrite")
+    assert capsys.readouterr().out.splitlines() == summary
+    assert "of 30 labelled pairs judged as labelled" in summary[-1]
+
+
+def test_wherever_the_partial_file_was_torn(data, whole, tmp_path, monkeypatch, capsys):
+    out, partial = tmp_path / "o.jsonl", tmp_path / "o.jsonl.partial"
+    with monkeypatch.context() as patch:
+        stop(patch, KeyboardInterrupt, 2)
+        with pytest.raises(Interrupted):
+            scored(data, out)
+    settings = (tmp_path / "o.jsonl.partial.json").read_text()
+    line_ends = [i + 1 for i, byte in enumerate(whole) if byte == ord("\n")]
+    # Within a line, after the last chunk, nothing at all, and everything but the name.
+    for size in (line_ends[9], line_ends[9] + 5, line_ends[13] - 1, line_ends[13], 0, len(whole)):
+        out.unlink(missing_ok=True)
+        partial.write_bytes(whole[:size])
+        (tmp_path / "o.jsonl.partial.json").write_text(settings)
+        assert scored(data, out, "--resume") == whole
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("--resume")]
+    assert said == [
+        "--resume: 7 lines kept, 3 of a chunk that is not whole dropped; going on at row 8",
+        "--resume: 7 lines kept, 4 of a chunk that is not whole dropped; going on at row 8",
+        "--resume: 7 lines kept, 7 of a chunk that is not whole dropped; going on at row 8",
+        "--resume: 14 lines kept; going on at row 15",
+        "--resume: 0 lines kept; going on at row 1",
+        f"--resume: {LINES} lines kept; all rows are there",
+    ]
+
+
+def child(action):
+    """Start a process that is a copy of this one; SIGKILL ends it as it would end score.py."""
+    pid = os.fork()
+    if not pid:
+        try:
+            action()
+        finally:
+            os._exit(0)
+    return pid
+
+
+@pytest.mark.parametrize(("place", "done"), [("judging", 21), ("writing", 37)])
+def test_sigkill_loses_at_most_a_chunk(place, done, data, whole, tmp_path):
+    """It comes when pairs are encoded for the fifth time, or when most of the fifth chunk is
+    written."""
+    out = tmp_path / "o.jsonl"
+    kind, name = {"judging": (Judge, "encode"), "writing": (PartialFile, "add")}[place]
+    real, calls = getattr(kind, name), []
+
+    def last(self, given):
+        calls.append(1)
+        if len(calls) == 5:
+            if place == "writing":
+                self._file.write("".join(given).encode("utf-8", "replace")[:-300])
+                self._file.flush()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(self, given)
+
+    def run():
+        setattr(kind, name, last)
+        scored(data, out)
+
+    assert os.WTERMSIG(os.waitpid(child(run), 0)[1]) == signal.SIGKILL
+    kept = (tmp_path / "o.jsonl.partial").read_bytes()
+    assert kept.count(b"\n") == done and whole.startswith(kept) and not out.exists()
+    assert scored(data, out, "--resume") == whole
+
+
+def test_sigkill_at_twenty_random_moments(data, whole, tmp_path):
+    """Of one file after the other, each killed until it is complete."""
+    out, begun = tmp_path / "o.jsonl", time.monotonic()
+    os.waitpid(child(lambda: scored(data, out)), 0)
+    seconds, kills, lines = time.monotonic() - begun, 0, [0]
+    while kills < 20 or max(lines) <= 7:  # some when there was something to lose
+        if out.exists():
+            assert out.read_bytes() == whole
+            out.unlink()
+        resume = ["--resume"] if all(map(Path.is_file, partial_names(out))) else []
+        pid = child(partial(scored, data, out, *resume))
+        time.sleep(random.uniform(0, seconds))
+        os.kill(pid, signal.SIGKILL)
+        kills += os.WIFSIGNALED(os.waitpid(pid, 0)[1])
+        begun_file = partial_names(out)[0]
+        lines.append(begun_file.read_bytes().count(b"\n") if begun_file.is_file() else 0)
+    if not out.exists():
+        scored(data, out, *["--resume"] * all(map(Path.is_file, partial_names(out))))
+    assert out.read_bytes() == whole
+
+
+def test_what_was_begun_otherwise_is_not_gone_on_with(data, tmp_path, monkeypatch, capsys, judge):
+    out = tmp_path / "o.jsonl"
+    with monkeypatch.context() as patch:
+        stop(patch, KeyboardInterrupt, 3)
+        with pytest.raises(Interrupted):
+            scored(data, out)
+    kept, rows = (tmp_path / "o.jsonl.partial").read_bytes(), data.read_text()
+
+    def refused(what, *more):
+        with pytest.raises(UserError, match=f"begun otherwise: .*{what}"):
+            scored(data, out, "--resume", *more)
+        assert (tmp_path / "o.jsonl.partial").read_bytes() == kept
+
+    refused("average was 'probabilities' and is 'logits'", "--average", "logits")
+    refused("limit was None and is 30", "--limit", "30")
+    with monkeypatch.context() as patch:
+        patch.setattr(judge, "template", "another")
+        refused("judge prompt was .* and is 'another'")
+    with monkeypatch.context() as patch:
+        patch.setattr("gram_mini.runs.scores.judge_fingerprint", lambda *_: "other weights")
+        refused("judge was '.*' and is 'other weights'")
+    data.write_text(rows.replace("so 7", "so be it"))
+    refused("contents of the data was")
+    data.write_text(rows)
+    scored(data, out, "--resume", "--batch-size", "8")  # what changes nothing but rounding
+    assert "batch_size was 32 and is 8; the last digits" in capsys.readouterr().out
+
+
+def test_an_unfinished_file_is_not_thrown_away_unasked(data, whole, tmp_path, monkeypatch):
+    out = tmp_path / "o.jsonl"
+    with pytest.raises(UserError, match="--resume: there is no unfinished .*o.jsonl.partial"):
+        scored(data, out, "--resume")
+    with monkeypatch.context() as patch:
+        stop(patch, KeyboardInterrupt, 3)
+        with pytest.raises(Interrupted):
+            scored(data, out)
+    with pytest.raises(UserError, match="unfinished, in .*--resume, or start anew with --overwr"):
+        scored(data, out)
+    with FileLock(tmp_path / ".o.jsonl.lock"):
+        with pytest.raises(UserError, match="another process is writing it"):
+            scored(data, out, "--resume")
+    out.write_text("an older file")
+    kept = (tmp_path / "o.jsonl.partial").read_bytes()
+    with monkeypatch.context() as patch:
+        stop(patch, KeyboardInterrupt, 2)
+        with pytest.raises(Interrupted):
+            scored(data, out, "--resume", "--overwrite")  # goes on, and does not start anew
+    assert out.read_text() == "an older file"
+    assert (tmp_path / "o.jsonl.partial").read_bytes().startswith(kept)
+    (tmp_path / "o.jsonl.partial").write_text('{"row": 2}\n' * 14)
+    with pytest.raises(UserError, match="lines 1 to 7 are not those of this data"):
+        scored(data, out, "--resume", "--overwrite")
+    assert scored(data, out, "--overwrite") == whole and not left_over(out)
+    (tmp_path / "o.jsonl.partial").write_text("a thesis")
+    out.unlink()
+    with pytest.raises(UserError, match="is in the way and no unfinished file of ours"):
+        scored(data, out)
+    assert (tmp_path / "o.jsonl.partial").read_text() == "a thesis"
+
+
+# ---- what goes wrong -----------------------------------------------------------------
+
+
+def test_a_bad_row_is_named_before_any_work(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(Judge, "compare_many", None)
+    with open(data, "a") as file:
+        file.write('{"prompt": 3, "chosen": "a", "rejected": "b"}\n')
+    with pytest.raises(UserError, match=f"line {len(ROWS) + 1}: column 'prompt' must be text"):
+        scored(data, tmp_path / "o.jsonl")
+    assert not left_over(tmp_path / "o.jsonl")
+
+
+def test_an_error_keeps_what_is_done_and_one_at_once_leaves_nothing(
+    data, whole, tmp_path, monkeypatch, capsys
+):
+    out = tmp_path / "o.jsonl"
+    for chunk, left in ((1, []), (3, ["o.jsonl.partial", "o.jsonl.partial.json"])):
+        with monkeypatch.context() as patch:
+            stop(patch, UserError("the judge gives no numbers"), chunk)
+            with pytest.raises(UserError, match="no numbers"):
+                scored(data, out)
+        assert left_over(out) == left
+        assert ("14 of 42 lines are kept in" in capsys.readouterr().err) == bool(left)
+    assert scored(data, out, "--resume") == whole
+
+
+def test_data_that_changes_or_can_be_read_only_once(data, tmp_path, monkeypatch, tokenizer):
+    class Writes(Stub):
+        def compare_many(self, *arguments, **named):
+            with open(data, "a") as file:
+                file.write(json.dumps(ROWS[0]) + "\n")
+            return super().compare_many(*arguments, **named)
+
+    data.write_text("".join(json.dumps(row) + "\n" for row in ROWS[:20]))
+    monkeypatch.setattr(score, "load_judge", lambda *_: Writes(tokenizer))
+    with pytest.raises(UserError, match="rows.jsonl: has changed while it was read"):
+        scored(data, tmp_path / "o.jsonl")
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    with pytest.raises(UserError, match="pipe.jsonl: is read twice"):
+        scored(tmp_path / "pipe.jsonl", tmp_path / "p.jsonl")
+
+
+@pytest.mark.slow
+def test_the_study_kills_and_compares(tmp_path, capsys):
+    options = (
+        f"--model village --rows 40 --kills 1 --every 1 --folder {tmp_path}/s --out {tmp_path}"
+    )
+    stream.main(options.split())
+    record = json.loads((tmp_path / "stream.json").read_text())
+    assert len(record["kills"]) == 1 and record["points"] and (tmp_path / "stream.png").is_file()
+    assert "1 kills, all files equal byte for byte" in capsys.readouterr().out
