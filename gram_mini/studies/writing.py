@@ -302,7 +302,12 @@ def main(argv=None):
     loading = {"bits": args.bits, "max_length": args.max_length, "device": args.device}
     lab = Lab(args.runs, VILLAGE, VILLAGE, loading=loading)
     name = task_of(args.study, *args.judges)
-    run_study(name, lab, args.seeds, args.results, studies_of(args.study, args.judges))
+    studies = studies_of(args.study, args.judges)
+    run_study(name, lab, args.seeds, args.results, studies)
+    seconds = {}  # that of all judges together only reads what they made
+    for judge in args.judges:
+        tasks = [run_seed(task_of(args.study, judge), lab, seed, studies) for seed in args.seeds]
+        seconds[judge] = [json.loads(task.read_text())["seconds"] for task in tasks]
     answers = {
         judge: {
             seed: json.loads(answers_of(lab, args.study, judge, seed).read_text())
@@ -315,7 +320,9 @@ def main(argv=None):
     found = summary(rows, answers)
     means = average(found, ("method",))
     print_table(means, ("method",))
-    write_json(args.results / f"{name}-summary.json", {"means": means, "rows": found})
+    write_json(
+        args.results / f"{name}-summary.json", {"seconds": seconds, "means": means, "rows": found}
+    )
 
 
 if __name__ == "__main__":
