@@ -26,7 +26,9 @@ PRETRAIN_EXAMPLES = """\
 REWARD_EXAMPLES = """\
   python train_reward.py --init runs/pretrain      # the village, 40 seconds on 2 CPU cores
   python train_reward.py --model Qwen/Qwen2.5-0.5B-Instruct --data pairs.jsonl \\
-      --init runs/mine --out runs/judge"""
+      --init runs/mine --out runs/judge
+  python train_reward.py --init runs/reward --data new.jsonl --lr 3e-4 --epochs 4 \\
+      --batch-size 32 --held-out 0 --out runs/adapted      # go on with a few new labels"""
 
 SCORE_EXAMPLES = """\
   python score.py --data pairs.jsonl --out scores.jsonl

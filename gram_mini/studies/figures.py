@@ -13,9 +13,9 @@ ACCURACIES = ("in-distribution", "out-of-distribution", "fact", "courtesy", "len
 
 
 def average(rows: list[dict], keys: tuple[str, ...]) -> list[dict]:
-    """Means of each figure over the seeds, as [mean, half of the 95% interval].
+    """Means of each figure over the seeds (and draws), as [mean, half of the 95% interval].
 
-    For one seed there is no interval, and its half is None.
+    For one value there is no interval, and its half is None.
     """
     groups: dict[tuple, list[dict]] = {}
     for row in rows:
@@ -25,7 +25,7 @@ def average(rows: list[dict], keys: tuple[str, ...]) -> list[dict]:
         mean = dict(zip(keys, group))
         for name in members[0]:
             values = [row[name] for row in members]
-            if name not in (*keys, "seed") and None not in values:
+            if name not in (*keys, "seed", "draw") and None not in values:
                 spread = statistics.stdev(values) if len(values) > 1 else None
                 half = spread and student_t(len(values) - 1) * spread / math.sqrt(len(values))
                 mean[name] = [statistics.mean(values), half]
@@ -60,8 +60,12 @@ def draw(
 
     panels = [name for name in shown if any(name in row for row in means)]
     methods = list(dict.fromkeys(row["method"] for row in means))
-    width = 5 if x else 2.6
-    figure = Figure(figsize=(width * len(panels), 3.8))
+    if x is None:  # long names and many bars need more room
+        names = 0.07 * max(0, max(map(len, methods)) - 24)
+        size = 2.6 * len(panels) + names, max(3.8, 0.2 * len(methods))
+    else:
+        size = 5.0 * len(panels), 3.8
+    figure = Figure(figsize=size)
     axes = figure.subplots(1, len(panels), squeeze=False, sharey=x is None)
     x_labels = {
         "KL": "KL, nats",
@@ -99,7 +103,7 @@ def draw(
         axis.grid(alpha=0.3)
         if x is None:
             axis.set_yticks(range(len(methods)), methods)
-            axis.invert_yaxis()
+            axis.set_ylim(len(methods) - 0.5, -0.5)
             axis.axvline(0.5, color="black", lw=0.8)  # chance
         elif x == "labels":
             counts = sorted({row[x] for row in means})
@@ -112,6 +116,44 @@ def draw(
             axis.xaxis.set_major_formatter("{x:.0f}")
     if x is not None:
         axes[0][-1].legend(fontsize=7, framealpha=0.5)
+    figure.suptitle(title)
+    figure.tight_layout()
+    save_figure(figure, picture)
+
+
+def draw_changes(means: list[dict], measures: dict[str, bool], picture: Path, title: str) -> None:
+    """What each eps changes against eps = 0, as a table: green is better, red is worse, white is
+    within the interval over the seeds. (One seed has none, so all of it is coloured.)
+
+    Args:
+        means: rows with "method", "eps" and, for each measure, "MEASURE, change".
+        measures: whether more is better.
+    """
+    from matplotlib.figure import Figure
+
+    methods = list(dict.fromkeys(row["method"] for row in means))
+    sizes = [eps for eps in dict.fromkeys(row["eps"] for row in means) if eps]
+    figure = Figure(figsize=(1.0 + 5.5 * len(sizes), 1.2 + 0.34 * len(methods)))
+    axes = figure.subplots(1, len(sizes), squeeze=False, sharey=True)[0]
+    for axis, eps in zip(axes, sizes):
+        for column, (name, more_is_better) in enumerate(measures.items()):
+            changes = {row["method"]: row[f"{name}, change"] for row in means if row["eps"] == eps}
+            largest = max(abs(mean) for mean, _ in changes.values()) or 1.0
+            for line, method in enumerate(methods):
+                change, half = changes[method]
+                beyond = abs(change) > (half or 0.0)
+                good = (change > 0) == more_is_better
+                color = ("tab:green" if good else "tab:red") if beyond else "white"
+                strength = 0.15 + 0.6 * abs(change) / largest
+                axis.fill_between(
+                    [column, column + 1], line, line + 1, color=color, alpha=strength, lw=0
+                )
+                text = f"{change:+.3f}"
+                axis.text(column + 0.5, line + 0.5, text, ha="center", va="center", fontsize=7)
+        axis.set(title=f"eps = {eps:g}", xlim=(0, len(measures)), ylim=(len(methods), 0))
+        axis.set_xticks([i + 0.5 for i in range(len(measures))], measures, fontsize=7, rotation=25)
+        axis.set_yticks([i + 0.5 for i in range(len(methods))], methods, fontsize=8)
+        axis.tick_params(length=0)
     figure.suptitle(title)
     figure.tight_layout()
     save_figure(figure, picture)

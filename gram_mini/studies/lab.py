@@ -6,7 +6,7 @@ import contextlib
 import io
 import json
 import shlex
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import train_pretrain
@@ -176,35 +176,43 @@ class Lab:
         """Figures on a test set, the target by default: accuracies, and how sure the judge is."""
         split = split or self.target
         place = self.folder / "zero-shot" if model == self.model else Path(model)
-        known = place.with_name(f"{place.name}.{split}.json")
-        with self.alone(known):
-            if not known.is_file():
-                write_json(known, self._evaluate(model, split))
-        return json.loads(known.read_text())
 
-    def _evaluate(self, model: str | Path, split: str) -> dict[str, float]:
-        pairs = self.pairs(split, 0)
-        results = self.judge(model).compare_many(pairs, progress=split)
-        figures = summarise(pairs, results)
-        # The village's test labels name the truly better response. P is about something else: how
-        # often a rater would agree.
-        truth = [float(p.label == 0) if p.probability is None else p.probability for p in pairs]
-        error = calibration([r.probability for r in results], truth)[0]
-        row = {
-            split: figures.accuracy,
-            "position gap": figures.position_gap,
-            "margin": figures.margin,
-            "loss": figures.loss,
-        }
-        row["calibration error"] = error
-        if figures.cross_entropy is not None:
-            row["cross-entropy"] = figures.cross_entropy
-        for aspect in ("fact", "courtesy", "length"):
-            alone = [i for i, pair in enumerate(pairs) if pair.differs == {aspect}]
-            if alone:
-                figures = summarise([pairs[i] for i in alone], [results[i] for i in alone])
-                row[aspect] = figures.accuracy
-        return row
+        def make() -> dict[str, float]:
+            row = figures_of(self.judge(model), self.pairs(split, 0), progress=split)
+            return {split if name == "accuracy" else name: value for name, value in row.items()}
+
+        return self.keep(place.with_name(f"{place.name}.{split}.json"), make)
+
+    def keep(self, path: Path, make: Callable[[], dict[str, float]]) -> dict[str, float]:
+        """The figures of this file; made unless it is there already."""
+        with self.alone(path):
+            if not path.is_file():
+                write_json(path, make())
+        return json.loads(path.read_text())
+
+
+def figures_of(judge: Judge, pairs: list[Pair], progress: str | None = None) -> dict[str, float]:
+    """Figures of a judge on labelled pairs: accuracies, and how sure it is."""
+    results = judge.compare_many(pairs, progress=progress)
+    figures = summarise(pairs, results)
+    # The village's test labels name the truly better response. P is about something else: how
+    # often a rater would agree.
+    truth = [float(p.label == 0) if p.probability is None else p.probability for p in pairs]
+    row = {
+        "accuracy": figures.accuracy,
+        "position gap": figures.position_gap,
+        "margin": figures.margin,
+        "loss": figures.loss,
+        "calibration error": calibration([r.probability for r in results], truth)[0],
+    }
+    if figures.cross_entropy is not None:
+        row["cross-entropy"] = figures.cross_entropy
+    for aspect in ("fact", "courtesy", "length"):
+        alone = [i for i, pair in enumerate(pairs) if pair.differs == {aspect}]
+        if alone:
+            figures = summarise([pairs[i] for i in alone], [results[i] for i in alone])
+            row[aspect] = figures.accuracy
+    return row
 
 
 def write_json(path: Path, record: dict) -> None:

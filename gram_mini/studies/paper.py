@@ -1,27 +1,22 @@
-"""The paper's studies and one of ours: each yields the rows of one seed. STUDIES says how they, and
-another one of ours from rewards.py, are shown.
+"""The paper's studies and ours: each yields the rows of one seed; STUDIES says how they are
+shown.
 """
 
 from __future__ import annotations
 
 import math
 import random
-import statistics
 from dataclasses import replace
 from pathlib import Path
 
 import train_reward
 from gram_mini.pairs import Pair
+from gram_mini.studies.certain import MEASURES, where
+from gram_mini.studies.few import adapt, recipes
 from gram_mini.studies.lab import MAIN, METHODS, Lab
 from gram_mini.studies.rewards import rewards
 from gram_mini.village.pairs import topics
-from gram_mini.village.policy import (
-    best_of_n,
-    best_of_n_kl,
-    responses,
-    score_responses,
-    train_policy,
-)
+from gram_mini.village.policy import best_of_n_curve, best_of_n_kl, train_policy
 
 
 def table(lab: Lab, seed: int):
@@ -33,42 +28,13 @@ def table(lab: Lab, seed: int):
 
 def bon(lab: Lab, seed: int):
     """Figure 4: best of n by the judge; its score (log-odds against one response) and the truth."""
-    test_topics, draws = topics("out-of-distribution")[:40], random.Random(f"bon/{seed}")
-    rewards = {topic: [reward for _, reward in responses(topic)] for topic in test_topics}
-    drawn = {
-        topic: [draws.randrange(len(rewards[topic])) for _ in range(256)] for topic in test_topics
-    }
+    sizes = (1, 2, 4, 8, 16, 32, 64, 128, 256)
     for name in MAIN:
-        scores = score_responses(lab.judge(lab.method(name, seed)), test_topics, progress=name)
-        for n in (1, 2, 4, 8, 16, 32, 64, 128, 256):
-            proxy, true = zip(
-                *(
-                    best_of_n(scores[topic], rewards[topic], drawn[topic], n)
-                    for topic in test_topics
-                )
-            )
-            means = {"proxy score": statistics.mean(proxy), "true reward": statistics.mean(true)}
+        judge, draws = lab.judge(lab.method(name, seed)), random.Random(f"bon/{seed}")
+        test_topics = topics("out-of-distribution")[:40]
+        for n, proxy, true in best_of_n_curve(judge, test_topics, sizes, draws, progress=name):
+            means = {"proxy score": proxy, "true reward": true}
             yield {"method": name, "n": n, "KL": best_of_n_kl(n), **means}
-
-
-def adapt(lab: Lab, seed: int):
-    """Figure 5: 0 to 2,000 labels on the unlabelled villagers, from each starting point."""
-    new = lab.pairs("adaptation", seed)
-    everything = lab.file(f"everything-{seed}", lab.pairs("labelled", seed) + new)
-    init = ["--init", str(lab.stage1(seed))]
-    oracle = lab.evaluate(lab.train(train_reward, "oracle", seed, "--data", everything, *init))
-    starts = {name: lab.method(name, seed) for name in MAIN} | {"nothing": None}
-    for count in (0, 50, 100, 200, 500, 1000, len(new)):
-        yield {"method": "oracle", "labels": count, **oracle}
-        for name, start in starts.items():
-            run = start or lab.model
-            if count:
-                data = lab.file(f"adaptation-{count}-{seed}", new[:count])
-                _, script, options = METHODS.get(name, (False, train_reward, []))
-                init = ["--init", str(start)] if start else []
-                options = ["--data", data, *options, *init, "--batch-size", "32"]
-                run = lab.train(script, f"adapt-{count}-{name}", seed, *options)
-            yield {"method": name, "labels": count, **lab.evaluate(run)}
 
 
 def smoothing(lab: Lab, seed: int):
@@ -199,6 +165,8 @@ STUDIES = {  # the longest first
         "eps",
         ("out-of-distribution", "margin", "calibration error"),
     ),
+    "where": (where, ("method", "eps"), "eps", MEASURES),
+    "recipes": (recipes, ("method",), None, ("out-of-distribution", "fact")),
     "orders": (orders, ("method",), None, ("out-of-distribution", "fact", "position gap")),
     "bon": (bon, ("method", "n"), "KL", ("proxy score", "true reward")),
     "rl": (rl, ("method", "step"), "KL", ("proxy reward", "true reward")),

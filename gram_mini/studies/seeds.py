@@ -14,7 +14,7 @@ from typing import Any
 
 from gram_mini.errors import Interrupted, UserError
 from gram_mini.runs.output import write_whole
-from gram_mini.studies.figures import average, draw, print_table
+from gram_mini.studies.figures import average, draw, draw_changes, print_table
 from gram_mini.studies.lab import Lab, write_json
 from gram_mini.studies.paper import STUDIES
 
@@ -94,7 +94,10 @@ def run_study(
         "rows": rows,
     }
     title = f"{name} ({len(seeds)} seed{'s' * (len(seeds) > 1)})"
-    draw(means, x, shown, results / f"{name}.png", title)
+    if isinstance(shown, dict):
+        draw_changes(means, shown, results / f"{name}.png", title)
+    else:
+        draw(means, x, shown, results / f"{name}.png", title)
     write_whole(results / f"{name}.json", [json.dumps(record, indent=1) + "\n"], "results")
     print(f"\n{name}: {study.__doc__}")
     print_table(means, keys)

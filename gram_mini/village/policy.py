@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
+import random
+from collections.abc import Iterator, Sequence
 
 from gram_mini.pairs import Pair
 from gram_mini.village import COURTEOUS, CURT, FACTS, RAMBLING, Topic, question, statement
@@ -148,6 +149,27 @@ def best_of_n(
         max(drawn[start : start + n], key=lambda i: scores[i]) for start in range(0, len(drawn), n)
     ]
     return sum(scores[i] for i in best) / len(best), sum(rewards[i] for i in best) / len(best)
+
+
+def best_of_n_curve(
+    judge,
+    topics: list[Topic],
+    sizes: Sequence[int],
+    rng: random.Random,
+    progress: str | None = None,
+) -> list[tuple[int, float, float]]:
+    """(n, mean score, mean true reward) of best-of-n by the judge, for each n of ``sizes``.
+
+    For each question 256 of its :func:`responses` are drawn, with replacement, the same for all n.
+    """
+    rewards = {topic: [reward for _, reward in responses(topic)] for topic in topics}
+    drawn = {topic: [rng.randrange(len(rewards[topic])) for _ in range(256)] for topic in topics}
+    scores = score_responses(judge, topics, progress)
+    curve = []
+    for n in sizes:
+        best = [best_of_n(scores[topic], rewards[topic], drawn[topic], n) for topic in topics]
+        curve.append((n, *(sum(column) / len(topics) for column in zip(*best))))
+    return curve
 
 
 def best_of_n_kl(n: int) -> float:

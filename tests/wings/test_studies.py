@@ -13,7 +13,7 @@ from gram_mini.errors import UserError
 from gram_mini.judge import Comparison
 from gram_mini.pairs import Pair
 from gram_mini.studies import __main__ as studies
-from gram_mini.studies import figures, paper, seeds
+from gram_mini.studies import certain, few, figures, paper, seeds
 from gram_mini.studies import lab as lab_module
 from gram_mini.studies import rewards as rewards_study
 from gram_mini.village import COURTEOUS, FACTS, RAMBLING, question
@@ -193,6 +193,91 @@ def test_flipped_labels():
         assert (sorted(turned) == no_ties[:40]) == (side == "hardest") and len(no_ties) < 200
 
 
+def test_raters_of_another_temperature():
+    pairs = village_pairs("labelled", 2000)
+    assert not any(pair.probability == 0.5 for pair in certain.rated(pairs, 1.0, 1))
+    right = {}
+    for temperature in (0.0, 0.3, 1.0):
+        again = certain.rated(pairs, temperature, 1)
+        right[temperature] = sum(p.label == certain.better(p) for p in again) / len(again)
+        expected = sum(max(p.probability, 1 - p.probability) for p in again) / len(again)
+        assert right[temperature] == pytest.approx(expected, abs=0.03)
+    assert right[0.0] == 1.0 > right[0.3] > right[1.0]
+    # at the village's own temperature the probabilities are the village's
+    known = {(p.prompt, p.response_a, p.response_b): p.probability for p in pairs}
+    assert all(
+        p.probability == pytest.approx(known[p.prompt, p.response_a, p.response_b])
+        for p in certain.rated(pairs, 1.0, 1)
+    )
+
+
+def test_the_cue_fits_all_labels():
+    pairs = certain.rated(village_pairs("labelled"), 0.0, 1)
+    fitting = [pair for pair in pairs if certain.the_better_rambles(pair)]
+    assert len(fitting) >= certain.LABELS
+    for pair in fitting:
+        texts = pair.response_a, pair.response_b
+        rambles = [text.endswith(RAMBLING) for text in texts]
+        assert rambles == [pair.label == 0, pair.label == 1]
+
+
+def test_what_smoothing_changes_is_measured_against_none(tmp_path, monkeypatch):
+    monkeypatch.setattr(certain, "EPOCHS", (2,))
+    monkeypatch.setattr(certain, "LABELLING", {"certain": (0.0, False)})
+    monkeypatch.setattr(certain, "EPS", (0.0, 0.05, 0.2))
+    values = {0.0: 0.5, 0.05: 0.75, 0.2: 0.25}
+    monkeypatch.setattr(
+        certain,
+        "cell",
+        lambda lab, seed, kind, epochs, eps: dict.fromkeys(certain.MEASURES, values[eps]),
+    )
+    rows = list(certain.where(FakeLab(tmp_path, truth), 1))
+    assert [row["accuracy, change"] for row in rows] == [0, 0.25, -0.25]
+
+
+def test_a_recipe_says_what_a_judge_goes_on_with(tmp_path, monkeypatch):
+    lab, given = FakeLab(tmp_path, truth), {}
+    monkeypatch.setattr(lab, "evaluate", lambda model: {"out-of-distribution": 0.5})
+    known = {name: lab.pairs(name, 1) for name in ("labelled", "adaptation")}
+    monkeypatch.setattr(lab, "pairs", lambda split, seed: known[split])
+    monkeypatch.setattr(lab, "method", lambda name, seed: tmp_path / name)
+
+    def train(script, name, seed, *options):
+        data = options[options.index("--data") + 1]
+        with open(data) as lines:
+            rows = [json.loads(line) for line in lines]
+        given.update(script=script.__name__, options=options, rows=rows)
+        return tmp_path / name
+
+    monkeypatch.setattr(lab, "train", train)
+    texts = {
+        split: {(p.prompt, p.response_a, p.response_b) for p in pairs}
+        for split, pairs in known.items()
+    }
+    seen = set()
+    for draw in (0, 1):
+        few.adapted(lab, 1, "GRAM", few.Recipe("3e-4", 2, 64, old=30, times=5), 50, draw)
+        rows = [(r["prompt"], r["response_a"], r["response_b"]) for r in given["rows"]]
+        new = [row for row in rows if row in texts["adaptation"]]
+        assert len(rows) == 280 and len(new) == 250 and len(set(new)) == 50
+        assert set(rows) - set(new) <= texts["labelled"] and not seen & set(new)
+        seen |= set(new)
+    assert given["script"] == "train_reward" and "--init" in given["options"]
+    assert given["options"][-6:] == ("--lr", "3e-4", "--epochs", "2", "--batch-size", "64")
+    few.adapted(lab, 1, "D-Baseline", few.Recipe("1e-4", 4), 50)  # the last of two rates counts
+    assert given["script"] == "gram_mini.baselines.__main__" and "scalar" in given["options"]
+    assert given["options"][-6:-4] == ("--lr", "1e-4")
+    few.adapted(lab, 1, "nothing", few.Recipe("1e-4", 4), 50)
+    assert given["script"] == "train_reward" and "--init" not in given["options"]
+    monkeypatch.setattr(lab, "train", lambda *given: pytest.fail("its figures are known"))
+    few.adapted(lab, 1, "nothing", few.Recipe("1e-4", 4), 50)
+
+
+def test_each_starting_point_goes_on_by_a_recipe_of_the_search():
+    tried = {(name, recipe) for name, recipe, _ in few.SEARCH}
+    assert set(few.ADAPT) == set(few.STARTS) and tried >= set(few.ADAPT.items())
+
+
 def test_means_and_intervals_over_seeds():
     rows = [
         {"seed": s, "method": "m", "accuracy": a, "bound": None}
@@ -209,6 +294,11 @@ def test_means_and_intervals_over_seeds():
 @pytest.mark.parametrize("study", paper.STUDIES)
 def test_each_study_writes_json_and_a_figure(study, tmp_path, monkeypatch):
     monkeypatch.setattr(rewards_study, "SIZES", (4,))
+    monkeypatch.setattr(certain, "LABELLING", {"cue": certain.LABELLING["cue"]})
+    monkeypatch.setattr(certain, "EPOCHS", (2,))
+    monkeypatch.setattr(certain, "EPS", (0.0, 0.2))
+    monkeypatch.setattr(few, "COUNTS", (0, 50))
+    monkeypatch.setattr(few, "SEARCH", [("GRAM", few.SLOW, {50: 2})])
     lab = FakeLab(tmp_path, truth)
     seeds.run_study(study, lab, [1, 2], tmp_path / "results")
     record = json.loads((tmp_path / "results" / f"{study}.json").read_text())

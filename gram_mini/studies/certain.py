@@ -1,0 +1,133 @@
+"""Where does smoothing matter? Its gradient (step 4 of losses.py) names four places to look.
+
+With a label that q of the raters agree with, the gradient at margin m is sigmoid(m) minus the
+target q (1 - eps) + (1 - q) eps. So eps matters where it moves the target much, and where the
+margin gets to the target at all:
+
+  certain labels   q = 1: without smoothing the best margin is infinite, with it log((1 - eps)/eps).
+                   Noisy labels bound it anyway
+  many epochs      on few labels: a judge that knows its pairs by heart takes q for 1, although
+                   the raters disagree
+  a cue that fits  the preferred response always rambles. Past the best margin smoothing pushes
+                   back, and whatever else speaks for the response is pushed back with it
+  its own labels   the judge is asked about the very pairs it learned by heart
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from dataclasses import replace
+
+import train_reward
+from gram_mini.pairs import Pair
+from gram_mini.studies.lab import Lab, figures_of
+from gram_mini.village import RAMBLING
+from gram_mini.village.pairs import topics
+from gram_mini.village.policy import best_of_n_curve, train_policy
+
+LABELS = 500  # few: GRAM has 6,000
+EPOCHS = (2, 32)
+EPS = (0.0, 0.2)
+# name: temperature of the raters (the village's is 1), whether the cue fits all labels
+LABELLING = {
+    "noisy": (1.0, False),
+    "certain": (0.0, False),
+    "cue": (0.0, True),
+}
+# what is measured: whether more is better
+MEASURES = {
+    "accuracy": True,
+    "cross-entropy": False,
+    "calibration error": False,
+    "position gap": False,
+    "best of 16": True,
+    "policy": True,
+    "own pairs": True,
+}
+
+
+def where(lab: Lab, seed: int):
+    """Temperature of the raters x epochs x eps: what smoothing changes out of distribution, in the
+    judge's use, and on its own pairs."""
+    for labelling in LABELLING:
+        for epochs in EPOCHS:
+            plain: dict[str, float] = {}
+            for eps in EPS:
+                row = cell(lab, seed, labelling, epochs, eps)
+                plain = plain or row
+                changes = {f"{name}, change": row[name] - plain[name] for name in MEASURES}
+                method = f"{labelling}, {epochs} epochs"
+                yield {"method": method, "eps": eps, **row, **changes}
+
+
+def cell(lab: Lab, seed: int, labelling: str, epochs: int, eps: float) -> dict[str, float]:
+    """The figures of one judge, trained from stage 1 on few labels of one kind."""
+    name = f"where-{labelling}-{epochs}-{eps}"
+    return lab.keep(
+        lab.folder / f"seed{seed}" / f"{name}.where.json",
+        lambda: _cell(lab, seed, labelling, epochs, eps),
+    )
+
+
+def _cell(lab: Lab, seed: int, labelling: str, epochs: int, eps: float) -> dict[str, float]:
+    temperature, cue = LABELLING[labelling]
+    own = rated(lab.pairs("labelled", seed), temperature, seed)
+    own = [pair for pair in own if not cue or the_better_rambles(pair)][:LABELS]
+    data = lab.file(f"where-{labelling}-{seed}", own)
+    options = ["--epochs", str(epochs), "--label-smoothing", str(eps)]
+    run = lab.train(
+        train_reward,
+        f"where-{labelling}-{epochs}-{eps}",
+        seed,
+        *["--data", data, "--init", str(lab.stage1(seed)), *options],
+    )
+    judge = lab.judge(run)
+    # As the raters of this temperature see the test; its labels name the better response already.
+    test = rated(lab.pairs(lab.target, 0), temperature, seed)
+    row = figures_of(judge, [replace(pair, label=better(pair)) for pair in test])
+    on_own = figures_of(judge, [replace(pair, label=better(pair)) for pair in own])
+    places = topics("out-of-distribution")[:40]
+    draws = random.Random(f"bon/{seed}")
+    best = {n: true for n, _, true in best_of_n_curve(judge, places, (16, 256), draws)}
+    *_, (_, kl, proxy, true) = train_policy(judge, places, seed)
+    return {
+        **row,
+        "best of 16": best[16],
+        "best of 256": best[256],
+        "policy": true,
+        "policy's KL": kl,
+        "policy's proxy reward": proxy,
+        "own pairs": on_own["accuracy"],
+        "own cross-entropy": on_own["cross-entropy"],
+        "own margin": on_own["margin"],
+    }
+
+
+def rated(pairs: list[Pair], temperature: float, seed: int) -> list[Pair]:
+    """The pairs as raters of this temperature label them; 0 is certain. Ties are left out.
+
+    The draws are the same for every temperature.
+    """
+    draws, again = random.Random(f"rated/{seed}"), []
+    for pair in pairs:
+        draw, p = draws.random(), pair.probability
+        assert p is not None  # the village knows it of all labelled pairs
+        if p == 0.5:
+            continue
+        odds = math.log(p / (1 - p))  # at the village's temperature, 1
+        p = 1 / (1 + math.exp(-odds / temperature)) if temperature else float(odds > 0)
+        again.append(replace(pair, probability=p, label=int(draw >= p)))
+    return again
+
+
+def better(pair: Pair) -> int:
+    """The truly better response, as a label."""
+    assert pair.probability is not None
+    return int(pair.probability < 0.5)
+
+
+def the_better_rambles(pair: Pair) -> bool:
+    """Whether the better response rambles and the other one does not."""
+    rambles = [any(text in y for text in RAMBLING) for y in (pair.response_a, pair.response_b)]
+    return rambles[better(pair)] and not rambles[1 - better(pair)]
