@@ -176,12 +176,12 @@ class Lab:
         """Figures on a test set, the target by default: accuracies, and how sure the judge is."""
         split = split or self.target
         place = self.folder / "zero-shot" if model == self.model else Path(model)
+        path = place.with_name(f"{place.name}.{split}.json")
+        return self.keep(path, lambda: self._evaluate(model, split))
 
-        def make() -> dict[str, float]:
-            row = figures_of(self.judge(model), self.pairs(split, 0), progress=split)
-            return {split if name == "accuracy" else name: value for name, value in row.items()}
-
-        return self.keep(place.with_name(f"{place.name}.{split}.json"), make)
+    def _evaluate(self, model: str | Path, split: str) -> dict[str, float]:
+        row = figures_of(self.judge(model), self.pairs(split, 0), progress=split)
+        return {split if name == "accuracy" else name: value for name, value in row.items()}
 
     def keep(self, path: Path, make: Callable[[], dict[str, float]]) -> dict[str, float]:
         """The figures of this file; made unless it is there already."""
