@@ -449,7 +449,8 @@ def test_a_real_server():
         except served.Refused:
             continue
         answered.append(judge.route)
-        assert torch.allclose(odds, expected, atol=0.1)  # bfloat16 there
+        # In bfloat16 logits of 16 to 32 come in steps of 1/8, so log-odds do.
+        assert torch.allclose(odds, expected, atol=0.25)
         assert torch.allclose(their_mass, mass, atol=0.02)
     print(f"answered: {answered}")
     assert judge.route and answered
