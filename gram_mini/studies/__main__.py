@@ -27,7 +27,7 @@ from gram_mini.runs import options
 from gram_mini.runs.output import check_place
 from gram_mini.studies.lab import Lab
 from gram_mini.studies.paper import STUDIES
-from gram_mini.studies.seeds import run_side_by_side, run_study
+from gram_mini.studies.seeds import RESULTS, add_folders, run_side_by_side, run_study
 
 import torch
 
@@ -40,7 +40,6 @@ EXAMPLES = """\
 SEEDS = (1, 2, 3, 4, 5)
 OURS = ("orders", "rewards", "where", "recipes")  # not claims of the paper
 NEEDS_TRUTH = ("bon", "adapt", "rl", "rewards", "where", "recipes")
-RESULTS = Path(__file__).parent / "results"
 
 
 def main(argv=None):
@@ -89,19 +88,7 @@ def main(argv=None):
         help="further options that both training scripts know, as one text: "
         '--training "--epochs 1 --lora-rank 16"',
     )
-    parser.add_argument(
-        "--runs",
-        type=Path,
-        default=Path("runs/studies"),
-        metavar="FOLDER",
-        help="where trained models are kept",
-    )
-    parser.add_argument(
-        "--results",
-        type=Path,
-        metavar="FOLDER",
-        help="where tables and figures go (default: gram_mini/studies/results)",
-    )
+    add_folders(parser)
     args = parser.parse_args(argv)
     usual = (0,) if args.study == "recipes" else SEEDS
     seeds = [1] if args.quick else args.seeds or list(usual)

@@ -124,7 +124,7 @@ class Lab:
         path = self.folder / "data" / f"{name}.jsonl"
         with self.alone(path):
             if not path.is_file():
-                write_whole(path, (json.dumps(_row(pair)) + "\n" for pair in pairs), "data")
+                write_whole(path, (json.dumps(row_of(pair)) + "\n" for pair in pairs), "data")
         return str(path)
 
     def alone(self, path: Path) -> FileLock:
@@ -162,12 +162,14 @@ class Lab:
         pairs = self.pairs("unlabelled", seed) if pairs is None else pairs
         return self.train(train_pretrain, name, seed, "--data", self.file(f"{name}-{seed}", pairs))
 
-    def method(self, name: str, seed: int) -> Path:
-        """One of ``methods`` on the labelled pairs."""
+    def method(self, name: str, seed: int, count: int | None = None) -> Path:
+        """One of ``methods`` on the labelled pairs, or on the first ``count`` of them."""
         starts_from_stage_1, script, options = self.methods[name]
         init = ["--init", str(self.stage1(seed))] if starts_from_stage_1 else []
-        data = self.file(f"labelled-{seed}", self.pairs("labelled", seed))
-        return self.train(script, name, seed, "--data", data, *options, *init)
+        pairs, few = self.pairs("labelled", seed)[:count], count is not None
+        data = self.file(f"labelled-{count}-{seed}" if few else f"labelled-{seed}", pairs)
+        run = f"{count} {name}" if few else name
+        return self.train(script, run, seed, "--data", data, *options, *init)
 
     def judge(self, model: str | Path) -> Judge:
         return load_judge(model, **self.loading)
@@ -219,7 +221,8 @@ def write_json(path: Path, record: dict) -> None:
     write_whole(path, [json.dumps(record, indent=1) + "\n"], "results")
 
 
-def _row(pair: Pair) -> dict:
+def row_of(pair: Pair) -> dict:
+    """The pair as a row of a file that the scripts read."""
     label = {} if pair.label is None else {"label": LABELS[pair.label]}
     return {
         "prompt": pair.prompt,

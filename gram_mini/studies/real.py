@@ -172,17 +172,11 @@ def table(lab: RealLab, seed: int):
 
 def curve(lab: RealLab, seed: int):
     """Accuracy on held-out prompts over the number of labels."""
-    labelled = lab.pairs("labelled", seed)
-    counts = [n for n in COUNTS if n < len(labelled)]
-    for count in (*counts, len(labelled)):
+    whole = len(lab.pairs("labelled", seed))
+    for count in (*(n for n in COUNTS if n < whole), None):  # None: all of them
         for name in CURVE:
-            starts, script, given = METHODS[name]
-            run = lab.method(name, seed)
-            if count < len(labelled):
-                data = lab.file(f"labelled-{count}-{seed}", labelled[:count])
-                init = ["--init", str(lab.stage1(seed))] if starts else []
-                run = lab.train(script, f"{count} {name}", seed, "--data", data, *given, *init)
-            yield {"method": name, "labels": count, **lab.evaluate(run, HELD_OUT)}
+            run = lab.method(name, seed, count)
+            yield {"method": name, "labels": count or whole, **lab.evaluate(run, HELD_OUT)}
 
 
 def rates(lab: RealLab, seed: int):

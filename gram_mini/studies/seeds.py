@@ -21,6 +21,25 @@ from gram_mini.studies.paper import STUDIES
 import torch
 from tqdm import tqdm
 
+RESULTS = Path(__file__).parent / "results"
+
+
+def add_folders(parser) -> None:
+    """Options of every study on the village: where it keeps what it makes."""
+    parser.add_argument(
+        "--runs",
+        type=Path,
+        default=Path("runs/studies"),
+        metavar="FOLDER",
+        help="where trained models are kept",
+    )
+    parser.add_argument(
+        "--results",
+        type=Path,
+        metavar="FOLDER",
+        help="where tables and figures go (default: gram_mini/studies/results)",
+    )
+
 
 def run_seed(name: str, lab: Lab, seed: int, studies: dict = STUDIES) -> Path:
     """The rows of a study for one seed, as a file; made unless it is there already."""

@@ -27,7 +27,7 @@ from gram_mini.runs.output import check_place
 from gram_mini.serving.trl import as_trl_reward
 from gram_mini.studies.figures import average, print_table
 from gram_mini.studies.lab import MAIN, Lab, write_json
-from gram_mini.studies.seeds import run_seed, run_study
+from gram_mini.studies.seeds import RESULTS, add_folders, run_seed, run_study
 from gram_mini.village import GROUPS, question, statement
 from gram_mini.village.pairs import topics
 from gram_mini.village.policy import best_of_n, best_of_n_kl
@@ -52,7 +52,6 @@ EXAMPLES = """\
   python -m gram_mini.studies.writing rl                            # every judge, seeds 1 to 5
   python -m gram_mini.studies.writing bon --judges GRAM --seeds 1   # one task"""
 
-RESULTS = Path(__file__).parent / "results"
 TRUTH = "true reward"
 JUDGES = (*MAIN, TRUTH)
 TEMPERATURE = 1.5  # of best of n: about a third of the texts are no answers
@@ -280,30 +279,18 @@ def main(argv=None):
         metavar="N",
         help="seeds to run",
     )
-    parser.add_argument(
-        "--runs",
-        type=Path,
-        default=Path("runs/studies"),
-        metavar="FOLDER",
-        help="where models, answers and rows are kept",
-    )
-    parser.add_argument(
-        "--results",
-        type=Path,
-        default=RESULTS,
-        metavar="FOLDER",
-        help="where tables and figures go (default: gram_mini/studies/results)",
-    )
+    add_folders(parser)
     options.add_model_options(parser, bits_default=4, max_length_default=512)
     args = parser.parse_args(argv)
     require_trl()
     check_place(args.runs, "--runs")
-    check_place(args.results, "--results")
+    results = args.results or RESULTS
+    check_place(results, "--results")
     loading = {"bits": args.bits, "max_length": args.max_length, "device": args.device}
     lab = Lab(args.runs, VILLAGE, VILLAGE, loading=loading)
     name = task_of(args.study, *args.judges)
     studies = studies_of(args.study, args.judges)
-    run_study(name, lab, args.seeds, args.results, studies)
+    run_study(name, lab, args.seeds, results, studies)
     seconds = {}  # that of all judges together only reads what they made
     for judge in args.judges:
         tasks = [run_seed(task_of(args.study, judge), lab, seed, studies) for seed in args.seeds]
@@ -315,13 +302,13 @@ def main(argv=None):
         }
         for judge in args.judges
     }
-    write_json(args.results / f"{name}-answers.json", answers)
-    rows = json.loads((args.results / f"{name}.json").read_text())["rows"]
+    write_json(results / f"{name}-answers.json", answers)
+    rows = json.loads((results / f"{name}.json").read_text())["rows"]
     found = summary(rows, answers)
     means = average(found, ("method",))
     print_table(means, ("method",))
     write_json(
-        args.results / f"{name}-summary.json", {"seconds": seconds, "means": means, "rows": found}
+        results / f"{name}-summary.json", {"seconds": seconds, "means": means, "rows": found}
     )
 
 

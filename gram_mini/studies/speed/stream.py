@@ -25,6 +25,7 @@ from gram_mini.runs import options
 from gram_mini.runs.output import check_place, save_figure, write_whole
 from gram_mini.runs.partial import partial_names
 from gram_mini.runs.scores import read_through
+from gram_mini.studies.lab import row_of
 from gram_mini.village.pairs import village_pairs
 
 import psutil
@@ -46,12 +47,7 @@ def village_rows(rows: int):
     """Lines of JSON, drawn 10,000 pairs at a time so that this process stays small, too."""
     for seed, start in enumerate(range(0, rows, 10_000)):
         for pair in village_pairs("unlabelled", min(10_000, rows - start), seed):
-            row = {
-                "prompt": pair.prompt,
-                "response_a": pair.response_a,
-                "response_b": pair.response_b,
-            }
-            yield json.dumps(row) + "\n"
+            yield json.dumps(row_of(pair)) + "\n"
 
 
 def start(args, data: Path, out: Path) -> subprocess.Popen:
