@@ -7,6 +7,7 @@ import math
 import os
 import random
 import signal
+import threading
 import time
 import tracemalloc
 from functools import partial
@@ -23,6 +24,7 @@ from gram_mini.village.pairs import village_pairs
 
 import pytest
 from filelock import FileLock
+from tqdm import tqdm
 
 COLUMNS = ("prompt", "chosen", "rejected")
 ROWS = [
@@ -229,6 +231,8 @@ def child(action):
     """Start a process that is a copy of this one; SIGKILL ends it as it would end score.py."""
     pid = os.fork()
     if not pid:
+        # tqdm's own lock is shared with this process, and SIGKILL may come while it is held.
+        tqdm.set_lock(threading.RLock())
         try:
             action()
         finally:
