@@ -15,6 +15,7 @@ margin gets to the target at all:
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 from dataclasses import replace
@@ -27,14 +28,17 @@ from gram_mini.village.pairs import topics
 from gram_mini.village.policy import best_of_n_curve, train_policy
 
 LABELS = 500  # few: GRAM has 6,000
-EPOCHS = (2, 32)
-EPS = (0.0, 0.2)
+EPOCHS = (2, 8, 32)
+EPS = (0.0, 0.05, 0.2)
 # name: temperature of the raters (the village's is 1), whether the cue fits all labels
 LABELLING = {
     "noisy": (1.0, False),
+    "clearer": (0.3, False),
     "certain": (0.0, False),
     "cue": (0.0, True),
 }
+# What is run again on other seeds.
+AGAIN = ("noisy", "certain", "cue"), (2, 32), (0.0, 0.2)
 # what is measured: whether more is better
 MEASURES = {
     "accuracy": True,
@@ -50,15 +54,23 @@ MEASURES = {
 def where(lab: Lab, seed: int):
     """Temperature of the raters x epochs x eps: what smoothing changes out of distribution, in the
     judge's use, and on its own pairs."""
-    for labelling in LABELLING:
-        for epochs in EPOCHS:
-            plain: dict[str, float] = {}
-            for eps in EPS:
-                row = cell(lab, seed, labelling, epochs, eps)
-                plain = plain or row
-                changes = {f"{name}, change": row[name] - plain[name] for name in MEASURES}
-                method = f"{labelling}, {epochs} epochs"
-                yield {"method": method, "eps": eps, **row, **changes}
+    yield from grid(lab, seed, tuple(LABELLING), EPOCHS, EPS)
+
+
+def certain(lab: Lab, seed: int):
+    """The corners of ``where`` on other seeds than the one that it was looked for on."""
+    yield from grid(lab, seed, *AGAIN)
+
+
+def grid(lab: Lab, seed: int, kinds: tuple, epochs_of: tuple, sizes: tuple):
+    """A row for each cell, with its changes against the first eps."""
+    for labelling, epochs in itertools.product(kinds, epochs_of):
+        plain: dict[str, float] = {}
+        for eps in sizes:
+            row = cell(lab, seed, labelling, epochs, eps)
+            plain = plain or row
+            changes = {f"{name}, change": row[name] - plain[name] for name in MEASURES}
+            yield {"method": f"{labelling}, {epochs} epochs", "eps": eps, **row, **changes}
 
 
 def cell(lab: Lab, seed: int, labelling: str, epochs: int, eps: float) -> dict[str, float]:

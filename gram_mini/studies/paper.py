@@ -11,7 +11,8 @@ from pathlib import Path
 
 import train_reward
 from gram_mini.pairs import Pair
-from gram_mini.studies.certain import MEASURES, where
+from gram_mini.studies.beside import beside
+from gram_mini.studies.certain import MEASURES, certain, where
 from gram_mini.studies.few import adapt, recipes
 from gram_mini.studies.lab import MAIN, METHODS, Lab
 from gram_mini.studies.rewards import rewards
@@ -166,7 +167,14 @@ STUDIES = {  # the longest first
         ("out-of-distribution", "margin", "calibration error"),
     ),
     "where": (where, ("method", "eps"), "eps", MEASURES),
+    "certain": (certain, ("method", "eps"), "eps", MEASURES),
     "recipes": (recipes, ("method",), None, ("out-of-distribution", "fact")),
+    "beside": (
+        beside,
+        ("method",),
+        None,
+        ("accuracy", "length, same claim", "length, other claim", "position gap"),
+    ),
     "orders": (orders, ("method",), None, ("out-of-distribution", "fact", "position gap")),
     "bon": (bon, ("method", "n"), "KL", ("proxy score", "true reward")),
     "rl": (rl, ("method", "step"), "KL", ("proxy reward", "true reward")),

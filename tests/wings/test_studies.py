@@ -13,10 +13,10 @@ from gram_mini.errors import UserError
 from gram_mini.judge import Comparison
 from gram_mini.pairs import Pair
 from gram_mini.studies import __main__ as studies
-from gram_mini.studies import certain, few, figures, paper, seeds
+from gram_mini.studies import beside, certain, few, figures, paper, seeds
 from gram_mini.studies import lab as lab_module
 from gram_mini.studies import rewards as rewards_study
-from gram_mini.village import COURTEOUS, FACTS, RAMBLING, question
+from gram_mini.village import ATTRIBUTES, COURTEOUS, FACTS, RAMBLING, Response, question
 from gram_mini.village.pairs import topics, village_pairs
 from gram_mini.village.policy import Policy, responses, train_policy
 
@@ -235,6 +235,42 @@ def test_what_smoothing_changes_is_measured_against_none(tmp_path, monkeypatch):
     assert [row["accuracy, change"] for row in rows] == [0, 0.25, -0.25]
 
 
+def test_two_answers_of_four_claims_differ_in_one_word():
+    for pair in beside.one_of_four("out-of-distribution", 0):
+        texts = pair.response_a.split(), pair.response_b.split()
+        changed = [i for i, (a, b) in enumerate(zip(*texts)) if a != b]
+        assert len(texts[0]) == len(texts[1]) and len(changed) == 1
+        name = pair.prompt.removeprefix("Tell me about ").removesuffix(".")
+        truths = [x.statement.format(name=name, value=FACTS[name, x]) for x in ATTRIBUTES]
+        right = [sum(t in text for t in truths) for text in (pair.response_a, pair.response_b)]
+        assert right[pair.label] == right[1 - pair.label] + 1
+    drawn = beside.one_of_four("unlabelled", 1)
+    assert all(pair.label is None for pair in drawn)
+    assert not {p.prompt for p in beside.one_of_four("labelled", 1)} >= {p.prompt for p in drawn}
+
+
+def test_what_length_is_worth_depends_on_the_other_answer():
+    draw = lambda value, rambling: Response("", value, value == "soup", True, rambling)
+    assert beside.worth(draw("soup", True), draw("soup", False)) == -beside.LENGTH
+    assert beside.worth(draw("cake", True), draw("fish", False)) == beside.LENGTH
+    assert beside.worth(draw("soup", False), draw("cake", True)) == 2.0 - beside.LENGTH
+    pairs = beside.context("labelled", 1)
+    likely = sum(max(p.probability, 1 - p.probability) for p in pairs) / len(pairs)
+    agreed = sum((p.probability > 0.5) == (p.label == 0) for p in pairs) / len(pairs)
+    assert agreed == pytest.approx(likely, abs=0.02)
+
+
+def test_the_best_scalar_is_the_best_order_of_the_kinds_of_answers():
+    pairs = beside.context("out-of-distribution", 0)
+    best = beside.figures(pairs, beside.best_scalar(pairs))
+    village = beside.figures(pairs, FakeJudge(truth).compare_many(pairs))
+    assert village["accuracy"] < best["accuracy"] < 1 and best["position gap"] == 0
+    # of pairs that a reward can order it orders all
+    alone = [pair for pair in pairs if pair.differs == {"length", "claim"}]
+    easy = [p for p in alone if beside.qualities(p)[0][:2] == beside.qualities(p)[1][:2]]
+    assert beside.figures(easy, beside.best_scalar(easy))["accuracy"] == 1
+
+
 def test_a_recipe_says_what_a_judge_goes_on_with(tmp_path, monkeypatch):
     lab, given = FakeLab(tmp_path, truth), {}
     monkeypatch.setattr(lab, "evaluate", lambda model: {"out-of-distribution": 0.5})
@@ -297,6 +333,8 @@ def test_each_study_writes_json_and_a_figure(study, tmp_path, monkeypatch):
     monkeypatch.setattr(certain, "LABELLING", {"cue": certain.LABELLING["cue"]})
     monkeypatch.setattr(certain, "EPOCHS", (2,))
     monkeypatch.setattr(certain, "EPS", (0.0, 0.2))
+    monkeypatch.setattr(certain, "AGAIN", (("cue",), (2,), (0.0, 0.2)))
+    monkeypatch.setattr(beside, "PAIRS", {"context": beside.context})
     monkeypatch.setattr(few, "COUNTS", (0, 50))
     monkeypatch.setattr(few, "SEARCH", [("GRAM", few.SLOW, {50: 2})])
     lab = FakeLab(tmp_path, truth)
