@@ -59,7 +59,7 @@ def one_of_four(split: str, seed: int) -> list[Pair]:
     Of the unlabelled ones 70% of the claims are right, drawn one by one. In the others one word is
     changed, the right one to a wrong one; half of the other claims are right.
     """
-    rng, pairs = random.Random(f"one of four/{split}/{seed}"), []
+    rng, pairs = random.Random(f"one of four/{split}/{seed}"), list[Pair]()
     names = [name for group in OF[split] for name in GROUPS[group]]
     while len(pairs) < COUNTS["one of four"][split]:
         name, opening = rng.choice(names), rng.choice(COURTEOUS + CURT)
@@ -71,12 +71,12 @@ def one_of_four(split: str, seed: int) -> list[Pair]:
             wrong = rng.choice([v for v in ATTRIBUTES[changed].values if v != truth])
             claims[1] = list(claims[0])
             claims[0][changed], claims[1][changed] = truth, wrong
-        texts = [
+        a, b = (
             " ".join([opening, *(statement(name, x, v) for x, v in zip(ATTRIBUTES, values))])
             for values in claims
-        ]
-        if texts[0] != texts[1]:
-            pair = Pair(f"Tell me about {name}.", *texts)
+        )
+        if a != b:
+            pair = Pair(f"Tell me about {name}.", a, b)
             pairs.append(pair if split == "unlabelled" else rated(rng, pair, 2.0, split))
     return pairs
 
@@ -87,7 +87,7 @@ def context(split: str, seed: int) -> list[Pair]:
     A right claim is worth 2 and courtesy 1, as ever. LENGTH goes to the shorter answer if both
     claim the same, and to the longer one if not.
     """
-    rng, pairs = random.Random(f"context/{split}/{seed}"), []
+    rng, pairs = random.Random(f"context/{split}/{seed}"), list[Pair]()
     questions = topics(split)
     while len(pairs) < COUNTS["context"][split]:
         topic, same = rng.choice(questions), rng.random() < 0.5
@@ -113,9 +113,9 @@ def rated(rng: random.Random, pair: Pair, difference: float, split: str) -> Pair
     p = true_probability(difference, 0.0)
     label = int(rng.random() >= p) if split == "labelled" else int(p < 0.5)
     if rng.random() < 0.5:
-        return replace(pair, label=label, probability=p)
-    texts = {"response_a": pair.response_b, "response_b": pair.response_a}
-    return replace(pair, label=1 - label, probability=1 - p, **texts)
+        a, b, label, p = pair.response_b, pair.response_a, 1 - label, 1 - p
+        pair = replace(pair, response_a=a, response_b=b)
+    return replace(pair, label=label, probability=p)
 
 
 def best_scalar(pairs: list[Pair]) -> list[Comparison]:
