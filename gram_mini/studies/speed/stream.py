@@ -34,7 +34,7 @@ from tqdm import tqdm
 EXAMPLES = """\
   # 3,000 pairs, killed three times: 2 minutes on 2 CPU cores
   python -m gram_mini.studies.speed.stream --rows 3000 --kills 3 --out runs/stream
-  # a million pairs: half an hour to an hour
+  # a million pairs: 45 minutes
   python -m gram_mini.studies.speed.stream"""
 
 SCRIPT = Path(__file__).parents[3] / "score.py"
