@@ -6,10 +6,14 @@ What the search found is ADAPT; gram_mini/runs/README.md says it as a command.
 from __future__ import annotations
 
 import random
+import shutil
 from dataclasses import dataclass
+from pathlib import Path
 
 import train_reward
 from gram_mini.studies.lab import MAIN, METHODS, Lab
+
+from safetensors.torch import load_file, save_file
 
 NOTHING = "nothing"  # the plain backbone as a starting point
 STARTS = (*MAIN, NOTHING)
@@ -19,24 +23,32 @@ COUNTS = (0, 50, 100, 200, 2000)  # new labels, of adapt
 @dataclass(frozen=True)
 class Recipe:
     """How a judge goes on with new labels: options of the training script, and ``old`` labels of
-    stage 2 beside the new ones, of which each stands ``times`` times in the file."""
+    stage 2 beside the new ones, of which each stands ``times`` times in the file. ``pull`` is the
+    share of the starting point in the adapter's weights afterwards.
+    """
 
     lr: str
     epochs: int
     batch_size: int = 32
     old: int = 0
     times: int = 1
+    eps: float | None = None  # None: the script's own
+    pull: float = 0.0
 
     def __str__(self) -> str:
         beside = f", {self.old} old labels" if self.old else ""
         often = f", new ones x {self.times}" if self.times > 1 else ""
-        return f"lr {self.lr}, {self.epochs} epochs of {self.batch_size}{beside}{often}"
+        smoothed = "" if self.eps is None else f", eps {self.eps:g}"
+        pulled = f", pulled back by {self.pull:g}" if self.pull else ""
+        steps = f"lr {self.lr}, {self.epochs} epochs of {self.batch_size}"
+        return f"{steps}{beside}{often}{smoothed}{pulled}"
 
     @property
     def options(self) -> list[str]:
         """The options of the training script."""
         sizes = ["--epochs", str(self.epochs), "--batch-size", str(self.batch_size)]
-        return ["--lr", self.lr, *sizes]
+        eps = [] if self.eps is None else ["--label-smoothing", str(self.eps)]
+        return ["--lr", self.lr, *sizes, *eps]
 
 
 # The rate of stage 2 (it is 3e-4 with a scalar head) and its two epochs; less of a rate and longer.
@@ -52,6 +64,10 @@ SEARCH = [  # starting point, recipe, {number of new labels: draws of them}
     ("GRAM", Recipe("1e-3", 2, 64, old=1000), {50: 4, 200: 3}),
     ("GRAM", Recipe("1e-3", 2, 64, old=1000, times=5), {50: 4, 200: 2}),
     ("GRAM", Recipe("1e-4", 4, 64, old=1000, times=5), {50: 4}),
+    ("GRAM", Recipe("3e-4", 4, eps=0.0), {50: 4, 200: 4}),
+    ("GRAM", Recipe("3e-4", 4, eps=0.2), {50: 4, 200: 4}),
+    ("GRAM", Recipe("1e-3", 2, pull=0.5), {50: 4, 200: 4}),
+    ("GRAM", Recipe("3e-4", 4, pull=0.5), {50: 4, 200: 4}),
     ("D from stage 1", FULL_SCALAR, {200: 2}),
     ("D from stage 1", SLOW_SCALAR, {200: 2}),
     ("D-Baseline", FULL_SCALAR, {200: 2}),
@@ -124,8 +140,23 @@ def adapted(
             rows += drawn.sample(lab.pairs("labelled", seed), recipe.old)
         content = f"few-{count}-{draw}-{recipe.old}-{recipe.times}-{seed}"
         _, script, options = METHODS.get(name, (False, train_reward, []))
-        init = [] if name == NOTHING else ["--init", str(lab.method(name, seed))]
+        start = None if name == NOTHING else lab.method(name, seed)
+        init = ["--init", str(start)] if start else []
         data = ["--data", lab.file(content, rows)]
-        return lab.evaluate(lab.train(script, tag, seed, *data, *options, *init, *recipe.options))
+        run = lab.train(script, tag, seed, *data, *options, *init, *recipe.options)
+        return lab.evaluate(pulled_back(run, start, recipe.pull) if recipe.pull and start else run)
 
     return lab.keep(lab.folder / f"seed{seed}" / f"{tag}.adapted.json", make)
+
+
+def pulled_back(run: Path, start: Path, share: float) -> Path:
+    """A copy of a run whose adapter lies between where it started (``share``) and where it came to.
+
+    The weights are averaged as by Wortsman et al., arXiv 2109.01903.
+    """
+    copy = run.with_name(f"{run.name}, averaged")
+    shutil.copytree(run, copy, dirs_exist_ok=True)
+    ours, theirs = (load_file(folder / "adapter_model.safetensors") for folder in (run, start))
+    mean = {name: (1 - share) * weight + share * theirs[name] for name, weight in ours.items()}
+    save_file(mean, copy / "adapter_model.safetensors", metadata={"format": "pt"})
+    return copy

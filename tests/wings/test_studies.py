@@ -21,6 +21,8 @@ from gram_mini.village.pairs import topics, village_pairs
 from gram_mini.village.policy import Policy, responses, train_policy
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 TRUE = {(question(*topic), text): reward for topic in FACTS for text, reward in responses(topic)}
 
@@ -303,10 +305,22 @@ def test_a_recipe_says_what_a_judge_goes_on_with(tmp_path, monkeypatch):
     few.adapted(lab, 1, "D-Baseline", few.Recipe("1e-4", 4), 50)  # the last of two rates counts
     assert given["script"] == "gram_mini.baselines.__main__" and "scalar" in given["options"]
     assert given["options"][-6:-4] == ("--lr", "1e-4")
-    few.adapted(lab, 1, "nothing", few.Recipe("1e-4", 4), 50)
+    few.adapted(lab, 1, "nothing", few.Recipe("1e-4", 4, eps=0.2), 50)
     assert given["script"] == "train_reward" and "--init" not in given["options"]
+    assert given["options"][-2:] == ("--label-smoothing", "0.2")
     monkeypatch.setattr(lab, "train", lambda *given: pytest.fail("its figures are known"))
-    few.adapted(lab, 1, "nothing", few.Recipe("1e-4", 4), 50)
+    few.adapted(lab, 1, "nothing", few.Recipe("1e-4", 4, eps=0.2), 50)
+
+
+def test_an_adapter_that_is_pulled_back_lies_between(tmp_path):
+    for name, value in (("start", 0.0), ("run", 1.0)):
+        (tmp_path / name).mkdir()
+        save_file({"w": torch.full((2, 3), value)}, tmp_path / name / "adapter_model.safetensors")
+    (tmp_path / "run" / "run.json").write_text("{}")
+    for _ in range(2):  # a second time it is the same
+        copy = few.pulled_back(tmp_path / "run", tmp_path / "start", 0.25)
+        assert load_file(copy / "adapter_model.safetensors")["w"].unique().tolist() == [0.75]
+    assert (copy / "run.json").is_file()
 
 
 def test_each_starting_point_goes_on_by_a_recipe_of_the_search():
