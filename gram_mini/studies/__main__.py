@@ -13,7 +13,7 @@
   where       ours: where smoothing matters (noise of the labels x epochs x eps), on seed 0
   certain     ours: the corners of where, on other seeds
   recipes     ours: the search for the recipe of adapt, on seed 0
-  beside      ours: where comparing helps: answers whose difference is plain side by side
+  beside      ours: does comparing help where a difference is plain side by side?
 
 Each study writes STUDY.json and STUDY.png to gram_mini/studies/results (--quick to runs/quick).
 Trained models stay in runs/studies and are used again, by other studies too, so a study goes on

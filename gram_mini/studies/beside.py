@@ -1,4 +1,4 @@
-"""Where does comparing help? Two kinds of pairs whose difference is plain side by side.
+"""Does comparing help? Two kinds of pairs whose difference is plain side by side.
 
   one of four  each answer makes four claims, and one word is changed. A scalar head must weigh
                that word among all others in each answer; a judge can see where the two differ
@@ -40,15 +40,15 @@ COUNTS = {
     "one of four": {"unlabelled": 6_000, "labelled": 3_000, "out-of-distribution": 1_600},
     "context": {"labelled": 6_000, "out-of-distribution": 1_600},
 }
-OF = {  # whose answers
+VILLAGERS = {
     "unlabelled": ("labelled", "unlabelled"),
     "labelled": ("labelled",),
     "out-of-distribution": ("unlabelled",),
 }
 LENGTH = 3.0  # what it is worth in "context"; a right claim is worth 2
-RECIPES = {  # chosen on seed 0
+RECIPES = {  # the best of three to six for each, on seed 0
     "one of four": {"D from stage 1": Recipe("1e-3", 2, 64), "GRAM": Recipe("3e-4", 6, 64)},
-    "context": {"D from stage 1": Recipe("1e-3", 2, 64), "GRAM": Recipe("1e-3", 2, 64)},
+    "context": {"D from stage 1": Recipe("1e-3", 4, 64), "GRAM": Recipe("1e-3", 4, 64)},
 }
 BEST = "the best scalar"
 
@@ -60,7 +60,7 @@ def one_of_four(split: str, seed: int) -> list[Pair]:
     changed, the right one to a wrong one; half of the other claims are right.
     """
     rng, pairs = random.Random(f"one of four/{split}/{seed}"), list[Pair]()
-    names = [name for group in OF[split] for name in GROUPS[group]]
+    names = [name for group in VILLAGERS[split] for name in GROUPS[group]]
     while len(pairs) < COUNTS["one of four"][split]:
         name, opening = rng.choice(names), rng.choice(COURTEOUS + CURT)
         p_right = 0.7 if split == "unlabelled" else 0.5
@@ -95,7 +95,7 @@ def context(split: str, seed: int) -> list[Pair]:
         difference = worth(a, b)
         if (a.value == b.value) == same and difference:
             aspects = {"claim": not same, "length": a.rambling != b.rambling}
-            differs = frozenset(name for name, differs in aspects.items() if differs)
+            differs = frozenset(name for name, unequal in aspects.items() if unequal)
             pair = Pair(question(*topic), a.text, b.text, differs=differs)
             pairs.append(rated(rng, pair, difference, split))
     return pairs
@@ -121,7 +121,8 @@ def rated(rng: random.Random, pair: Pair, difference: float, split: str) -> Pair
 def best_scalar(pairs: list[Pair]) -> list[Comparison]:
     """What the best reward of an answer's own qualities says: right, courteous, rambling.
 
-    Of all orders of the 8 kinds of answers it takes the one that gets most of these pairs right.
+    It knows the truth. Of all orders of the 8 kinds of answers it takes the one that gets most of
+    these very pairs right, so no scalar reward gets more.
     """
     kinds = list(itertools.product((False, True), repeat=3))
     wins: Counter = Counter()
@@ -169,7 +170,8 @@ def beside(lab: Lab, seed: int):
 def judged(lab: Lab, seed: int, kind: str, name: str, test: list[Pair]) -> dict[str, float]:
     """The figures of a method of the table on pairs of a kind."""
     _, script, options = METHODS[name]
-    tag = f"beside-{kind}-{name}".replace(" ", "-")
+    recipe = RECIPES[kind][name]
+    tag = f"beside-{kind}-{name}-{recipe}".replace(" ", "-")
 
     def make() -> dict[str, float]:
         if kind == "one of four":
@@ -177,16 +179,18 @@ def judged(lab: Lab, seed: int, kind: str, name: str, test: list[Pair]) -> dict[
         else:  # the village's own
             begun = lab.stage1(seed)
         data = lab.file(f"beside-{kind}-{seed}", PAIRS[kind]("labelled", seed))
-        recipe = RECIPES[kind][name].options  # the last of two rates counts
-        init = ["--data", data, "--init", str(begun)]
-        run = lab.train(script, tag, seed, *init, *options, *recipe)
+        given = [*options, *recipe.options]  # the last of two rates counts
+        run = lab.train(script, tag, seed, "--data", data, "--init", str(begun), *given)
         return figures(test, lab.judge(run).compare_many(test, progress=tag))
 
     return lab.keep(lab.folder / f"seed{seed}" / f"{tag}.beside.json", make)
 
 
 def figures(pairs: list[Pair], results: list[Comparison]) -> dict[str, float]:
-    """Accuracy, also on pairs that differ in length and claim the same, or different things."""
+    """Accuracy, also on pairs that differ in length and claim the same, or different things.
+
+    These may differ in courtesy too.
+    """
     row = {}
     parts = {
         "accuracy": lambda pair: True,

@@ -10,7 +10,7 @@ margin gets to the target at all:
                    the raters disagree
   a cue that fits  the preferred response always rambles. Past the best margin smoothing pushes
                    back, and whatever else speaks for the response is pushed back with it
-  its own labels   the judge is asked about the very pairs it learned by heart
+  its own pairs    the judge is asked about the very pairs it learned by heart, against the truth
 """
 
 from __future__ import annotations

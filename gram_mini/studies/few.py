@@ -22,9 +22,9 @@ COUNTS = (0, 50, 100, 200, 2000)  # new labels, of adapt
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a judge goes on with new labels: options of the training script, and ``old`` labels of
-    stage 2 beside the new ones, of which each stands ``times`` times in the file. ``pull`` is the
-    share of the starting point in the adapter's weights afterwards.
+    """How a judge goes on with new labels: options of the training script; how many ``old`` labels
+    of stage 2 stand beside the new ones, and how often (``times``) each new one stands there.
+    ``pull`` is the share of the starting point in the adapter's weights afterwards.
     """
 
     lr: str
@@ -152,7 +152,8 @@ def adapted(
 def pulled_back(run: Path, start: Path, share: float) -> Path:
     """A copy of a run whose adapter lies between where it started (``share``) and where it came to.
 
-    The weights are averaged as by Wortsman et al., arXiv 2109.01903.
+    Wortsman et al., arXiv 2109.01903, average all weights; here it is LoRA's A and B, each by
+    itself.
     """
     copy = run.with_name(f"{run.name}, averaged")
     shutil.copytree(run, copy, dirs_exist_ok=True)

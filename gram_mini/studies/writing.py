@@ -54,7 +54,7 @@ EXAMPLES = """\
 
 TRUTH = "true reward"
 JUDGES = (*MAIN, TRUTH)
-TEMPERATURE = 1.5  # of best of n: about a third of the texts are no answers
+TEMPERATURE = 1.5  # of best of n: two texts in five are no answers
 DRAWN = 1024  # texts for each question of best of n
 ASKED = 6  # questions of best of n
 TRAINED = {"rl": (0.2, 60), "weak": (0.05, 100)}  # weight of the penalty on the KL, steps of GRPO
