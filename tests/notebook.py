@@ -27,6 +27,7 @@ SMALLEST = (
     ("table", 'village_pairs("in-distribution")', 'village_pairs("in-distribution", 40)'),
     ("group-games", "[::5]", "[::40]"),
     ("bon-scores", "80 if FULL else 20", "2"),
+    ("few-labels", "*ADAPT[method].options, ", ""),  # its epochs contradict --steps
     ("rl", "steps=150", "steps=10"),
 )
 
