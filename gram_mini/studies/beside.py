@@ -46,11 +46,12 @@ VILLAGERS = {
     "out-of-distribution": ("unlabelled",),
 }
 LENGTH = 3.0  # what it is worth in "context"; a right claim is worth 2
-RECIPES = {  # the best of three to six for each, on seed 0
+RECIPES = {  # the best of three to seven for each, on seed 0
     "one of four": {"D from stage 1": Recipe("1e-3", 2, 64), "GRAM": Recipe("3e-4", 6, 64)},
     "context": {"D from stage 1": Recipe("1e-3", 4, 64), "GRAM": Recipe("1e-3", 4, 64)},
 }
 BEST = "the best scalar"
+TRUTHS = {question(*topic): statement(*topic, value) for topic, value in FACTS.items()}
 
 
 def one_of_four(split: str, seed: int) -> list[Pair]:
@@ -122,7 +123,7 @@ def best_scalar(pairs: list[Pair]) -> list[Comparison]:
     """What the best reward of an answer's own qualities says: right, courteous, rambling.
 
     It knows the truth. Of all orders of the 8 kinds of answers it takes the one that gets most of
-    these very pairs right, so no scalar reward gets more.
+    these very pairs right, so no reward of these qualities gets more.
     """
     kinds = list(itertools.product((False, True), repeat=3))
     wins: Counter = Counter()
@@ -143,10 +144,9 @@ def best_scalar(pairs: list[Pair]) -> list[Comparison]:
 
 def qualities(pair: Pair) -> list[tuple[bool, bool, bool]]:
     """Of each response whether it is right, courteous and rambling."""
-    truths = {question(*topic): statement(*topic, value) for topic, value in FACTS.items()}
     return [
         (
-            truths[pair.prompt] in text,
+            TRUTHS[pair.prompt] in text,
             any(words in text for words in COURTEOUS),
             any(words in text for words in RAMBLING),
         )

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import random
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import train_reward
@@ -130,7 +130,10 @@ def adapted(
         count: number of new labels.
         draw: which of the draws of new labels; up to 200 labels they do not overlap.
     """
-    tag = f"few-{name}-{count}-{draw}-{recipe}".replace(" ", "-")
+    tag, trained = (
+        f"few-{name}-{count}-{draw}-{by}".replace(" ", "-")
+        for by in (recipe, replace(recipe, pull=0.0))  # pulled back or not, it is one training
+    )
 
     def make() -> dict[str, float]:
         new = lab.pairs("adaptation", seed)[draw * 200 :][:count]
@@ -143,7 +146,7 @@ def adapted(
         start = None if name == NOTHING else lab.method(name, seed)
         init = ["--init", str(start)] if start else []
         data = ["--data", lab.file(content, rows)]
-        run = lab.train(script, tag, seed, *data, *options, *init, *recipe.options)
+        run = lab.train(script, trained, seed, *data, *options, *init, *recipe.options)
         return lab.evaluate(pulled_back(run, start, recipe.pull) if recipe.pull and start else run)
 
     return lab.keep(lab.folder / f"seed{seed}" / f"{tag}.adapted.json", make)
@@ -155,7 +158,7 @@ def pulled_back(run: Path, start: Path, share: float) -> Path:
     Wortsman et al., arXiv 2109.01903, average all weights; here it is LoRA's A and B, each by
     itself.
     """
-    copy = run.with_name(f"{run.name}, averaged")
+    copy = run.with_name(f"{run.name}, averaged {share:g}")
     shutil.copytree(run, copy, dirs_exist_ok=True)
     ours, theirs = (load_file(folder / "adapter_model.safetensors") for folder in (run, start))
     mean = {name: (1 - share) * weight + share * theirs[name] for name, weight in ours.items()}
