@@ -1,8 +1,8 @@
 """Defaults that depend on the backbone: the village's, and those of any other model.
 
 The village's were chosen on its seed 0. For other models stage 2's rate comes from trials with
-SmolLM2-135M, seed 0 (gram_mini/studies/README.md); stage 1's and the batches were not searched: the
-batches are what a laptop holds.
+SmolLM2-135M, seed 0 (gram_mini/studies/README.md). Stage 1's made no clear difference there. The
+batches were not searched: they are what a laptop holds.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ DEFAULTS = {
     "pretrain": {"lr": (3e-3, 5e-4), **BATCHES},
     "reward": {"lr": (1e-3, 1e-3), **BATCHES},
 }
+SCORED = (32, 8)  # judge prompts of max_length per forward pass
 
 
 def for_model(values: tuple, model: str):
@@ -36,7 +37,10 @@ def choose(args, stage: str) -> None:
 
 def both(name: str, stage: str) -> str:
     """Both defaults of an option, as its help shows them."""
-    village, other = (
-        "no limit" if value is None else f"{value:g}" for value in DEFAULTS[stage][name]
-    )
+    return shown(DEFAULTS[stage][name])
+
+
+def shown(values: tuple) -> str:
+    """The village's value and any other's, as a help shows them."""
+    village, other = ("no limit" if value is None else f"{value:g}" for value in values)
     return f"(default: {village} for the village's backbone, {other} for any other model)"

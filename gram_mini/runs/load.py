@@ -9,7 +9,7 @@ from gram_mini.errors import UserError
 from gram_mini.judge import Judge
 from gram_mini.model import load_lora, load_model, load_tokenizer, local_model
 from gram_mini.runs.checks import check_sizes
-from gram_mini.runs.defaults import MAX_LENGTH, for_model
+from gram_mini.runs.defaults import MAX_LENGTH, SCORED, for_model
 from gram_mini.runs.processes import pick_device
 from gram_mini.runs.record import (
     EXPORTED,
@@ -32,7 +32,7 @@ def load_judge(
     bits: int | None = None,
     device: str = "auto",
     max_length: int | None = None,
-    batch_size: int = 32,
+    batch_size: int | None = None,
     template: str | None = None,
     merge: bool | None = None,
 ) -> Judge:
@@ -46,7 +46,8 @@ def load_judge(
         device: "auto" or the name of a torch device.
         max_length: tokens per judge prompt; by default as in training, else 512 for the village's
             backbone and 1,024 for any other.
-        batch_size: judge prompts of max_length per forward pass.
+        batch_size: judge prompts of max_length per forward pass; by default 32 for the village's
+            backbone and 8 for any other.
         template: the judge prompt; by default as in training, else
             prompts.default_judge.
         merge: merge the run's adapter into the weights, in float32. That saves the adapter's
@@ -70,7 +71,7 @@ def load_judge(
                 f"{path}: was trained on another version of the backbone {name!r}; train it again"
             )
         bits = bits or record["options"]["bits"]
-        model = load_model(pinned(name, trained_on), bits, place)
+        model = load_model(pinned(name, trained_on), bits, place, scoring=True)
         if merge is None:
             merge = (
                 place.type == "cpu"
@@ -83,9 +84,12 @@ def load_judge(
     else:
         if record:
             bits = bits or (32 if AutoConfig.from_pretrained(folder).dtype == torch.float32 else 16)
-        model, tokenizer = load_model(str(path), bits or 4, place), load_tokenizer(str(path))
+        model = load_model(str(path), bits or 4, place, scoring=True)
+        tokenizer = load_tokenizer(str(path))
     max_length = max_length or for_model(MAX_LENGTH, str(path))
     check_sizes(str(path), model, tokenizer, max_length)
+    backbone = record["backbone"]["name"] if record else str(path)
+    batch_size = batch_size or for_model(SCORED, backbone)
     make = Judge if head is None else judge_with_head
     judge = make(model, tokenizer, max_length, batch_size, template)
     check_trained(judge, path, record)

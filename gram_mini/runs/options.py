@@ -158,10 +158,11 @@ def score_options(description: str, argv=None) -> argparse.Namespace:
     g.add_argument(
         "--batch-size",
         type=positive_int,
-        default=32,
         metavar="N",
         help="judge prompts of --max-length per forward pass; of shorter ones as many more as have "
-        "the same number of tokens; with --server requests at a time",
+        "the same number of tokens "
+        + defaults.shown(defaults.SCORED)
+        + "; with --server requests at a time (default: 32)",
     )
     add_model_options(g, bits_default=None, max_length_default=None)
     add_server(g)

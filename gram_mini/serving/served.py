@@ -43,6 +43,7 @@ from tqdm import tqdm
 
 MANY, FEW = 1000, 20  # likeliest tokens; FEW is vLLM's limit unless --max-logprobs raises it
 ITEMS = 16  # judge prompts of one question in a request
+REQUESTS = 32  # at a time
 WAITS = (1, 2, 4)  # seconds before a failed request is sent again
 TIMEOUT = 300  # seconds for one request
 BUSY = (429, 500, 502, 503, 504)  # HTTP status with which trying again may help
@@ -54,7 +55,7 @@ def served_judge(
     server: str,
     served_name: str | None = None,
     max_length: int | None = None,
-    batch_size: int = 32,
+    batch_size: int | None = None,
     template: str | None = None,
     route: str | None = None,
 ) -> ServedJudge:
@@ -66,7 +67,7 @@ def served_judge(
         server: its address, for example http://127.0.0.1:8000.
         served_name: the name of the model there; may be left out where only one is served.
         max_length, template: as in load_judge.
-        batch_size: requests at a time.
+        batch_size: requests at a time, 32 by default.
         route: one of ROUTES; by default the first that the server answers.
 
     Raises:
@@ -81,7 +82,8 @@ def served_judge(
         template = template or record["prompt"]["judge"]
     tokenizer = load_tokenizer(str(path))
     max_length = max_length or for_model(MAX_LENGTH, str(path))
-    judge = ServedJudge(tokenizer, server, served_name, max_length, batch_size, template, route)
+    given = max_length, batch_size or REQUESTS, template, route
+    judge = ServedJudge(tokenizer, server, served_name, *given)
     check_trained(judge, path, record)
     return judge
 
@@ -108,7 +110,7 @@ class ServedJudge(Judge):
         server: str,
         served_name: str | None = None,
         max_length: int = 512,
-        batch_size: int = 32,
+        batch_size: int = REQUESTS,
         template: str | None = None,
         route: str | None = None,
         timeout: float = TIMEOUT,

@@ -15,6 +15,7 @@ from gram_mini.model import (
     output_logits,
 )
 from gram_mini.runs.folder import save_adapter
+from gram_mini.runs.load import load_judge
 from gram_mini.runs.processes import pick_device
 from gram_mini.runs.record import fingerprint, read_record
 
@@ -80,6 +81,8 @@ def test_what_is_computed_in(fast, monkeypatch):
     model = load_model(VILLAGE, bits=16)
     assert model.get_input_embeddings().weight.dtype == other
     assert (model.config._attn_implementation == "eager") == fast
+    # only the backward pass of torch's attention is slow
+    assert load_judge(VILLAGE, bits=16).model.config._attn_implementation == "sdpa"
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from gram_mini import prompts
 from gram_mini.baselines.__main__ import baseline_options
 from gram_mini.judge import Judge
 from gram_mini.model import VILLAGE_FOLDER
-from gram_mini.runs.defaults import DEFAULTS, MAX_LENGTH
+from gram_mini.runs.defaults import DEFAULTS, MAX_LENGTH, SCORED
 from gram_mini.runs.load import load_judge
 from gram_mini.runs.options import pretrain_options, reward_options
 
@@ -65,6 +65,12 @@ def test_a_tokenizer_that_is_not_the_villages_gets_the_general_prompt(tmp_path, 
 def test_a_judge_that_was_not_trained_reads_as_much_as_its_backbone_is_trained_on():
     assert load_judge("village").max_length == MAX_LENGTH[0]
     assert load_judge(str(VILLAGE_FOLDER)).max_length == MAX_LENGTH[1]
+
+
+def test_a_real_models_judge_holds_less_at_a_time():
+    for path, by_default in (("village", SCORED[0]), (str(VILLAGE_FOLDER), SCORED[1])):
+        assert load_judge(path).batch_size == by_default
+        assert load_judge(path, batch_size=3).batch_size == 3
 
 
 @pytest.mark.parametrize("module", ["train_pretrain", "train_reward", "score"])

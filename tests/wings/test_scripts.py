@@ -15,6 +15,7 @@ from gram_mini.baselines import __main__ as baselines
 from gram_mini.losses import smoothed
 from gram_mini.model import VILLAGE_FOLDER, OutputHead, load_tokenizer
 from gram_mini.reading.load import load_pairs
+from gram_mini.runs.defaults import SCORED
 from gram_mini.runs.load import load_judge
 from gram_mini.village import table
 
@@ -312,7 +313,9 @@ def test_other_precisions(tmp_path, bits):
 def test_a_run_can_be_moved_and_scores_the_same(reward, tmp_path):
     there = load_judge(str(reward)).compare(*EXAMPLE)
     moved = shutil.copytree(reward, tmp_path / "elsewhere")
-    assert load_judge(str(moved)).compare(*EXAMPLE) == there
+    judge = load_judge(str(moved))
+    assert judge.compare(*EXAMPLE) == there
+    assert judge.batch_size == SCORED[0]  # its backbone is the village's
 
 
 # ---- score.py ------------------------------------------------------------------------
