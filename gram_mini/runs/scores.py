@@ -345,7 +345,7 @@ def settings(args, judge: Judge, contents: Contents) -> tuple[dict, dict]:
         "tokenizer and chat template": tokenizer_fingerprint(judge.tokenizer),
         "contents of the data": contents.fingerprint,
         "comparisons in a chunk": CHUNK,
-    }, {name: given[name] for name in NOTED}
+    }, {name: given[name] for name in NOTED} | {"batch_size": judge.batch_size}
 
 
 def comparison_line(result: Comparison) -> dict:

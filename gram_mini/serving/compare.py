@@ -31,7 +31,7 @@ def main(argv=None) -> None:
     options.add_server(parser)
     parser.add_argument("--data", required=True, metavar="SOURCE", help="labelled pairs to score")
     parser.add_argument("--limit", type=options.positive_int, default=300, help="rows of them")
-    parser.add_argument("--batch-size", type=options.positive_int, help="as in score.py")
+    parser.add_argument("--batch-size", type=options.positive_int, help="as in score.py, for both")
     parser.add_argument("--route", choices=ROUTES, help="how to ask (default: the first answered)")
     options.add_model_options(parser)
     options.add_judge_template(parser, default="as in score.py")

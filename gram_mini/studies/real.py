@@ -42,6 +42,7 @@ EXAMPLES = """\
 
 HELD_OUT = "held out"  # what the test on the labelled data's own prompts is called
 VALIDATION = "validation"  # prompts to choose rates on, never those that are held out
+SPLITS = ("labelled", "unlabelled", "rest", HELD_OUT, VALIDATION)
 BOTH = ["--both-orders", "1"]
 METHODS = {  # name: (whether it starts from stage 1, script, options of the script)
     "D-Baseline": (False, baselines, SCALAR + PLAIN),
@@ -119,7 +120,10 @@ class RealLab(Lab):
         return {"rest": drawn(rest, self.labels, seed), VALIDATION: validation}[split]
 
     def train(self, script, name: str, seed: int, *options: str) -> Path:
-        """As in Lab, with the options of its stage; its seconds are kept beside the run."""
+        """As in Lab, with the options of its stage; its seconds are kept beside the run.
+
+        Of a run that was stopped and resumed they are those of the last part.
+        """
         began = time.perf_counter()
         out = super().train(script, name, seed, *options, *self.stages.get(script.__name__, []))
         kept = seconds_of(out)
@@ -247,8 +251,13 @@ def main(argv=None):
     options.add_model_options(group, bits_default=4, max_length_default=512)
     args = parser.parse_args(argv)
     tests = dict(test.partition("=")[::2] for test in args.test)
-    if HELD_OUT in tests or not all(tests.values()):
+    if not all(tests.values()):
         parser.error("--test: give NAME=SOURCE")
+    if taken := {*SPLITS} & {*tests}:
+        parser.error(f"--test: {taken.pop()!r} is the name of a part of --labels; give another")
+    given = [*args.training, *args.stage_1, *args.stage_2, *args.scalar]
+    if args.study == "rates" and any(text.startswith("--lr") for text in given):
+        parser.error("rates tries the values of --lr; do not give one")
     check_place(args.runs, "--runs")
     results = args.results or args.runs / "results"
     check_place(results, "--results")

@@ -92,6 +92,12 @@ def test_the_judge_prompt_and_length_of_the_run_come_along(tmp_path):
     )
 
 
+def test_a_run_is_scored_with_the_attention_that_is_fast_forward(run, fast_bfloat16):
+    judge = load_judge(str(run), bits=16)
+    assert judge.model.dtype == torch.bfloat16
+    assert judge.model.config._attn_implementation == "sdpa"
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_an_exported_model_is_loaded_as_it_was_written(run, tmp_path, dtype, fast_bfloat16):
     export.export(run, tmp_path / "out", dtype)

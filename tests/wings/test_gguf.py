@@ -13,6 +13,7 @@ from gram_mini.errors import UserError
 from gram_mini.model import VILLAGE_FOLDER, hidden_states, load_model, load_tokenizer
 from gram_mini.runs import gguf as unpacking
 from gram_mini.runs import run as runs_run
+from gram_mini.runs.defaults import SCORED
 from gram_mini.runs.load import load_judge
 from gram_mini.runs.record import fingerprint
 from gram_mini.serving import export
@@ -224,6 +225,8 @@ def test_both_stages_scores_and_export(file, tmp_path, monkeypatch, capsys):
     export.main(["two", "exported", "--dtype", "float32"])
     names = {path.suffix for path in Path("exported").iterdir()}
     assert names == {".json", ".safetensors", ".jinja"}
+    for path in (file, "two", "exported"):
+        assert load_judge(path).batch_size == SCORED[1]  # its backbone is not the village's
     exported = load_judge("exported").compare(*PAIR)
     assert exported.log_odds_first == pytest.approx(run.log_odds_first, abs=1e-4)
     assert exported.log_odds_second == pytest.approx(run.log_odds_second, abs=1e-4)

@@ -164,6 +164,24 @@ def test_the_command_writes_a_table_and_goes_on_with_what_is_there(
         real.main([*command, "--labels-used", "3"])
 
 
+@pytest.mark.parametrize(
+    ("study", "more", "said"),
+    [
+        ("table", ["--test", "labelled=x.jsonl"], "'labelled' is the name of a part of --labels"),
+        ("rates", ["--test", "validation=x.jsonl"], "'validation' is the name of a part"),
+        ("table", ["--test", "held out=x.jsonl"], "'held out' is the name of a part"),
+        ("table", ["--test", "other"], "give NAME=SOURCE"),
+        ("rates", ["--stage-2=--lr 1e-4"], "rates tries the values of --lr"),
+        ("rates", ["--scalar=--lr=1e-4"], "rates tries the values of --lr"),
+    ],
+)
+def test_options_that_would_mislead_are_refused(study, more, said, files, capsys):
+    command = [study, "--model", "some/model", "--labels", files["labels"]]
+    with pytest.raises(SystemExit):
+        real.main([*command, "--unlabelled", files["unlabelled"], *more])
+    assert said in capsys.readouterr().err
+
+
 def test_labels_on_one_prompt_only(tmp_path, files):
     path = tmp_path / "one.jsonl"
     path.write_text(json.dumps({"prompt": "x", "chosen": "a", "rejected": "b"}) + "\n")

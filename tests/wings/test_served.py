@@ -20,7 +20,7 @@ from gram_mini.pairs import Pair
 from gram_mini.runs.load import load_judge
 from gram_mini.serving import compare, served
 from gram_mini.serving.export import export
-from gram_mini.serving.served import ROUTES, ServedJudge, served_judge
+from gram_mini.serving.served import REQUESTS, ROUTES, ServedJudge, served_judge
 from gram_mini.serving.trl import as_trl_reward
 from gram_mini.village import table, wide_heads
 from gram_mini.village.pairs import village_pairs
@@ -279,6 +279,7 @@ def test_the_table_of_the_village(run, serve, monkeypatch):
 def test_a_served_run_keeps_its_prompt_and_length(run, serve):
     judge = served_judge(run, serve("named", judge=load_judge(run)).url)
     assert judge.model is None and judge.trained and judge.max_length == 64
+    assert judge.batch_size == REQUESTS
     assert judge.template == "{prompt} Better: {response_a} or {response_b}?"
 
 

@@ -148,7 +148,7 @@ def test_every_kind_of_file_is_read_in_chunks(tmp_path):
 class Stub:
     """A judge that holds nothing and prefers the longer response."""
 
-    trained, max_length, template = True, 512, "template"
+    trained, max_length, batch_size, template = True, 512, 32, "template"
 
     def __init__(self, tokenizer):
         self.tokenizer, self.calls = tokenizer, 0
@@ -312,7 +312,8 @@ def test_what_was_begun_otherwise_is_not_gone_on_with(data, tmp_path, monkeypatc
     data.write_text(rows.replace("so 7", "so be it"))
     refused("contents of the data was")
     data.write_text(rows)
-    scored(data, out, "--resume", "--batch-size", "8")  # what changes nothing but rounding
+    monkeypatch.setattr(judge, "batch_size", 8)  # changes nothing but rounding
+    scored(data, out, "--resume")
     assert "batch_size was 32 and is 8; the last digits" in capsys.readouterr().out
 
 
