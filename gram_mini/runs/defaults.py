@@ -1,8 +1,8 @@
 """Defaults that depend on the backbone: the village's, and those of any other model.
 
 The village's were chosen on its seed 0. For other models stage 2's rate comes from trials with
-SmolLM2-135M, seed 0 (gram_mini/studies/README.md). Stage 1's made no clear difference there. The
-batches were not searched: they are what a laptop holds.
+SmolLM2-135M, seed 0 (gram_mini/studies/README.md). Too little was tried there to choose stage 1's.
+The batches were not searched: they are what a laptop holds.
 """
 
 from __future__ import annotations
