@@ -4,8 +4,9 @@ import os
 
 # Tests need no network: a missing model is an error at once.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-# The models are tiny. This holds for the scripts that tests start, too.
-os.environ.setdefault("OMP_NUM_THREADS", "1")
+# The models are tiny, and a forked process would wait for threads that it does not have. This holds
+# for the scripts that tests start, too.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 from gram_mini.judge import Judge
 from gram_mini.model import VILLAGE, load_model, load_tokenizer
