@@ -21,6 +21,7 @@ DEFAULTS = {
     "reward": {"lr": (1e-3, 1e-3), **BATCHES},
 }
 SCORED = (32, 8)  # judge prompts of max_length per forward pass
+REQUESTS = 32  # to a server at a time
 
 
 def for_model(values: tuple, model: str):

@@ -86,10 +86,10 @@ def load_judge(
             bits = bits or (32 if AutoConfig.from_pretrained(folder).dtype == torch.float32 else 16)
         model = load_model(str(path), bits or 4, place, scoring=True)
         tokenizer = load_tokenizer(str(path))
-    max_length = max_length or for_model(MAX_LENGTH, str(path))
-    check_sizes(str(path), model, tokenizer, max_length)
     backbone = record["backbone"]["name"] if record else str(path)
+    max_length = max_length or for_model(MAX_LENGTH, backbone)
     batch_size = batch_size or for_model(SCORED, backbone)
+    check_sizes(str(path), model, tokenizer, max_length)
     make = Judge if head is None else judge_with_head
     judge = make(model, tokenizer, max_length, batch_size, template)
     check_trained(judge, path, record)

@@ -162,7 +162,7 @@ def score_options(description: str, argv=None) -> argparse.Namespace:
         help="judge prompts of --max-length per forward pass; of shorter ones as many more as have "
         "the same number of tokens "
         + defaults.shown(defaults.SCORED)
-        + "; with --server requests at a time (default: 32)",
+        + f"; with --server requests at a time (default: {defaults.REQUESTS})",
     )
     add_model_options(g, bits_default=None, max_length_default=None)
     add_server(g)

@@ -34,7 +34,7 @@ from gram_mini.judge import Judge
 from gram_mini.model import load_tokenizer
 from gram_mini.pairs import Pair
 from gram_mini.runs.checks import say
-from gram_mini.runs.defaults import MAX_LENGTH, for_model
+from gram_mini.runs.defaults import MAX_LENGTH, REQUESTS, for_model
 from gram_mini.runs.load import check_trained, find_record
 from gram_mini.runs.record import HEAD, PROBE
 
@@ -43,7 +43,6 @@ from tqdm import tqdm
 
 MANY, FEW = 1000, 20  # likeliest tokens; FEW is vLLM's limit unless --max-logprobs raises it
 ITEMS = 16  # judge prompts of one question in a request
-REQUESTS = 32  # at a time
 WAITS = (1, 2, 4)  # seconds before a failed request is sent again
 TIMEOUT = 300  # seconds for one request
 BUSY = (429, 500, 502, 503, 504)  # HTTP status with which trying again may help

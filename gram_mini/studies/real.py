@@ -254,7 +254,7 @@ def main(argv=None):
     if not all(tests.values()):
         parser.error("--test: give NAME=SOURCE")
     if taken := {*SPLITS} & {*tests}:
-        parser.error(f"--test: {taken.pop()!r} is the name of a part of --labels; give another")
+        parser.error(f"--test: {taken.pop()!r} is the name of a part of --labels or --unlabelled")
     given = [*args.training, *args.stage_1, *args.stage_2, *args.scalar]
     if args.study == "rates" and any(text.startswith("--lr") for text in given):
         parser.error("rates tries the values of --lr; do not give one")
