@@ -1,8 +1,8 @@
 """Defaults that depend on the backbone: the village's, and those of any other model.
 
-The village's were chosen on its seed 0. For other models stage 2's rate comes from trials with
-SmolLM2-135M, seed 0 (gram_mini/studies/README.md). Too little was tried there to choose stage 1's.
-The batches were not searched: they are what a laptop holds.
+The village's were chosen on its seed 0. For other models the rates come from trials with
+SmolLM2-135M, seed 0: stage 1's by its own loss, stage 2's by the judge's accuracy
+(gram_mini/studies/README.md). The batches were not searched: they are what a laptop holds.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ BATCHES = {
 }
 # option: (for the village's backbone, for any other)
 DEFAULTS = {
-    "pretrain": {"lr": (3e-3, 5e-4), **BATCHES},
+    "pretrain": {"lr": (3e-3, 1e-3), **BATCHES},
     "reward": {"lr": (1e-3, 1e-3), **BATCHES},
 }
 SCORED = (32, 8)  # judge prompts of max_length per forward pass

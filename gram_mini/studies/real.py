@@ -17,6 +17,7 @@ Trained models and figures stay in --runs, so a study goes on where it stopped.
 from __future__ import annotations
 
 import argparse
+import csv
 import json
 import random
 import shlex
@@ -184,7 +185,11 @@ def curve(lab: RealLab, seed: int):
 
 
 def rates(lab: RealLab, seed: int):
-    """Accuracy by rate: of stage 1 for what starts from it, else of stage 2."""
+    """Accuracy by rate: of stage 1 for what starts from it, else of stage 2.
+
+    Beside what starts from stage 1 stands the last loss that stage 1 wrote to its log.csv. With
+    one epoch it is of pairs that stage 1 had not seen yet, so it is fair to compare.
+    """
     for name, tried in RATES.items():
         for rate in tried:
             yield {"method": name, "rate": float(rate), **trial(lab, seed, name, rate)}
@@ -193,14 +198,18 @@ def rates(lab: RealLab, seed: int):
 def trial(lab: RealLab, seed: int, name: str, rate: str) -> dict[str, float]:
     """Figures of a method on the validation prompts, with this rate."""
     starts, script, given = METHODS[name]
+    figures: dict[str, float] = {}
     options = ["--data", lab.file(f"rest-{seed}", lab.pairs("rest", seed)), *given]
     if starts:
         pool = lab.file(f"stage1-{seed}", lab.pairs("unlabelled", seed))
         began = lab.train(train_pretrain, f"stage1 {rate}", seed, "--data", pool, "--lr", rate)
         options += ["--init", str(began)]
+        *_, last = csv.DictReader((began / "log.csv").read_text().splitlines())
+        figures["stage 1, last loss"] = float(last["loss"])
     else:
         options += ["--lr", rate]
-    return lab.evaluate(lab.train(script, f"{name} {rate}", seed, *options), VALIDATION)
+    run = lab.train(script, f"{name} {rate}", seed, *options)
+    return {**lab.evaluate(run, VALIDATION), **figures}
 
 
 def main(argv=None):

@@ -20,6 +20,8 @@ class FakeLab(real.RealLab):
         out = self.folder / f"seed{seed}" / name
         out.parent.mkdir(parents=True, exist_ok=True)
         real.write_json(real.seconds_of(out), {"seconds": 3})
+        out.mkdir(exist_ok=True)
+        (out / "log.csv").write_text("step,part,loss\n20,train,1.5\n23,train,1.25\n")
         return out
 
     def judge(self, model):
@@ -112,6 +114,8 @@ def test_rates_are_tried_on_prompts_that_are_neither_trained_on_nor_held_out(tmp
     assert given["G-Label-Smoothing 2e-4"][-2:] == ("--lr", "2e-4")
     assert given["stage1 2e-3"][-2:] == ("--lr", "2e-3")
     assert "--lr" not in given["GRAM 2e-3"] and "--init" in given["GRAM 2e-3"]
+    losses = {row["method"]: row.get("stage 1, last loss") for row in rows}
+    assert losses["GRAM"] == losses["D from stage 1"] == 1.25 and losses["D-Baseline"] is None
 
 
 def test_options_of_a_stage_reach_its_script_alone(tmp_path, files, monkeypatch):
