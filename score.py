@@ -16,9 +16,9 @@ by "pair". A row with none gives a line with "skipped", the reason. After a stop
       order          numbers of the responses, from 0, best first
       scores         one for each response, as given
       comparisons    how many pairs were compared; truncated: how many of them were cut
+      label_mass     as above, the mean over the comparisons
 
-With --benchmark, --data holds a public benchmark, and --out gets its official figures
-(gram_mini/studies/README.md).
+--benchmark: --data holds a public benchmark, --out gets its figures (gram_mini/studies/README.md).
 """
 
 from gram_mini.errors import clear_errors
@@ -75,11 +75,8 @@ def score_pair(judge, args):
         print("The model hardly answers A or B here: do not rely on what follows.")
     if cut.any():
         print(f"the texts were cut to {judge.max_length} tokens")
-    if preferred(p):
-        better = "A" if preferred(p) > 0 else "B"
-        print(f"Response {better} is better, with probability {max(p, 1 - p):.3f}.")
-    else:
-        print("Neither is better.")
+    verdict = f"Response {'AB'[p < 0.5]} is better, with probability {max(p, 1 - p):.3f}."
+    print(verdict if preferred(p) else "Neither is better.")
 
 
 def score_responses(judge, args):
@@ -88,6 +85,8 @@ def score_responses(judge, args):
     print(f"prompt  {args.prompt}")
     comparisons = f"{ranking.comparisons} comparisons, each in both orders"
     print(f"ranked by {ranking.method}, {comparisons}; best first:")
+    if ranking.label_mass < SELDOM and not judge.trained:
+        print("The model hardly answers A or B here: do not rely on what follows.")
     if ranking.truncated:
         print(f"in {ranking.truncated} of them the texts were cut to {judge.max_length} tokens")
     for place, i in enumerate(ranking.order, start=1):

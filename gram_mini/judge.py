@@ -86,6 +86,7 @@ class Ranking:
     scores: list[float]  # one per response, in the order they were given
     comparisons: int  # pairs compared, each in both orders
     truncated: int  # how many of them had their texts cut to fit max_length
+    label_mass: float  # mean over them of how likely the model is to answer A or B; 1 for none
     method: str
 
 
@@ -281,7 +282,9 @@ class Judge:
             score = dict(zip(distinct, of_distinct))
             scores = [score[text] for text in texts]
         truncated = sum(result.truncated for result in comparisons)
-        return Ranking(best_first(scores), scores, len(comparisons), truncated, method)
+        masses = [result.label_mass for result in comparisons] or [1.0]
+        mass = math.fsum(masses) / len(masses)
+        return Ranking(best_first(scores), scores, len(comparisons), truncated, mass, method)
 
 
 def round_robin(

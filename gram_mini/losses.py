@@ -71,7 +71,7 @@ token t after it, w for the label of the preferred response (A or B), l for the 
    In the second part b cancels, so from the first step its gradient is about d alone. The plain
    part must bring b down first: where b is large, one order has a large gradient that says "less
    b", and what both orders say about d is the small rest. But the second part never asks for a
-   small b. A judge that reads only the response in one place can lower it too; then m_1 and m_2
+   small b. A judge that reads only the response in one place can make it small; then m_1 and m_2
    disagree, and the position gap is wide. The plain part closes it. So w begins at W and falls to
    nearly 0 in a straight line: first the judge learns to score, then to compare.
 """

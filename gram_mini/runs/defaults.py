@@ -1,8 +1,9 @@
 """Defaults that depend on the backbone: the village's, and those of any other model.
 
 The village's were chosen on its seed 0. For other models the rates come from trials with
-SmolLM2-135M, seed 0: stage 1's by its own loss, stage 2's by the judge's accuracy
-(gram_mini/studies/README.md). The batches were not searched: they are what a laptop holds.
+SmolLM2-135M, seed 0 (gram_mini/studies/README.md): stage 2's by accuracy, stage 1's by its own
+loss, which is lower still at twice the rate, but judges from there were not all tried. The batches
+were not searched: they are what a laptop holds.
 """
 
 from __future__ import annotations

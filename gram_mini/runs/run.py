@@ -78,6 +78,11 @@ class Run:
                 )
             record = check_init(init, args.model, args.lora_rank, getattr(args, "head", None))
             args.lora_rank = record["options"]["lora_rank"]
+            for name in ("bits", "max_length"):  # the adapter fits, but it has seen something else
+                before, now = record["options"].get(name), getattr(args, name)
+                if before not in (None, now):
+                    option = f"--{name.replace('_', '-')}"
+                    self.say(f"--init {init}: was trained with {option} {before}, this run: {now}")
             self.backbone = pinned(args.model, record["backbone"]["fingerprint"])
             self.template = record["prompt"]["judge"]
             self._init = record

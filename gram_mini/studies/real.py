@@ -33,6 +33,7 @@ from gram_mini.evaluation import calibration, pick_the_longer, summarise
 from gram_mini.pairs import Pair, split_by_prompt
 from gram_mini.reading.load import load_pairs
 from gram_mini.runs import options
+from gram_mini.runs.defaults import DEFAULTS
 from gram_mini.runs.output import check_place
 from gram_mini.studies.lab import PLAIN, SCALAR, Lab, write_json
 from gram_mini.studies.seeds import run_study
@@ -106,6 +107,7 @@ class RealLab(Lab):
             "tests": {name: [tests[name], data.fingerprint] for name, data in loaded.items()},
             "test pairs": self.tested,
             "options": self.stages,
+            "defaults": DEFAULTS,  # of the training scripts, which may change
         }
         self.set_up(folder, model, data, training, loading)
 
@@ -154,8 +156,8 @@ def seconds_of(run: Path) -> Path:
 
 
 def drawn(pairs: list[Pair], count: int, seed: int | str) -> list[Pair]:
-    """``count`` of the pairs, drawn at random; or all, if there are fewer."""
-    return random.Random(f"{seed}").sample(pairs, count) if len(pairs) > count else pairs
+    """``count`` of the pairs, drawn at random; or all in random order, if there are fewer."""
+    return random.Random(f"{seed}").sample(pairs, min(count, len(pairs)))
 
 
 def table(lab: RealLab, seed: int):
@@ -187,8 +189,8 @@ def curve(lab: RealLab, seed: int):
 def rates(lab: RealLab, seed: int):
     """Accuracy by rate: of stage 1 for what starts from it, else of stage 2.
 
-    Beside what starts from stage 1 stands the last loss that stage 1 wrote to its log.csv. With
-    one epoch it is of pairs that stage 1 had not seen yet, so it is fair to compare.
+    Beside what starts from stage 1 stands the last loss that stage 1 wrote to its log.csv. In the
+    first epoch it is of pairs that stage 1 had not seen yet, so it compares; later it does not.
     """
     for name, tried in RATES.items():
         for rate in tried:
@@ -260,13 +262,17 @@ def main(argv=None):
     options.add_model_options(group, bits_default=4, max_length_default=512)
     args = parser.parse_args(argv)
     tests = dict(test.partition("=")[::2] for test in args.test)
-    if not all(tests.values()):
+    if not all(name and source for name, source in tests.items()):
         parser.error("--test: give NAME=SOURCE")
+    if len(tests) < len(args.test):
+        parser.error("--test: a name was given twice")
     if taken := {*SPLITS} & {*tests}:
         parser.error(f"--test: {taken.pop()!r} is the name of a part of --labels or --unlabelled")
     given = [*args.training, *args.stage_1, *args.stage_2, *args.scalar]
     if args.study == "rates" and any(text.startswith("--lr") for text in given):
         parser.error("rates tries the values of --lr; do not give one")
+    if tests and args.study != "table":
+        print(f"{args.study} does not test on --test", flush=True)
     check_place(args.runs, "--runs")
     results = args.results or args.runs / "results"
     check_place(results, "--results")

@@ -55,8 +55,8 @@ def method_of(record: dict | None) -> tuple[str, str]:
         name += ", text loss" if arguments.get("text_weight") else ""
         name += ", frozen" if arguments.get("freeze") else ""
         name += ", smoothed" if arguments["label_smoothing"] > 0 else ""
+        name += ", both orders (ours)" if arguments.get("both_orders") else ""
         name += " = GRAM" if name == "stage 1 + labels, smoothed" else ""
-        name += ", both orders" if arguments.get("both_orders") else ""
     return name, json.dumps(arguments, sort_keys=True)
 
 
@@ -73,11 +73,12 @@ def village_table(
     Raises:
         UserError: a model that cannot be found or loaded.
     """
+    models = list(dict.fromkeys(models))
     records = records_of(models)
     in_distribution = village_pairs("in-distribution")
     out_of_distribution = village_pairs("out-of-distribution")
-    folders: dict[tuple[str, str], str] = {}
-    rows: dict[tuple[str, str], dict[int, list[Evaluation]]] = defaultdict(dict)
+    folders: dict[tuple[str, str, int], str] = {}
+    rows: dict[tuple[str, str, int], dict[int, list[Evaluation]]] = defaultdict(dict)
     for model, record in zip(models, records):
         if not server:
             judge = load_judge(model, device=device)
@@ -89,7 +90,9 @@ def village_table(
             for pair, result in zip(out_of_distribution, results)
             if "fact" in pair.differs
         ]
-        method, seed = method_of(record), record["options"]["seed"] if record else 0
+        method, seed = (*method_of(record), 0), record["options"]["seed"] if record else 0
+        while seed in rows[method]:  # the same options from another stage 1: a row of its own
+            method = (*method[:2], method[2] + 1)
         folders[method] = Path(model).name
         evaluations = (
             evaluate(judge, in_distribution, progress=model),

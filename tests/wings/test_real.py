@@ -85,6 +85,9 @@ def test_seeds_draw_labels_and_the_tests_stay(tmp_path, files):
     one, two = made.pairs("labelled", 1), made.pairs("labelled", 2)
     assert len(one) == len(two) == 12 and one != two and one == made.pairs("labelled", 1)
     assert len(made.pairs("unlabelled", 1)) == 5 and len(made.pairs("other", 1)) == 6
+    few = lab(tmp_path, files, counts=(100, 5, 6))  # all labels, still in an order of the seed's
+    one, two = few.pairs("labelled", 1), few.pairs("labelled", 2)
+    assert one != two and {pair.prompt for pair in one} == {pair.prompt for pair in two}
     tested = {pair.prompt for pair in made.pairs("held out", 1)}
     assert tested and tested.isdisjoint(pair.prompt for pair in made.used)
 
@@ -164,6 +167,13 @@ def test_the_command_writes_a_table_and_goes_on_with_what_is_there(
     before = len(FakeLab.trained)
     real.main(command)
     assert len(FakeLab.trained) == before
+    real.main(["curve", *command[1:]])
+    assert "curve does not test on --test" in capsys.readouterr().out
+    monkeypatch.setattr(real, "DEFAULTS", {"pretrain": {"lr": (1, 2)}})
+    with pytest.raises(UserError, match="made with other data"):
+        real.main(command)
+    monkeypatch.undo()
+    monkeypatch.setattr(real, "RealLab", FakeLab)
     with pytest.raises(UserError, match="made with other data"):
         real.main([*command, "--labels-used", "3"])
 
@@ -175,6 +185,8 @@ def test_the_command_writes_a_table_and_goes_on_with_what_is_there(
         ("rates", ["--test", "validation=x.jsonl"], "'validation' is the name of a part"),
         ("table", ["--test", "held out=x.jsonl"], "'held out' is the name of a part"),
         ("table", ["--test", "other"], "give NAME=SOURCE"),
+        ("table", ["--test", "=x.jsonl"], "give NAME=SOURCE"),
+        ("table", ["--test", "o=x.jsonl", "--test", "o=y.jsonl"], "a name was given twice"),
         ("rates", ["--stage-2=--lr 1e-4"], "rates tries the values of --lr"),
         ("rates", ["--scalar=--lr=1e-4"], "rates tries the values of --lr"),
     ],

@@ -379,14 +379,24 @@ def test_the_table_tells_the_recipes_apart(reward, pretrain, monkeypatch, tmp_pa
         record = json.loads((path / "run.json").read_text())
         record["options"][option] = 1 if option == "seed" else 0.2
         (path / "run.json").write_text(json.dumps(record))
+    other_stage_1 = shutil.copytree(reward, tmp_path / "another")
     text = table.village_table(
-        ["village", str(pretrain), str(reward), str(reward), str(other_seed), str(other_eps)]
+        [
+            "village",
+            str(pretrain),
+            str(reward),
+            str(reward),
+            str(other_seed),
+            str(other_eps),
+            str(other_stage_1),
+        ]  # fmt: skip
     )
     names = [line[: line.index("  ")] for line in text.splitlines()[1:]]
     assert names == [
         "zero-shot judge",
         "stage 1 alone",
         "stage 1 + labels, smoothed = GRAM (2 seeds)",
+        "stage 1 + labels, smoothed = GRAM",
         "stage 1 + labels, smoothed = GRAM",
         "the true rewards",
     ]
@@ -586,6 +596,14 @@ def test_init_of_another_backbone_or_rank(pretrain, tmp_path):
     fails(train_reward, [*init, *out, "--lora-rank", "4"], "has rank 8")
 
 
+def test_init_of_another_length_is_named(pretrain, tmp_path, capsys):
+    options = ["--init", str(pretrain), "--limit", "50", "--steps", "1", "--held-out", "0"]
+    train_reward.main([*options, "--out", str(tmp_path / "same"), "--max-length", "512"])
+    assert "was trained with" not in capsys.readouterr().out
+    train_reward.main([*options, "--out", str(tmp_path / "other"), "--max-length", "256"])
+    assert "was trained with --max-length 512, this run: 256" in capsys.readouterr().out
+
+
 def test_labels_that_split(tmp_path):
     (tmp_path / "model").mkdir()
     model = splitting_backbone(tmp_path / "model")
@@ -628,6 +646,22 @@ def test_a_file_of_pairs_that_the_model_does_not_answer_is_marked(
     # Stage 2 does not train the mass, and its scores do not read it.
     score.main(["--model", str(reward), "--data", data, "--out", str(tmp_path / "t.jsonl")])
     assert "hardly ever" not in capsys.readouterr().out
+
+
+def test_a_ranking_that_the_model_does_not_answer_is_marked(reward, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(
+        "gram_mini.judge.label_mass", lambda logits, labels: torch.full((len(logits),), 0.001)
+    )
+    three = ["--response", "a", "--response", "b", "--response", "c"]
+    score.main(["--model", "village", "--prompt", "x", *three])
+    assert "hardly answers A or B here" in capsys.readouterr().out
+    score.main(["--model", str(reward), "--prompt", "x", *three])
+    assert "hardly" not in capsys.readouterr().out
+    (tmp_path / "r.jsonl").write_text(json.dumps({"prompt": "x", "responses": ["a", "b", "c"]}))
+    out = tmp_path / "s.jsonl"
+    score.main(["--model", "village", "--data", str(tmp_path / "r.jsonl"), "--out", str(out)])
+    assert "hardly ever answers A or B (mean mass on the labels 0.001)" in capsys.readouterr().out
+    assert json.loads(out.read_text())["label_mass"] == pytest.approx(0.001)
 
 
 def test_an_unfinished_run_is_named_as_such(tmp_path):
