@@ -563,6 +563,16 @@ def add_judge_template(group, default: str) -> None:
     )
 
 
+class Distinct(argparse.Action):
+    """Several values of an option, each once: of a study they would count twice."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        twice = [value for value in values if values.count(value) > 1]
+        if twice:
+            raise argparse.ArgumentError(self, f"{twice[0]} is given twice")
+        setattr(namespace, self.dest, values)
+
+
 def as_record(args: argparse.Namespace) -> dict:
     """The options as run.json keeps them."""
     record = {

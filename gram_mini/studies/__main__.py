@@ -59,6 +59,7 @@ def main(argv=None):
         "--seeds",
         type=options.seed,
         nargs="+",
+        action=options.Distinct,
         metavar="N",
         help="seeds to run (default: 1 to 5; of recipes and where, which search, 0)",
     )
@@ -95,8 +96,6 @@ def main(argv=None):
     args = parser.parse_args(argv)
     usual = (0,) if args.study in SEARCHES else SEEDS
     seeds = [1] if args.quick else args.seeds or list(usual)
-    if len(set(seeds)) < len(seeds):
-        parser.error("--seeds: a seed is given twice")
     try:
         training = shlex.split(args.training)
     except ValueError as error:

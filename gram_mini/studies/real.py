@@ -241,7 +241,13 @@ def main(argv=None):
     group = parser.add_argument_group("how")
     group.add_argument("--model", required=True, metavar="NAME", help="as in the training scripts")
     group.add_argument(
-        "--seeds", type=options.seed, nargs="+", default=[1, 2, 3], metavar="N", help="seeds to run"
+        "--seeds",
+        type=options.seed,
+        nargs="+",
+        action=options.Distinct,
+        default=[1, 2, 3],
+        metavar="N",
+        help="seeds to run",
     )
     group.add_argument(
         "--epochs", type=options.positive_float, default=1, help="passes over the data, both stages"

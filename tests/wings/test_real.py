@@ -187,6 +187,7 @@ def test_the_command_writes_a_table_and_goes_on_with_what_is_there(
         ("table", ["--test", "other"], "give NAME=SOURCE"),
         ("table", ["--test", "=x.jsonl"], "give NAME=SOURCE"),
         ("table", ["--test", "o=x.jsonl", "--test", "o=y.jsonl"], "a name was given twice"),
+        ("curve", ["--seeds", "2", "1", "2"], "argument --seeds: 2 is given twice"),
         ("rates", ["--stage-2=--lr 1e-4"], "rates tries the values of --lr"),
         ("rates", ["--scalar=--lr=1e-4"], "rates tries the values of --lr"),
     ],

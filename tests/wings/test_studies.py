@@ -453,7 +453,7 @@ def test_one_seed_does_not_replace_the_figures_of_five(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "given, message",
     [
-        (["--seeds", "1", "1"], "a seed is given twice"),
+        (["--seeds", "1", "1"], "argument --seeds: 1 is given twice"),
         (["--training", "--lr '1"], "No closing quotation"),
         (["--jobs", "0"], "--jobs"),
         (["--runs", "README.md"], "README.md: .*cannot be written to"),
