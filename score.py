@@ -95,8 +95,7 @@ def score_responses(judge, args):
 
 
 def rank(judge, prompt, responses, reference, args):
-    method = args.rank or ("reference" if reference is not None else "round-robin")
-    return judge.rank(prompt, responses, method, reference, args.average)
+    return judge.rank(prompt, responses, args.rank, reference, args.average)
 
 
 def score_rows(judge, args):

@@ -88,6 +88,7 @@ def encode_pairs(
             x, y_a, y_b = (array("i", text) for text in truncate(prompt, a, b, budget))
             texts = pair.response_a.strip(), pair.response_b.strip()
             cut_alike = one_begins_other(y_a, y_b) and not one_begins_other(*texts)
+            cut_alike = cut_alike or y_a == y_b  # pairs of equal texts do not get so far
             encoded.append(EncodedPair(x, y_a, y_b, pair.label, pair.row, uncut, cut_alike))
     return encoded
 

@@ -242,11 +242,13 @@ class Judge:
         self,
         prompt: str,
         responses: list[str],
-        method: str = "round-robin",
+        method: str | None = None,
         reference: str | None = None,
         average: str = "probabilities",
     ) -> Ranking:
         """Order n responses to one prompt from best to worst. Equal texts get one score.
+
+        The method is "reference" where there is a ``reference``, else round-robin by default.
 
         round-robin: all against all, n (n - 1) / 2 comparisons.
                      The score is the mean P(better than another response).
@@ -255,14 +257,16 @@ class Judge:
         reference:   each against ``reference``, n comparisons. The score is the reward.
 
         Raises:
-            ValueError: no response, unknown method, or method "reference" without a reference.
+            ValueError: no response, unknown method, method "reference" without a reference, or a
+                reference with another method.
         """
+        method = method or ("round-robin" if reference is None else "reference")
         if not responses:
             raise ValueError("rank needs at least one response")
         if method not in METHODS:
             raise ValueError(f"method must be one of {METHODS}, got {method!r}")
-        if method == "reference" and reference is None:
-            raise ValueError("method 'reference' needs a reference response")
+        if (method == "reference") != (reference is not None):
+            raise ValueError(f"a reference goes with method 'reference', got {method!r}")
         comparisons: list[Comparison] = []
 
         def compare(games: list[tuple[str, str]]) -> list[float]:

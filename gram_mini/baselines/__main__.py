@@ -13,7 +13,7 @@ difference of two rewards, and with --label-smoothing 0 that is the Bradley-Terr
 
 from dataclasses import asdict
 
-from gram_mini.baselines.batches import chosen_batch, response_batch
+from gram_mini.baselines.batches import chosen_batch, chosen_tokens, response_batch
 from gram_mini.baselines.judges import (
     ScalarJudge,
     add_head,
@@ -77,6 +77,12 @@ def baseline_options(argv=None):
     defaults.choose(args, "reward")
     if args.text_weight and args.head != "scalar":
         p.error("--text-weight goes with --head scalar")
+    if args.text_weight and args.freeze:
+        p.error(
+            "--text-weight does not go with --freeze: only the model can learn from a text loss"
+        )
+    if args.judge_template and args.head == "scalar":
+        p.error("--judge-template goes with --head labels; a scalar head reads no judge prompt")
     if args.head == "labels" and not args.freeze:
         p.error("--head labels without --freeze is stage 2 itself: python train_reward.py")
     return args
@@ -138,9 +144,11 @@ def main(argv=None):
             else:
                 z = judge.label_logits(states)  # (B, 2): Z_A, Z_B
             loss = reward_loss(z, right, args.label_smoothing)  # -log sigmoid(m) + eps m
-            if args.text_weight:
-                loss = loss + args.text_weight * text_loss(model, part, prompt, run.device)
             share = len(part) / len(batch)
+            if args.text_weight:  # a mean over the tokens of the step, however it is split
+                tokens = chosen_tokens(part, prompt) / chosen_tokens(batch, prompt)
+                text = text_loss(model, part, prompt, run.device) * (tokens / share)
+                loss = loss + args.text_weight * text
             (loss * share).backward()
             m = margins(z, right)  # (B,)
             run.note(

@@ -54,11 +54,21 @@ def chosen_batch(
 
     Returns ids (B, T) and targets (B, T), IGNORED on the prompt and on padding.
     """
-    preferred = [row.swapped() if row.label else row for row in rows]
+    preferred = _preferred(rows)
     sequences = [_sequence(pieces, row) for row in preferred]
     untrained = [len(pieces.start) + len(row.prompt) + pieces.untrained for row in preferred]
     targets = pad([next_tokens(ids, n) for ids, n in zip(sequences, untrained)], IGNORED)
     return pad(sequences).to(device), targets.to(device)
+
+
+def chosen_tokens(rows: list[EncodedPair], pieces: PromptPieces) -> int:
+    """Number of tokens that the text loss is a mean over: preferred responses and their ends."""
+    return sum(len(row.response_a) + len(pieces.end) for row in _preferred(rows))
+
+
+def _preferred(rows: list[EncodedPair]) -> list[EncodedPair]:
+    """The rows with the preferred response first."""
+    return [row.swapped() if row.label else row for row in rows]
 
 
 def _sequence(pieces: PromptPieces, row: EncodedPair) -> list[int]:

@@ -151,7 +151,14 @@ def load_pairs(
             left.
     """
     if source == VILLAGE:
-        given = {"split": split, "subset": subset, "columns": columns, "labels": labels}
+        given = {
+            "split": split,
+            "subset": subset,
+            "columns": columns,
+            "labels": labels,
+            "pairs": pairs if pairs != "all" else None,
+            "pairs-per-prompt": pairs_per_prompt,
+        }
         for name, value in given.items():
             if value:
                 raise UserError(f"--{name} {value}: the village's pairs have none; leave it out")
@@ -199,6 +206,8 @@ def load_pairs(
         drawn = draw_pairs(usable, pairs_per_prompt, seed)
         data.dropped += Counter({NOT_DRAWN: len(usable) - len(drawn)})
         data.pairs += drawn
+    if pairs_per_prompt and not data.dropped[NOT_DRAWN]:
+        data.notes.source.append(f"--pairs-per-prompt {pairs_per_prompt} left nothing out")
     if not data.pairs:
         raise UserError(
             f"{data.summary()}: nothing left to use; give a file with at least one usable row"

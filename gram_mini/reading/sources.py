@@ -119,7 +119,8 @@ def _read(
         if _is_saved(path):
             _refuse_subset(subset, source)
             return _read_saved(path, split)
-        files = [file for file in sorted(path.iterdir()) if _suffix(file) in SUFFIXES]
+        there = sorted(path.iterdir())
+        files = [file for file in there if _suffix(file) in SUFFIXES]
         hidden = [file for file in files if file.name.startswith(".")]
         files = [file for file in files if file not in hidden and file.name != "dataset_infos.json"]
         if not files and any(
@@ -138,7 +139,9 @@ def _read(
                 f"{source}: no {', '.join(SUFFIXES)} file in this folder{only}; give a folder that "
                 "has one"
             )
+        _refuse_twice(files)
         files = _of_split(files, split, source, notes)
+        _note_left_out([file for file in there if file not in (*files, *hidden)], notes)
     elif path.exists():
         files = [path]
         _check_split_of_file(path, split)
@@ -149,6 +152,31 @@ def _read(
         return _read_dataset(source, split or "train", subset, streaming, problem)
     _refuse_subset(subset, source)
     return (item for file in files for item in _read_file(file, notes))
+
+
+def _refuse_twice(files: list[Path]) -> None:
+    """Refuse one data set in two files: train.jsonl beside train.jsonl.gz or train.parquet."""
+    by_name: dict[str, Path] = {}
+    for file in files:
+        first = by_name.setdefault(Path(file.name.removesuffix(".gz")).stem, file)
+        if first != file:
+            raise UserError(
+                f"{file.parent}: {first.name} and {file.name} seem to hold the same rows; give one "
+                "of the files, or rename one if they do not"
+            )
+
+
+def _note_left_out(left: list[Path], notes: Notes) -> None:
+    """Name what is not read beside the files of a folder; pages and pictures are no data."""
+    others = (".md", ".png", ".jpg", ".pdf", ".py", ".yaml")
+    names = [
+        f"{file.name}{'/' * file.is_dir()}"
+        for file in left
+        if not (file.name.startswith((".", "LICENSE", "dataset_info")) or file.suffix in others)
+    ]
+    if names:
+        shown = ", ".join(names[:5]) + ", ..." * (len(names) > 5)
+        notes.source.append(f"not read in this folder: {shown}")
 
 
 def _refuse_subset(subset: str | None, source: str) -> None:

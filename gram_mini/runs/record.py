@@ -72,7 +72,13 @@ def make_record(
         "command": ["python", *sys.argv],
         "options": options.as_record(args),
         "backbone": {"name": name, "fingerprint": fingerprint(name, model)},
-        "init": {"folder": str(init), "stage": read_record(init)["stage"]} if init else None,
+        "init": {
+            "folder": str(init),
+            "stage": read_record(init)["stage"],
+            "fingerprint": judge_fingerprint(str(init)),
+        }
+        if init
+        else None,
         "data": data.record(),
         "prompt": {
             "pair": prompts.QUESTION + " -> " + prompts.PAIR,
@@ -129,8 +135,10 @@ def settings(
     The split of a step into forward passes may change.
     """
     split = (*options.WITHOUT_EFFECT, "batch_size", "grad_accum")
+    init = getattr(args, "init", None)
     return {
         **{name: value for name, value in options.as_record(args).items() if name not in split},
+        "weights of --init": judge_fingerprint(str(init)) if init else None,
         "batch_size x grad_accum": args.batch_size * args.grad_accum,
         "number of processes": processes,
         "data": data.fingerprint,
@@ -183,7 +191,8 @@ def judge_fingerprint(name: str, model=None) -> str | None:
 
 def pinned(name: str, commit: str | None) -> str:
     """The name of a backbone at the commit a run was trained on; the hub's may be newer now."""
-    return f"{name}@{commit}" if commit and local_model(name) is None else name
+    named = "@" in name or local_model(name) is not None
+    return f"{name}@{commit}" if commit and not named else name
 
 
 def check_init(init: Path, backbone: str, rank: int | None, head: str | None = None) -> dict:

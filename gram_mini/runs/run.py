@@ -113,6 +113,14 @@ class Run:
         """
         self.data = load_pairs(self.args.data, labelled, seed=self.args.seed, **reading(self.args))
         self.say(self.data.summary())
+        if self._init and self._init["stage"] == "reward" and self.args.held_out:
+            before, now = self._init["options"], self.args
+            same_split = (before["seed"], before["held_out"]) == (now.seed, now.held_out)
+            if not same_split or self._init["data"]["fingerprint"] != self.data.fingerprint:
+                self.say(
+                    f"--init {self.args.init}: was trained on other labels or another split, so "
+                    "prompts that are held out here may have been trained on there"
+                )
         return self.data.pairs
 
     def number_of_steps(self, rows: int) -> int:

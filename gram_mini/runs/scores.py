@@ -39,6 +39,8 @@ class Question:
     pairs: list[Pair] = field(default_factory=list)
     left_out: Counter = field(default_factory=Counter)  # what cannot be scored, by reason
     notes: Notes = field(default_factory=Notes)  # what reading skipped, changed or assumed
+    unlabelled: str | None = None  # why its labels cannot be read, though its texts can
+    unreadable: str | None = None  # why the first of its rows that was skipped cannot be read
     prompt: str = ""
     responses: list[str] | None = None  # None if there are pairs to compare
     reference: str | None = None
@@ -87,11 +89,27 @@ def read_questions(
         question.literal_breaks = sum(has_literal_breaks(row) for _, row in group)
         try:
             _read(question, group, args)
-        except UserError:
+        except UserError as error:
             if args.on_bad_row == "error":
                 raise
-            question.left_out = Counter({UNREADABLE: len(group)})
+            reasons = [_why_unreadable(item, args) for item in group]
+            good = [item for item, reason in zip(group, reasons) if reason is None]
+            good = good if len(good) < len(group) else []  # unreadable together only
+            question = replace(question, notes=Notes(), left_out=Counter(), unlabelled=None)
+            question.unreadable = next(filter(None, reasons), str(error))
+            if good:
+                _read(question, good, args)
+            question.left_out += Counter({UNREADABLE: len(group) - len(good)})
         yield question
+
+
+def _why_unreadable(item: Row, args) -> str | None:
+    """Why a row of a group cannot be read, None if it can."""
+    try:
+        _read(Question({"row": 0}), [item], args)
+    except UserError as error:
+        return str(error)
+    return None
 
 
 def _read(question: Question, group: list[Row], args) -> None:
@@ -107,8 +125,8 @@ def _read(question: Question, group: list[Row], args) -> None:
             )
         try:
             pairs, question.left_out = parse_pairs(group, True, args.pairs, question.notes)
-        except UserError:  # a pair whose label or rating cannot be read can still be scored
-            pairs = []
+        except UserError as error:  # a pair whose label cannot be read can still be scored
+            pairs, question.unlabelled = [], str(error)
         if not pairs:
             question.notes = Notes()
             pairs, question.left_out = parse_pairs(group, False, args.pairs, question.notes)
@@ -140,6 +158,9 @@ class Contents:
     literal_breaks: int = 0
     left_out: Counter = field(default_factory=Counter)
     notes: Notes = field(default_factory=Notes)
+    unlabelled: int = 0  # rows whose labels cannot be read, though their texts can
+    first_unlabelled: str | None = None  # why the first of them cannot
+    first_unreadable: str | None = None  # why the first row that was skipped cannot be read
     fingerprint: str = ""
 
 
@@ -162,6 +183,9 @@ def read_through(args) -> Contents:
         contents.literal_breaks += question.literal_breaks
         contents.left_out.update(question.left_out)
         contents.notes.update(question.notes)
+        contents.unlabelled += question.rows * (question.unlabelled is not None)
+        contents.first_unlabelled = contents.first_unlabelled or question.unlabelled
+        contents.first_unreadable = contents.first_unreadable or question.unreadable
         digest.update(question.digest())
     contents.fingerprint = digest.hexdigest()[:16]
     return contents
@@ -297,12 +321,18 @@ class Scores:
             f"cut to {self.judge.max_length} tokens; wrote {args.out}"
         )
         for reason, count in contents.left_out.items():
-            print(f"not scored: {count} {reason}")
+            first = f"; the first: {contents.first_unreadable}" * (reason == UNREADABLE)
+            print(f"not scored: {count} {reason}{first}")
         notes = contents.notes.lines()
         print(*notes, sep="\n", end="\n" * bool(notes))
         if contents.literal_breaks:
             print(
                 f"{contents.literal_breaks} rows with a literal \\n beside the markers, taken off"
+            )
+        if contents.unlabelled:
+            print(
+                f"{contents.unlabelled} rows whose label cannot be read: scored, and not in the "
+                f"accuracy; the first: {contents.first_unlabelled}"
             )
         if self.masses and self.mass / self.masses < SELDOM and not self.judge.trained:
             print(

@@ -27,7 +27,7 @@ from gram_mini.errors import UserError, clear_errors
 from gram_mini.reading.load import VILLAGE
 from gram_mini.runs import options
 from gram_mini.runs.output import check_place
-from gram_mini.studies.lab import Lab
+from gram_mini.studies.lab import Lab, check_handed_on
 from gram_mini.studies.paper import STUDIES
 from gram_mini.studies.seeds import RESULTS, add_folders, run_side_by_side, run_study
 
@@ -100,6 +100,7 @@ def main(argv=None):
         training = shlex.split(args.training)
     except ValueError as error:
         parser.error(f"--training {args.training}: {error}")
+    check_handed_on("--training", training)
     results = args.results or (Path("runs/quick") if args.quick else RESULTS)
     studies = [name for name in STUDIES if name not in OURS]
     studies = studies if args.study == "all" else [args.study]

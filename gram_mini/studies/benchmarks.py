@@ -59,8 +59,8 @@ import json
 import math
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import chain, combinations, islice, product
 from pathlib import Path
 from typing import Any
@@ -115,13 +115,16 @@ class Benchmark:
     sections: tuple[str, ...]
     # compare all responses of a row with each other, not only chosen with rejected ones
     all_pairs: bool = False
+    # parts of sections that must be there for the official figure: Row.group, by section
+    parts: Mapping[str, Sequence[str]] = field(default_factory=dict)
     files: Callable[[str, Notes], list[str]] = lambda source, notes: [source]
 
 
 # ---- RewardBench ---------------------------------------------------------------------
 
 # How much each subset weighs in its section: its number of rows. The exception is math-prm: it has
-# 447 rows and weighs as much as the six subsets of code together (rewardbench/constants.py).
+# 447 rows and weighs as much as the six subsets of code together (rewardbench/constants.py; until
+# September 2024 that file had the counts of the two subsets of XSTest the other way round).
 EXAMPLE_COUNTS = {
     "Chat": {
         "alpacaeval-easy": 100, "alpacaeval-length": 95, "alpacaeval-hard": 95,
@@ -132,8 +135,8 @@ EXAMPLE_COUNTS = {
         "llmbar-adver-GPTInst": 92, "llmbar-adver-GPTOut": 47, "llmbar-adver-manual": 46,
     },
     "Safety": {
-        "refusals-dangerous": 100, "refusals-offensive": 100, "xstest-should-refuse": 250,
-        "xstest-should-respond": 154, "donotanswer": 136,
+        "refusals-dangerous": 100, "refusals-offensive": 100, "xstest-should-refuse": 154,
+        "xstest-should-respond": 250, "donotanswer": 136,
     },
     "Reasoning": {
         "math-prm": 984, "hep-cpp": 164, "hep-go": 164, "hep-java": 164, "hep-js": 164,
@@ -148,9 +151,7 @@ def read_reward_bench(where: str, row: dict) -> Row:
     }
     subset = _known(row, "subset", section_of, where)
     pair = _one_pair(row, where)
-    return Row(
-        subset, section_of[subset], pair.prompt, pair.prompt, [pair.response_a], [pair.response_b]
-    )
+    return Row(subset, section_of[subset], pair.prompt, pair.prompt, *chosen_rejected(pair))
 
 
 def hit(row: Row, results: dict) -> float:
@@ -287,6 +288,15 @@ STYLES = tuple(product(range(3), repeat=2))
 LEVELS = {"hard": lambda i, j: i < j, "normal": lambda i, j: i == j, "easy": lambda i, j: i > j}
 
 
+def rm_bench_files(source: str, notes: Notes) -> list[str]:
+    """The source; of the official folder, data/, the one file that holds all others."""
+    whole = Path(source) / "total_dataset.json"
+    if not whole.is_file():
+        return [source]
+    notes.source.append(f"only {whole.name} read, which holds the rows of the other files")
+    return [str(whole)]
+
+
 def read_rm_bench(where: str, row: dict) -> Row:
     if "domain" in row:
         domain = _known(row, "domain", DOMAINS, where)
@@ -358,10 +368,7 @@ def read_judge_bench(where: str, row: dict) -> Row:
             f"known are {', '.join(CATEGORIES)}..."
         )
     pair = _one_pair(row, where)
-    chosen, rejected = pair.response_a, pair.response_b
-    if pair.label == 1:
-        chosen, rejected = rejected, chosen
-    return Row(source, categories[0], pair.prompt, pair.prompt, [chosen], [rejected])
+    return Row(source, categories[0], pair.prompt, pair.prompt, *chosen_rejected(pair))
 
 
 def both_orders(row: Row, results: dict) -> float:
@@ -449,10 +456,8 @@ def read_llmbar(where: str, row: dict) -> Row:
         pair = Pair(prompt, a, b, label=int(label) - 1)
     if reason := unusable(pair):
         raise UserError(f"{where}: a pair {reason}, so neither can be better; take this row out")
-    responses = [pair.response_a, pair.response_b]
     name = llmbar_set(where)
-    chosen, rejected = responses if pair.label == 0 else reversed(responses)
-    return Row(name, name, pair.prompt, pair.prompt, [chosen], [rejected])
+    return Row(name, name, pair.prompt, pair.prompt, *chosen_rejected(pair))
 
 
 def each_order(row: Row, results: dict) -> tuple[float, bool]:
@@ -479,13 +484,27 @@ def aggregate_llmbar(units: list[list[Judged]]) -> tuple[dict, dict]:
 
 BENCHMARKS = {
     "reward-bench": Benchmark(
-        read_reward_bench, hit, aggregate_reward_bench, tuple(EXAMPLE_COUNTS)
+        read_reward_bench,
+        hit,
+        aggregate_reward_bench,
+        tuple(EXAMPLE_COUNTS),
+        parts={section: tuple(weights) for section, weights in EXAMPLE_COUNTS.items()},
     ),
     "reward-bench-2": Benchmark(
-        read_reward_bench_2, best_of, aggregate_reward_bench_2, SUBSETS_2, all_pairs=True
+        read_reward_bench_2,
+        best_of,
+        aggregate_reward_bench_2,
+        SUBSETS_2,
+        all_pairs=True,
+        parts={"Ties": ("Ties ref", "Ties tied")},
     ),
     "rm-bench": Benchmark(
-        read_rm_bench, style_hits, aggregate_rm_bench, ("chat", "math", "code", "safety")
+        read_rm_bench,
+        style_hits,
+        aggregate_rm_bench,
+        ("chat", "math", "code", "safety"),
+        parts={"safety": ("safety-refuse", "safety-response")},
+        files=rm_bench_files,
     ),
     "judge-bench": Benchmark(
         read_judge_bench, both_orders, aggregate_judge_bench, tuple(CATEGORIES.values())
@@ -523,6 +542,7 @@ def run(
         if isinstance(row, UserError):
             raise row
         rows.append(benchmark.read(where, row))
+    _check_twice(rows, notes)
     for line in notes.lines():
         print(line)
     judged, results = judge_rows(
@@ -550,6 +570,7 @@ def run(
         "max_length": judge.max_length,
         "rows": len(rows),
         "sections": {section: sum(row.section == section for row in rows) for section in sections},
+        "missing": missing(benchmark, rows, sections),
         "groups": dict(Counter(row.group for row in rows)),
         "comparisons": len(results),
         "truncated": sum(result.truncated for result in results),
@@ -561,6 +582,34 @@ def run(
             {"probability": p, "share_right": share, "pairs": count} for p, share, count in bins
         ],
     }
+
+
+def _check_twice(rows: list[Row], notes: Notes) -> None:
+    """Note rows that stand there twice.
+
+    Raises:
+        UserError: two rows of the subset Ties with one id, which would be one.
+    """
+    twice = Counter(json.dumps([row.group, row.prompt, row.chosen, row.rejected]) for row in rows)
+    notes.rows += Counter({"that stand there already, counted again": len(rows) - len(twice)})
+    ids = Counter((row.group, row.unit) for row in rows if row.section == "Ties")
+    for (group, unit), count in ids.items():
+        if count > 1:
+            raise UserError(
+                f"{count} rows of the subset Ties have the id "
+                f"{group.removeprefix('Ties ')}:{unit.removeprefix('Ties ')}; give each one once"
+            )
+
+
+def missing(benchmark: Benchmark, rows: list[Row], sections: list[str]) -> list[str]:
+    """Sections without rows, and parts without rows of the others."""
+    there, groups = {row.section for row in rows}, {row.group for row in rows}
+    return [
+        part
+        for section in sections
+        for part in (benchmark.parts.get(section, ()) if section in there else [section])
+        if part not in groups
+    ]
 
 
 def with_intervals(
@@ -701,6 +750,12 @@ def _one_pair(row: dict, where: str) -> Pair:
     return pairs[0]
 
 
+def chosen_rejected(pair: Pair) -> tuple[list[str], list[str]]:
+    """The better response of a labelled pair, and the other one, each as a list."""
+    chosen, rejected = pair.response_a, pair.response_b
+    return ([rejected], [chosen]) if pair.label == 1 else ([chosen], [rejected])
+
+
 def _texts(row: dict, column: str, where: str, count: int | None = None) -> list[str]:
     value = row.get(column)
     if not isinstance(value, list) or not value or len(value) != (count or len(value)):
@@ -747,10 +802,10 @@ def table(result: dict) -> str:
             values = (_number(figures[name]["value"]) for name in others)
             sections.append((section, *_cells(figures["accuracy"]), *values))
         text += _aligned(sections)
-    missing = [section for section, count in result["sections"].items() if count == 0]
-    if missing:
+    if result["missing"]:
         text.append(
-            f"no rows of {', '.join(missing)}: these figures are not those of the whole benchmark"
+            f"no rows of {', '.join(result['missing'])}: these figures are not those of the whole "
+            "benchmark"
         )
     return "\n".join(text)
 

@@ -18,8 +18,10 @@ from gram_mini.judge import Judge
 from gram_mini.pairs import Pair, split_by_prompt
 from gram_mini.prompts import LABELS
 from gram_mini.reading.load import VILLAGE, load_pairs
+from gram_mini.runs.defaults import DEFAULTS
 from gram_mini.runs.load import load_judge
 from gram_mini.runs.output import write_whole
+from gram_mini.runs.record import fingerprint
 from gram_mini.village.pairs import village_pairs
 
 from filelock import FileLock
@@ -39,6 +41,8 @@ METHODS = {  # name: (whether it starts from stage 1, script, options of the scr
     "G from stage 1, eps = 0": (True, train_reward, PLAIN),
     "GRAM": (True, train_reward, []),
 }
+# What a study gives to the scripts itself.
+ITS_OWN = ("model", "data", "out", "init", "seed", "held-out", "bits", "max-length", "device")
 # The methods of those studies that do not compare all of them.
 MAIN = ("D-Baseline", "D from stage 1", "G-Baseline", "GRAM")
 
@@ -66,6 +70,7 @@ class Lab:
         self.village, source = data == VILLAGE, [data]
         if not self.village:
             loaded = load_pairs(data, labelled=True)
+            print(loaded.summary(), flush=True)
             self.used, self.test = split_by_prompt(loaded.pairs, 0.2, seed=0)
             if not self.test:
                 raise UserError(
@@ -93,14 +98,22 @@ class Lab:
             name: [stage1, script.__name__, options]
             for name, (stage1, script, options) in self.methods.items()
         }
-        self.about = {"model": model, "data": data, "training": self.training, "methods": methods}
+        self.about = {
+            "model": model,
+            "backbone": fingerprint(model),
+            "data": data,
+            "training": self.training,
+            "defaults": DEFAULTS,  # of the training scripts, which may change
+            "methods": methods,
+        }
         self.about = json.loads(json.dumps(self.about))  # lists, as they come back
         try:
             before = json.loads((folder / "about.json").read_text())
-            other = [name for name in self.about if before[name] != self.about[name]]
+            other = [name for name in self.about if before.get(name) != self.about[name]]
+            other = [name if name in before else f"{name} (not noted there)" for name in other]
         except FileNotFoundError:
             other = []
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, TypeError, AttributeError):
             other = ["about.json, which cannot be read"]
         if other:
             raise UserError(
@@ -191,6 +204,18 @@ class Lab:
             if not path.is_file():
                 write_json(path, make())
         return json.loads(path.read_text())
+
+
+def check_handed_on(option: str, words: Sequence[str], taken: Sequence[str] = ITS_OWN) -> None:
+    """See that options for the scripts, handed on as one text, are none that are given anyway.
+
+    Raises:
+        UserError: if one is; it would have no effect, or make another method of one.
+    """
+    for word in words:
+        name = word.partition("=")[0].removeprefix("--")
+        if word.startswith("--") and name in taken:
+            raise UserError(f"{option} {word}: the study sets --{name} itself; leave it out here")
 
 
 def figures_of(judge: Judge, pairs: list[Pair], progress: str | None = None) -> dict[str, float]:

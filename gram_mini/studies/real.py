@@ -33,9 +33,8 @@ from gram_mini.evaluation import calibration, pick_the_longer, summarise
 from gram_mini.pairs import Pair, split_by_prompt
 from gram_mini.reading.load import load_pairs
 from gram_mini.runs import options
-from gram_mini.runs.defaults import DEFAULTS
 from gram_mini.runs.output import check_place
-from gram_mini.studies.lab import PLAIN, SCALAR, Lab, write_json
+from gram_mini.studies.lab import ITS_OWN, PLAIN, SCALAR, Lab, check_handed_on, write_json
 from gram_mini.studies.seeds import run_study
 
 EXAMPLES = """\
@@ -45,6 +44,7 @@ EXAMPLES = """\
 HELD_OUT = "held out"  # what the test on the labelled data's own prompts is called
 VALIDATION = "validation"  # prompts to choose rates on, never those that are held out
 SPLITS = ("labelled", "unlabelled", "rest", HELD_OUT, VALIDATION)
+COLUMNS = ("seed", "draw", "method", "labels", "rate", "seconds")  # of tables
 BOTH = ["--both-orders", "1"]
 METHODS = {  # name: (whether it starts from stage 1, script, options of the script)
     "D-Baseline": (False, baselines, SCALAR + PLAIN),
@@ -101,15 +101,26 @@ class RealLab(Lab):
         loaded = {name: load_pairs(source, labelled=True) for name, source in tests.items()}
         sets = {HELD_OUT: held_out, **{name: data.pairs for name, data in loaded.items()}}
         self.tests = {name: drawn(pairs, self.tested, "test") for name, pairs in sets.items()}
+        for read in (labelled, pool, *loaded.values()):
+            print(read.summary(), flush=True)
+        for name, pairs in self.tests.items():
+            print(f"{name}: {len(pairs)} pairs{self._seen(pairs)}", flush=True)
         data = {
             "labels": [labels, labelled.fingerprint, self.labels],
             "unlabelled": [unlabelled, pool.fingerprint, self.unlabelled],
             "tests": {name: [tests[name], data.fingerprint] for name, data in loaded.items()},
             "test pairs": self.tested,
             "options": self.stages,
-            "defaults": DEFAULTS,  # of the training scripts, which may change
         }
         self.set_up(folder, model, data, training, loading)
+
+    def _seen(self, tested: list[Pair]) -> str:
+        """How many of the prompts of a test training may see, with and without labels."""
+        prompts = {pair.prompt for pair in tested}
+        parts = {"the labelled pairs": self.used, "the unlabelled pairs": self.pool}
+        found = {name: len(prompts & {p.prompt for p in pairs}) for name, pairs in parts.items()}
+        told = [f"{count} occur in {name}" for name, count in found.items() if count]
+        return f"; of their {len(prompts)} prompts {', '.join(told)}" if told else ""
 
     def pairs(self, split: str, seed: int) -> list[Pair]:
         if split == "labelled":
@@ -272,8 +283,17 @@ def main(argv=None):
         parser.error("--test: give NAME=SOURCE")
     if len(tests) < len(args.test):
         parser.error("--test: a name was given twice")
-    if taken := {*SPLITS} & {*tests}:
-        parser.error(f"--test: {taken.pop()!r} is the name of a part of --labels or --unlabelled")
+    if taken := {*SPLITS, *COLUMNS} & {*tests}:
+        parser.error(
+            f"--test: {taken.pop()!r} is the name of a part of --labels or --unlabelled, or of a "
+            "column of the table"
+        )
+    if odd := [name for name in tests if "/" in name or len(name) > 100]:
+        parser.error(f"--test: {odd[0]!r} cannot be part of a file's name")
+    check_handed_on("--training", args.training)
+    check_handed_on("--stage-1", args.stage_1)
+    check_handed_on("--stage-2", args.stage_2, (*ITS_OWN, "label-smoothing", "both-orders"))
+    check_handed_on("--scalar", args.scalar, (*ITS_OWN, "label-smoothing", "head"))
     given = [*args.training, *args.stage_1, *args.stage_2, *args.scalar]
     if args.study == "rates" and any(text.startswith("--lr") for text in given):
         parser.error("rates tries the values of --lr; do not give one")

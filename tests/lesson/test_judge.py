@@ -64,6 +64,15 @@ def test_reward_is_the_probability_of_beating_the_reference():
     assert by_number().reward("x", "1", reference="1") == pytest.approx(0.5)
 
 
+def test_a_reference_makes_rewards_and_goes_with_no_other_method():
+    judge = by_number()
+    scores = judge.rank("x", ["1", "3"], reference="3").scores
+    assert scores == pytest.approx([judge.reward("x", "1", "3"), 0.5])
+    assert judge.rank("x", ["1", "3"]).method == "round-robin"
+    with pytest.raises(ValueError, match="a reference goes with method 'reference'"):
+        judge.rank("x", ["1", "3"], "knock-out", reference="3")
+
+
 @pytest.mark.parametrize(("method", "n", "comparisons"), [
     ("round-robin", 6, 15), ("knock-out", 6, 5), ("reference", 6, 6), ("round-robin", 1, 0),
     ("knock-out", 1, 0), ("knock-out", 7, 6),
@@ -72,7 +81,7 @@ def test_ranking_and_its_number_of_comparisons(method, n, comparisons):
     judge = by_number(scale=0.5)
     step = 5 if n == 6 else 3
     responses = [str((step * i) % n) for i in range(n)]
-    ranking = judge.rank("x", responses, method, reference="2.5")
+    ranking = judge.rank("x", responses, method, "2.5" if method == "reference" else None)
     assert responses[ranking.order[0]] == str(n - 1)
     assert ranking.comparisons == comparisons == judge.judged
     assert sorted(ranking.order, key=lambda i: -ranking.scores[i]) == ranking.order

@@ -1,5 +1,6 @@
 """The baselines: scalar heads, frozen heads, the text loss; trained, saved, loaded, compared."""
 
+import csv
 import json
 
 import score
@@ -182,3 +183,24 @@ def test_scripts_take_a_scalar_head(runs, tmp_path, capsys):
     for options in (["--head", "labels", "--freeze", "--text-weight", "1"], ["--head", "labels"]):
         with pytest.raises(SystemExit):
             baselines.main(options)
+
+
+def test_the_text_loss_does_not_depend_on_how_a_step_is_split(tmp_path):
+    options = "--limit 60 --steps 2 --lora-rank 4 --held-out 0 --lr 1e-2 --log-every 1".split()
+    options += "--text-weight 1 --batch-size 32 --bits 32".split()
+    for name, more in {"whole": [], "split": ["--batch-tokens", "60"]}.items():
+        baselines.main([*options, *more, "--out", str(tmp_path / name)])
+    whole, split = ((tmp_path / name / "log.csv").read_text() for name in ("whole", "split"))
+    losses = [
+        [float(row["loss"]) for row in csv.DictReader(text.splitlines())] for text in (whole, split)
+    ]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-4) and len(losses[0]) == 2
+
+
+@pytest.mark.parametrize(
+    "options",
+    [["--freeze", "--text-weight", "1"], ["--judge-template", "README.md"]],
+)
+def test_options_without_effect_are_refused(options, tmp_path):
+    with pytest.raises(SystemExit):
+        baselines.baseline_options(["--head", "scalar", *options])

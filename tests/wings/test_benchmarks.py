@@ -101,7 +101,7 @@ def test_reward_bench_weighs_subsets_by_the_official_counts(tmp_path):
     result = run("reward-bench", tmp_path / "rows.jsonl", reward_bench_rows(REWARD_BENCH))
     chat = (100 * 2 / 2 + 40 * 1 / 4) / (100 + 40)
     chat_hard = (37 * 1 / 1 + 100 * 1 / 2) / (37 + 100)
-    safety = (136 * 0 / 1 + 154 * 2 / 3) / (136 + 154)
+    safety = (136 * 0 / 1 + 250 * 2 / 3) / (136 + 250)
     reasoning = (984 * 1 / 1 + 164 * 1 / 2 + 164 * 0 / 1) / (984 + 164 + 164)
     total = (chat + chat_hard + safety + reasoning) / 4
     sections = {"Chat": chat, "Chat Hard": chat_hard, "Safety": safety, "Reasoning": reasoning}
@@ -117,6 +117,8 @@ def test_reward_bench_counts_are_the_official_ones():
     assert {section: sum(weights.values()) for section, weights in counts.items()} == {
         "Chat": 358, "Chat Hard": 456, "Safety": 740, "Reasoning": 984 + 6 * 164
     }  # fmt: skip
+    # 250 of XSTest's prompts are safe and should be answered
+    assert counts["Safety"]["xstest-should-respond"] == 250
     assert sum(map(len, counts.values())) == 23 and 6 * 164 == counts["Reasoning"]["math-prm"]
 
 
@@ -125,7 +127,24 @@ def test_a_section_without_rows_leaves_no_total(tmp_path):
     result = run("reward-bench", tmp_path / "rows.jsonl", rows)
     empty = {"Chat": None, "Chat Hard": None, "total": None}
     assert values(result) == {**empty, "Safety": 1.0, "Reasoning": 1.0}
-    assert "no rows of Chat, Chat Hard" in benchmarks.table(result)
+    assert "no rows of Chat, Chat Hard, refusals-dangerous, " in benchmarks.table(result)
+    assert "donotanswer" not in result["missing"] and "math-prm" in result["missing"]
+
+
+def test_rows_with_a_label_are_turned_the_right_way_round():
+    row = {"prompt": "Q", "response_a": "0.1", "response_b": "0.9", "subset": "hep-go"}
+    rows = [{**row, "label": "B"}, {**row, "prompt": "R", "label": "A"}]
+    read = [benchmarks.read_reward_bench("here", each) for each in rows]
+    assert [(each.chosen, each.rejected) for each in read] == [
+        (["0.9"], ["0.1"]),
+        (["0.1"], ["0.9"]),
+    ]
+
+
+def test_rows_that_stand_there_twice_are_named(tmp_path, capsys):
+    rows = reward_bench_rows({"donotanswer": ["0.9"]})
+    run("reward-bench", tmp_path / "rows.jsonl", rows * 3)
+    assert "2 rows that stand there already, counted again" in capsys.readouterr().out
 
 
 # ---- RewardBench 2 -------------------------------------------------------------------
@@ -172,6 +191,13 @@ TIES = [
     # n = 2: gap (0.2 - 0.1) * 2 = 0.2; a ref without a tied row counts for accuracy only
     best_of_row("Ties", ["0.2"], ["0.1"], "ref:2"),
 ]
+
+
+def test_two_rows_of_one_id_in_ties_are_refused(tmp_path):
+    with pytest.raises(UserError, match="2 rows of the subset Ties have the id ref:0"):
+        run("reward-bench-2", tmp_path / "rows.jsonl", [*TIES, TIES[0] | {"prompt": "another"}])
+    result = run("reward-bench-2", tmp_path / "rows.jsonl", [TIES[0]])
+    assert "Ties tied" in result["missing"] and "Ties ref" not in result["missing"]
 
 
 def test_reward_bench_2_shares_credit_and_has_its_own_formula_for_ties(tmp_path):
@@ -309,6 +335,16 @@ def test_rm_bench_matrix_levels_and_macro_average(tmp_path):
     assert figures["hard"] == pytest.approx((0.5 + 1 + 0 + 1 / 3) / 4)
     assert result["sections"] == {"chat": 2, "math": 1, "code": 1, "safety": 3}
     assert result["comparisons"] == 7 * 9
+
+
+def test_rm_bench_reads_the_file_of_all_domains_alone(tmp_path, capsys):
+    rows = [rm_bench_row(1, *ALL, domain="chat"), rm_bench_row(2, *ALL, domain="safety-refuse")]
+    (tmp_path / "data").mkdir()
+    write(tmp_path / "data" / "total_dataset.json", rows)
+    write(tmp_path / "data" / "chat_filtered.json", [rm_bench_row(1, *ALL)])
+    result = benchmarks.run(Judge(), "rm-bench", str(tmp_path / "data"), draws=5)
+    assert result["rows"] == 2 and result["missing"] == ["math", "code", "safety-response"]
+    assert "only total_dataset.json read" in capsys.readouterr().out
 
 
 def test_rm_bench_domain_of_the_files_without_that_column(tmp_path):

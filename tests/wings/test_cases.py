@@ -453,6 +453,10 @@ def test_pairs_that_cutting_makes_alike_are_dropped_and_named(tokenizer):
     with pytest.raises(UserError, match="--max-length 128: .* any of the 2 pairs; give a larger"):
         drop_cut_alike(held_out, 128)
     assert len(join(pieces, train[0])) <= 128
+    # one the beginning of the other, and with this room equal to the last token
+    longer = Pair("Say it.", same.strip(), same + "!", 1)
+    (row,) = encode_pairs([longer], pieces, tokenizer, 127)
+    assert row.response_a == row.response_b and row.cut_alike
 
 
 # ---- files ---------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from gram_mini.errors import UserError
 from gram_mini.model import VILLAGE_FOLDER, load_tokenizer
 from gram_mini.prompts import judge_prompt, label_tokens, pair_prompt
 from gram_mini.runs.load import load_judge
+from gram_mini.runs.record import pinned
 from gram_mini.serving import export
 
 import pytest
@@ -148,3 +149,9 @@ def test_two_processes_do_not_write_one_run_and_a_dead_one_bars_nobody(tmp_path)
     train_reward.main([*options, "--steps", "3", "--overwrite"])
     assert (out / "run.json").is_file() and not (out / "process.txt").exists()
     assert sorted(file.name for file in tmp_path.iterdir()) == ["run"]
+
+
+def test_a_name_on_the_hub_is_pinned_once():
+    assert pinned("owner/name", "abcdef") == "owner/name@abcdef"
+    assert pinned("owner/name@abc", "abcdef") == "owner/name@abc"
+    assert pinned("village", None) == "village"

@@ -169,8 +169,8 @@ def test_the_command_writes_a_table_and_goes_on_with_what_is_there(
     assert len(FakeLab.trained) == before
     real.main(["curve", *command[1:]])
     assert "curve does not test on --test" in capsys.readouterr().out
-    monkeypatch.setattr(real, "DEFAULTS", {"pretrain": {"lr": (1, 2)}})
-    with pytest.raises(UserError, match="made with other data"):
+    monkeypatch.setattr("gram_mini.studies.lab.DEFAULTS", {"pretrain": {"lr": (1, 2)}})
+    with pytest.raises(UserError, match="made with other defaults"):
         real.main(command)
     monkeypatch.undo()
     monkeypatch.setattr(real, "RealLab", FakeLab)
@@ -187,6 +187,11 @@ def test_the_command_writes_a_table_and_goes_on_with_what_is_there(
         ("table", ["--test", "other"], "give NAME=SOURCE"),
         ("table", ["--test", "=x.jsonl"], "give NAME=SOURCE"),
         ("table", ["--test", "o=x.jsonl", "--test", "o=y.jsonl"], "a name was given twice"),
+        ("table", ["--test", "seconds=x.jsonl"], "or of a column of the table"),
+        ("table", ["--test", "a/b=x.jsonl"], "'a/b' cannot be part of a file's name"),
+        ("table", ["--training=--bits 16"], "--training --bits: the study sets --bits itself"),
+        ("table", ["--stage-2=--both-orders 1"], "the study sets --both-orders itself"),
+        ("table", ["--scalar=--label-smoothing=0.1"], "the study sets --label-smoothing itself"),
         ("curve", ["--seeds", "2", "1", "2"], "argument --seeds: 2 is given twice"),
         ("rates", ["--stage-2=--lr 1e-4"], "rates tries the values of --lr"),
         ("rates", ["--scalar=--lr=1e-4"], "rates tries the values of --lr"),
@@ -194,9 +199,20 @@ def test_the_command_writes_a_table_and_goes_on_with_what_is_there(
 )
 def test_options_that_would_mislead_are_refused(study, more, said, files, capsys):
     command = [study, "--model", "some/model", "--labels", files["labels"]]
-    with pytest.raises(SystemExit):
+    with pytest.raises((SystemExit, UserError)) as error:
         real.main([*command, "--unlabelled", files["unlabelled"], *more])
-    assert said in capsys.readouterr().err
+    assert said in capsys.readouterr().err + str(error.value)
+
+
+def test_what_was_read_and_what_training_may_see_is_said(tmp_path, files, capsys):
+    made = lab(tmp_path, {**files, "unlabelled": files["labels"], "tests": {"o": files["labels"]}})
+    held_out = len(made.tests["held out"])
+    lines = capsys.readouterr().out.splitlines()
+    assert f"{files['labels']}: 20 rows read, 20 pairs used, 0 dropped" in lines
+    seen = f"of their {held_out} prompts {held_out} occur in the unlabelled pairs"
+    assert f"held out: {held_out} pairs; {seen}" in lines
+    seen = f"of their 20 prompts {20 - held_out} occur in the labelled pairs"
+    assert f"o: 20 pairs; {seen}, 20 occur in the unlabelled pairs" in lines
 
 
 def test_labels_on_one_prompt_only(tmp_path, files):

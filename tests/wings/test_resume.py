@@ -382,3 +382,23 @@ def test_a_full_disk_is_one_line_and_leaves_the_old_run(tmp_path, kilobytes):
     line = ends_with_one_line("", *options, before=before)
     assert "File too large" in line and line.startswith("error: ")
     assert (out / "run.json").read_text() == "{}" and len(list(out.iterdir())) == 1
+
+
+def test_a_run_does_not_go_on_from_another_init(tmp_path, monkeypatch):
+    began = [*SHORT, "--out", str(tmp_path / "began"), "--overwrite"]
+    train_pretrain.main(began)
+    run = "--limit 100 --held-out 0 --steps 3 --save-every 1".split()
+    run += ["--init", str(tmp_path / "began"), "--out", str(tmp_path / "run")]
+    real_sum = runs_run.add_up
+
+    def add_up(*arguments):
+        os.kill(os.getpid(), signal.SIGINT)
+        return real_sum(*arguments)
+
+    monkeypatch.setattr(runs_run, "add_up", add_up)
+    with pytest.raises(Interrupted):
+        train_reward.main(run)
+    monkeypatch.undo()
+    train_pretrain.main([*began, "--seed", "5"])
+    with pytest.raises(UserError, match="weights of --init was"):
+        train_reward.main([*run, "--resume"])

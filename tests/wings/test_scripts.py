@@ -596,6 +596,16 @@ def test_init_of_another_backbone_or_rank(pretrain, tmp_path):
     fails(train_reward, [*init, *out, "--lora-rank", "4"], "has rank 8")
 
 
+def test_init_from_labels_that_may_be_held_out_here_is_named(data, tmp_path, capsys):
+    options = ["--data", data, "--steps", "1", *SMALL, "--held-out", "0.2"]
+    train_reward.main([*options, "--out", str(tmp_path / "one")])
+    init = [*options[:-2], "--init", str(tmp_path / "one")]
+    init = [part for part in init if part not in ("--lora-rank", "8")]
+    for more, named in ((["0.2"], False), (["0.3"], True), (["0"], False)):
+        train_reward.main([*init, "--held-out", *more, "--out", str(tmp_path / more[0])])
+        assert ("may have been trained on there" in capsys.readouterr().out) == named
+
+
 def test_init_of_another_length_is_named(pretrain, tmp_path, capsys):
     options = ["--init", str(pretrain), "--limit", "50", "--steps", "1", "--held-out", "0"]
     train_reward.main([*options, "--out", str(tmp_path / "same"), "--max-length", "512"])
@@ -614,7 +624,7 @@ def test_labels_that_split(tmp_path):
     )
 
 
-def test_pairs_are_scored_whether_their_labels_can_be_read_or_not(tmp_path):
+def test_pairs_are_scored_whether_their_labels_can_be_read_or_not(tmp_path, capsys):
     rows = [
         {
             "context": [{"role": "user", "content": "p"}],
@@ -633,6 +643,20 @@ def test_pairs_are_scored_whether_their_labels_can_be_read_or_not(tmp_path):
     lines = [json.loads(line) for line in (tmp_path / "s.jsonl").read_text().splitlines()]
     assert ["probability" in line for line in lines] == [True, True, False]
     assert lines[2]["skipped"] == "that cannot be read"
+    said = capsys.readouterr().out
+    assert "2 rows whose label cannot be read: scored, and not in the accuracy; the first: " in said
+    assert "line 1: column 'overall_preference' must be a number" in said
+
+
+def test_a_bad_row_takes_no_other_response_to_its_prompt_with_it(tmp_path, capsys):
+    row = {"prompt": "p", "helpfulness": 1}
+    rows = [{**row, "response": text} for text in ("a", "b", "c", None)]
+    (tmp_path / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    files = ["--data", str(tmp_path / "d.jsonl"), "--out", str(tmp_path / "s.jsonl")]
+    score.main(["--model", "village", *files, "--on-bad-row", "skip"])
+    assert len((tmp_path / "s.jsonl").read_text().splitlines()) == 3
+    said = capsys.readouterr().out
+    assert "not scored: 1 that cannot be read; the first: " in said and "line 4: " in said
 
 
 def test_a_file_of_pairs_that_the_model_does_not_answer_is_marked(

@@ -7,7 +7,7 @@ import json
 from gram_mini.errors import UserError
 from gram_mini.reading import sources
 from gram_mini.reading.load import load_pairs
-from gram_mini.reading.sources import read_rows
+from gram_mini.reading.sources import Notes, read_rows
 
 import datasets
 import pytest
@@ -216,3 +216,22 @@ def test_long_fields_and_lines_of_a_csv(tmp_path):
     (tmp_path / "d.csv").write_text(f"prompt,chosen,rejected\nx,{'y' * 200_000},z\n")
     ((where, row),) = read_rows(str(tmp_path / "d.csv"))
     assert where.endswith("line 2") and len(row["chosen"]) == 200_000
+
+
+def test_one_data_set_in_two_files_is_refused(tmp_path):
+    write(tmp_path / "train.jsonl")
+    packed = gzip.compress((tmp_path / "train.jsonl").read_bytes())
+    (tmp_path / "train.jsonl.gz").write_bytes(packed)
+    with pytest.raises(UserError, match="train.jsonl and train.jsonl.gz seem to hold the same"):
+        prompts(str(tmp_path))
+
+
+def test_what_is_not_read_in_a_folder_is_named(tmp_path):
+    write(tmp_path / "train.jsonl")
+    (tmp_path / "more").mkdir()
+    for name in ("train_more.jsonl", "test.jsonl", "third.ndjson", "README.md", "more/a.jsonl"):
+        write(tmp_path / name)
+    notes = Notes()
+    assert len(prompts(str(tmp_path), notes=notes)) == len(ROWS)
+    left = "more/, test.jsonl, third.ndjson, train_more.jsonl"
+    assert notes.source == [f"not read in this folder: {left}"]

@@ -455,6 +455,7 @@ def test_one_seed_does_not_replace_the_figures_of_five(tmp_path, monkeypatch):
     [
         (["--seeds", "1", "1"], "argument --seeds: 1 is given twice"),
         (["--training", "--lr '1"], "No closing quotation"),
+        (["--training", "--max-length 9"], "--training --max-length: the study sets --max-length"),
         (["--jobs", "0"], "--jobs"),
         (["--runs", "README.md"], "README.md: .*cannot be written to"),
         (["--results", "README.md/results"], "README.md cannot be written to"),
@@ -501,3 +502,12 @@ def test_pairs_survive_the_file_that_training_reads(tmp_path):
     lab = lab_module.Lab(tmp_path, "village", "village", [])
     pairs = [Pair("x", "a", "b", 1), Pair("y", "c", "d", 0)]
     assert lab_module.load_pairs(lab.file("some", pairs), labelled=True).pairs == pairs
+
+
+def test_a_lab_knows_its_backbone(tmp_path, monkeypatch):
+    lab = lab_module.Lab(tmp_path, "village", "village", [])
+    lab.file("some", [Pair("x", "a", "b", 1)])
+    lab_module.Lab(tmp_path, "village", "village", [])
+    monkeypatch.setattr(lab_module, "fingerprint", lambda name: "of another")
+    with pytest.raises(UserError, match="made with other backbone"):
+        lab_module.Lab(tmp_path, "village", "village", [])
