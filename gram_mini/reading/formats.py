@@ -262,6 +262,11 @@ def _verdict_in_chosen(row: dict, where: str) -> dict:
         return row
     if names[0] in ("response_a", "response_A") and letters[0].upper() in ("A", "B"):
         rest = {name: value for name, value in row.items() if name not in ("chosen", "rejected")}
+        if rest.get("label") in ("A", "B") and rest["label"] != letters[0].upper():
+            raise UserError(
+                f"{where}: 'label' says {rest['label']} is better and 'chosen' says {verdict[0]}; "
+                "leave one of the columns out"
+            )
         return {"label": letters[0].upper(), **rest}
     raise UserError(
         f"{where}: column 'chosen' holds {verdict[0]!r}, which seems to name one of {names[0]!r} "

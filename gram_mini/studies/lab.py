@@ -18,7 +18,7 @@ from gram_mini.judge import Judge
 from gram_mini.pairs import Pair, split_by_prompt
 from gram_mini.prompts import LABELS
 from gram_mini.reading.load import VILLAGE, load_pairs
-from gram_mini.runs.defaults import DEFAULTS
+from gram_mini.runs.defaults import DEFAULTS, for_model
 from gram_mini.runs.load import load_judge
 from gram_mini.runs.output import write_whole
 from gram_mini.runs.record import fingerprint
@@ -103,7 +103,11 @@ class Lab:
             "backbone": fingerprint(model),
             "data": data,
             "training": self.training,
-            "defaults": DEFAULTS,  # of the training scripts, which may change
+            "defaults": {  # of the training scripts, which may change
+                f"{stage} {name}": for_model(values, model)
+                for stage, options in DEFAULTS.items()
+                for name, values in options.items()
+            },
             "methods": methods,
         }
         self.about = json.loads(json.dumps(self.about))  # lists, as they come back

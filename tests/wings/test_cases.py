@@ -314,6 +314,8 @@ def test_letters_that_name_a_response():
     assert pair == Pair("Name a fruit.", "A brick.", "A pear.", 1)
     (pair,), _ = parse_pairs([("here", {**row, "chosen": "a", "rejected": "b"})])
     assert pair.label == 0
+    with pytest.raises(UserError, match="'label' says A is better and 'chosen' says B"):
+        read({**row, "chosen": "B", "rejected": "A", "label": "A"})
     with pytest.raises(UserError, match="label=chosen"):
         read({**row, "chosen": "response_b", "rejected": "response_a"})
     other = {"prompt": "x", "output_1": "y", "output_2": "z", "chosen": 2, "rejected": 1}
