@@ -115,8 +115,9 @@ class Run:
         self.say(self.data.summary())
         if self._init and self._init["stage"] == "reward" and self.args.held_out:
             before, now = self._init["options"], self.args
-            same_split = (before["seed"], before["held_out"]) == (now.seed, now.held_out)
-            if not same_split or self._init["data"]["fingerprint"] != self.data.fingerprint:
+            same_split = (before["seed"], before.get("held_out")) == (now.seed, now.held_out)
+            labels = self._init.get("data", {}).get("fingerprint")
+            if not same_split or labels != self.data.fingerprint:
                 self.say(
                     f"--init {self.args.init}: was trained on other labels or another split, so "
                     "prompts that are held out here may have been trained on there"
