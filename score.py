@@ -27,7 +27,7 @@ from gram_mini.pairs import Pair
 from gram_mini.prompts import read_template
 from gram_mini.runs.load import load_judge
 from gram_mini.runs.options import score_options
-from gram_mini.runs.scores import SELDOM, Scores
+from gram_mini.runs.scores import Scores, hardly_answers
 from gram_mini.serving.served import served_judge
 from gram_mini.studies.benchmarks import score_benchmark
 
@@ -38,6 +38,7 @@ SCORES = {  # what a ranking's scores are
     "round-robin": "score = mean P(better than another response)",
     "knock-out": "score = rounds survived + P in the last one; only the first place is certain",
 }
+UNSURE = "The model hardly answers A or B here: do not rely on what follows."
 
 
 def main(argv=None):
@@ -71,8 +72,8 @@ def score_pair(judge, args):
     orders = f"{first:.3f} with A shown first and {second:.3f} with B shown first"
     print(f"P(A better) = {p:.3f}, from {orders}")
     print(f"position gap {abs(first - second):.3f}; mass on the labels {mass.mean():.3f}")
-    if mass.mean() < SELDOM and not judge.trained:  # stage 2 trains no mass: step 7 of losses.py
-        print("The model hardly answers A or B here: do not rely on what follows.")
+    if hardly_answers(judge, mass.mean()):
+        print(UNSURE)
     if cut.any():
         print(f"the texts were cut to {judge.max_length} tokens")
     verdict = f"Response {'AB'[p < 0.5]} is better, with probability {max(p, 1 - p):.3f}."
@@ -85,8 +86,8 @@ def score_responses(judge, args):
     print(f"prompt  {args.prompt}")
     comparisons = f"{ranking.comparisons} comparisons, each in both orders"
     print(f"ranked by {ranking.method}, {comparisons}; best first:")
-    if ranking.label_mass < SELDOM and not judge.trained:
-        print("The model hardly answers A or B here: do not rely on what follows.")
+    if hardly_answers(judge, ranking.label_mass):
+        print(UNSURE)
     if ranking.truncated:
         print(f"in {ranking.truncated} of them the texts were cut to {judge.max_length} tokens")
     for place, i in enumerate(ranking.order, start=1):

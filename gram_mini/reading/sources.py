@@ -158,7 +158,7 @@ def _refuse_twice(files: list[Path]) -> None:
     """Refuse one data set in two files: train.jsonl beside train.jsonl.gz or train.parquet."""
     by_name: dict[str, Path] = {}
     for file in files:
-        first = by_name.setdefault(Path(file.name.removesuffix(".gz")).stem, file)
+        first = by_name.setdefault(_unpacked(file).stem, file)
         if first != file:
             raise UserError(
                 f"{file.parent}: {first.name} and {file.name} seem to hold the same rows; give one "
@@ -190,8 +190,13 @@ def _refuse_subset(subset: str | None, source: str) -> None:
 # ---- files ---------------------------------------------------------------------------
 
 
+def _unpacked(path: Path) -> Path:
+    """The name of a file without .gz."""
+    return Path(path.name.removesuffix(".gz"))
+
+
 def _suffix(path: Path) -> str:
-    return Path(path.name.removesuffix(".gz")).suffix.lower()
+    return _unpacked(path).suffix.lower()
 
 
 def _is_hidden(path: Path) -> bool:
@@ -206,7 +211,7 @@ def _split_name(file: Path) -> str:
     """The whole name of a file without suffixes and number: train_prefs-00000-of-00001 is a file of
     the split train_prefs, not of train.
     """
-    return _PART.sub("", Path(file.name.removesuffix(".gz")).stem.lower())
+    return _PART.sub("", _unpacked(file).stem.lower())
 
 
 def _named_after_split(file: Path) -> bool:

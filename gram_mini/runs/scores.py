@@ -29,6 +29,11 @@ CHUNK = 2000  # comparisons that are held, made and written together: see README
 NOTED = ("batch_size", "device", "server")  # change no score by more than rounding
 
 
+def hardly_answers(judge: Judge, mass: float) -> bool:
+    """Whether a judge says A or B too seldom to rely on. Stage 2 trains no mass (losses.py)."""
+    return mass < SELDOM and not judge.trained
+
+
 @dataclass
 class Question:
     """What a row asks for: pairs to compare, or responses to rank."""
@@ -334,7 +339,7 @@ class Scores:
                 f"{contents.unlabelled} rows whose label cannot be read: scored, and not in the "
                 f"accuracy; the first: {contents.first_unlabelled}"
             )
-        if self.masses and self.mass / self.masses < SELDOM and not self.judge.trained:
+        if self.masses and hardly_answers(self.judge, self.mass / self.masses):
             print(
                 f"The model hardly ever answers A or B (mean mass on the labels "
                 f"{self.mass / self.masses:.2g}): do not rely on this."
