@@ -71,11 +71,12 @@ def score_pair(judge, args):
     print(f"prompt  {args.prompt}\n  A     {args.response[0]}\n  B     {args.response[1]}")
     orders = f"{first:.3f} with A shown first and {second:.3f} with B shown first"
     print(f"P(A better) = {p:.3f}, from {orders}")
-    print(f"position gap {abs(first - second):.3f}; mass on the labels {mass.mean():.3f}")
+    split = " (the orders disagree)" * ((first - 0.5) * (second - 0.5) < 0)
+    print(f"position gap {abs(first - second):.3f}{split}; mass on the labels {mass.mean():.3f}")
     if hardly_answers(judge, mass.mean()):
         print(UNSURE)
     if cut.any():
-        print(f"the texts were cut to {judge.max_length} tokens")
+        print(f"the texts were cut: a judge prompt has at most {judge.max_length} tokens")
     verdict = f"Response {'AB'[p < 0.5]} is better, with probability {max(p, 1 - p):.3f}."
     print(verdict if preferred(p) else "Neither is better.")
 
@@ -89,7 +90,7 @@ def score_responses(judge, args):
     if hardly_answers(judge, ranking.label_mass):
         print(UNSURE)
     if ranking.truncated:
-        print(f"in {ranking.truncated} of them the texts were cut to {judge.max_length} tokens")
+        print(f"{ranking.truncated} of them with texts cut to fit {judge.max_length} tokens")
     for place, i in enumerate(ranking.order, start=1):
         print(f"  {place}. {ranking.scores[i]:6.3f}  {args.response[i]}")
     print(SCORES[ranking.method].format(args.reference))

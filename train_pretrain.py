@@ -30,7 +30,7 @@ def main(argv=None):
     # Judge: the model that will be one in stage 2, with a fresh adapter
     tokenizer = load_tokenizer(run.backbone)
     prompt = pair_prompt(tokenizer)  # the fixed words around x, y_a and y_b
-    labels = label_tokens(tokenizer)  # not used yet: a model without them must not get so far
+    labels = label_tokens(tokenizer)  # for stage 2: a model without them must fail now
     torch.manual_seed(args.seed)
     model = load_model(run.backbone, args.bits, run.device, args.gradient_checkpointing)
     run.check(model, tokenizer)
@@ -47,7 +47,7 @@ def main(argv=None):
     sizes = args.batch_size, args.batch_tokens
     batches = draw_batches(train, run.rows_per_step, args.seed)  # y_a or y_b first, at random
     for batch in run.steps(batches, steps, model, optimizer, schedule):
-        for part in run.passes(batch):  # all at once, or as many rows as fit
+        for part in run.passes(batch):  # the step in one forward pass, or in several
             ids, targets = pair_batch(part, prompt, run.device)  # (B, T), (B, T): the next token
             hidden = hidden_states(model, ids)  # (B, T, H)
             trained = targets != IGNORED  # (B, T): where a token of y_a, y_b or a marker comes next

@@ -41,8 +41,8 @@ def main(argv=None):
     model = load_model(run.backbone, args.bits, run.device, args.gradient_checkpointing)
     run.check(model, tokenizer)
     model = load_lora(model, args.init) if args.init else add_lora(model, args.lora_rank)
-    sizes = args.max_length, args.batch_size
-    judge = Judge(model, tokenizer, *sizes, run.template, args.batch_tokens)
+    limits = args.batch_size, run.template, args.batch_tokens
+    judge = Judge(model, tokenizer, args.max_length, *limits)
     prompt = judge.prompt  # the fixed words around x, y_a and y_b
     labels = judge.labels  # the tokens of A and B
 
@@ -55,7 +55,7 @@ def main(argv=None):
     optimizer, schedule = optimizer_and_schedule(model, args.lr, steps)
     batches = draw_batches(train, run.rows_per_step, args.seed)  # y_a or y_b first, at random
     for batch in run.steps(batches, steps, model, optimizer, schedule):
-        for part in run.passes(batch):  # all at once, or as many rows as fit
+        for part in run.passes(batch):  # the step in one forward pass, or in several
             share = len(part) / len(batch)  # mean over pairs
             if args.both_orders:  # ours, not the paper's: step 8 of losses.py
                 part = [order for row in part for order in (row, row.swapped())]
@@ -65,8 +65,8 @@ def main(argv=None):
             z = output_logits(model, verdict, labels)  # (B, 2): Z_A, Z_B
             loss = reward_loss(z, right, args.label_smoothing)  # -log sigmoid(m) + eps m
             if args.both_orders:
-                w = args.both_orders * run.share_left  # from W down to 0
-                loss = (1 - w) * loss + w * averaged_loss(z, right, args.label_smoothing)
+                c = args.both_orders * run.share_left  # from C down to nearly 0
+                loss = (1 - c) * loss + c * averaged_loss(z, right, args.label_smoothing)
             (loss * share).backward()
             m = margins(z, right)  # (B,): Z_w - Z_l
             accuracy = (m > 0).float().mean()

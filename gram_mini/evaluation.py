@@ -119,8 +119,9 @@ def summarise(pairs: list[Pair], results: list[Comparison]) -> Evaluation:
 def pick_the_longer(pair: Pair) -> Comparison:
     """What a judge says that always prefers the response with more characters: a yardstick."""
     difference = len(pair.response_a) - len(pair.response_b)
-    p = 0.5 + (0.5 if difference > 0 else -0.5 if difference < 0 else 0.0)
-    return Comparison(p, p, p, difference, difference, 1.0, False)
+    odds = math.copysign(math.inf, difference) if difference else 0.0
+    p = 0.5 if difference == 0 else float(difference > 0)
+    return Comparison(p, p, p, odds, odds, label_mass=1.0, truncated=False)
 
 
 def _softplus(x: float) -> float:
@@ -228,8 +229,8 @@ def with_interval(runs: list[Evaluation]) -> str:
 
 
 def student_t(freedom: int) -> float:
-    """The 97.5% quantile of Student's t; beyond 5 degrees of freedom by expansion, to 0.01."""
-    table = (12.706, 4.303, 3.182, 2.776, 2.571)
+    """The 97.5% quantile of Student's t; beyond 6 degrees of freedom by expansion, to 0.01."""
+    table = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447)
     if freedom <= len(table):
         return table[freedom - 1]
     return 1.960 + 2.372 / freedom + 2.823 / freedom**2

@@ -66,14 +66,14 @@ token t after it, w for the label of the preferred response (A or B), l for the 
    takes it from the other: m_1 = d + b and m_2 = d - b. Show each pair in both orders, and take one
    loss on the mean of the two margins beside the plain loss on each:
 
-       L_both = (1 - w) (L_eps(m_1) + L_eps(m_2)) / 2  +  w L_eps((m_1 + m_2) / 2).
+       L_both = (1 - c) (L_eps(m_1) + L_eps(m_2)) / 2  +  c L_eps((m_1 + m_2) / 2).
 
    In the second part b cancels, so from the first step its gradient is about d alone. The plain
    part must bring b down first: where b is large, one order has a large gradient that says "less
    b", and what both orders say about d is the small rest. But the second part never asks for a
-   small b. A judge that reads only the response in one place can make it small; then m_1 and m_2
-   disagree, and the position gap is wide. The plain part closes it. So w begins at W and falls to
-   nearly 0 in a straight line: first the judge learns to score, then to compare.
+   small b. A judge that reads only the response in one place can make this part small; then m_1
+   and m_2 disagree, and the position gap is wide. The plain part closes it. So c begins at C and
+   falls to nearly 0 in a straight line: first the judge learns to score, then to compare.
 """
 
 from __future__ import annotations
@@ -119,7 +119,9 @@ def reward_loss(label_logits: torch.Tensor, right: torch.Tensor, eps: float = 0.
     return smoothed(margins(label_logits, right), eps)
 
 
-def averaged_loss(label_logits: torch.Tensor, right: torch.Tensor, eps: float = 0.0):
+def averaged_loss(
+    label_logits: torch.Tensor, right: torch.Tensor, eps: float = 0.0
+) -> torch.Tensor:
     """Step 8, its second part: the loss on the mean margin of both orders, in nats per pair.
 
     Args:
@@ -127,6 +129,9 @@ def averaged_loss(label_logits: torch.Tensor, right: torch.Tensor, eps: float = 
             orders.
         right: (2N,), as in :func:`margins`.
         eps: as in :func:`reward_loss`.
+
+    Raises:
+        ValueError: if eps is outside [0, 1/2).
     """
     m = margins(label_logits, right).view(-1, 2).mean(dim=1)  # (N,)
     return smoothed(m, eps)
@@ -150,7 +155,9 @@ def best_margin(eps: float, q: float = 1.0) -> float:
     log((1 - eps) / eps) for certain labels; infinite where neither smoothing nor noise bounds it.
     """
     target = q * (1 - eps) + (1 - q) * eps
-    return math.log(target / (1 - target)) if 0 < target < 1 else math.inf
+    if target in (0, 1):
+        return math.inf if target else -math.inf
+    return math.log(target / (1 - target))
 
 
 def label_mass(logits: torch.Tensor, label_ids: tuple[int, int]) -> torch.Tensor:

@@ -107,7 +107,7 @@ def load_tokenizer(name: str):
     Raises:
         UserError: if there is none under this name.
     """
-    folder = Path(name) if (Path(name) / "tokenizer.json").is_file() else local_model(name)
+    folder = Path(name) if (Path(name) / "tokenizer_config.json").is_file() else local_model(name)
     tokenizer = _from_pretrained(AutoTokenizer, name, folder)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token  # padding is never attended to, any token will do
@@ -233,16 +233,21 @@ def load_lora(model, folder: Path, trainable: bool = True) -> PeftModel:
     """Put the adapter of a run on its model.
 
     Raises:
-        UserError: if the folder holds no adapter in safetensors.
+        UserError: if the folder holds no adapter in safetensors, or one of another model.
     """
-    if not (folder / "adapter_model.safetensors").is_file():
+    from gram_mini.runs import checks  # not above: its checks call this file
+
+    file = folder / "adapter_model.safetensors"
+    if not file.is_file():
         raise UserError(f"{folder}: holds no adapter_model.safetensors; is this a finished run?")
     try:
-        return PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
+        adapted = PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
     except Exception as error:  # as in _from_pretrained
         raise UserError(
             f"{folder}: the adapter cannot be loaded: {str(error).splitlines()[0]}"
         ) from None
+    checks.check_adapter(str(folder), adapted, file)
+    return adapted
 
 
 # ---- hidden states -------------------------------------------------------------------
@@ -273,6 +278,18 @@ def length_kind(model) -> Callable[[int], int]:
     return lambda length: 0
 
 
+def forget_lengths(model) -> None:
+    """Take dynamic NTK's positions back to the scale of the beginning.
+
+    transformers keeps the scale of the longest pass so far. Then a score would depend on what was
+    judged before.
+    """
+    for module in model.modules():
+        if getattr(module, "rope_type", None) == "dynamic":
+            module.inv_freq = module.original_inv_freq.to(module.inv_freq.device)
+            module.max_seq_len_cached = module.original_max_seq_len
+
+
 def hidden_states(model, ids: torch.Tensor) -> torch.Tensor:
     """Last hidden states (B, T, H) of right-padded sequences (B, T), before the output matrix.
 
@@ -282,6 +299,7 @@ def hidden_states(model, ids: torch.Tensor) -> torch.Tensor:
         UserError: if the model's own code fails.
     """
     base = without_adapter(model)
+    forget_lengths(base)
     try:
         with half_precision(model):
             if getattr(base, "own_logits", False):
@@ -338,6 +356,10 @@ def output_logits(
     return output_head(model)(hidden, tokens)
 
 
+# What Gemma 2 and 3, RecurrentGemma and xLSTM call the cap of their logits.
+CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+
+
 @dataclass(frozen=True)
 class OutputHead:
     """What makes logits of hidden states: the output matrix, and what some models do after it."""
@@ -387,9 +409,5 @@ def output_head(model) -> OutputHead | OwnLogits:
     scale = (getattr(config, "logit_scale", None) or 1.0) / (
         getattr(config, "logits_scaling", None) or 1.0
     )
-    return OutputHead(
-        head.weight,
-        getattr(head, "bias", None),
-        scale,
-        getattr(config, "final_logit_softcapping", None),
-    )
+    cap = next(filter(None, (getattr(config, name, None) for name in CAPS)), None)
+    return OutputHead(head.weight, getattr(head, "bias", None), scale, cap)

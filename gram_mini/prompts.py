@@ -178,8 +178,7 @@ def label_tokens(tokenizer, template: str | None = None) -> tuple[int, int]:
     """Token ids of the verdicts A and B, exactly as they stand after the judge prompt.
 
     Whether that is "A" or " A" depends on the chat template, so it is read off the rendered prompt.
-    Without a chat template the verdict follows the judge prompt directly, after its white space or
-    else one space.
+    Without a chat template it is "A" where the judge prompt ends in white space, else " A".
 
     Raises:
         UserError: if a label is not one token there (names what it splits into).

@@ -23,12 +23,13 @@ from gram_mini.baselines.judges import (
 )
 from gram_mini.batches import IGNORED, judge_batch
 from gram_mini.chunked import chunked_pair_loss
-from gram_mini.errors import clear_errors
+from gram_mini.errors import UserError, clear_errors
 from gram_mini.evaluation import summarise
 from gram_mini.losses import margins, reward_loss
 from gram_mini.model import (
     add_lora,
     hidden_states,
+    length_kind,
     load_lora,
     load_model,
     load_tokenizer,
@@ -123,6 +124,8 @@ def main(argv=None):
         longer = max(len(row.response_a), len(row.response_b))
         return longer + len(row.prompt) + prompt.fixed_tokens
 
+    if args.head == "scalar":
+        check_lengths(run.backbone, length_kind(model), [*train, *held_out], prompt)
     # A scalar head reads both responses, and the text loss the preferred one once more.
     sequences = 1 if args.head == "labels" else 3 if args.text_weight else 2
     run.describe(train, held_out, prompt, length, sequences)
@@ -167,6 +170,24 @@ def main(argv=None):
     if run.evaluation:
         run.say(f"held out: {evaluation}")
     run.finish(model, tokenizer, judge.labels)
+
+
+def check_lengths(name, kind, rows, prompt):
+    """See that both responses of a pair may share a forward pass.
+
+    Raises:
+        UserError: if the model scales positions by the longest sequence of a pass, and a pair has
+            responses of two kinds of length.
+    """
+    around = prompt.fixed_tokens
+    for row in rows:
+        a, b = (around + len(row.prompt) + len(y) for y in (row.response_a, row.response_b))
+        if kind(a) != kind(b):
+            raise UserError(
+                f"{name}: scales its positions by the longest sequence of a forward pass, and a "
+                f"pair has sequences of {a} and {b} tokens, which it would scale differently; give "
+                f"--max-length {min(a, b)} or less"
+            )
 
 
 def text_loss(model, rows, prompt, device):

@@ -6,12 +6,14 @@ label rows    (2, H)   a trained copy of two rows of the output matrix; the rest
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from gram_mini.baselines.batches import response_prompt, response_segments
 from gram_mini.batches import EncodedPair, Segments
+from gram_mini.errors import UserError
 from gram_mini.judge import Judge, check_finite
-from gram_mini.model import evaluating
+from gram_mini.model import evaluating, output_head, without_adapter
 
 import torch
 from safetensors.torch import load_file
@@ -22,7 +24,16 @@ def add_head(model, labels: tuple[int, int] | None = None) -> torch.nn.Linear:
 
     Without ``labels`` it is a scalar head (1, H) with small random weights. With the token ids of A
     and B it is a copy of their rows of the output matrix (2, H).
+
+    Raises:
+        UserError: if the model's last hidden states cannot be read.
     """
+    if getattr(without_adapter(model), "own_logits", False):
+        name = getattr(model.config, "_name_or_path", "") or type(model).__name__
+        raise UserError(
+            f"{name}: makes its logits in a way of its own, so no head can be put on its hidden "
+            "states; train it with train_reward.py"
+        )
     width = model.get_input_embeddings().weight.shape[1]
     head = torch.nn.Linear(width, 1 if labels is None else 2, bias=False)
     with torch.no_grad():
@@ -61,7 +72,9 @@ class LabelRowsJudge(Judge):
 
     def label_logits(self, verdict: torch.Tensor) -> torch.Tensor:
         """Z_A and Z_B (B, 2) of hidden states (B, H), by the trained rows."""
-        return self.model.trained_head(verdict.to(self.model.trained_head.weight.dtype))
+        head = output_head(self.model)  # its bias, scale and cap stay
+        bias = None if head.bias is None else head.bias[list(self.labels)].float()
+        return replace(head, weight=self.model.trained_head.weight, bias=bias)(verdict)
 
 
 class ScalarJudge(Judge):

@@ -14,6 +14,7 @@ tokens when it is loaded:
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 from gram_mini.batches import Segments
 from gram_mini.errors import UserError, last_line
@@ -27,6 +28,8 @@ from gram_mini.prefixes import can_share, end_states
 from gram_mini.runs.gguf import say_lost
 
 import torch
+from peft import get_peft_model_state_dict
+from safetensors import safe_open
 
 NEARLY_ALL = 0.95  # share of the weights in 4 bits above which nothing is said
 warned: list[str] = []  # the model with which wrong scales were told: once for each process
@@ -142,8 +145,8 @@ def _check_dequantisation(name: str, model) -> None:
             warned.append(name)
             say(
                 f"{name}: bitsandbytes reads 4-bit weights back with wrong scales on this CPU, as "
-                f"rows of {state.shape[-1]} weights are not whole blocks of {state.blocksize}: on "
-                "a GPU the same run gives other figures"
+                f"rows of {state.shape[-1]} weights are not whole blocks of {state.blocksize}: "
+                "training and scoring here agree, and a GPU gives slightly other figures"
             )
         return
 
@@ -159,6 +162,28 @@ def read_by_blocks(parameter) -> torch.Tensor:
         return dequantize_4bit(parameter.data, state).view(shape)
     finally:
         state.shape = shape
+
+
+# ---- adapters ------------------------------------------------------------------------
+
+
+def check_adapter(name: str, model, file: Path) -> None:
+    """See that an adapter's file holds what the adapted model wants, neither less nor more.
+
+    Raises:
+        UserError: if not; peft would go on with fresh weights, which change nothing.
+    """
+    with safe_open(file, "pt") as stored:
+        there = set(stored.keys())
+    wanted = set(get_peft_model_state_dict(model, save_embedding_layers=False))
+    if there != wanted:
+        odd = min(there ^ wanted)
+        raise UserError(
+            f"{name}: its adapter is of another model, or of another version of transformers or "
+            f"peft: {len(there ^ wanted)} weights do not match, such as {odd} "
+            f"({'only' if odd in there else 'missing'} in the file); run.json names the backbone "
+            "and the versions"
+        )
 
 
 # ---- computation ---------------------------------------------------------------------

@@ -61,6 +61,7 @@ def load_judge(
     """
     place, folder = pick_device(device), Path(path).resolve()
     record, head = find_record(path), None
+    own_template = template
     if record:
         max_length = max_length or record["options"]["max_length"]
         template = template or record["prompt"]["judge"]
@@ -90,6 +91,10 @@ def load_judge(
     max_length = max_length or for_model(MAX_LENGTH, backbone)
     batch_size = batch_size or for_model(SCORED, backbone)
     check_sizes(str(path), model, tokenizer, max_length)
+    if own_template and head is not None and head.out_features == 1:
+        raise UserError(
+            f"--judge-template: {path} has a scalar head, which reads no judge prompt; leave it out"
+        )
     make = Judge if head is None else judge_with_head
     judge = make(model, tokenizer, max_length, batch_size, template)
     check_trained(judge, path, record)

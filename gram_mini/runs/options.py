@@ -12,8 +12,9 @@ from pathlib import Path
 from gram_mini.errors import UserError
 from gram_mini.judge import AVERAGES, METHODS
 from gram_mini.model import VILLAGE
+from gram_mini.pairs import is_blank
 from gram_mini.reading.columns import Columns, check_columns
-from gram_mini.runs import defaults
+from gram_mini.runs import checks, defaults
 from gram_mini.runs.output import check_output
 from gram_mini.runs.partial import check_partial
 from gram_mini.studies import benchmarks
@@ -81,9 +82,9 @@ def reward_options(description: str, argv=None) -> argparse.Namespace:
         "--both-orders",
         type=whole_share,
         default=0.0,
-        metavar="W",
+        metavar="C",
         help="show each pair in both orders, with one loss on the mean of the two margins (step 8 "
-        "of gram_mini/losses.py): its weight falls from W to nearly 0, and the plain "
+        "of gram_mini/losses.py): its weight falls from C to nearly 0, and the plain "
         "loss has the rest; 0 is the paper's way",
     )
     args = p.parse_args(argv)
@@ -193,6 +194,8 @@ def _check_scoring(p: argparse.ArgumentParser, args: argparse.Namespace) -> None
             p.error("--data needs --out FILE.jsonl")
         if args.benchmark and args.out.suffix != ".json":
             p.error("--benchmark needs --out FILE.json")
+        if not args.benchmark and args.out.suffix != ".jsonl":
+            p.error("--data needs --out FILE.jsonl: a line of JSON for each pair or ranking")
         for path in benchmarks.files(args.benchmark, args.out) if args.benchmark else [args.out]:
             check_output(path, args.overwrite, "--out")
         if not args.benchmark:
@@ -216,6 +219,10 @@ def _check_scoring(p: argparse.ArgumentParser, args: argparse.Namespace) -> None
             )
         if args.rank == "reference" and args.reference is None:
             p.error("--rank reference needs --reference")
+        texts = {"--prompt": [args.prompt], "--response": args.response}
+        for name, given in {**texts, "--reference": [args.reference or "-"]}.items():
+            if any(map(is_blank, given)):
+                checks.say(f"{name}: an empty text is judged as any other")
     if args.benchmark and (args.columns or args.labels or args.pairs_per_prompt):
         p.error("--columns, --labels and --pairs-per-prompt do not go with --benchmark")
     if args.benchmark and (args.on_bad_row != "error" or args.pairs != "all" or args.streaming):

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from gram_mini.errors import Interrupted, UserError
 from gram_mini.judge import Comparison, Judge, Ranking, preferred
-from gram_mini.pairs import Pair, unusable
+from gram_mini.pairs import Pair, is_blank, unusable
 from gram_mini.prompts import LABELS
 from gram_mini.reading.formats import has_literal_breaks, parse_pairs, read_ranking
 from gram_mini.reading.load import NOT_DRAWN, draw_pairs, read_groups
@@ -60,6 +60,15 @@ class Question:
         """How many comparisons it takes at most, and 1 if it takes none."""
         n = len(self.responses or ())
         return max(1, len(self.pairs), n * (n - 1) // 2 if self.reference is None else n)
+
+    @property
+    def unusable(self) -> Counter:
+        """What is scored and yet says nothing, by reason."""
+        texts = self.prompt, *(self.responses or ()), self.reference or "-"
+        empty = self.responses is not None and any(map(is_blank, texts))
+        return Counter(filter(None, map(unusable, self.pairs))) + Counter(
+            {"ranked with an empty text": int(empty)}
+        )
 
     def digest(self) -> bytes:
         """A hash of what is asked."""
@@ -162,6 +171,7 @@ class Contents:
     lines: int = 0  # of the output
     literal_breaks: int = 0
     left_out: Counter = field(default_factory=Counter)
+    unusable: Counter = field(default_factory=Counter)
     notes: Notes = field(default_factory=Notes)
     unlabelled: int = 0  # rows whose labels cannot be read, though their texts can
     first_unlabelled: str | None = None  # why the first of them cannot
@@ -187,6 +197,7 @@ def read_through(args) -> Contents:
         contents.lines += question.lines
         contents.literal_breaks += question.literal_breaks
         contents.left_out.update(question.left_out)
+        contents.unusable.update(question.unusable)
         contents.notes.update(question.notes)
         contents.unlabelled += question.rows * (question.unlabelled is not None)
         contents.first_unlabelled = contents.first_unlabelled or question.unlabelled
@@ -323,7 +334,7 @@ class Scores:
         args, contents = self.args, self.contents
         print(
             f"scored {contents.rows} rows from {args.data}: {self.lines} lines, {self.cut} of them "
-            f"cut to {self.judge.max_length} tokens; wrote {args.out}"
+            f"cut to fit {self.judge.max_length} tokens; wrote {args.out}"
         )
         for reason, count in contents.left_out.items():
             first = f"; the first: {contents.first_unreadable}" * (reason == UNREADABLE)
@@ -334,6 +345,8 @@ class Scores:
             print(
                 f"{contents.literal_breaks} rows with a literal \\n beside the markers, taken off"
             )
+        for reason, count in contents.unusable.items():
+            print(f"{count} {reason}: scored, and not in the accuracy")
         if contents.unlabelled:
             print(
                 f"{contents.unlabelled} rows whose label cannot be read: scored, and not in the "

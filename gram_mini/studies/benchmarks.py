@@ -66,7 +66,7 @@ from pathlib import Path
 from typing import Any
 
 from gram_mini.errors import UserError
-from gram_mini.evaluation import bootstrap, brier, calibration, orders_agree
+from gram_mini.evaluation import bootstrap, brier, calibration, orders_agree, pick_the_longer
 from gram_mini.judge import TIE, Comparison, Judge, preferred, round_robin
 from gram_mini.pairs import Pair, unusable
 from gram_mini.reading.formats import parse_pairs
@@ -549,7 +549,9 @@ def run(
         rows, benchmark, lambda pairs: judge.compare_many(pairs, average, progress=name)
     )
     units = by_unit(judged)
-    longer = by_unit(judge_rows(rows, benchmark, pick_the_longer)[0])
+    longer = by_unit(
+        judge_rows(rows, benchmark, lambda pairs: list(map(pick_the_longer, pairs)))[0]
+    )
     _, details = benchmark.aggregate(units)
     aggregate = lambda units: benchmark.aggregate(units)[0]
     sections = list(dict.fromkeys([*benchmark.sections, *(row.section for row in rows)]))
@@ -665,15 +667,6 @@ def longer(pair: Pair) -> int:
     """1 where the first response has more characters, -1 where the second has, else 0."""
     a, b = len(pair.response_a), len(pair.response_b)
     return (a > b) - (a < b)
-
-
-def pick_the_longer(pairs: list[Pair]) -> list[Comparison]:
-    """What a judge says that always prefers the longer response."""
-    results = []
-    for pair in pairs:
-        p, odds = {1: (1.0, math.inf), 0: (0.5, 0.0), -1: (0.0, -math.inf)}[longer(pair)]
-        results.append(Comparison(p, p, p, odds, odds, label_mass=1.0, truncated=False))
-    return results
 
 
 def by_unit(judged: list[Judged]) -> list[list[Judged]]:

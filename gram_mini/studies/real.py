@@ -5,11 +5,11 @@
   rates   learning rates of both stages and of the scalar head: to choose them, with --seeds 0
 
 --labels, --unlabelled and each --test take a file, a folder or a name on the hub, as --data of the
-training scripts does. Of the labelled prompts 15% are held out as the test "held out"; which
-ones is the same for all seeds. A seed draws which pairs are used, their order, and the adapters.
-Rates are the defaults for a model that is not the village's (gram_mini/runs/defaults.py), and 3e-4
-for the scalar heads. "rates" leaves the held-out prompts alone: it tests on others, which it takes
-from the labelled ones.
+training scripts does; their rows must need no --columns, --split or --subset. Of the labelled
+prompts 15% are held out as the test "held out"; which ones is the same for all seeds. A seed draws
+which pairs are used, their order, and the adapters. Rates are the defaults for a model that is not
+the village's (gram_mini/runs/defaults.py), and 3e-4 for the scalar heads. "rates" leaves the
+held-out prompts alone: it tests on others, which it takes from the labelled ones.
 
 Trained models and figures stay in --runs, so a study goes on where it stopped.
 """
@@ -68,6 +68,19 @@ RATES = {  # method: rates of its stage 1 if it starts from one, else of its sta
 }
 
 
+def _read(option: str, source: str, labelled: bool):
+    """The pairs of a source, whose own options this command does not have."""
+    try:
+        return load_pairs(source, labelled=labelled)
+    except UserError as error:
+        if not any(name in str(error) for name in ("--columns", "--split", "--subset")):
+            raise
+        raise UserError(
+            f"{option} {source}: {error} (here there are no such options: first write the pairs "
+            "to a file with prompt, chosen, rejected, or prompt, response_a, response_b)"
+        ) from None
+
+
 class RealLab(Lab):
     """A lab on files of real preferences; ``tests`` is {name: source}.
 
@@ -91,14 +104,15 @@ class RealLab(Lab):
     ):
         self.stages = stages or {}
         self.labels, self.unlabelled, self.tested = counts  # pairs to use, at most
-        labelled, pool = load_pairs(labels, labelled=True), load_pairs(unlabelled, labelled=False)
+        labelled = _read("--labels", labels, labelled=True)
+        pool = _read("--unlabelled", unlabelled, labelled=False)
         self.used, held_out = split_by_prompt(labelled.pairs, 0.15, seed=0)
         if not held_out:
             raise UserError(
                 f"--labels {labels}: all pairs have the same prompt; some must be held out"
             )
         self.pool = pool.pairs
-        loaded = {name: load_pairs(source, labelled=True) for name, source in tests.items()}
+        loaded = {n: _read("--test", source, labelled=True) for n, source in tests.items()}
         sets = {HELD_OUT: held_out, **{name: data.pairs for name, data in loaded.items()}}
         self.tests = {name: drawn(pairs, self.tested, "test") for name, pairs in sets.items()}
         for read in (labelled, pool, *loaded.values()):
@@ -272,7 +286,13 @@ def main(argv=None):
     for name, text in texts.items():
         group.add_argument(f"--{name}", default=[], type=words, metavar="OPTIONS", help=text)
     group.add_argument("--name", default="real", help="the results are called NAME-STUDY")
-    group.add_argument("--runs", type=Path, default=Path("runs/real-study"), metavar="FOLDER")
+    group.add_argument(
+        "--runs",
+        type=Path,
+        default=Path("runs/real-study"),
+        metavar="FOLDER",
+        help="where trained models and figures are kept, and found again",
+    )
     group.add_argument(
         "--results", type=Path, metavar="FOLDER", help="for tables and figures (default: in --runs)"
     )

@@ -19,8 +19,7 @@ from gram_mini.errors import clear_errors
 from gram_mini.evaluation import Evaluation, evaluate, summarise, with_interval
 from gram_mini.model import local_model
 from gram_mini.runs import options
-from gram_mini.runs.load import load_judge
-from gram_mini.runs.record import read_record
+from gram_mini.runs.load import find_record, load_judge
 from gram_mini.serving.served import served_judge
 from gram_mini.village.pairs import village_pairs
 
@@ -119,17 +118,17 @@ def village_table(
 
 
 def records_of(models: list[str]) -> list[dict | None]:
-    """The run.json of each model, None for one that is not a run.
+    """The record of each run or exported run, None for any other model.
 
     Raises:
         UserError: a missing model, so before the first one is judged.
     """
     records = []
     for model in models:
-        is_run = (Path(model) / "run.json").is_file()
-        if not is_run:
+        record = find_record(model)
+        if record is None:
             local_model(model)
-        records.append(read_record(Path(model)) if is_run else None)
+        records.append(record)
     return records
 
 

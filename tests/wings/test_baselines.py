@@ -10,6 +10,7 @@ from gram_mini.baselines.batches import chosen_batch, response_batch, response_p
 from gram_mini.baselines.judges import LabelRowsJudge, ScalarJudge, add_head
 from gram_mini.batches import IGNORED, encode_pairs
 from gram_mini.errors import UserError
+from gram_mini.judge import Judge
 from gram_mini.losses import reward_loss
 from gram_mini.model import VILLAGE, add_lora, hidden_states, load_model, output_logits
 from gram_mini.pairs import Pair
@@ -204,3 +205,31 @@ def test_the_text_loss_does_not_depend_on_how_a_step_is_split(tmp_path):
 def test_options_without_effect_are_refused(options, tmp_path):
     with pytest.raises(SystemExit):
         baselines.baseline_options(["--head", "scalar", *options])
+
+
+def test_a_model_with_own_logits_gets_no_head(tokenizer):
+    model = load_model(VILLAGE, bits=32)
+    model.own_logits = True
+    for labels in (None, label_tokens(tokenizer)):
+        with pytest.raises(UserError, match="makes its logits in a way of its own"):
+            add_head(model, labels)
+
+
+def test_label_rows_keep_scale_and_bias_of_the_output_head(tokenizer):
+    model = load_model(VILLAGE, bits=32)
+    model.config.logits_scaling = 8.0
+    head = model.get_output_embeddings()
+    head.bias = torch.nn.Parameter(torch.randn(len(head.weight)), requires_grad=False)
+    plain = Judge(model, tokenizer)
+    before = plain.log_odds(plain.encode(PAIRS))[0]  # (2, 2)
+    add_head(model, plain.labels)
+    after = LabelRowsJudge(model, tokenizer).log_odds(plain.encode(PAIRS))[0]
+    torch.testing.assert_close(after, before)
+
+
+def test_a_scalar_head_reads_no_judge_prompt(runs, tmp_path):
+    file = tmp_path / "judge.txt"
+    file.write_text("{prompt} {response_a} {response_b} Which?")
+    given = ["--model", str(runs / "d-baseline"), "--judge-template", str(file)]
+    with pytest.raises(UserError, match="--judge-template: .* reads no judge prompt; leave it out"):
+        score.main([*given, "--prompt", "x", "--response", "y", "--response", "z"])

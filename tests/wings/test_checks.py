@@ -10,10 +10,12 @@ import score
 import train_pretrain
 import train_reward
 from gram_mini import prefixes
+from gram_mini.baselines import __main__ as baselines
 from gram_mini.batches import split_by_tokens
 from gram_mini.errors import UserError
 from gram_mini.judge import Judge
 from gram_mini.model import (
+    CAPS,
     add_lora,
     hidden_states,
     length_kind,
@@ -31,6 +33,7 @@ from safetensors.torch import load_file, save_file
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    CTRLTokenizer,
     LlamaForCausalLM,
     Phi3Config,
     Phi3ForCausalLM,
@@ -166,6 +169,30 @@ def test_weights_that_do_not_fit_end_in_one_line(copy, edit, message):
     assert "\n" not in str(error.value)
 
 
+def test_an_adapter_of_other_names_is_refused(llama, tmp_path):
+    run = tmp_path / "run"
+    train_reward.main(["--model", llama, "--bits", "32", "--out", str(run), *SHORT])
+    file = run / "adapter_model.safetensors"
+    weights = load_file(file)
+    renamed = {name.replace(".layers.0.", ".blocks.0."): w for name, w in weights.items()}
+    save_file(renamed, file, metadata={"format": "pt"})
+    with pytest.raises(UserError, match="its adapter is of another model.*do not match, such as"):
+        load_judge(run)
+    save_file(dict(list(weights.items())[1:]), file, metadata={"format": "pt"})
+    with pytest.raises(UserError, match="1 weights do not match, such as .*missing in the file"):
+        load_judge(run)
+
+
+@pytest.mark.parametrize("name", CAPS)
+def test_a_cap_of_the_logits_is_read_under_each_of_its_names(llama, name):
+    model = load_model(llama, 32)
+    hidden = torch.randn(3, 64) * 50
+    plain = output_logits(model, hidden)
+    setattr(model.config, name, 5.0)
+    assert plain.abs().max() > 5 > output_logits(model, hidden).abs().max()
+    torch.testing.assert_close(output_logits(model, hidden), torch.tanh(plain / 5) * 5)
+
+
 @pytest.mark.parametrize("beside", [True, False])
 def test_an_adapter_in_a_model_folder_is_not_dropped(copy, beside):
     model = add_lora(LlamaForCausalLM.from_pretrained(copy), 2)
@@ -248,6 +275,20 @@ def test_a_longer_pair_in_the_batch_changes_no_score(longrope):
     assert abs(mixed - alone[0].log_odds_first) > 1e-3
 
 
+def test_a_longer_pair_before_changes_no_score(tmp_path):
+    rope = dict(rope_type="dynamic", factor=4.0, rope_theta=10000.0)
+    options = dict(max_position_embeddings=120, rope_parameters=rope, initializer_range=0.2)
+    judge = load_judge(model_folder(tmp_path / "m", "llama", **options), bits=32, max_length=480)
+    middle, long = Pair(*[text * 12 for text in PAIR]), Pair(*[text * 22 for text in PAIR])
+    lengths = [row.length + judge.prompt.fixed_tokens for row in judge.encode([middle, long])]
+    assert 120 < lengths[0] < lengths[1] <= 480
+    alone = judge.compare_many([middle])[0]
+    beside, later = judge.compare_many([middle, long])[0], judge.compare_many([middle])[0]
+    assert alone == beside == later
+    last = [hidden_states(judge.model, torch.ones(1, n, dtype=torch.long)) for n in (200, 400, 200)]
+    assert torch.equal(last[0], last[2])
+
+
 def test_lengths_of_different_kinds_get_passes_of_their_own(longrope, llama):
     kind = length_kind(load_model(longrope, 32))
     assert [kind(length) for length in (10, 120, 121, 400)] == [0, 0, 1, 1]
@@ -272,6 +313,16 @@ def test_training_does_not_mix_lengths_across_the_switch(longrope, tmp_path, mon
     assert len(sizes) == 2 and max(sizes, key=max)[0] > 120 >= min(sizes, key=max)[-1]
 
 
+def test_a_scalar_head_refuses_a_pair_with_one_response_on_each_side(longrope, tmp_path):
+    rows = [{"prompt": "x", "chosen": "y " * 150, "rejected": "z"} for _ in range(2)]
+    (tmp_path / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    given = ["--model", longrope, "--bits", "32", "--data", str(tmp_path / "d.jsonl")]
+    given += ["--head", "scalar", "--steps", "1", "--out", str(tmp_path / "run")]
+    with pytest.raises(UserError, match="would scale differently; give --max-length"):
+        baselines.main(given)
+    baselines.main([*given, "--max-length", "120"])
+
+
 # ---- limits known beforehand -----------------------------------------------------------
 
 
@@ -291,6 +342,24 @@ def test_a_rotary_model_beyond_its_positions_is_warned_of(tmp_path, capsys):
     folder = model_folder(tmp_path / "m", "llama", max_position_embeddings=256)
     load_judge(folder, max_length=512)
     assert "was made for 256 tokens and --max-length is 512" in capsys.readouterr().err
+
+
+def test_a_run_whose_tokenizer_has_no_tokenizer_json_is_scored(tmp_path):
+    letters = {c + end: 0 for c in map(chr, range(33, 127)) for end in ("", "@@")} | {"<unk>": 0}
+    (tmp_path / "vocab.json").write_text(json.dumps({c: i for i, c in enumerate(letters)}))
+    (tmp_path / "merges.txt").write_text("#version: 0.2\n\n")
+    files = str(tmp_path / "vocab.json"), str(tmp_path / "merges.txt")
+    tokenizer = CTRLTokenizer(*files, unk_token="<unk>", pad_token="<unk>")
+    folder, run = (
+        model_folder(tmp_path / "m", "llama", max_position_embeddings=2048),
+        tmp_path / "r",
+    )
+    for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        (Path(folder) / file).unlink(missing_ok=True)
+    tokenizer.save_pretrained(folder)
+    train_reward.main(["--model", folder, "--bits", "32", "--out", str(run), *SHORT])
+    assert not (run / "tokenizer.json").is_file()
+    assert 0 < load_judge(run).compare(*PAIR).probability < 1
 
 
 def test_a_tokenizer_with_more_tokens_than_the_embedding_is_one_line(tmp_path):
