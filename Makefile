@@ -41,13 +41,17 @@ demo: .venv/.installed
 	@echo "Each run is a folder in $(DEMO)/: adapter, tokenizer, run.json, log.csv, plot.png. To score a pair of your own:"
 	@echo "  $(BIN)/python score.py --model $(DEMO)/reward --prompt ... --response ... --response ..."
 
+begun = $(wildcard $(1).partial/log.csv)
+again = $(if $(call begun,$(1)),--resume,--overwrite)
+
 real: .venv/.installed $(filter $(SMOLLM2),$(MODEL))
 	@test ! -e $(REAL)/reward || \
 	  { echo "$(REAL)/reward is there already: give REAL=another/folder, or remove it first"; exit 1; }
-	$(BIN)/python train_pretrain.py --model $(MODEL) --bits 16 --data $(UNLABELLED) --epochs 1 \
-	  --out $(REAL)/pretrain --overwrite
+	$(if $(call begun,$(REAL)/reward),@echo "stage 2 was stopped; going on with it from $(REAL)/pretrain as it is",\
+	  $(BIN)/python train_pretrain.py --model $(MODEL) --bits 16 --data $(UNLABELLED) --epochs 1 \
+	  --out $(REAL)/pretrain $(call again,$(REAL)/pretrain))
 	$(BIN)/python train_reward.py --model $(MODEL) --bits 16 --data $(DATA) --both-orders 1 \
-	  --init $(REAL)/pretrain --out $(REAL)/reward --overwrite
+	  --init $(REAL)/pretrain --out $(REAL)/reward $(call again,$(REAL)/reward)
 	@echo
 ifeq ($(DATA),$(EVERYDAY))
 	@$(BIN)/python -m gram_mini.everyday.table --bits 16 $(MODEL) $(REAL)/reward

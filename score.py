@@ -25,9 +25,10 @@ from gram_mini.errors import clear_errors
 from gram_mini.judge import Comparison, Ranking, preferred
 from gram_mini.pairs import Pair
 from gram_mini.prompts import read_template
+from gram_mini.runs.checks import say_hardly
 from gram_mini.runs.load import load_judge
 from gram_mini.runs.options import score_options
-from gram_mini.runs.scores import Scores, hardly_answers
+from gram_mini.runs.scores import Scores
 from gram_mini.serving.served import served_judge
 from gram_mini.studies.benchmarks import score_benchmark
 
@@ -38,7 +39,6 @@ SCORES = {  # what a ranking's scores are
     "round-robin": "score = mean P(better than another response)",
     "knock-out": "score = rounds survived + P in the last one; only the first place is certain",
 }
-UNSURE = "The model hardly answers A or B here: do not rely on what follows."
 
 
 def main(argv=None):
@@ -73,8 +73,7 @@ def score_pair(judge, args):
     print(f"P(A better) = {p:.3f}, from {orders}")
     split = " (the orders disagree)" * ((first - 0.5) * (second - 0.5) < 0)
     print(f"position gap {abs(first - second):.3f}{split}; mass on the labels {mass.mean():.3f}")
-    if hardly_answers(judge, mass.mean()):
-        print(UNSURE)
+    say_hardly(judge, mass.mean())
     if cut.any():
         print(f"the texts were cut: a judge prompt has at most {judge.max_length} tokens")
     verdict = f"Response {'AB'[p < 0.5]} is better, with probability {max(p, 1 - p):.3f}."
@@ -87,8 +86,7 @@ def score_responses(judge, args):
     print(f"prompt  {args.prompt}")
     comparisons = f"{ranking.comparisons} comparisons, each in both orders"
     print(f"ranked by {ranking.method}, {comparisons}; best first:")
-    if hardly_answers(judge, ranking.label_mass):
-        print(UNSURE)
+    say_hardly(judge, ranking.label_mass)
     if ranking.truncated:
         print(f"{ranking.truncated} of them with texts cut to fit {judge.max_length} tokens")
     for place, i in enumerate(ranking.order, start=1):

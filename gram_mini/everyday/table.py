@@ -15,6 +15,7 @@ from gram_mini.everyday.build import FOLDER, QUALITIES
 from gram_mini.judge import Comparison
 from gram_mini.pairs import Pair
 from gram_mini.runs import options
+from gram_mini.runs.checks import check_comparisons
 from gram_mini.runs.load import load_judge
 from gram_mini.village.table import aligned, method_of, models_parser, records_of
 
@@ -60,6 +61,7 @@ def everyday_table(models: list[str], **settings) -> str:
         judge, start = load_judge(model, **settings), time.perf_counter()
         results = judge.compare_many(pairs, progress=model)
         seconds = f"{time.perf_counter() - start:.0f}"
+        check_comparisons(model, judge, results)
         lines.append(line(method_of(record)[0], results, seconds, Path(model).name))
     return aligned(lines)
 

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from gram_mini.batches import Segments
 from gram_mini.errors import UserError, last_line
+from gram_mini.judge import Comparison, Judge
 from gram_mini.model import (
     half_precision,
     hidden_states,
@@ -33,6 +34,7 @@ from safetensors import safe_open
 
 NEARLY_ALL = 0.95  # share of the weights in 4 bits above which nothing is said
 warned: list[str] = []  # the model with which wrong scales were told: once for each process
+SELDOM = 0.5  # mass on the labels; below it the model hardly ever answers A or B
 CLOSE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2}  # of the largest logit
 
 
@@ -295,4 +297,33 @@ def check_sizes(name: str, model, tokenizer, max_length: int) -> None:
         say(
             f"{name}: was made for {limit} tokens and --max-length is {max_length}: what stands "
             "beyond may be read badly"
+        )
+
+
+# ---- verdicts ------------------------------------------------------------------------
+
+
+def hardly_answers(judge: Judge, mass: float) -> bool:
+    """Whether a judge says A or B too seldom to rely on. Stage 2 trains no mass (losses.py)."""
+    return mass < SELDOM and not judge.trained
+
+
+def say_hardly(judge: Judge, mass: float) -> None:
+    """Say so among the figures if the judge hardly answers A or B; ``mass`` is their mean."""
+    if hardly_answers(judge, mass):
+        print(
+            f"The model hardly ever answers A or B (mean mass on the labels {mass:.2g}): do not "
+            "rely on these figures."
+        )
+
+
+def check_comparisons(name: str, judge: Judge, results: list[Comparison]) -> None:
+    """Say how many pairs of a table were cut, and if the judge hardly answers A or B."""
+    if cut := sum(result.truncated for result in results):
+        say(f"{name}: {cut} of {len(results)} pairs cut to fit {judge.max_length} tokens")
+    mass = sum(result.label_mass for result in results) / len(results)
+    if hardly_answers(judge, mass):
+        say(
+            f"{name}: hardly ever answers A or B (mean mass on the labels {mass:.2g}): do not rely "
+            "on its figures"
         )

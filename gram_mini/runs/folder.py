@@ -34,13 +34,23 @@ class RunFolder:
     """
 
     def __init__(self, folder: Path, overwrite: bool, resume: bool = False):
-        self.folder, self.resume = folder.resolve(), resume
+        self.given, self.folder = folder, folder.resolve()
+        self.overwrite, self.resume = overwrite, resume
         if not self.folder.name:
             raise UserError(
                 f"--out {folder}: is the root of the file system; give the name of a folder"
             )
         self.partial = self.folder.with_name(self.folder.name + ".partial")
         self.checkpoint = self.partial / "checkpoint.pt"
+        self._check()
+
+    def _check(self) -> None:
+        """See that the run can be begun, or gone on with.
+
+        Raises:
+            UserError: as the class.
+        """
+        folder = self.given
         if folder.exists() and not folder.is_dir():
             raise UserError(f"--out {folder}: is a file; give the name of a folder")
         if folder.is_dir() and any(folder.iterdir()):
@@ -48,18 +58,18 @@ class RunFolder:
                 raise UserError(
                     f"--out {folder}: holds files that are not a run; give another folder"
                 )
-            if not overwrite:
+            if not self.overwrite:
                 raise UserError(
                     f"--out {folder}: already holds a run; give another folder, or --overwrite "
                     "to replace it"
                 )
         check_place(folder, "--out")
-        if resume and not (self.partial / "log.csv").is_file():
+        if self.resume and not (self.partial / "log.csv").is_file():
             raise UserError(
                 f"--resume: there is no unfinished run {folder}.partial; leave the option out to "
                 "start one"
             )
-        if self.checkpoint.is_file() and not (resume or overwrite):
+        if self.checkpoint.is_file() and not (self.resume or self.overwrite):
             raise UserError(
                 f"--out {folder}: an unfinished run is there; go on with --resume, or start anew "
                 "with --overwrite"
@@ -74,16 +84,22 @@ class RunFolder:
         """Make the folder NAME.partial.
 
         Raises:
-            UserError: if something else has this name, or the folder cannot be made.
+            UserError: as the class, if something has come there since; if something else has this
+                name, or the folder cannot be made.
         """
         try:
             self.folder.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"--out {self.folder}: cannot be written: {error.strerror}") from None
         self._lock()
+        try:
+            self._check()  # again: another process may have written here until now
+        except UserError:
+            self._unlock()
+            raise
         if not self.resumes:
             files = self.partial.iterdir() if self.partial.is_dir() else ()
-            names = {file.name for file in files}
+            names = {file.name for file in files} - {HOLDER}
             # A run that was killed while it was renamed is complete but still has its checkpoint.
             if names and (
                 "log.csv" not in names or "run.json" in names and "checkpoint.pt" not in names

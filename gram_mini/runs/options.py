@@ -173,6 +173,9 @@ def score_options(description: str, argv=None) -> argparse.Namespace:
     return args
 
 
+OTHER_FORMATS = (".json", ".csv", ".tsv", ".parquet", ".gz")
+
+
 def _check_scoring(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Check that the options go together and that the outputs can be written.
 
@@ -194,8 +197,11 @@ def _check_scoring(p: argparse.ArgumentParser, args: argparse.Namespace) -> None
             p.error("--data needs --out FILE.jsonl")
         if args.benchmark and args.out.suffix != ".json":
             p.error("--benchmark needs --out FILE.json")
-        if not args.benchmark and args.out.suffix != ".jsonl":
-            p.error("--data needs --out FILE.jsonl: a line of JSON for each pair or ranking")
+        if not args.benchmark and args.out.suffix in OTHER_FORMATS:
+            p.error(
+                f"--out {args.out}: a line of JSON is written for each pair or ranking; give "
+                "FILE.jsonl"
+            )
         for path in benchmarks.files(args.benchmark, args.out) if args.benchmark else [args.out]:
             check_output(path, args.overwrite, "--out")
         if not args.benchmark:

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 from gram_mini.errors import UserError
-from gram_mini.runs.output import write_whole
+from gram_mini.runs.output import check_output, write_whole
 
 from filelock import FileLock, Timeout
 
@@ -49,11 +49,19 @@ class PartialFile:
     as they are there, then :meth:`add` appends.
 
     Raises:
-        UserError: it cannot be written, another process writes it, or it was begun with other
-            settings (names them).
+        UserError: it cannot be written, another process writes it, it was begun with other
+            settings (names them), or as check_output and check_partial.
     """
 
-    def __init__(self, path: Path, name: str, settings: dict, resume: bool, noted: dict):
+    def __init__(
+        self,
+        path: Path,
+        name: str,
+        settings: dict,
+        resume: bool,
+        noted: dict,
+        overwrite: bool = False,
+    ):
         self.path, self.name = path, name
         self.partial, self._settings = partial_names(path)
         self.lines = 0  # in whole chunks
@@ -67,6 +75,8 @@ class PartialFile:
                 f"another {name}"
             ) from None
         try:
+            check_output(path, overwrite, name)  # another process may have written here until now
+            check_partial(path, overwrite, resume, name)
             if resume:
                 self._compare(settings, noted)
             else:

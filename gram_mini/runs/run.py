@@ -229,7 +229,9 @@ class Run:
                 if self._evaluated:
                     self._log.held_out(self._step, self.evaluation)
                 stop = accelerator.check_trigger()
-                if self._step < steps and (stop or self._step % self.args.save_every == 0):
+                # Before the last step, too: if the end fails, it alone is done again.
+                due = self._step % self.args.save_every == 0 or self._step == steps - 1
+                if self._step < steps and (stop or due):
                     self._save(optimizer, schedule)
                     if stop:
                         accelerator.end_training()

@@ -18,20 +18,15 @@ from gram_mini.reading.formats import has_literal_breaks, parse_pairs, read_rank
 from gram_mini.reading.load import NOT_DRAWN, draw_pairs, read_groups
 from gram_mini.reading.sources import Notes, Row
 from gram_mini.runs import options
+from gram_mini.runs.checks import say_hardly
 from gram_mini.runs.partial import PartialFile
 from gram_mini.runs.record import judge_fingerprint, tokenizer_fingerprint
 
 from tqdm import tqdm
 
 UNREADABLE = "that cannot be read"
-SELDOM = 0.5  # mass on the labels; below it the model hardly ever answers A or B
 CHUNK = 2000  # comparisons that are held, made and written together: see README.md
 NOTED = ("batch_size", "device", "server")  # change no score by more than rounding
-
-
-def hardly_answers(judge: Judge, mass: float) -> bool:
-    """Whether a judge says A or B too seldom to rely on. Stage 2 trains no mass (losses.py)."""
-    return mass < SELDOM and not judge.trained
 
 
 @dataclass
@@ -225,7 +220,7 @@ class Scores:
         self.args, self.judge = args, judge
         self.contents = read_through(args)
         same, noted = settings(args, judge, self.contents)
-        self.file = PartialFile(args.out, "--out", same, args.resume, noted)
+        self.file = PartialFile(args.out, "--out", same, args.resume, noted, args.overwrite)
         self.lines = self.cut = self.masses = self.labelled = self.hits = 0
         self.mass = 0.0  # their sum
         self.bar = tqdm(
@@ -352,11 +347,8 @@ class Scores:
                 f"{contents.unlabelled} rows whose label cannot be read: scored, and not in the "
                 f"accuracy; the first: {contents.first_unlabelled}"
             )
-        if self.masses and hardly_answers(self.judge, self.mass / self.masses):
-            print(
-                f"The model hardly ever answers A or B (mean mass on the labels "
-                f"{self.mass / self.masses:.2g}): do not rely on this."
-            )
+        if self.masses:
+            say_hardly(self.judge, self.mass / self.masses)
         if self.labelled:
             print(
                 f"{self.hits} of {self.labelled} labelled pairs judged as labelled: "

@@ -72,6 +72,7 @@ from gram_mini.pairs import Pair, unusable
 from gram_mini.reading.formats import parse_pairs
 from gram_mini.reading.messages import read_prompt, read_text
 from gram_mini.reading.sources import Notes, read_rows
+from gram_mini.runs.checks import say_hardly
 from gram_mini.runs.output import save_figure, write_whole
 
 import torch
@@ -109,7 +110,7 @@ class Benchmark:
     sources that it stands for.
     """
 
-    read: Callable[[str, dict], Row]
+    read: Callable[[str, dict, Notes], Row]
     credit: Callable[[Row, dict[tuple[int, int], Comparison]], Any]
     aggregate: Callable[[list[list[Judged]]], tuple[dict[str, float | None], dict]]
     sections: tuple[str, ...]
@@ -145,12 +146,12 @@ EXAMPLE_COUNTS = {
 }  # fmt: skip
 
 
-def read_reward_bench(where: str, row: dict) -> Row:
+def read_reward_bench(where: str, row: dict, notes: Notes | None = None) -> Row:
     section_of = {
         subset: section for section, weights in EXAMPLE_COUNTS.items() for subset in weights
     }
     subset = _known(row, "subset", section_of, where)
-    pair = _one_pair(row, where)
+    pair = _one_pair(row, where, notes)
     return Row(subset, section_of[subset], pair.prompt, pair.prompt, *chosen_rejected(pair))
 
 
@@ -176,7 +177,7 @@ def aggregate_reward_bench(units: list[list[Judged]]) -> tuple[dict, dict]:
 SUBSETS_2 = ("Factuality", "Precise IF", "Math", "Safety", "Focus", "Ties")
 
 
-def read_reward_bench_2(where: str, row: dict) -> Row:
+def read_reward_bench_2(where: str, row: dict, notes: Notes | None = None) -> Row:
     subset = _known(row, "subset", SUBSETS_2, where)
     prompt = read_prompt(row.get("prompt"), where, "prompt")
     chosen, rejected = _texts(row, "chosen", where), _texts(row, "rejected", where)
@@ -297,7 +298,7 @@ def rm_bench_files(source: str, notes: Notes) -> list[str]:
     return [str(whole)]
 
 
-def read_rm_bench(where: str, row: dict) -> Row:
+def read_rm_bench(where: str, row: dict, notes: Notes | None = None) -> Row:
     if "domain" in row:
         domain = _known(row, "domain", DOMAINS, where)
     elif row.get("subset") in DOMAIN_OF_SUBSET:
@@ -351,7 +352,7 @@ CATEGORIES = {
 }
 
 
-def read_judge_bench(where: str, row: dict) -> Row:
+def read_judge_bench(where: str, row: dict, notes: Notes | None = None) -> Row:
     """A row of ScalerLab/JudgeBench, or of NiuTrans/GRAM (evaluation/scalerlab_judgebench).
 
     The rows of NiuTrans/GRAM have the columns prompt, chosen and rejected.
@@ -367,7 +368,7 @@ def read_judge_bench(where: str, row: dict) -> Row:
             f"{where}: unknown source {source!r} in column 'source'; "
             f"known are {', '.join(CATEGORIES)}..."
         )
-    pair = _one_pair(row, where)
+    pair = _one_pair(row, where, notes)
     return Row(source, categories[0], pair.prompt, pair.prompt, *chosen_rejected(pair))
 
 
@@ -432,13 +433,13 @@ def llmbar_set(where: str) -> str:
     return f"{path.parent.name}/{path.name}" if path.name == "dataset.json" else path.name
 
 
-def read_llmbar(where: str, row: dict) -> Row:
+def read_llmbar(where: str, row: dict, notes: Notes | None = None) -> Row:
     """An official row, {"input", "output_1", "output_2", "label": 1 or 2}, or one with a 'prompt'.
 
     The latter is of a format of reading/formats.py: prompt, response_a, response_b, label A or B.
     """
     if "prompt" in row:
-        pair = _one_pair(row, where)
+        pair = _one_pair(row, where, notes)
     else:
         for column in ("input", "output_1", "output_2", "label"):
             if column not in row:
@@ -541,7 +542,7 @@ def run(
     for where, row in islice(chain.from_iterable(read), limit):
         if isinstance(row, UserError):
             raise row
-        rows.append(benchmark.read(where, row))
+        rows.append(benchmark.read(where, row, notes))
     _check_twice(rows, notes)
     for line in notes.lines():
         print(line)
@@ -576,6 +577,7 @@ def run(
         "groups": dict(Counter(row.group for row in rows)),
         "comparisons": len(results),
         "truncated": sum(result.truncated for result in results),
+        "label_mass": sum(result.label_mass for result in results) / len(results),
         "official": with_intervals(aggregate, units, longer, draws),
         "judge": with_intervals(judge_figures, units, longer, draws),
         "judge_by_section": by_section,
@@ -733,8 +735,11 @@ def _known(row: dict, column: str, known, where: str) -> str:
     return value
 
 
-def _one_pair(row: dict, where: str) -> Pair:
-    pairs, _ = parse_pairs([(where, row)])
+def _one_pair(row: dict, where: str, notes: Notes | None) -> Pair:
+    own = Notes()
+    pairs, _ = parse_pairs([(where, row)], notes=own)
+    if notes is not None:
+        notes.rows += own.rows  # what was changed; columns of its own a benchmark has many
     if len(pairs) != 1 or pairs[0].label is None:
         raise UserError(
             f"{where}: needs one pair with a label: 'chosen' and 'rejected' texts, "
@@ -768,8 +773,9 @@ def score_benchmark(judge: Judge, args) -> None:
     result = run(
         judge, args.benchmark, args.data, args.split, args.limit, args.subset, args.average
     )
-    save(result, args.model, args.out)
     print(table(result))
+    say_hardly(judge, result["label_mass"])
+    save(result, args.model, args.out)
     print(f"wrote {', '.join(map(str, files(args.benchmark, args.out)))}")
 
 
@@ -785,7 +791,8 @@ def table(result: dict) -> str:
         lines.append((name, *_cells(figure), str(count)))
     text = [
         f"{result['benchmark']}: {result['rows']} rows, {result['comparisons']} comparisons, "
-        f"each in both orders, {result['truncated']} of them cut to {result['max_length']} tokens",
+        f"each in both orders, {result['truncated']} of them cut to fit {result['max_length']} "
+        f"tokens; mean mass on the labels {result['label_mass']:.3f}",
         *_aligned(lines),
     ]
     if len(result["judge_by_section"]) > 1:
@@ -832,7 +839,7 @@ def files(name: str, out: Path) -> list[Path]:
 def save(result: dict, model: str, out: Path) -> None:
     """Write the figures as JSON, the plot, and for RewardBench the file that its scripts write."""
     _, picture, *own = files(result["benchmark"], out)
-    plot_reliability(result, picture)
+    write_whole(out, [json.dumps({"model": model, **result}, indent=2) + "\n"], "--out")
     for path in own:  # the record of save_to_hub in rewardbench/utils.py: a score for each subset
         record = {
             "model": model,
@@ -841,7 +848,7 @@ def save(result: dict, model: str, out: Path) -> None:
             **result["details"]["subsets"],
         }
         write_whole(path, [json.dumps(record, indent=4, sort_keys=True)], "--out")
-    write_whole(out, [json.dumps({"model": model, **result}, indent=2) + "\n"], "--out")
+    plot_reliability(result, picture)
 
 
 def plot_reliability(result: dict, picture: Path) -> None:

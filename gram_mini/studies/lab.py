@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import re
 import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,6 +19,7 @@ from gram_mini.judge import Judge
 from gram_mini.pairs import Pair, split_by_prompt
 from gram_mini.prompts import LABELS
 from gram_mini.reading.load import VILLAGE, load_pairs
+from gram_mini.runs.checks import check_comparisons
 from gram_mini.runs.defaults import DEFAULTS, for_model
 from gram_mini.runs.load import load_judge
 from gram_mini.runs.output import write_whole
@@ -41,6 +43,7 @@ METHODS = {  # name: (whether it starts from stage 1, script, options of the scr
     "G from stage 1, eps = 0": (True, train_reward, PLAIN),
     "GRAM": (True, train_reward, []),
 }
+CUT = re.compile(r"[1-9]\d* cut to |dropped, since cutting|cutting made")  # of runs/report.py
 # What a study gives to the scripts itself.
 ITS_OWN = ("model", "data", "out", "init", "seed", "held-out", "bits", "max-length", "device")
 # The methods of those studies that do not compare all of them.
@@ -164,7 +167,7 @@ class Lab:
                 always = ["--model", self.model, "--seed", str(seed), "--held-out", "0"]
                 arguments = [*self.training, *always, "--out", str(out), *options, *resume]
                 try:
-                    with contextlib.redirect_stdout(io.StringIO()):  # progress bars stay
+                    with contextlib.redirect_stdout(io.StringIO()) as said:  # progress bars stay
                         script.main(arguments)
                 except SystemExit:
                     module = script.__name__.removesuffix(".__main__")
@@ -173,6 +176,8 @@ class Lab:
                     ) from None
                 except Interrupted:
                     raise Interrupted(f"{out}: stopped; the same command goes on with it") from None
+                for line in filter(CUT.search, said.getvalue().splitlines()):
+                    print(f"{out.name}, seed {seed}: {line}", flush=True)
         return out
 
     def stage1(self, seed: int, name: str = "stage1", pairs: list[Pair] | None = None) -> Path:
@@ -225,6 +230,7 @@ def check_handed_on(option: str, words: Sequence[str], taken: Sequence[str] = IT
 def figures_of(judge: Judge, pairs: list[Pair], progress: str | None = None) -> dict[str, float]:
     """Figures of a judge on labelled pairs: accuracies, and how sure it is."""
     results = judge.compare_many(pairs, progress=progress)
+    check_comparisons(progress or "judge", judge, results)
     figures = summarise(pairs, results)
     # The village's test labels name the truly better response. P is about something else: how
     # often a rater would agree.

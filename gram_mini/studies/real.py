@@ -33,6 +33,7 @@ from gram_mini.evaluation import calibration, pick_the_longer, summarise
 from gram_mini.pairs import Pair, split_by_prompt
 from gram_mini.reading.load import load_pairs
 from gram_mini.runs import options
+from gram_mini.runs.checks import check_comparisons
 from gram_mini.runs.output import check_place
 from gram_mini.studies.lab import ITS_OWN, PLAIN, SCALAR, Lab, check_handed_on, write_json
 from gram_mini.studies.seeds import run_study
@@ -161,7 +162,9 @@ class RealLab(Lab):
 
     def _evaluate(self, model: str | Path, split: str) -> dict[str, float]:
         pairs, began = self.pairs(split, 0), time.perf_counter()
-        results = self.judge(model).compare_many(pairs, progress=split)
+        judge = self.judge(model)
+        results = judge.compare_many(pairs, progress=split)
+        check_comparisons(f"{Path(model).name}, {split}", judge, results)
         figures = summarise(pairs, results)
         outcomes = [float(pair.label == 0) for pair in pairs]
         return {
@@ -171,6 +174,8 @@ class RealLab(Lab):
             f"{split}, calibration error": calibration(
                 [result.probability for result in results], outcomes
             )[0],
+            f"{split}, pairs cut": figures.truncated,
+            f"{split}, mass on the labels": figures.label_mass,
             f"{split}, seconds": round(time.perf_counter() - began),
         }
 

@@ -19,6 +19,7 @@ from gram_mini.errors import clear_errors
 from gram_mini.evaluation import Evaluation, evaluate, summarise, with_interval
 from gram_mini.model import local_model
 from gram_mini.runs import options
+from gram_mini.runs.checks import check_comparisons
 from gram_mini.runs.load import find_record, load_judge
 from gram_mini.serving.served import served_judge
 from gram_mini.village.pairs import village_pairs
@@ -84,6 +85,7 @@ def village_table(
         else:
             judge = served_judge(model, server, served_name)
         results = judge.compare_many(out_of_distribution, progress=model)
+        check_comparisons(model, judge, results)
         facts = [
             (pair, result)
             for pair, result in zip(out_of_distribution, results)

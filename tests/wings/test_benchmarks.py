@@ -1,7 +1,9 @@
 """Benchmarks in their exact columns: official figures by hand, intervals, files, bad rows."""
 
+import errno
 import json
 import math
+import os
 import re
 from collections import Counter
 
@@ -781,6 +783,31 @@ def test_score_writes_figures_plot_and_result_file(tmp_path, capsys):
         "figures.png",
         "figures-eval-set.json",
     }
+
+
+def test_a_benchmark_says_what_it_changed_and_that_the_model_does_not_answer(
+    tmp_path, capsys, monkeypatch
+):
+    rows = list(map(official_gram_row, JUDGE_BENCH))
+    for row in rows:
+        row["prompt"] += ", in a few words?"
+        row |= {name: f"{row['prompt']} {row[name]}" for name in ("chosen", "rejected")}
+    data, out = write(tmp_path / "rows.jsonl", rows), tmp_path / "figures.json"
+    given = ["--model", "village", "--benchmark", "judge-bench", "--data", data, "--out", str(out)]
+    monkeypatch.setattr(
+        "gram_mini.judge.label_mass", lambda logits, labels: torch.full((len(logits),), 0.001)
+    )
+    monkeypatch.setattr(benchmarks, "plot_reliability", full_disk)
+    with pytest.raises(UserError, match="No space left on device"):
+        score.main(given)
+    said = capsys.readouterr().out
+    assert "8 rows whose responses repeat the prompt, taken off" in said
+    assert "hardly ever answers A or B (mean mass on the labels 0.001)" in said
+    assert json.loads(out.read_text())["label_mass"] == pytest.approx(0.001)
+
+
+def full_disk(*arguments):
+    raise UserError(os.strerror(errno.ENOSPC))
 
 
 def test_score_reads_the_official_folder_of_llmbar(tmp_path, capsys):

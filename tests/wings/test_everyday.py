@@ -252,7 +252,7 @@ def test_table(monkeypatch):
         assert settings == {"bits": 32}
         sign = 1 if model == "village" else -1
         compare_many = lambda pairs, progress: [judge(pair, sign) for pair in pairs]
-        return SimpleNamespace(compare_many=compare_many)
+        return SimpleNamespace(compare_many=compare_many, trained=False)
 
     monkeypatch.setattr(table, "load_judge", load_judge)
     text = table.everyday_table(["village", "some/model"], bits=32)

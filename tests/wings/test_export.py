@@ -14,6 +14,7 @@ from gram_mini.pairs import Pair
 from gram_mini.prompts import judge_prompt, label_tokens
 from gram_mini.runs.load import load_judge
 from gram_mini.serving import export
+from gram_mini.village.table import method_of, records_of
 
 import pytest
 import torch
@@ -74,6 +75,11 @@ def test_scores_are_those_of_the_run(run, exported):
     assert here.log_odds_first == pytest.approx(there.log_odds_first, abs=1e-3)
     assert here.log_odds_second == pytest.approx(there.log_odds_second, abs=1e-3)
     assert abs(here.log_odds_first) > 1e-2
+
+
+def test_a_table_knows_what_an_exported_run_was(run, exported):
+    records = records_of([str(run), str(exported), "village"])
+    assert records[2] is None and method_of(records[0])[0] == method_of(records[1])[0]
 
 
 def test_the_judge_prompt_and_length_of_the_run_come_along(tmp_path):

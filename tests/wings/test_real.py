@@ -73,6 +73,18 @@ def test_a_table_of_judges_that_are_known(tmp_path, files):
     assert trained["G, both orders (ours)"][-2:] == ("--both-orders", "1")
 
 
+def test_pairs_that_were_cut_and_a_judge_that_does_not_answer_are_told(tmp_path, files, capsys):
+    made = lab(tmp_path, files)
+    made.max_length, made.trained = 200, False
+    say = lambda pair: Comparison(0.9, 0.9, 0.9, 1.0, 1.0, 0.001, pair.prompt == "question 3")
+    made.compare_many = lambda pairs, progress=None: list(map(say, pairs))
+    row = made.evaluate(made.model, "other")
+    assert row["other, pairs cut"] == 1 and row["other, mass on the labels"] == 0.001
+    said = capsys.readouterr().err
+    assert "model, other: 1 of 8 pairs cut to fit 200 tokens" in said
+    assert "model, other: hardly ever answers A or B (mean mass on the labels 0.001)" in said
+
+
 def test_a_judge_that_favours_a_place_is_at_chance(tmp_path, files):
     made = lab(tmp_path, files)
     made.says = lambda pair: (1.0, 0.0)

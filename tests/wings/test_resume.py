@@ -18,6 +18,7 @@ from gram_mini.errors import Interrupted, UserError
 from gram_mini.model import VILLAGE_FOLDER
 from gram_mini.reading.load import PairData
 from gram_mini.runs import run as runs_run
+from gram_mini.runs.folder import RunFolder
 from gram_mini.runs.options import reward_options
 from gram_mini.runs.processes import in_shares
 from gram_mini.runs.run import Run
@@ -378,10 +379,53 @@ def test_a_full_disk_is_one_line_and_leaves_the_old_run(tmp_path, kilobytes):
     before = f"import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, ({size}, {size}))"
     options = [*OPTIONS, "--overwrite", "--out", str(out)]
     if kilobytes == 60:
-        options[options.index("--save-every") + 1] = "1000"
+        options[options.index("--steps") + 1] = "1"  # no checkpoint: its end is too large
     line = ends_with_one_line("", *options, before=before)
     assert "File too large" in line and line.startswith("error: ")
     assert (out / "run.json").read_text() == "{}" and len(list(out.iterdir())) == 1
+
+
+def test_where_the_end_fails_only_the_last_step_is_done_again(tmp_path, monkeypatch, capsys):
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    train_reward.main([*SHORT, "--out", str(whole)])
+    with monkeypatch.context() as patch:
+        patch.setattr("gram_mini.runs.folder.plot", raise_full)
+        with pytest.raises(OSError, match="No space left on device"):
+            train_reward.main([*SHORT, "--out", str(run)])
+    capsys.readouterr()
+    train_reward.main([*SHORT, "--out", str(run), "--resume"])
+    assert "going on after step 2" in capsys.readouterr().out
+    assert adapter(run) == adapter(whole) and not (run / "checkpoint.pt").exists()
+    kept = [json.loads((each / "run.json").read_text())["held_out"] for each in (whole, run)]
+    assert kept[0] == kept[1]
+
+
+def raise_full(*arguments):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_what_another_process_wrote_meanwhile_is_not_thrown_away(tmp_path):
+    first, second = (RunFolder(tmp_path / "run", overwrite=False) for _ in range(2))
+    first.start()
+    (first.partial / "log.csv").write_text("")
+    first.checkpoint.write_text("half")
+    first._unlock()  # as a process that was killed
+    with pytest.raises(UserError, match="an unfinished run is there; go on with --resume"):
+        second.start()
+    shutil.move(first.partial, first.folder)
+    (first.folder / "run.json").write_text("{}")
+    with pytest.raises(UserError, match="already holds a run"):
+        second.start()
+    assert (first.folder / "run.json").read_text() == "{}"
+
+
+def test_a_run_that_was_killed_at_once_is_not_in_the_way(tmp_path):
+    killed = RunFolder(tmp_path / "run", overwrite=False)
+    killed.start()
+    killed._unlock()
+    again = RunFolder(tmp_path / "run", overwrite=False)
+    again.start()
+    again._unlock()
 
 
 def test_a_run_does_not_go_on_from_another_init(tmp_path, monkeypatch):

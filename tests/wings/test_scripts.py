@@ -12,6 +12,7 @@ import score
 import train_pretrain
 import train_reward
 from gram_mini.baselines import __main__ as baselines
+from gram_mini.judge import Judge
 from gram_mini.losses import smoothed
 from gram_mini.model import VILLAGE_FOLDER, OutputHead, load_tokenizer
 from gram_mini.reading.load import load_pairs
@@ -659,6 +660,36 @@ def test_a_bad_row_takes_no_other_response_to_its_prompt_with_it(tmp_path, capsy
     assert "not scored: 1 that cannot be read; the first: " in said and "line 4: " in said
 
 
+def test_texts_that_say_nothing_are_named(tmp_path, capsys):
+    pair = {"prompt": "p", "chosen": "a", "rejected": "b"}
+    rows = [pair, {**pair, "chosen": " "}, {**pair, "chosen": "b"}]
+    rows.append({"prompt": "p", "responses": ["a", ""]})
+    (tmp_path / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    village = ["--model", "village"]
+    files = ["--data", str(tmp_path / "d.jsonl"), "--out"]
+    score.main([*village, *files, str(tmp_path / "s.jsonl")])
+    said = capsys.readouterr().out
+    assert "1 with an empty response: scored, and not in the accuracy\n" in said
+    assert "1 with equal responses: scored, and not in the accuracy\n" in said
+    assert "1 ranked with an empty text: scored, and not in the accuracy\n" in said
+    assert " of 1 labelled pairs judged as labelled" in said
+    score.main([*village, "--prompt", "p", "--response", "a", "--response", "\u200b"])
+    assert "--response: an empty text is judged as any other\n" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        score.main([*village, *files, str(tmp_path / "s.csv")])
+    assert "s.csv: a line of JSON is written" in capsys.readouterr().err
+
+
+def test_a_pair_on_which_the_orders_disagree_is_marked(capsys, monkeypatch):
+    odds = torch.tensor([[2.0, -1.0]])
+    given = ["--model", "village", "--prompt", "p", "--response", "a", "--response", "b"]
+    for both in (odds, odds.abs()):
+        verdict = both, torch.ones(1, 2), torch.tensor([False])
+        monkeypatch.setattr(Judge, "log_odds", lambda *_, verdict=verdict: verdict)
+        score.main(given)
+        assert ("(the orders disagree)" in capsys.readouterr().out) == (both is odds)
+
+
 def test_a_file_of_pairs_that_the_model_does_not_answer_is_marked(
     reward, data, tmp_path, capsys, monkeypatch
 ):
@@ -678,7 +709,7 @@ def test_a_ranking_that_the_model_does_not_answer_is_marked(reward, tmp_path, ca
     )
     three = ["--response", "a", "--response", "b", "--response", "c"]
     score.main(["--model", "village", "--prompt", "x", *three])
-    assert "hardly answers A or B here" in capsys.readouterr().out
+    assert "hardly ever answers A or B" in capsys.readouterr().out
     score.main(["--model", str(reward), "--prompt", "x", *three])
     assert "hardly" not in capsys.readouterr().out
     (tmp_path / "r.jsonl").write_text(json.dumps({"prompt": "x", "responses": ["a", "b", "c"]}))

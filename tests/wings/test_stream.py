@@ -349,6 +349,21 @@ def test_an_unfinished_file_is_not_thrown_away_unasked(data, whole, tmp_path, mo
     assert (tmp_path / "o.jsonl.partial").read_text() == "a thesis"
 
 
+def test_what_another_process_wrote_meanwhile_is_not_thrown_away(tmp_path):
+    out = tmp_path / "o.jsonl"
+    given = out, "--out", {"data": "d"}, False, {}
+    first = PartialFile(*given)
+    first.add(["{}\n"])
+    first.leave()  # stopped, after another process was told that there is nothing
+    with pytest.raises(UserError, match="unfinished, in .*go on with --resume"):
+        PartialFile(*given)
+    PartialFile(*given, overwrite=True).finish()
+    out.write_text("scores")
+    with pytest.raises(UserError, match="already there"):
+        PartialFile(*given)
+    assert out.read_text() == "scores" and not (tmp_path / ".o.jsonl.lock").exists()
+
+
 # ---- what goes wrong -----------------------------------------------------------------
 
 
