@@ -211,8 +211,10 @@ def _judge_texts(tokenizer, template: str) -> list[str]:
 
 
 def _user_turn(tokenizer, content: str, plain_end: str = "") -> str:
-    """One user turn up to where the assistant's text begins; thinking is switched off where there
-    is a switch.
+    """One user turn up to where the assistant's text begins.
+
+    Thinking is switched off where there is a switch. A thought that the template begins all the
+    same is ended at once. What stands before each answer (as <|channel|>final does) is written too.
 
     ``plain_end`` ends the turn where there is no chat template. A space at its very end is left to
     the text that follows, because most tokenizers hold it with the word after it: " A" is one
@@ -220,7 +222,24 @@ def _user_turn(tokenizer, content: str, plain_end: str = "") -> str:
     """
     if not tokenizer.chat_template:
         return (content + plain_end).removesuffix(" ")
-    return render(tokenizer, [{"role": "user", "content": content}], add_generation_prompt=True)
+    user = [{"role": "user", "content": content}]
+    turn = _without_thought(render(tokenizer, user, add_generation_prompt=True))
+    before = _before_answer(tokenizer, user)
+    opening = before[len(turn) :] if before.startswith(turn) else ""
+    return turn + opening.removesuffix(" ") if opening.strip() else turn
+
+
+def _without_thought(turn: str) -> str:
+    """The turn with an empty thought where it ends in a thought that is open."""
+    return turn.rstrip() + "\n\n</think>\n\n" if turn.rstrip().endswith("<think>") else turn
+
+
+def _before_answer(tokenizer, messages: list[dict]) -> str:
+    """What the chat template writes before an answer to these messages."""
+    slot = SLOTS["response_a"]
+    return render(tokenizer, [*messages, {"role": "assistant", "content": slot}]).rpartition(slot)[
+        0
+    ]
 
 
 def render(tokenizer, messages: list[dict], **options) -> str:
@@ -249,11 +268,7 @@ def _label_text(tokenizer, label: str, template: str) -> str:
     if not tokenizer.chat_template:
         return label if template.endswith(("\n", "\t")) else f" {label}"
     turn = _user_turn(tokenizer, "x")
-    slot = SLOTS["response_a"]
-    answered = render(
-        tokenizer, [{"role": "user", "content": "x"}, {"role": "assistant", "content": slot}]
-    )
-    before = answered.split(slot)[0]
+    before = _before_answer(tokenizer, [{"role": "user", "content": "x"}])
     return before[len(turn) :] + label if before.startswith(turn) else label
 
 

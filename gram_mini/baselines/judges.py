@@ -13,7 +13,7 @@ from gram_mini.baselines.batches import response_prompt, response_segments
 from gram_mini.batches import EncodedPair, Segments
 from gram_mini.errors import UserError
 from gram_mini.judge import Judge, check_finite
-from gram_mini.model import evaluating, output_head, without_adapter
+from gram_mini.model import OutputHead, evaluating, output_head, without_adapter
 
 import torch
 from safetensors.torch import load_file
@@ -73,6 +73,7 @@ class LabelRowsJudge(Judge):
     def label_logits(self, verdict: torch.Tensor) -> torch.Tensor:
         """Z_A and Z_B (B, 2) of hidden states (B, H), by the trained rows."""
         head = output_head(self.model)  # its bias, scale and cap stay
+        assert isinstance(head, OutputHead)  # add_head takes no other model
         bias = None if head.bias is None else head.bias[list(self.labels)].float()
         return replace(head, weight=self.model.trained_head.weight, bias=bias)(verdict)
 

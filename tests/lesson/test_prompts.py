@@ -60,6 +60,32 @@ def test_thinking_is_switched_off(tokenizer):
     assert text.endswith("<think></think>")
 
 
+@pytest.mark.parametrize("closes", [True, False], ids=["Qwen3-Thinking", "R1"])
+def test_a_thought_that_is_begun_all_the_same_is_ended(tokenizer, closes):
+    answer = "<think>\n\n</think>\n\n{{ m.content }}" if closes else "{{ m.content }}"
+    template = (
+        "{% for m in messages %}<{{ m.role }}>{% if m.role == 'user' %}{{ m.content }}"
+        "{% else %}ANSWER{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}<assistant><think>\n{% endif %}"
+    )
+    changed = with_template(tokenizer, template.replace("ANSWER", answer))
+    for make in (judge_prompt, pair_prompt):
+        pieces = make(changed)
+        text = whole(changed, pieces)
+        assert text.count("<assistant><think>\n\n</think>\n\n") == 1
+    assert changed.convert_ids_to_tokens(label_tokens(changed)) == ["A", "B"]
+
+
+def test_what_stands_before_each_answer_is_written(tokenizer):
+    template = (
+        "{% for m in messages %}<{{ m.role }}>{% if m.role == 'assistant' %}<final>{% endif %}"
+        "{{ m.content }}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    changed = with_template(tokenizer, template)
+    assert whole(changed, judge_prompt(changed)).endswith("<assistant><final>")
+    assert changed.convert_ids_to_tokens(label_tokens(changed)) == ["A", "B"]
+
+
 def test_no_double_bos(tokenizer):
     pad = tokenizer.pad_token
     changed = with_template(tokenizer, WITH_BOS, bos_token=pad)

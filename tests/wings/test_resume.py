@@ -396,7 +396,9 @@ def test_where_the_end_fails_only_the_last_step_is_done_again(tmp_path, monkeypa
     train_reward.main([*SHORT, "--out", str(run), "--resume"])
     assert "going on after step 2" in capsys.readouterr().out
     assert adapter(run) == adapter(whole) and not (run / "checkpoint.pt").exists()
-    kept = [json.loads((each / "run.json").read_text())["held_out"] for each in (whole, run)]
+    kept = [
+        json.loads((each / "run.json").read_text())["results"]["held_out"] for each in (whole, run)
+    ]
     assert kept[0] == kept[1]
 
 
