@@ -34,7 +34,9 @@ def average(rows: list[dict], keys: tuple[str, ...]) -> list[dict]:
 
 
 def print_table(means: list[dict], keys: tuple[str, ...]) -> None:
-    head = list(dict.fromkeys(name for row in means for name in row))
+    """The means, a line each; what is said where it matters stands in the file only."""
+    names = dict.fromkeys(name for row in means for name in row)
+    head = [name for name in names if not name.endswith((", pairs cut", ", mass on the labels"))]
     lines = [head]
     for row in means:
         lines.append([str(row[name]) if name in keys else _figure(row.get(name)) for name in head])
