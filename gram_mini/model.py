@@ -35,8 +35,7 @@ logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 warnings.filterwarnings("ignore", message=".*gradient_checkpointing.*", category=FutureWarning)
 
 from gram_mini.errors import UserError, last_line  # noqa: E402
-from gram_mini.reading.sources import looks_like_path  # noqa: E402
-from gram_mini.runs import gguf  # noqa: E402
+from gram_mini.runs.loading import compute_dtype, from_pretrained, local_model  # noqa: E402
 
 from peft import LoraConfig, PeftModel, get_peft_model  # noqa: E402
 from transformers import (  # noqa: E402
@@ -47,55 +46,7 @@ from transformers import (  # noqa: E402
 )
 from transformers.utils import logging as transformers_logging  # noqa: E402
 
-VILLAGE = "village"  # what --model calls the backbone that the repository embeds
-VILLAGE_FOLDER = Path(__file__).parent / "village" / "backbone"
-
 transformers_logging.disable_progress_bar()
-
-
-# ---- names ---------------------------------------------------------------------------
-
-
-def local_model(name: str) -> Path | None:
-    """The folder of a model, or its GGUF file (runs/gguf.py); None for a name on the hub.
-
-    Raises:
-        UserError: for what looks like a path, but is neither a folder with a model in it nor GGUF.
-    """
-    folder = VILLAGE_FOLDER if name == VILLAGE else Path(name)
-    if gguf.is_gguf(folder):
-        gguf.check_file(folder)
-        return folder
-    if folder.is_dir():
-        if (folder / "adapter_config.json").is_file() and not (folder / "run.json").is_file():
-            raise UserError(
-                f"{name}: holds an adapter, which training would drop; merge it into its model "
-                "first (peft: merge_and_unload), and give the merged folder"
-            )
-        if not (folder / "config.json").is_file():
-            files = sorted(folder.glob("*.gguf"))
-            instead = f"; give the GGUF file itself, such as {files[0]}" if files else ""
-            raise UserError(f"{name}: holds no config.json, so it is no model folder{instead}")
-        return folder
-    if looks_like_path(name):
-        raise UserError(
-            f"{name}: no such folder; give a model folder, a run folder, a file that ends in .gguf "
-            "or a name on the hub"
-        )
-    return None
-
-
-def _from_pretrained(kind, name: str, folder: Path | None, **options):
-    """What the hub or a folder holds; a hub name may end in @COMMIT, which pins the version."""
-    if folder and gguf.is_gguf(folder):
-        folder = gguf.model_folder(folder)
-    source, _, commit = (str(folder), "", "") if folder else name.partition("@")
-    try:
-        return kind.from_pretrained(source, revision=commit or "main", **options)
-    except Exception as error:  # whatever the loader raises, this name gives no model
-        lines = [line for line in str(error).splitlines() if line.strip()]
-        reason = lines[0] if lines else type(error).__name__
-        raise UserError(f"{name!r} cannot be loaded: {reason}") from error
 
 
 # ---- loading -------------------------------------------------------------------------
@@ -108,37 +59,10 @@ def load_tokenizer(name: str):
         UserError: if there is none under this name.
     """
     folder = Path(name) if (Path(name) / "tokenizer_config.json").is_file() else local_model(name)
-    tokenizer = _from_pretrained(AutoTokenizer, name, folder)
+    tokenizer = from_pretrained(AutoTokenizer, name, folder)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token  # padding is never attended to, any token will do
     return tokenizer
-
-
-def fast_bfloat16() -> bool:
-    """Whether this CPU multiplies bf16 matrices itself (AMX or AVX512-BF16). Others emulate it,
-    which is slower than float32.
-    """
-    has = (
-        getattr(torch.cpu, f"_is_{name}_supported", bool) for name in ("amx_tile", "avx512_bf16")
-    )
-    return "AVX512" in torch.backends.cpu.get_cpu_capability() and any(test() for test in has)
-
-
-def compute_dtype(bits: int, device: torch.device, name: str = "") -> torch.dtype:
-    """Type of activations and unquantised weights: bf16 where the device is fast at it.
-
-    On a GPU without bf16 ``bits=16`` is float16. NF4 computes in float32 there, which is slower,
-    but never overflows. On a CPU without it everything is float32. So is the village's model in
-    NF4 on any CPU: it is too small to gain from bf16, and its figures are compared across machines.
-    """
-    if bits == 32:
-        return torch.float32
-    if device.type == "cpu":
-        slow = not fast_bfloat16() or (bits == 4 and name == VILLAGE)
-        return torch.float32 if slow else torch.bfloat16
-    if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
-        return torch.float32 if bits == 4 else torch.float16
-    return torch.bfloat16
 
 
 def quantization(bits: int, dtype: torch.dtype) -> dict:
@@ -175,8 +99,8 @@ def load_model(
     # forward pass is the faster one, by far with long texts, and takes less memory.
     plain = device.type == "cpu" and dtype == torch.bfloat16 and not scoring
     folder = local_model(name)
-    checks.check_stored(name, _from_pretrained(AutoConfig, name, folder), bits)
-    model, report = _from_pretrained(
+    checks.check_stored(name, from_pretrained(AutoConfig, name, folder), bits)
+    model, report = from_pretrained(
         AutoModelForCausalLM,
         name,
         folder,
@@ -242,7 +166,7 @@ def load_lora(model, folder: Path, trainable: bool = True) -> PeftModel:
         raise UserError(f"{folder}: holds no adapter_model.safetensors; is this a finished run?")
     try:
         adapted = PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
-    except Exception as error:  # as in _from_pretrained
+    except Exception as error:  # as in from_pretrained
         raise UserError(
             f"{folder}: the adapter cannot be loaded: {str(error).splitlines()[0]}"
         ) from None

@@ -137,7 +137,7 @@ def _unpack(path: Path, folder: Path) -> None:
 def _load(path: Path, part: str, kind, source: str, **options):
     try:
         return kind.from_pretrained(source, **options)
-    except Exception as error:  # as in model.py
+    except Exception as error:  # as in loading.py
         if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
             raise
         lines = [line for line in str(error).splitlines() if line.strip()]

@@ -7,9 +7,10 @@ from pathlib import Path
 from gram_mini.baselines.judges import judge_with_head, load_head
 from gram_mini.errors import UserError
 from gram_mini.judge import Judge
-from gram_mini.model import load_lora, load_model, load_tokenizer, local_model
+from gram_mini.model import load_lora, load_model, load_tokenizer
 from gram_mini.runs.checks import check_sizes
 from gram_mini.runs.defaults import MAX_LENGTH, SCORED, for_model
+from gram_mini.runs.loading import local_model
 from gram_mini.runs.processes import pick_device
 from gram_mini.runs.record import (
     EXPORTED,

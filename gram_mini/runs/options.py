@@ -11,10 +11,10 @@ from pathlib import Path
 
 from gram_mini.errors import UserError
 from gram_mini.judge import AVERAGES, METHODS
-from gram_mini.model import VILLAGE
 from gram_mini.pairs import is_blank
 from gram_mini.reading.columns import Columns, check_columns
 from gram_mini.runs import checks, defaults
+from gram_mini.runs.loading import VILLAGE
 from gram_mini.runs.output import check_output
 from gram_mini.runs.partial import check_partial
 from gram_mini.studies import benchmarks

@@ -12,10 +12,10 @@ from pathlib import Path
 
 from gram_mini import prompts
 from gram_mini.errors import UserError
-from gram_mini.model import VILLAGE, local_model
 from gram_mini.prompts import PromptPieces
 from gram_mini.runs import options
 from gram_mini.runs.gguf import HEADER, is_gguf
+from gram_mini.runs.loading import VILLAGE, local_model
 
 EXPORTED = "gram_run.json"  # the record of an exported run; run.json would mark a run folder
 HEAD = "head.safetensors"  # beside the adapter of a run that trained its own head

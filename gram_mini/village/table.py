@@ -17,10 +17,10 @@ from pathlib import Path
 
 from gram_mini.errors import clear_errors
 from gram_mini.evaluation import Evaluation, evaluate, summarise, with_interval
-from gram_mini.model import local_model
 from gram_mini.runs import options
 from gram_mini.runs.checks import check_comparisons
 from gram_mini.runs.load import find_record, load_judge
+from gram_mini.runs.loading import local_model
 from gram_mini.serving.served import served_judge
 from gram_mini.village.pairs import village_pairs
 

@@ -299,7 +299,7 @@ def test_every_linear_layer_is_nf4_but_the_output_matrix(case, monkeypatch):
     trainable = [name for name, p in adapted.named_parameters() if p.requires_grad]
     assert len(trainable) == 2 * len(linear) and all("lora_" in name for name in trainable)
     assert {p.dtype for p in load_model(case.folder, bits=16).parameters()} == {torch.float32}
-    monkeypatch.setattr("gram_mini.model.fast_bfloat16", lambda: True)
+    monkeypatch.setattr("gram_mini.runs.loading.fast_bfloat16", lambda: True)
     for bits in (4, 16):
         half = load_model(case.folder, bits)
         assert {p.dtype for p in half.parameters()} <= {torch.bfloat16, torch.uint8}

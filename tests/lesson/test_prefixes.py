@@ -4,9 +4,10 @@ from gram_mini import prefixes
 from gram_mini.baselines.judges import ScalarJudge, add_head
 from gram_mini.batches import split_by_tokens
 from gram_mini.judge import Judge
-from gram_mini.model import VILLAGE, add_lora, load_model
+from gram_mini.model import add_lora, load_model
 from gram_mini.pairs import Pair
 from gram_mini.prefixes import Level, can_share, end_states, tree
+from gram_mini.runs.loading import VILLAGE
 
 import pytest
 import torch

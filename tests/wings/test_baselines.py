@@ -12,10 +12,11 @@ from gram_mini.batches import IGNORED, encode_pairs
 from gram_mini.errors import UserError
 from gram_mini.judge import Judge
 from gram_mini.losses import reward_loss
-from gram_mini.model import VILLAGE, add_lora, hidden_states, load_model, output_logits
+from gram_mini.model import add_lora, hidden_states, load_model, output_logits
 from gram_mini.pairs import Pair
 from gram_mini.prompts import label_tokens
 from gram_mini.runs.load import load_judge
+from gram_mini.runs.loading import VILLAGE
 from gram_mini.serving import export
 
 import pytest

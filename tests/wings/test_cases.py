@@ -5,12 +5,13 @@ import json
 from gram_mini import prompts
 from gram_mini.batches import encode_pairs, join
 from gram_mini.errors import UserError
-from gram_mini.model import VILLAGE, load_tokenizer, local_model
+from gram_mini.model import load_tokenizer
 from gram_mini.pairs import Pair, is_blank, unusable
 from gram_mini.prompts import judge_prompt, pair_prompt
 from gram_mini.reading.formats import parse_pairs
 from gram_mini.reading.load import load_pairs
 from gram_mini.reading.sources import read_rows
+from gram_mini.runs.loading import VILLAGE, local_model
 from gram_mini.runs.report import describe, drop_cut_alike, lengths
 
 import pytest

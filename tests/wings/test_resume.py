@@ -15,10 +15,10 @@ import train_pretrain
 import train_reward
 from gram_mini.batches import EncodedPair
 from gram_mini.errors import Interrupted, UserError
-from gram_mini.model import VILLAGE_FOLDER
 from gram_mini.reading.load import PairData
 from gram_mini.runs import run as runs_run
 from gram_mini.runs.folder import RunFolder
+from gram_mini.runs.loading import VILLAGE_FOLDER
 from gram_mini.runs.options import reward_options
 from gram_mini.runs.processes import in_shares
 from gram_mini.runs.run import Run

@@ -14,10 +14,11 @@ import train_reward
 from gram_mini.baselines import __main__ as baselines
 from gram_mini.judge import Judge
 from gram_mini.losses import smoothed
-from gram_mini.model import VILLAGE_FOLDER, OutputHead, load_tokenizer
+from gram_mini.model import OutputHead, load_tokenizer
 from gram_mini.reading.load import load_pairs
 from gram_mini.runs.defaults import SCORED
 from gram_mini.runs.load import load_judge
+from gram_mini.runs.loading import VILLAGE_FOLDER
 from gram_mini.village import table
 
 import pytest

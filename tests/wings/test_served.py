@@ -15,10 +15,10 @@ import score
 import train_reward
 from gram_mini.errors import UserError
 from gram_mini.judge import Judge
-from gram_mini.model import VILLAGE
 from gram_mini.pairs import Pair
 from gram_mini.runs.defaults import REQUESTS
 from gram_mini.runs.load import load_judge
+from gram_mini.runs.loading import VILLAGE
 from gram_mini.serving import compare, served
 from gram_mini.serving.export import export
 from gram_mini.serving.served import ROUTES, ServedJudge, served_judge

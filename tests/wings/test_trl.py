@@ -3,8 +3,9 @@
 import copy
 import math
 
-from gram_mini.model import VILLAGE, load_model
+from gram_mini.model import load_model
 from gram_mini.reading.formats import parse_pairs
+from gram_mini.runs.loading import VILLAGE
 from gram_mini.serving.trl import as_trl_reward
 
 import pytest

@@ -34,15 +34,9 @@ from gram_mini.batches import (
     trained_tokens,
 )
 from gram_mini.errors import UserError, clear_errors
-from gram_mini.model import (
-    VILLAGE,
-    checkpoint_gradients,
-    compute_dtype,
-    half_precision,
-    load_tokenizer,
-    quantization,
-)
+from gram_mini.model import checkpoint_gradients, half_precision, load_tokenizer, quantization
 from gram_mini.runs import options
+from gram_mini.runs.loading import VILLAGE, compute_dtype
 from gram_mini.runs.processes import pick_device
 from gram_mini.studies.speed.common import (
     GIB,
