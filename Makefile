@@ -42,7 +42,7 @@ demo: .venv/.installed
 	@echo "  $(BIN)/python score.py --model $(DEMO)/reward --prompt ... --response ... --response ..."
 
 begun = $(wildcard $(1).partial/log.csv)
-again = $(if $(call begun,$(1)),--resume,--overwrite)
+again = --overwrite $(if $(call begun,$(1)),--resume)
 
 real: .venv/.installed $(filter $(SMOLLM2),$(MODEL))
 	@test ! -e $(REAL)/reward || \

@@ -75,7 +75,7 @@ def score_pair(judge, args):
     print(f"position gap {abs(first - second):.3f}{split}; mass on the labels {mass.mean():.3f}")
     say_hardly(judge, mass.mean())
     if cut.any():
-        print(f"the texts were cut: a judge prompt has at most {judge.max_length} tokens")
+        print(f"the texts were cut to fit {judge.max_length} tokens")
     verdict = f"Response {'AB'[p < 0.5]} is better, with probability {max(p, 1 - p):.3f}."
     print(verdict if preferred(p) else "Neither is better.")
 

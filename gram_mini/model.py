@@ -209,9 +209,13 @@ def forget_lengths(model) -> None:
     judged before.
     """
     for module in model.modules():
-        if getattr(module, "rope_type", None) == "dynamic":
-            module.inv_freq = module.original_inv_freq.to(module.inv_freq.device)
-            module.max_seq_len_cached = module.original_max_seq_len
+        kinds = getattr(module, "rope_type", None)  # of the model, or of each kind of layer
+        kinds = kinds if isinstance(kinds, dict) else {"": kinds}
+        for layer in (f"{name}_" if name else "" for name in kinds if kinds[name] == "dynamic"):
+            now = getattr(module, f"{layer}inv_freq")
+            begun = getattr(module, f"{layer}original_inv_freq").to(now.device)
+            setattr(module, f"{layer}inv_freq", begun)
+            setattr(module, f"{layer}max_seq_len_cached", module.original_max_seq_len)
 
 
 def hidden_states(model, ids: torch.Tensor) -> torch.Tensor:

@@ -213,8 +213,8 @@ def _judge_texts(tokenizer, template: str) -> list[str]:
 def _user_turn(tokenizer, content: str, plain_end: str = "") -> str:
     """One user turn up to where the assistant's text begins.
 
-    Thinking is switched off where there is a switch. A thought that the template begins all the
-    same is ended at once. What stands before each answer (as <|channel|>final does) is written too.
+    Thinking is switched off where there is a switch. What the template writes before each answer
+    is written too (</think>, or <|channel|>final). A <think> that is open then is ended at once.
 
     ``plain_end`` ends the turn where there is no chat template. A space at its very end is left to
     the text that follows, because most tokenizers hold it with the word after it: " A" is one
@@ -223,14 +223,11 @@ def _user_turn(tokenizer, content: str, plain_end: str = "") -> str:
     if not tokenizer.chat_template:
         return (content + plain_end).removesuffix(" ")
     user = [{"role": "user", "content": content}]
-    turn = _without_thought(render(tokenizer, user, add_generation_prompt=True))
+    turn = render(tokenizer, user, add_generation_prompt=True)
     before = _before_answer(tokenizer, user)
     opening = before[len(turn) :] if before.startswith(turn) else ""
-    return turn + opening.removesuffix(" ") if opening.strip() else turn
-
-
-def _without_thought(turn: str) -> str:
-    """The turn with an empty thought where it ends in a thought that is open."""
+    if opening.strip():
+        turn += opening.removesuffix(" ")
     return turn.rstrip() + "\n\n</think>\n\n" if turn.rstrip().endswith("<think>") else turn
 
 

@@ -125,7 +125,7 @@ def main(argv=None):
         return longer + len(row.prompt) + prompt.fixed_tokens
 
     if args.head == "scalar":
-        check_lengths(run.backbone, length_kind(model), [*train, *held_out], prompt)
+        check_lengths(run.backbone, length_kind(model), train, prompt)
     # A scalar head reads both responses, and the text loss the preferred one once more.
     sequences = 1 if args.head == "labels" else 3 if args.text_weight else 2
     run.describe(train, held_out, prompt, length, sequences)
@@ -183,10 +183,11 @@ def check_lengths(name, kind, rows, prompt):
     for row in rows:
         a, b = (around + len(row.prompt) + len(y) for y in (row.response_a, row.response_b))
         if kind(a) != kind(b):
+            most = max(n for n in range(max(a, b)) if kind(n) == kind(0))
             raise UserError(
                 f"{name}: scales its positions by the longest sequence of a forward pass, and a "
                 f"pair has sequences of {a} and {b} tokens, which it would scale differently; give "
-                f"--max-length {min(a, b)} or less"
+                f"--max-length {most} or less"
             )
 
 

@@ -8,7 +8,10 @@ tokens when it is loaded:
     check_quantisation   the share of the weights in 4 bits, and layers that cannot come back
     check_computation    our logits are the model's own; later tokens, padding and the rest of a
                          batch change nothing; shared beginnings give the same states
+    check_adapter        an adapter's file holds what the model wants, no less and no more
     check_sizes          the tokenizer fits the embedding, and --max-length the positions
+
+What a judge says is looked at afterwards: say_hardly, check_comparisons.
 """
 
 from __future__ import annotations
@@ -308,12 +311,12 @@ def hardly_answers(judge: Judge, mass: float) -> bool:
     return mass < SELDOM and not judge.trained
 
 
-def say_hardly(judge: Judge, mass: float) -> None:
-    """Say so among the figures if the judge hardly answers A or B; ``mass`` is their mean."""
+def say_hardly(judge: Judge, mass: float, name: str = "The model", say=print) -> None:
+    """Say so beside the figures if the judge hardly answers A or B; ``mass`` is their mean."""
     if hardly_answers(judge, mass):
-        print(
-            f"The model hardly ever answers A or B (mean mass on the labels {mass:.2g}): do not "
-            "rely on these figures."
+        say(
+            f"{name} hardly ever answers A or B (mean mass on the labels {mass:.2g}): do not rely "
+            "on these figures"
         )
 
 
@@ -321,9 +324,4 @@ def check_comparisons(name: str, judge: Judge, results: list[Comparison]) -> Non
     """Say how many pairs of a table were cut, and if the judge hardly answers A or B."""
     if cut := sum(result.truncated for result in results):
         say(f"{name}: {cut} of {len(results)} pairs cut to fit {judge.max_length} tokens")
-    mass = sum(result.label_mass for result in results) / len(results)
-    if hardly_answers(judge, mass):
-        say(
-            f"{name}: hardly ever answers A or B (mean mass on the labels {mass:.2g}): do not rely "
-            "on its figures"
-        )
+    say_hardly(judge, sum(r.label_mass for r in results) / len(results), f"{name}:", say)

@@ -62,7 +62,7 @@ def load_judge(
     """
     place, folder = pick_device(device), Path(path).resolve()
     record, head = find_record(path), None
-    own_template = template
+    given = template
     if record:
         max_length = max_length or record["options"]["max_length"]
         template = template or record["prompt"]["judge"]
@@ -92,7 +92,7 @@ def load_judge(
     max_length = max_length or for_model(MAX_LENGTH, backbone)
     batch_size = batch_size or for_model(SCORED, backbone)
     check_sizes(str(path), model, tokenizer, max_length)
-    if own_template and head is not None and head.out_features == 1:
+    if given and head is not None and head.out_features == 1:
         raise UserError(
             f"--judge-template: {path} has a scalar head, which reads no judge prompt; leave it out"
         )

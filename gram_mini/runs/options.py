@@ -226,8 +226,8 @@ def _check_scoring(p: argparse.ArgumentParser, args: argparse.Namespace) -> None
         if args.rank == "reference" and args.reference is None:
             p.error("--rank reference needs --reference")
         texts = {"--prompt": [args.prompt], "--response": args.response}
-        for name, given in {**texts, "--reference": [args.reference or "-"]}.items():
-            if any(map(is_blank, given)):
+        for name, given in {**texts, "--reference": [args.reference]}.items():
+            if any(text is not None and is_blank(text) for text in given):
                 checks.say(f"{name}: an empty text is judged as any other")
     if args.benchmark and (args.columns or args.labels or args.pairs_per_prompt):
         p.error("--columns, --labels and --pairs-per-prompt do not go with --benchmark")

@@ -120,7 +120,13 @@ def check_prompt(path, record: dict, prompt: PromptPieces, labels, tokenizer) ->
     kept = record["prompt"].get("pieces")  # not in run.json of before 0.2
     same_pieces = kept is None or record["stage"] != "reward" or kept == asdict(prompt)
     same_tokenizer = record.get("tokenizer") in (None, tokenizer_fingerprint(tokenizer))
-    if not (same_pieces and same_tokenizer and list(record["labels"].values()) == list(labels)):
+    same_labels = list(record["labels"].values()) == list(labels)
+    if "tokenizer" in record and same_tokenizer and not (same_pieces and same_labels):
+        raise UserError(
+            f"{path}: this version of gram_mini makes another prompt of its chat template than the "
+            "version that trained it; train it again"
+        )
+    if not (same_pieces and same_tokenizer and same_labels):
         raise UserError(
             f"{path}: its tokenizer or chat template is not the one it was trained with; put back "
             "the files as training wrote them, or train again"

@@ -59,8 +59,8 @@ class Question:
     @property
     def unusable(self) -> Counter:
         """What is scored and yet says nothing, by reason."""
-        texts = self.prompt, *(self.responses or ()), self.reference or "-"
-        empty = self.responses is not None and any(map(is_blank, texts))
+        texts = self.prompt, *(self.responses or ()), self.reference
+        empty = self.responses is not None and any(x is not None and is_blank(x) for x in texts)
         return Counter(filter(None, map(unusable, self.pairs))) + Counter(
             {"ranked with an empty text": int(empty)}
         )
@@ -341,7 +341,7 @@ class Scores:
                 f"{contents.literal_breaks} rows with a literal \\n beside the markers, taken off"
             )
         for reason, count in contents.unusable.items():
-            print(f"{count} {reason}: scored, and not in the accuracy")
+            print(f"{count} {reason}: scored, and in no accuracy")
         if contents.unlabelled:
             print(
                 f"{contents.unlabelled} rows whose label cannot be read: scored, and not in the "

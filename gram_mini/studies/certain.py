@@ -97,8 +97,8 @@ def _cell(lab: Lab, seed: int, labelling: str, epochs: int, eps: float) -> dict[
     judge = lab.judge(run)
     # As the raters of this temperature see the test; its labels name the better response already.
     test = rated(lab.pairs(lab.target, 0), temperature, seed)
-    row = figures_of(judge, [replace(pair, label=better(pair)) for pair in test])
-    on_own = figures_of(judge, [replace(pair, label=better(pair)) for pair in own])
+    row = figures_of(judge, [replace(pair, label=better(pair)) for pair in test], run.name)
+    on_own = figures_of(judge, [replace(pair, label=better(pair)) for pair in own], run.name)
     places = topics("out-of-distribution")[:40]
     draws = random.Random(f"bon/{seed}")
     best = {n: true for n, _, true in best_of_n_curve(judge, places, (16, 256), draws)}

@@ -23,9 +23,9 @@ def average(rows: list[dict], keys: tuple[str, ...]) -> list[dict]:
     means = []
     for group, members in groups.items():
         mean = dict(zip(keys, group))
-        for name in members[0]:
-            values = [row[name] for row in members]
-            if name not in (*keys, "seed", "draw") and None not in values:
+        for name in dict.fromkeys(name for row in members for name in row):
+            values = [row[name] for row in members if row.get(name) is not None]
+            if name not in (*keys, "seed", "draw") and len(values) == len(members):
                 spread = statistics.stdev(values) if len(values) > 1 else None
                 half = spread and student_t(len(values) - 1) * spread / math.sqrt(len(values))
                 mean[name] = [statistics.mean(values), half]
@@ -34,7 +34,7 @@ def average(rows: list[dict], keys: tuple[str, ...]) -> list[dict]:
 
 
 def print_table(means: list[dict], keys: tuple[str, ...]) -> None:
-    """The means, a line each; what is said where it matters stands in the file only."""
+    """The means, a line each; cuts and mass stand in the file alone."""
     names = dict.fromkeys(name for row in means for name in row)
     head = [name for name in names if not name.endswith((", pairs cut", ", mass on the labels"))]
     lines = [head]

@@ -204,7 +204,7 @@ class Lab:
         return self.keep(path, lambda: self._evaluate(model, split))
 
     def _evaluate(self, model: str | Path, split: str) -> dict[str, float]:
-        row = figures_of(self.judge(model), self.pairs(split, 0), progress=split)
+        row = figures_of(self.judge(model), self.pairs(split, 0), f"{Path(model).name}, {split}")
         return {split if name == "accuracy" else name: value for name, value in row.items()}
 
     def keep(self, path: Path, make: Callable[[], dict[str, float]]) -> dict[str, float]:
@@ -227,10 +227,10 @@ def check_handed_on(option: str, words: Sequence[str], taken: Sequence[str] = IT
             raise UserError(f"{option} {word}: the study sets --{name} itself; leave it out here")
 
 
-def figures_of(judge: Judge, pairs: list[Pair], progress: str | None = None) -> dict[str, float]:
-    """Figures of a judge on labelled pairs: accuracies, and how sure it is."""
-    results = judge.compare_many(pairs, progress=progress)
-    check_comparisons(progress or "judge", judge, results)
+def figures_of(judge: Judge, pairs: list[Pair], name: str) -> dict[str, float]:
+    """Figures of a judge on labelled pairs: accuracies, and how sure it is; ``name`` is told."""
+    results = judge.compare_many(pairs, progress=name)
+    check_comparisons(name, judge, results)
     figures = summarise(pairs, results)
     # The village's test labels name the truly better response. P is about something else: how
     # often a rater would agree.

@@ -16,7 +16,7 @@ from collections import defaultdict
 from pathlib import Path
 
 from gram_mini.errors import clear_errors
-from gram_mini.evaluation import Evaluation, evaluate, summarise, with_interval
+from gram_mini.evaluation import Evaluation, summarise, with_interval
 from gram_mini.runs import options
 from gram_mini.runs.checks import check_comparisons
 from gram_mini.runs.load import find_record, load_judge
@@ -85,7 +85,8 @@ def village_table(
         else:
             judge = served_judge(model, server, served_name)
         results = judge.compare_many(out_of_distribution, progress=model)
-        check_comparisons(model, judge, results)
+        others = judge.compare_many(in_distribution, progress=model)
+        check_comparisons(model, judge, [*results, *others])
         facts = [
             (pair, result)
             for pair, result in zip(out_of_distribution, results)
@@ -96,7 +97,7 @@ def village_table(
             method = (*method[:2], method[2] + 1)
         folders[method] = Path(model).name
         evaluations = (
-            evaluate(judge, in_distribution, progress=model),
+            summarise(in_distribution, others),
             summarise(out_of_distribution, results),
         )
         on_facts = summarise([pair for pair, _ in facts], [result for _, result in facts])

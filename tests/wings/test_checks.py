@@ -285,8 +285,21 @@ def test_a_longer_pair_before_changes_no_score(tmp_path):
     alone = judge.compare_many([middle])[0]
     beside, later = judge.compare_many([middle, long])[0], judge.compare_many([middle])[0]
     assert alone == beside == later
-    last = [hidden_states(judge.model, torch.ones(1, n, dtype=torch.long)) for n in (200, 400, 200)]
-    assert torch.equal(last[0], last[2])
+
+
+@pytest.mark.parametrize("by_layer", [False, True], ids=["of the model", "by kind of layer"])
+def test_a_longer_text_before_changes_no_state(by_layer, tmp_path):
+    rope = dict(rope_type="dynamic", factor=4.0, rope_theta=10000.0)
+    plain = dict(rope_type="default", rope_theta=10000.0)
+    layers = dict(full_attention=rope, sliding_attention=plain)
+    more = (
+        dict(head_dim=16, layer_types=["sliding_attention", "full_attention"]) if by_layer else {}
+    )
+    kind = "gemma3_text" if by_layer else "llama"
+    options = dict(max_position_embeddings=120, rope_parameters=layers if by_layer else rope)
+    model = load_model(model_folder(tmp_path / "m", kind, **options, **more), 32)
+    states = [hidden_states(model, torch.ones(1, n, dtype=torch.long)) for n in (200, 400, 200)]
+    assert torch.equal(states[0], states[2])
 
 
 def test_lengths_of_different_kinds_get_passes_of_their_own(longrope, llama):
@@ -318,7 +331,7 @@ def test_a_scalar_head_refuses_a_pair_with_one_response_on_each_side(longrope, t
     (tmp_path / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     given = ["--model", longrope, "--bits", "32", "--data", str(tmp_path / "d.jsonl")]
     given += ["--head", "scalar", "--steps", "1", "--out", str(tmp_path / "run")]
-    with pytest.raises(UserError, match="would scale differently; give --max-length"):
+    with pytest.raises(UserError, match="would scale differently; give --max-length 120 or less"):
         baselines.main(given)
     baselines.main([*given, "--max-length", "120"])
 

@@ -385,6 +385,16 @@ def test_a_full_disk_is_one_line_and_leaves_the_old_run(tmp_path, kilobytes):
     assert (out / "run.json").read_text() == "{}" and len(list(out.iterdir())) == 1
 
 
+@pytest.mark.parametrize("steps", [1, 3, 5, 9, 21, 96, 188])
+def test_held_out_pairs_are_judged_five_times_and_not_twice_at_the_end(steps):
+    run = object.__new__(Run)
+    run._total, due = steps, []
+    for run._step in range(1, steps + 1):
+        due += [run._step] * run.evaluation_due()
+    assert len(due) == min(steps, 5) and due[-1] == steps
+    assert all(b - a >= steps // 5 for a, b in zip(due, due[1:]))
+
+
 def test_where_the_end_fails_only_the_last_step_is_done_again(tmp_path, monkeypatch, capsys):
     whole, run = tmp_path / "whole", tmp_path / "run"
     train_reward.main([*SHORT, "--out", str(whole)])

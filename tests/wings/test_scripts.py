@@ -670,12 +670,15 @@ def test_texts_that_say_nothing_are_named(tmp_path, capsys):
     files = ["--data", str(tmp_path / "d.jsonl"), "--out"]
     score.main([*village, *files, str(tmp_path / "s.jsonl")])
     said = capsys.readouterr().out
-    assert "1 with an empty response: scored, and not in the accuracy\n" in said
-    assert "1 with equal responses: scored, and not in the accuracy\n" in said
-    assert "1 ranked with an empty text: scored, and not in the accuracy\n" in said
+    assert "1 with an empty response: scored, and in no accuracy\n" in said
+    assert "1 with equal responses: scored, and in no accuracy\n" in said
+    assert "1 ranked with an empty text: scored, and in no accuracy\n" in said
     assert " of 1 labelled pairs judged as labelled" in said
-    score.main([*village, "--prompt", "p", "--response", "a", "--response", "\u200b"])
-    assert "--response: an empty text is judged as any other\n" in capsys.readouterr().err
+    blank = ["--response", "\u200b", "--reference", ""]
+    score.main([*village, "--prompt", "p", *blank])
+    said = capsys.readouterr().err
+    assert "--reference: an empty text is judged as any other\n" in said
+    assert "--response: an empty text is judged as any other\n" in said
     with pytest.raises(SystemExit):
         score.main([*village, *files, str(tmp_path / "s.csv")])
     assert "s.csv: a line of JSON is written" in capsys.readouterr().err
