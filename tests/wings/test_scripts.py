@@ -472,13 +472,13 @@ def other_backbone(path):
 
 
 def splitting_backbone(path):
-    """The village's backbone with a tokenizer in which no letter A is a token."""
+    """The village's backbone with a template after which no label is one token."""
     for file in VILLAGE_FOLDER.iterdir():
         (path / file.name).write_bytes(file.read_bytes())
     template = (path / "chat_template.jinja").read_text()
-    # The template writes a mark right before the assistant's text: mark and label are two tokens.
+    # The template writes two spaces before the assistant's text: with the label, two tokens.
     content = "{{ message.content }}"
-    marked = "{% if message.role == 'assistant' %}={% endif %}" + content
+    marked = "{% if message.role == 'assistant' %}  {% endif %}" + content
     (path / "chat_template.jinja").write_text(template.replace(content, marked))
     return str(path)
 
@@ -622,7 +622,7 @@ def test_labels_that_split(tmp_path):
     fails(
         train_reward,
         ["--model", model, "--out", str(tmp_path / "x"), "--limit", "50"],
-        r"label '=A' is not one token .* \['=', 'A'\]",
+        r"label '  A' is not one token .* \['Ġ', 'ĠA'\]",
     )
 
 
