@@ -234,9 +234,8 @@ def _user_turn(tokenizer, content: str, plain_end: str = "") -> str:
 def _before_answer(tokenizer, messages: list[dict]) -> str:
     """What the chat template writes before an answer to these messages."""
     slot = SLOTS["response_a"]
-    return render(tokenizer, [*messages, {"role": "assistant", "content": slot}]).rpartition(slot)[
-        0
-    ]
+    answered = render(tokenizer, [*messages, {"role": "assistant", "content": slot}])
+    return answered.rpartition(slot)[0]
 
 
 def render(tokenizer, messages: list[dict], **options) -> str:

@@ -151,7 +151,7 @@ def _check_dequantisation(name: str, model) -> None:
             say(
                 f"{name}: bitsandbytes reads 4-bit weights back with wrong scales on this CPU, as "
                 f"rows of {state.shape[-1]} weights are not whole blocks of {state.blocksize}: "
-                "training and scoring here agree, and a GPU gives slightly other figures"
+                "training and scoring here agree, but a GPU gives other figures"
             )
         return
 
