@@ -116,11 +116,15 @@ def summarise(pairs: list[Pair], results: list[Comparison]) -> Evaluation:
     )
 
 
+def longer(pair: Pair) -> int:
+    """1 where the first response has more characters, -1 where the second has, else 0."""
+    a, b = len(pair.response_a), len(pair.response_b)
+    return (a > b) - (a < b)
+
+
 def pick_the_longer(pair: Pair) -> Comparison:
     """What a judge says that always prefers the response with more characters: a yardstick."""
-    difference = len(pair.response_a) - len(pair.response_b)
-    odds = math.copysign(math.inf, difference) if difference else 0.0
-    p = 0.5 if difference == 0 else float(difference > 0)
+    p, odds = {1: (1.0, math.inf), 0: (0.5, 0.0), -1: (0.0, -math.inf)}[longer(pair)]
     return Comparison(p, p, p, odds, odds, label_mass=1.0, truncated=False)
 
 

@@ -146,8 +146,9 @@ def add_lora(model, rank: int) -> PeftModel:
     try:
         adapted = get_peft_model(model, config)
     except (ValueError, TypeError, NotImplementedError, AttributeError) as error:
-        name = getattr(model.config, "_name_or_path", "") or type(model).__name__
-        raise UserError(f"{name}: LoRA cannot be put on it: {last_line(error)}") from error
+        raise UserError(
+            f"{model_name(model)}: LoRA cannot be put on it: {last_line(error)}"
+        ) from error
     with evaluating(adapted):
         hidden_states(adapted, torch.zeros(1, 2, dtype=torch.long))  # some code fails only now
     return adapted
@@ -177,6 +178,12 @@ def load_lora(model, folder: Path, trainable: bool = True) -> PeftModel:
 # ---- hidden states -------------------------------------------------------------------
 
 
+def rope_parts(model) -> list[dict]:
+    """The parameters of a model's rotary positions, in one piece or by kind of layer."""
+    rope = getattr(without_adapter(model).config.get_text_config(), "rope_parameters", None) or {}
+    return [part for part in (rope, *rope.values()) if isinstance(part, dict)]
+
+
 def length_kind(model) -> Callable[[int], int]:
     """A function from length to kind; sequences of different kinds must not share a pass.
 
@@ -184,8 +191,7 @@ def length_kind(model) -> Callable[[int], int]:
     NTK beyond its limit). For all others every length is of one kind.
     """
     config = without_adapter(model).config.get_text_config()
-    rope = getattr(config, "rope_parameters", None) or {}
-    parts = [part for part in (rope, *rope.values()) if isinstance(part, dict)]  # by kind of layer
+    parts = rope_parts(model)
     kinds = {part.get("rope_type") for part in parts}
     limit = getattr(config, "original_max_position_embeddings", None) or next(
         (
@@ -208,6 +214,8 @@ def forget_lengths(model) -> None:
     transformers keeps the scale of the longest pass so far. Then a score would depend on what was
     judged before.
     """
+    if not any(part.get("rope_type") == "dynamic" for part in rope_parts(model)):
+        return
     for module in model.modules():
         kinds = getattr(module, "rope_type", None)  # of the model, or of each kind of layer
         kinds = kinds if isinstance(kinds, dict) else {"": kinds}
@@ -238,8 +246,7 @@ def hidden_states(model, ids: torch.Tensor) -> torch.Tensor:
     except Exception as error:
         if "can't allocate memory" in str(error):
             raise
-        name = getattr(base.config, "_name_or_path", "") or type(base).__name__
-        raise UserError(f"{name}: its own code fails: {last_line(error)}") from error
+        raise UserError(f"{model_name(base)}: its own code fails: {last_line(error)}") from error
 
 
 @contextmanager
@@ -272,6 +279,11 @@ def decoder(model):
 def without_adapter(model):
     """The transformers model that an adapter is put on; the model itself where it has none."""
     return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def model_name(model) -> str:
+    """What an error calls a model: where it was loaded from, else its class."""
+    return getattr(model.config, "_name_or_path", "") or type(model).__name__
 
 
 # ---- logits --------------------------------------------------------------------------

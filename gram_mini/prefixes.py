@@ -19,6 +19,7 @@ from gram_mini.model import (
     half_precision,
     hidden_states,
     length_kind,
+    rope_parts,
     without_adapter,
 )
 
@@ -76,13 +77,12 @@ def can_share(model) -> bool:
         return False  # runs/checks.py has tried it
     config = base.config.get_text_config()
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type")
     return (
         kinds == {"full_attention"}
         and not getattr(config, "sliding_window", None)
         and not getattr(base, "_is_stateful", False)
         and getattr(base, "_supports_sdpa", False)
-        and rope not in ("dynamic", "longrope")
+        and not {part.get("rope_type") for part in rope_parts(model)} & {"dynamic", "longrope"}
     )
 
 

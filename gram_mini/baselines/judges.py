@@ -13,7 +13,7 @@ from gram_mini.baselines.batches import response_prompt, response_segments
 from gram_mini.batches import EncodedPair, Segments
 from gram_mini.errors import UserError
 from gram_mini.judge import Judge, check_finite
-from gram_mini.model import OutputHead, evaluating, output_head, without_adapter
+from gram_mini.model import OutputHead, evaluating, model_name, output_head, without_adapter
 
 import torch
 from safetensors.torch import load_file
@@ -29,10 +29,9 @@ def add_head(model, labels: tuple[int, int] | None = None) -> torch.nn.Linear:
         UserError: if the model's last hidden states cannot be read.
     """
     if getattr(without_adapter(model), "own_logits", False):
-        name = getattr(model.config, "_name_or_path", "") or type(model).__name__
         raise UserError(
-            f"{name}: makes its logits in a way of its own, so no head can be put on its hidden "
-            "states; train it with train_reward.py"
+            f"{model_name(model)}: makes its logits in a way of its own, so no head can be put on "
+            "its hidden states; train it with train_reward.py"
         )
     width = model.get_input_embeddings().weight.shape[1]
     head = torch.nn.Linear(width, 1 if labels is None else 2, bias=False)

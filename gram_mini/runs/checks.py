@@ -306,14 +306,12 @@ def check_sizes(name: str, model, tokenizer, max_length: int) -> None:
 # ---- verdicts ------------------------------------------------------------------------
 
 
-def hardly_answers(judge: Judge, mass: float) -> bool:
-    """Whether a judge says A or B too seldom to rely on. Stage 2 trains no mass (losses.py)."""
-    return mass < SELDOM and not judge.trained
-
-
 def say_hardly(judge: Judge, mass: float, name: str = "The model", say=print) -> None:
-    """Say so beside the figures if the judge hardly answers A or B; ``mass`` is their mean."""
-    if hardly_answers(judge, mass):
+    """Say so beside the figures if the judge answers A or B too seldom; ``mass`` is their mean.
+
+    Nothing is said of a trained judge: stage 2 trains no mass (losses.py).
+    """
+    if mass < SELDOM and not judge.trained:
         say(
             f"{name} hardly ever answers A or B (mean mass on the labels {mass:.2g}): do not rely "
             "on these figures"

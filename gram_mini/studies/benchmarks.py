@@ -66,7 +66,14 @@ from pathlib import Path
 from typing import Any
 
 from gram_mini.errors import UserError
-from gram_mini.evaluation import bootstrap, brier, calibration, orders_agree, pick_the_longer
+from gram_mini.evaluation import (
+    bootstrap,
+    brier,
+    calibration,
+    longer,
+    orders_agree,
+    pick_the_longer,
+)
 from gram_mini.judge import TIE, Comparison, Judge, preferred, round_robin
 from gram_mini.pairs import Pair, unusable
 from gram_mini.reading.formats import parse_pairs
@@ -663,12 +670,6 @@ def judge_rows(
         credit = benchmark.credit(row, {game: result for game, (_, result) in played.items()})
         judged.append(Judged(row, credit, torch.tensor(pair_figures, dtype=torch.float64)))
     return judged, results
-
-
-def longer(pair: Pair) -> int:
-    """1 where the first response has more characters, -1 where the second has, else 0."""
-    a, b = len(pair.response_a), len(pair.response_b)
-    return (a > b) - (a < b)
 
 
 def by_unit(judged: list[Judged]) -> list[list[Judged]]:

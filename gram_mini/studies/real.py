@@ -36,7 +36,7 @@ from gram_mini.runs import options
 from gram_mini.runs.checks import check_comparisons
 from gram_mini.runs.output import check_place
 from gram_mini.studies.lab import ITS_OWN, PLAIN, SCALAR, Lab, check_handed_on, write_json
-from gram_mini.studies.seeds import run_study
+from gram_mini.studies.seeds import add_folders, run_study
 
 EXAMPLES = """\
   python -m gram_mini.studies.real table --model HuggingFaceTB/SmolLM2-135M-Instruct --bits 16 \\
@@ -291,16 +291,7 @@ def main(argv=None):
     for name, text in texts.items():
         group.add_argument(f"--{name}", default=[], type=words, metavar="OPTIONS", help=text)
     group.add_argument("--name", default="real", help="the results are called NAME-STUDY")
-    group.add_argument(
-        "--runs",
-        type=Path,
-        default=Path("runs/real-study"),
-        metavar="FOLDER",
-        help="where trained models and figures are kept, and found again",
-    )
-    group.add_argument(
-        "--results", type=Path, metavar="FOLDER", help="for tables and figures (default: in --runs)"
-    )
+    add_folders(group, "runs/real-study", "in --runs")
     options.add_model_options(group, bits_default=4, max_length_default=512)
     args = parser.parse_args(argv)
     tests = dict(test.partition("=")[::2] for test in args.test)

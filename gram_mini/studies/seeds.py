@@ -24,12 +24,14 @@ from tqdm import tqdm
 RESULTS = Path(__file__).parent / "results"
 
 
-def add_folders(parser) -> None:
-    """Options of every study on the village: where it keeps what it makes."""
+def add_folders(
+    parser, runs: str = "runs/studies", results: str = "gram_mini/studies/results"
+) -> None:
+    """Options of every study: where it keeps what it makes; --results is None by default."""
     parser.add_argument(
         "--runs",
         type=Path,
-        default=Path("runs/studies"),
+        default=Path(runs),
         metavar="FOLDER",
         help="where trained models are kept",
     )
@@ -37,7 +39,7 @@ def add_folders(parser) -> None:
         "--results",
         type=Path,
         metavar="FOLDER",
-        help="where tables and figures go (default: gram_mini/studies/results)",
+        help=f"where tables and figures go (default: {results})",
     )
 
 
