@@ -17,20 +17,18 @@ by "pair". A row with none gives a line with "skipped", the reason. After a stop
       scores         one for each response, as given
       comparisons    how many pairs were compared; truncated: how many of them were cut
       label_mass     as above, the mean over the comparisons
-
---benchmark: --data holds a public benchmark, --out gets its figures (gram_mini/studies/README.md).
 """
 
-from gram_mini.errors import clear_errors
-from gram_mini.judge import Comparison, Ranking, preferred
+from gram_mini.judge import Comparison, preferred
 from gram_mini.pairs import Pair
-from gram_mini.prompts import read_template
-from gram_mini.runs.checks import say_hardly
+from gram_mini.reading.template import read_template
+from gram_mini.runs.ending import clear_errors
 from gram_mini.runs.load import load_judge
 from gram_mini.runs.options import score_options
+from gram_mini.runs.ranking import Ranking, rank
+from gram_mini.runs.report import say_if_seldom
 from gram_mini.runs.scores import Scores
 from gram_mini.serving.served import served_judge
-from gram_mini.studies.benchmarks import score_benchmark
 
 from tqdm import tqdm
 
@@ -44,14 +42,15 @@ SCORES = {  # what a ranking's scores are
 def main(argv=None):
     args = score_options(__doc__, argv)
     template = read_template(args.judge_template) if args.judge_template else None
-    sizes = args.max_length, args.batch_size
-    if not args.server:
-        judge = load_judge(args.model, args.bits, args.device, *sizes, template)
+    if args.server:
+        judge = served_judge(
+            args.model, args.server, args.served_name, args.max_length, args.batch_size, template
+        )
     else:
-        judge = served_judge(args.model, args.server, args.served_name, *sizes, template)
-    if args.benchmark:
-        score_benchmark(judge, args)
-    elif args.data:
+        judge = load_judge(
+            args.model, args.bits, args.device, args.max_length, args.batch_size, template
+        )
+    if args.data:
         score_rows(judge, args)
     elif len(args.response) == 2 and args.reference is None and not args.rank:
         score_pair(judge, args)
@@ -61,41 +60,50 @@ def main(argv=None):
 
 def score_pair(judge, args):
     """Which of two responses is better? Each step from log-odds to verdict, as in judge.compare."""
-    rows = judge.encode([Pair(args.prompt, *args.response)])  # token ids, cut to --max-length
+    a, b = args.response
+    rows = judge.encode([Pair(args.prompt, a, b)])  # token ids, cut to --max-length
     # Z_a - Z_b in both orders, (1, 2): where a is shown as A, and where a is shown as B
     odds, mass, cut = judge.log_odds(rows)
     # P(a better) in each order: of two labels the softmax is the sigmoid of their difference
     first, second = odds[0].sigmoid().tolist()
-    p = (first + second) / 2 if args.average == "probabilities" else odds.mean().sigmoid().item()
+    if args.average == "probabilities":
+        p = (first + second) / 2
+    else:
+        p = odds.mean().sigmoid().item()
 
-    print(f"prompt  {args.prompt}\n  A     {args.response[0]}\n  B     {args.response[1]}")
-    orders = f"{first:.3f} with A shown first and {second:.3f} with B shown first"
-    print(f"P(A better) = {p:.3f}, from {orders}")
-    split = " (the orders disagree)" * ((first - 0.5) * (second - 0.5) < 0)
-    print(f"position gap {abs(first - second):.3f}{split}; mass on the labels {mass.mean():.3f}")
-    say_hardly(judge, mass.mean())
+    print(f"prompt  {args.prompt}")
+    print(f"  A     {a}")
+    print(f"  B     {b}")
+    print(
+        f"P(A better) = {p:.3f}, from {first:.3f} with A shown first and {second:.3f} with B shown "
+        "first"
+    )
+    orders_disagree = (first - 0.5) * (second - 0.5) < 0
+    note = " (the orders disagree)" if orders_disagree else ""
+    print(f"position gap {abs(first - second):.3f}{note}; mass on the labels {mass.mean():.3f}")
+    say_if_seldom(judge, mass.mean())
     if cut.any():
         print(f"the texts were cut to fit {judge.max_length} tokens")
-    verdict = f"Response {'AB'[p < 0.5]} is better, with probability {max(p, 1 - p):.3f}."
-    print(verdict if preferred(p) else "Neither is better.")
+    verdict = preferred(p)  # 1 for A, -1 for B, 0 for a draw
+    if verdict == 0:
+        print("Neither is better.")
+    else:
+        better = "A" if verdict > 0 else "B"
+        print(f"Response {better} is better, with probability {max(p, 1 - p):.3f}.")
 
 
 def score_responses(judge, args):
     """Several responses, best first. A reward is P(better than the reference)."""
-    ranking = rank(judge, args.prompt, args.response, args.reference, args)
+    ranking = rank(judge, args.prompt, args.response, args.rank, args.reference, args.average)
     print(f"prompt  {args.prompt}")
     comparisons = f"{ranking.comparisons} comparisons, each in both orders"
     print(f"ranked by {ranking.method}, {comparisons}; best first:")
-    say_hardly(judge, ranking.label_mass)
+    say_if_seldom(judge, ranking.label_mass)
     if ranking.truncated:
         print(f"{ranking.truncated} of them with texts cut to fit {judge.max_length} tokens")
     for place, i in enumerate(ranking.order, start=1):
         print(f"  {place}. {ranking.scores[i]:6.3f}  {args.response[i]}")
     print(SCORES[ranking.method].format(args.reference))
-
-
-def rank(judge, prompt, responses, reference, args):
-    return judge.rank(prompt, responses, args.rank, reference, args.average)
 
 
 def score_rows(judge, args):
@@ -109,7 +117,10 @@ def score_rows(judge, args):
                 if q.responses is None:
                     answers.append([next(compared) for _ in q.pairs])
                 else:
-                    answers.append(rank(judge, q.prompt, q.responses, q.reference, args))
+                    ranking = rank(
+                        judge, q.prompt, q.responses, args.rank, q.reference, args.average
+                    )
+                    answers.append(ranking)
             scores.write(chunk, answers)
 
 

@@ -7,19 +7,13 @@ m = Z_w - Z_l; gram_mini/losses.py derives it step by step. --both-orders adds a
 from dataclasses import asdict
 
 from gram_mini.batches import judge_batch
-from gram_mini.errors import clear_errors
 from gram_mini.evaluation import summarise
 from gram_mini.judge import Judge
 from gram_mini.losses import averaged_loss, best_margin, margins, reward_loss
-from gram_mini.model import (
-    add_lora,
-    hidden_states,
-    load_lora,
-    load_model,
-    load_tokenizer,
-    output_logits,
-)
+from gram_mini.model import add_lora, hidden_states, output_logits
 from gram_mini.pairs import split_by_prompt
+from gram_mini.runs.ending import clear_errors
+from gram_mini.runs.models import load_lora
 from gram_mini.runs.options import reward_options
 from gram_mini.runs.run import Run
 from gram_mini.training import clip_gradients, draw_batches, optimizer_and_schedule
@@ -35,57 +29,61 @@ def main(argv=None):
     pairs = run.load_pairs(labelled=True)
     train_pairs, held_out_pairs = split_by_prompt(pairs, args.held_out, args.seed)
 
-    # Judge: the model, with the adapter of stage 1 or a fresh one, and the judge's question
-    tokenizer = load_tokenizer(run.backbone)
+    # Model: the language model with the adapter of stage 1 or a fresh one, and the judge's question
     torch.manual_seed(args.seed)
-    model = load_model(run.backbone, args.bits, run.device, args.gradient_checkpointing)
-    run.check(model, tokenizer)
+    model, tokenizer = run.load_checked_model()
     model = load_lora(model, args.init) if args.init else add_lora(model, args.lora_rank)
-    limits = args.batch_size, run.template, args.batch_tokens
-    judge = Judge(model, tokenizer, args.max_length, *limits)
-    prompt = judge.prompt  # the fixed words around x, y_a and y_b
-    labels = judge.labels  # the tokens of A and B
+    template = run.judge_template(tokenizer)
+    judge = Judge(
+        model, tokenizer, args.max_length, args.batch_size, template, batch_tokens=args.batch_tokens
+    )
 
     # Token ids
-    train, held_out = judge.encode(train_pairs), judge.encode(held_out_pairs)
+    prompt, labels = judge.prompt, judge.labels  # the words around x, y_a and y_b; A and B
+    train = run.without_cut_alike(judge.encode(train_pairs))
+    held_out = judge.encode(held_out_pairs)
     run.describe(train, held_out, prompt, sequences=2 if args.both_orders else 1)  # of a pair
 
     # Loop
-    steps = run.number_of_steps(len(train))
+    steps = run.number_of_steps(train)
     optimizer, schedule = optimizer_and_schedule(model, args.lr, steps)
     batches = draw_batches(train, run.rows_per_step, args.seed)  # y_a or y_b first, at random
     for batch in run.steps(batches, steps, model, optimizer, schedule):
-        for part in run.passes(batch):  # the step in one forward pass, or in several
-            share = len(part) / len(batch)  # mean over pairs
+        for rows in run.passes(batch):  # the step in one forward pass, or in several
+            weight = len(rows) / len(batch)
             if args.both_orders:  # ours, not the paper's: step 8 of losses.py
-                part = [order for row in part for order in (row, row.swapped())]
-            ids, last, right = judge_batch(part, prompt, run.device)  # (B, T), (B,), (B,)
+                rows = [order for row in rows for order in (row, row.swapped())]
+            ids, last, right = judge_batch(rows, prompt, run.device)  # (B, T), (B,), (B,)
             hidden = hidden_states(model, ids)  # (B, T, H)
-            verdict = hidden[torch.arange(len(part)), last]  # (B, H), where A or B would come next
+            verdict = hidden[torch.arange(len(rows)), last]  # (B, H), where A or B would come next
             z = output_logits(model, verdict, labels)  # (B, 2): Z_A, Z_B
             loss = reward_loss(z, right, args.label_smoothing)  # -log sigmoid(m) + eps m
             if args.both_orders:
-                c = args.both_orders * run.share_left  # from C down to nearly 0
+                c = args.both_orders * run.fraction_left  # from C down to nearly 0
                 loss = (1 - c) * loss + c * averaged_loss(z, right, args.label_smoothing)
-            (loss * share).backward()
+            (loss * weight).backward()  # in sum the mean over the pairs of the step
             m = margins(z, right)  # (B,): Z_w - Z_l
             accuracy = (m > 0).float().mean()
-            run.note(share, ids.numel(), loss=loss, accuracy=accuracy, margin=m.mean())
-            if run.logs():  # step 7 of losses.py; it needs all logits, so only now and then
-                run.note(share, label_mass=judge.label_mass(verdict.detach()).mean())
-        if run.finite(clip_gradients(model)):
+            run.note(weight, ids.numel(), loss=loss, accuracy=accuracy, margin=m.mean())
+            if run.logs_this_step():  # step 7 of losses.py; it needs all logits
+                run.note(weight, label_mass=judge.label_mass(verdict.detach()).mean())
+        run.sum_over_processes()
+        gradient_norm = clip_gradients(model)
+        if run.is_finite(gradient_norm):
             optimizer.step()
+        else:
+            run.count_skipped_step(gradient_norm)
         optimizer.zero_grad()
         schedule.step()
-        if held_out and run.evaluation_due():
-            compared = run.in_shares(judge.compare_encoded, held_out)  # in both orders
+        if held_out and run.evaluation_is_due():
+            compared = run.in_parallel(judge.compare_encoded, held_out)  # in both orders
             evaluation = summarise(held_out_pairs, compared)
             run.log_held_out(asdict(evaluation))
 
     if run.evaluation:
         best = best_margin(args.label_smoothing)
         run.say(f"held out: {evaluation} (best for certain labels: {best:.2f})")
-    run.finish(model, tokenizer, labels)
+    run.finish(model, tokenizer)
 
 
 if __name__ == "__main__":

@@ -6,13 +6,12 @@ assistant B. ``row.swapped()`` is the other order, with the label turned round.
 
 from __future__ import annotations
 
-import math
 import random
-import re
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
+from gram_mini.chat import encode_texts, reserved_tokens
 from gram_mini.errors import UserError
 from gram_mini.pairs import Pair
 from gram_mini.prompts import MARKERS, PromptPieces
@@ -20,8 +19,7 @@ from gram_mini.prompts import MARKERS, PromptPieces
 import torch
 from tqdm import tqdm
 
-ENOUGH = 1024  # tokens of a forward pass; below this, smaller passes cost more than padding
-IGNORED = -100  # target of a position that carries no loss, torch's default ignore_index
+IGNORED = -100  # target where the next token is given, not learned; torch's default ignore_index
 
 Segments = tuple[tuple[int, ...], ...]  # tokens, cut where other sequences may part from them
 
@@ -74,21 +72,21 @@ def encode_pairs(
             f"prompt's own words take {pieces.fixed_tokens}; give at least "
             f"{pieces.fixed_tokens + 6}"
         )
-    reserved = reserved_tokens(pieces, tokenizer)
+    reserved = reserved_tokens(tokenizer, set(pieces.tokens), MARKERS)
     encoded = []
     starts = range(0, len(pairs), 1000)
     for start in tqdm(starts, desc="tokenising", unit="k", delay=2, leave=False):
         chunk = pairs[start : start + 1000]
-        threes = [(pair.prompt, pair.response_a, pair.response_b) for pair in chunk]
-        ids = encode_texts(
-            [text.strip() for three in threes for text in three], tokenizer, reserved
-        )
-        for pair, prompt, a, b in zip(chunk, ids[0::3], ids[1::3], ids[2::3]):
+        texts = []
+        for pair in chunk:
+            texts += [pair.prompt.strip(), pair.response_a.strip(), pair.response_b.strip()]
+        ids = encode_texts(texts, tokenizer, reserved)
+        for n, pair in enumerate(chunk):
+            prompt, a, b = ids[3 * n : 3 * n + 3]
             uncut = (len(prompt), len(a), len(b))
             x, y_a, y_b = (array("i", text) for text in truncate(prompt, a, b, budget))
-            texts = pair.response_a.strip(), pair.response_b.strip()
-            cut_alike = one_begins_other(y_a, y_b) and not one_begins_other(*texts)
-            cut_alike = cut_alike or y_a == y_b  # pairs of equal texts do not get so far
+            alike = one_begins_other(texts[3 * n + 1], texts[3 * n + 2])
+            cut_alike = y_a == y_b or (one_begins_other(y_a, y_b) and not alike)
             encoded.append(EncodedPair(x, y_a, y_b, pair.label, pair.row, uncut, cut_alike))
     return encoded
 
@@ -97,40 +95,6 @@ def one_begins_other(a: Sequence, b: Sequence) -> bool:
     """Whether one of two texts, or lists of tokens, is the beginning of the other."""
     shorter = min(len(a), len(b))
     return a[:shorter] == b[:shorter]
-
-
-def reserved_tokens(pieces: PromptPieces, tokenizer) -> dict[int, str]:
-    """Tokens that belong to the prompt alone, and what they spell: those of its pieces, and the
-    special ones, as far as they were added to the tokenizer's vocabulary.
-    """
-    own = {*pieces.start, *pieces.after_prompt, *pieces.between, *pieces.end}
-    return {
-        i: token.content
-        for i, token in tokenizer.added_tokens_decoder.items()
-        if (i in own or token.special or token.content in MARKERS)
-        and i != tokenizer.unk_token_id
-        and len(token.content.strip()) > 1  # white space may be a token of its own
-    }
-
-
-def encode_texts(texts: list[str], tokenizer, reserved: dict[int, str]) -> list[list[int]]:
-    """Token ids of texts, none of them a reserved one: a response that spells out "<|im_end|>" must
-    not end the user's turn. It is only text.
-
-    A text out of which a reserved token comes is encoded in parts, cut within what spells it out.
-    """
-    options = dict(add_special_tokens=False, split_special_tokens=True, verbose=False)
-    encoded = tokenizer(texts, **options)["input_ids"]
-    for n, (text, ids) in enumerate(zip(texts, encoded)):
-        if reserved.keys().isdisjoint(ids) or len(text) < 2:
-            continue
-        spelled = [re.finditer(re.escape(content), text) for content in reserved.values()]
-        # Where nothing spells it out, the tokenizer changes the text first (upper case, say).
-        cuts = {match.start() + 1 for each in spelled for match in each} or {len(text) // 2}
-        ends = [0, *sorted(cuts), len(text)]
-        parts = [text[start:end] for start, end in zip(ends, ends[1:])]
-        encoded[n] = [i for part in encode_texts(parts, tokenizer, reserved) for i in part]
-    return encoded
 
 
 def truncate(
@@ -174,35 +138,17 @@ def batch_order(lengths: list[int], batch_size: int, rng: random.Random) -> list
     return batches
 
 
-def split_by_tokens(
-    lengths: list[int],
-    tokens: float | None,
-    most: int | None = None,
-    padding: float = 1.0,
-    groups: Sequence | None = None,
-    kinds: Sequence[int] | None = None,
-):
-    """Yield slices of consecutive sequences, each for one forward pass.
+def passes(lengths: list[int], tokens: float) -> Iterator[list[int]]:
+    """Yield positions of sequences by forward passes: the longest sequences come first.
 
-    Padded, the sequences of a slice take ``tokens`` at most, and they are ``most`` at most (None:
-    no limit). A sequence that is too long for ``tokens`` comes by itself. A slice ends, too, where
-    more than the share ``padding`` of it would be padding, if it is large enough to keep a
-    processor busy (ENOUGH). That never happens within one of the ``groups``, whose sequences may
-    share their beginning.
+    Padded, the sequences of a pass take ``tokens`` tokens at most. A sequence that is longer than
+    that comes by itself.
     """
-    start, longest, total, tokens = 0, 0, 0, tokens or math.inf
-    for i, length in enumerate(lengths):
-        whole = (i - start) * longest  # tokens of the slice as it is, padded
-        longest, total = max(longest, length), total + length
-        padded = (i - start + 1) * longest
-        seam = groups is None or i == 0 or groups[i] != groups[i - 1]
-        too_much_padding = seam and whole >= ENOUGH and padded - total > padding * padded
-        other_kind = kinds is not None and i > 0 and kinds[i] != kinds[i - 1]
-        if i > start and (padded > tokens or i - start == most or too_much_padding or other_kind):
-            yield slice(start, i)
-            start, longest, total = i, length, length
-    if lengths:
-        yield slice(start, len(lengths))
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    while order:
+        rows = max(1, int(tokens // lengths[order[0]]))
+        yield order[:rows]
+        order = order[rows:]
 
 
 # ---- collate -------------------------------------------------------------------------
@@ -231,7 +177,7 @@ def pad(rows: Sequence[Sequence[int]], value: int = 0) -> torch.Tensor:
 
 def trained_tokens(pieces: PromptPieces, rows: Sequence[EncodedPair]) -> int:
     """Number of tokens that stage 1 trains on: both responses and the markers around them."""
-    markers = pieces.fixed_tokens - len(pieces.start) - pieces.untrained
+    markers = pieces.fixed_tokens - len(pieces.start) - pieces.given
     return sum(len(row.response_a) + len(row.response_b) + markers for row in rows)
 
 
@@ -248,11 +194,13 @@ def pair_batch(
     Returns ids (B, T) and targets (B, T): the next token where it belongs to the responses or the
     markers around them, IGNORED elsewhere.
     """
-    sequences = [join(pieces, row) for row in rows]
-    # tokens that are not trained on
-    given = [len(pieces.start) + len(row.prompt) + pieces.untrained for row in rows]
-    targets = pad([next_tokens(*pair) for pair in zip(sequences, given)], IGNORED)
-    return pad(sequences).to(device), targets.to(device)
+    sequences, targets = [], []
+    for row in rows:
+        ids = join(pieces, row)
+        given = len(pieces.start) + len(row.prompt) + pieces.given
+        sequences.append(ids)
+        targets.append(next_tokens(ids, given))
+    return pad(sequences).to(device), pad(targets, IGNORED).to(device)
 
 
 def judge_batch(

@@ -68,12 +68,19 @@ token t after it, w for the label of the preferred response (A or B), l for the 
 
        L_both = (1 - c) (L_eps(m_1) + L_eps(m_2)) / 2  +  c L_eps((m_1 + m_2) / 2).
 
-   In the second part b cancels, so from the first step its gradient is about d alone. The plain
-   part must bring b down first: where b is large, one order has a large gradient that says "less
-   b", and what both orders say about d is the small rest. But the second part never asks for a
-   small b. A judge that reads only the response in one place can make this part small; then m_1
-   and m_2 disagree, and the position gap is wide. The plain part closes it. So c begins at C and
-   falls to nearly 0 in a straight line: first the judge learns to score, then to compare.
+   In the second part b cancels. With sigma for the sigmoid, the derivatives for one pair are
+
+       in d   plain  eps - (sigma(-d-b) + sigma(b-d)) / 2      second  eps - sigma(-d)
+       in b   plain  (sigma(b-d) - sigma(-d-b)) / 2            second  0
+
+   Where nothing is learned yet, d = 0, both parts have the same derivative in d, eps - 1/2, however
+   large b is. What differs is the plain part's derivative in b. It has the sign of b in every pair,
+   so it adds up over a batch, and it is a part of the gradient that is clipped and of Adam's second
+   moments until b is small. The second part has no such derivative. (That this is why a judge
+   learns to compare from the second part where it does not from the first has not been measured.)
+   But the second part never asks for a small b either: a judge that reads only the response in one
+   place can make it small, and then m_1 and m_2 disagree. The plain part closes that gap. So c
+   begins at C and falls to nearly 0 in a straight line.
 """
 
 from __future__ import annotations
@@ -85,8 +92,9 @@ import torch.nn.functional as F
 
 
 def pair_loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Stage 1: mean negative log-likelihood per trained token, in nats. gram_mini/chunked.py is its
-    fast twin.
+    """Stage 1: mean negative log-likelihood per trained token, in nats.
+
+    It needs all logits at once; gram_mini/runs/chunked.py does the same with less memory.
 
     Args:
         logits: (N, V), what is predicted before each of N trained tokens.

@@ -9,8 +9,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ["OMP_NUM_THREADS"] = "1"
 
 from gram_mini.judge import Judge
-from gram_mini.model import load_model, load_tokenizer
-from gram_mini.runs.loading import VILLAGE
+from gram_mini.runs.models import VILLAGE, load_model, load_tokenizer
 
 import pytest
 import torch
@@ -31,14 +30,14 @@ def pytest_collection_modifyitems(config, items):
 def every_cpu_alike():
     """Tests compute in float32 on a CPU that is fast in bf16, too, unless they ask for bf16."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("gram_mini.runs.loading.fast_bfloat16", lambda: False)
+        patch.setattr("gram_mini.runs.models.fast_bfloat16", lambda: False)
         yield
 
 
 @pytest.fixture
 def fast_bfloat16(monkeypatch):
     """A CPU that multiplies bf16 matrices itself, as far as our code can tell."""
-    monkeypatch.setattr("gram_mini.runs.loading.fast_bfloat16", lambda: True)
+    monkeypatch.setattr("gram_mini.runs.models.fast_bfloat16", lambda: True)
 
 
 @pytest.fixture(scope="session")

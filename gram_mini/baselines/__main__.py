@@ -13,31 +13,26 @@ difference of two rewards, and with --label-smoothing 0 that is the Bradley-Terr
 
 from dataclasses import asdict
 
-from gram_mini.baselines.batches import chosen_batch, chosen_tokens, response_batch
-from gram_mini.baselines.judges import (
-    ScalarJudge,
-    add_head,
-    freeze_all_but_head,
-    judge_with_head,
-    load_head,
-)
 from gram_mini.batches import IGNORED, judge_batch
-from gram_mini.chunked import chunked_pair_loss
-from gram_mini.errors import UserError, clear_errors
 from gram_mini.evaluation import summarise
 from gram_mini.losses import margins, reward_loss
-from gram_mini.model import (
-    add_lora,
-    hidden_states,
-    length_kind,
-    load_lora,
-    load_model,
-    load_tokenizer,
-    output_head,
-)
+from gram_mini.model import add_lora, hidden_states, output_head
 from gram_mini.pairs import split_by_prompt
 from gram_mini.prompts import label_tokens
 from gram_mini.runs import defaults
+from gram_mini.runs.chunked import chunked_pair_loss
+from gram_mini.runs.ending import clear_errors
+from gram_mini.runs.heads import (
+    ScalarJudge,
+    add_head,
+    chosen_batch,
+    chosen_tokens,
+    freeze_all_but_head,
+    judge_with_head,
+    load_head,
+    response_batch,
+)
+from gram_mini.runs.models import load_lora
 from gram_mini.runs.options import add_reward_options, parser, weight
 from gram_mini.runs.record import HEAD
 from gram_mini.runs.run import Run
@@ -97,25 +92,25 @@ def main(argv=None):
     pairs = run.load_pairs(labelled=True)
     train_pairs, held_out_pairs = split_by_prompt(pairs, args.held_out, args.seed)
 
-    # Judge
-    tokenizer = load_tokenizer(run.backbone)
+    # Model
     torch.manual_seed(args.seed)
-    model = load_model(run.backbone, args.bits, run.device, args.gradient_checkpointing)
+    model, tokenizer = run.load_checked_model()
     model = load_lora(model, args.init) if args.init else add_lora(model, args.lora_rank)
-    run.check(model, tokenizer)
+    template = run.judge_template(tokenizer)
     if args.init and (args.init / HEAD).is_file():
         load_head(model, args.init / HEAD, trainable=True)
     else:
-        add_head(model, label_tokens(tokenizer, run.template) if args.head == "labels" else None)
+        add_head(model, label_tokens(tokenizer, template) if args.head == "labels" else None)
     if args.freeze:
         freeze_all_but_head(model)
     judge = judge_with_head(
-        model, tokenizer, args.max_length, args.batch_size, run.template, args.batch_tokens
+        model, tokenizer, args.max_length, args.batch_size, template, args.batch_tokens
     )
-    prompt = judge.prompt
 
     # Token ids
-    train, held_out = judge.encode(train_pairs), judge.encode(held_out_pairs)
+    prompt = judge.prompt
+    train = run.without_cut_alike(judge.encode(train_pairs))
+    held_out = judge.encode(held_out_pairs)
 
     def length(row):
         """Tokens of a row's sequences: one judge prompt, or a response after its prompt."""
@@ -124,22 +119,22 @@ def main(argv=None):
         longer = max(len(row.response_a), len(row.response_b))
         return longer + len(row.prompt) + prompt.fixed_tokens
 
-    if args.head == "scalar":
-        check_lengths(run.backbone, length_kind(model), train, prompt)
     # A scalar head reads both responses, and the text loss the preferred one once more.
-    sequences = 1 if args.head == "labels" else 3 if args.text_weight else 2
+    sequences = 1
+    if args.head == "scalar":
+        sequences = 3 if args.text_weight else 2
     run.describe(train, held_out, prompt, length, sequences)
 
     # Loop
-    steps = run.number_of_steps(len(train))
+    steps = run.number_of_steps(train)
     optimizer, schedule = optimizer_and_schedule(model, args.lr, steps)
     batches = draw_batches(train, run.rows_per_step, args.seed)
     for batch in run.steps(batches, steps, model, optimizer, schedule):
-        for part in run.passes(batch):
+        for rows in run.passes(batch):
             if args.head == "labels":
-                ids, last, right = judge_batch(part, prompt, run.device)  # (B, T), (B,), (B,)
+                ids, last, right = judge_batch(rows, prompt, run.device)  # (B, T), (B,), (B,)
             else:
-                ids, last, right = response_batch(part, prompt, run.device)  # (2B, T), (2B,), (B,)
+                ids, last, right = response_batch(rows, prompt, run.device)  # (2B, T), (2B,), (B,)
             hidden = hidden_states(model, ids)  # (B, T, H) or (2B, T, H)
             states = hidden[torch.arange(len(ids)), last]  # (B, H) or (2B, H)
             if isinstance(judge, ScalarJudge):
@@ -147,48 +142,32 @@ def main(argv=None):
             else:
                 z = judge.label_logits(states)  # (B, 2): Z_A, Z_B
             loss = reward_loss(z, right, args.label_smoothing)  # -log sigmoid(m) + eps m
-            share = len(part) / len(batch)
+            weight = len(rows) / len(batch)
             if args.text_weight:  # a mean over the tokens of the step, however it is split
-                tokens = chosen_tokens(part, prompt) / chosen_tokens(batch, prompt)
-                text = text_loss(model, part, prompt, run.device) * (tokens / share)
+                tokens = chosen_tokens(rows, prompt) / chosen_tokens(batch, prompt)
+                text = text_loss(model, rows, prompt, run.device) * (tokens / weight)
                 loss = loss + args.text_weight * text
-            (loss * share).backward()
+            (loss * weight).backward()
             m = margins(z, right)  # (B,)
-            run.note(
-                share, ids.numel(), loss=loss, accuracy=(m > 0).float().mean(), margin=m.mean()
-            )
-            if run.logs() and args.head == "labels":
-                run.note(share, label_mass=judge.label_mass(states.detach()).mean())
-        if run.finite(clip_gradients(model)):
+            accuracy = (m > 0).float().mean()
+            run.note(weight, ids.numel(), loss=loss, accuracy=accuracy, margin=m.mean())
+            if run.logs_this_step() and args.head == "labels":
+                run.note(weight, label_mass=judge.label_mass(states.detach()).mean())
+        run.sum_over_processes()
+        gradient_norm = clip_gradients(model)
+        if run.is_finite(gradient_norm):
             optimizer.step()
+        else:
+            run.count_skipped_step(gradient_norm)
         optimizer.zero_grad()
         schedule.step()
-        if held_out and run.evaluation_due():
-            evaluation = summarise(held_out_pairs, run.in_shares(judge.compare_encoded, held_out))
+        if held_out and run.evaluation_is_due():
+            evaluation = summarise(held_out_pairs, run.in_parallel(judge.compare_encoded, held_out))
             run.log_held_out(asdict(evaluation))
 
     if run.evaluation:
         run.say(f"held out: {evaluation}")
-    run.finish(model, tokenizer, judge.labels)
-
-
-def check_lengths(name, kind, rows, prompt):
-    """See that both responses of a pair may share a forward pass.
-
-    Raises:
-        UserError: if the model scales positions by the longest sequence of a pass, and a pair has
-            responses of two kinds of length.
-    """
-    around = prompt.fixed_tokens
-    for row in rows:
-        a, b = (around + len(row.prompt) + len(y) for y in (row.response_a, row.response_b))
-        if kind(a) != kind(b):
-            most = max(n for n in range(max(a, b)) if kind(n) == kind(0))
-            raise UserError(
-                f"{name}: scales its positions by the longest sequence of a forward pass, and a "
-                f"pair has sequences of {a} and {b} tokens, which it would scale differently; give "
-                f"--max-length {most} or less"
-            )
+    run.finish(model, tokenizer)
 
 
 def text_loss(model, rows, prompt, device):

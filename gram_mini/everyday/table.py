@@ -9,14 +9,15 @@ import json
 import time
 from pathlib import Path
 
-from gram_mini.errors import clear_errors
-from gram_mini.evaluation import pick_the_longer, summarise, with_interval
+from gram_mini.evaluation import summarise
 from gram_mini.everyday.build import FOLDER, QUALITIES
 from gram_mini.judge import Comparison
 from gram_mini.pairs import Pair
 from gram_mini.runs import options
-from gram_mini.runs.checks import check_comparisons
+from gram_mini.runs.ending import clear_errors
 from gram_mini.runs.load import load_judge
+from gram_mini.runs.report import say_doubts
+from gram_mini.studies.metrics import pick_the_longer, with_interval
 from gram_mini.village.table import aligned, method_of, models_parser, records_of
 
 CAPTION = """\
@@ -61,7 +62,7 @@ def everyday_table(models: list[str], **settings) -> str:
         judge, start = load_judge(model, **settings), time.perf_counter()
         results = judge.compare_many(pairs, progress=model)
         seconds = f"{time.perf_counter() - start:.0f}"
-        check_comparisons(model, judge, results)
+        say_doubts(model, judge, results)
         lines.append(line(method_of(record)[0], results, seconds, Path(model).name))
     return aligned(lines)
 

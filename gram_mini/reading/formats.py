@@ -47,7 +47,7 @@ from operator import itemgetter
 
 from gram_mini import prompts
 from gram_mini.errors import UserError
-from gram_mini.pairs import Pair, is_blank
+from gram_mini.pairs import Pair
 from gram_mini.prompts import END_A, END_B, MARKERS, PREFERRED, START_A, START_B, USER_QUESTION
 from gram_mini.reading.messages import (
     MESSAGE_KEYS,
@@ -70,6 +70,7 @@ from gram_mini.reading.messages import (
     without_system,
 )
 from gram_mini.reading.sources import Notes, Row
+from gram_mini.reading.usable import is_blank
 
 # The values of a column 'label', as the scores of the two responses.
 VERDICTS = {

@@ -14,10 +14,11 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from gram_mini.errors import UserError
-from gram_mini.pairs import Pair, unusable
+from gram_mini.pairs import Pair
 from gram_mini.reading.columns import Columns
 from gram_mini.reading.formats import group_rows, has_literal_breaks, how_to_label, parse_pairs
 from gram_mini.reading.sources import Notes, Row, read_rows
+from gram_mini.reading.usable import unusable
 from gram_mini.village.pairs import village_pairs
 
 from tqdm import tqdm

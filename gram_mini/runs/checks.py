@@ -10,26 +10,17 @@ tokens when it is loaded:
                          batch change nothing; shared beginnings give the same states
     check_adapter        an adapter's file holds what the model wants, no less and no more
     check_sizes          the tokenizer fits the embedding, and --max-length the positions
-
-What a judge says is looked at afterwards: say_hardly, check_comparisons.
 """
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 from gram_mini.batches import Segments
 from gram_mini.errors import UserError, last_line
-from gram_mini.judge import Comparison, Judge
-from gram_mini.model import (
-    half_precision,
-    hidden_states,
-    output_logits,
-    without_adapter,
-)
-from gram_mini.prefixes import can_share, end_states
-from gram_mini.runs.gguf import say_lost
+from gram_mini.model import half_precision, hidden_states, output_logits, without_adapter
+from gram_mini.runs.report import say
+from gram_mini.runs.sharing import can_share, end_states
 
 import torch
 from peft import get_peft_model_state_dict
@@ -37,13 +28,7 @@ from safetensors import safe_open
 
 NEARLY_ALL = 0.95  # share of the weights in 4 bits above which nothing is said
 warned: list[str] = []  # the model with which wrong scales were told: once for each process
-SELDOM = 0.5  # mass on the labels; below it the model hardly ever answers A or B
 CLOSE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2}  # of the largest logit
-
-
-def say(line: str) -> None:
-    """A warning: one line on standard error."""
-    print(line, file=sys.stderr)
 
 
 # ---- weights -------------------------------------------------------------------------
@@ -83,7 +68,6 @@ def check_stored(name: str, config, bits: int) -> None:
     Raises:
         UserError: for any other method.
     """
-    say_lost(name, config, bits)
     stored = getattr(config, "quantization_config", None)
     if not stored:
         return
@@ -196,14 +180,14 @@ def check_adapter(name: str, model, file: Path) -> None:
 
 @torch.no_grad()
 def check_computation(name: str, model) -> None:
-    """Try the model on a few tokens; decide how its logits are made, and whether beginnings share.
+    """Try the model on a few tokens, and note on it whether shared beginnings give the same states.
 
     Raises:
-        UserError: if its own code fails; if later tokens, padding or the rest of a batch change
-            what stands before or beside them.
+        UserError: if its own code fails; if its logits are others than output_head makes; if later
+            tokens, padding or the rest of a batch change what stands before or beside them.
     """
     base, training = without_adapter(model), model.training
-    base.own_logits = base.shares_nothing = False
+    base.sharing_is_exact = True
     size = model.get_input_embeddings().num_embeddings
     ids = torch.arange(48, device=model.device).view(2, 24) * 7 % size  # (2, 24)
     other = ids.clone()
@@ -220,13 +204,15 @@ def check_computation(name: str, model) -> None:
             return a.shape == b.shape and float((a.float() - b.float()).abs().max()) <= close
 
         try:
-            right = same(output_logits(model, hidden_states(model, ids)), own)
-        except Exception:  # no decoder, no output matrix, other names: then the model's own forward
+            ours = output_logits(model, hidden_states(model, ids))  # (2, 24, V)
+            right = same(ours, own)
+        except Exception:  # no decoder, no output matrix, other names
             right = False
-        base.own_logits = not right
-        ours = output_logits(model, hidden_states(model, ids))  # (2, 24, V)
-        if not same(ours, own):
-            raise UserError(f"{name}: its logits are not the same twice; it cannot be a judge")
+        if not right:
+            raise UserError(
+                f"{name}: makes its logits in a way that we do not know (no output matrix with a "
+                "bias, a scale and a cap); it cannot be a judge"
+            )
         later = output_logits(model, hidden_states(model, other))[:, :12]
         # Of a causal model they are the same to the last bit, or as near as the same tokens again.
         equal = [float((x[:, :12] == own[:, :12]).float().mean()) for x in (ours, later)]
@@ -243,7 +229,7 @@ def check_computation(name: str, model) -> None:
         if not same(output_logits(model, hidden_states(model, ids[1:])), own[1:]):
             raise UserError(f"{name}: the rest of a batch changes its logits; it cannot be batched")
         if can_share(model):
-            base.shares_nothing = not _shares(model, ids, same)
+            base.sharing_is_exact = _shares(model, ids, same)
     except UserError:
         raise
     except Exception as error:
@@ -281,6 +267,12 @@ def check_sizes(name: str, model, tokenizer, max_length: int) -> None:
             "the tokenizer that belongs to the model, or enlarge the embedding"
         )
     config = model.config.get_text_config()
+    switch = length_switch(config)
+    if switch and max_length > switch:
+        raise UserError(
+            f"{name}: scales its positions otherwise in texts of more than {switch} tokens, and "
+            f"--max-length is {max_length}; give --max-length {switch} or less"
+        )
     limit = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
     if limit is None or max_length <= limit:
         return
@@ -303,23 +295,18 @@ def check_sizes(name: str, model, tokenizer, max_length: int) -> None:
         )
 
 
-# ---- verdicts ------------------------------------------------------------------------
+def length_switch(config) -> int | None:
+    """The length beyond which a model scales the positions of a whole batch by its longest row.
 
-
-def say_hardly(judge: Judge, mass: float, name: str = "The model", say=print) -> None:
-    """Say so beside the figures if the judge answers A or B too seldom; ``mass`` is their mean.
-
-    Nothing is said of a trained judge: stage 2 trains no mass (losses.py).
+    Dynamic NTK and LongRoPE do. Up to it each sequence is computed by itself, whatever stands
+    beside it. None for all other models.
     """
-    if mass < SELDOM and not judge.trained:
-        say(
-            f"{name} hardly ever answers A or B (mean mass on the labels {mass:.2g}): do not rely "
-            "on these figures"
-        )
-
-
-def check_comparisons(name: str, judge: Judge, results: list[Comparison]) -> None:
-    """Say how many pairs of a table were cut, and if the judge hardly answers A or B."""
-    if cut := sum(result.truncated for result in results):
-        say(f"{name}: {cut} of {len(results)} pairs cut to fit {judge.max_length} tokens")
-    say_hardly(judge, sum(r.label_mass for r in results) / len(results), f"{name}:", say)
+    rope = getattr(config, "rope_parameters", None) or {}
+    parts = [part for part in (rope, *rope.values()) if isinstance(part, dict)]  # by kind of layer
+    switching = [part for part in parts if part.get("rope_type") in ("dynamic", "longrope")]
+    if not switching:
+        return None
+    own = [getattr(config, "original_max_position_embeddings", None)]
+    own += [part.get("original_max_position_embeddings") for part in switching]
+    known = [length for length in own if length]
+    return min(known) if known else getattr(config, "max_position_embeddings", None)

@@ -14,7 +14,8 @@ from collections import Counter
 from pathlib import Path
 
 from gram_mini.errors import UserError, last_line
-from gram_mini.runs.output import check_place, put_in_place
+from gram_mini.runs.checks import check_weights
+from gram_mini.runs.output import check_place, hash_of_files, put_in_place
 
 import torch
 import transformers
@@ -58,6 +59,13 @@ def check_file(path: Path) -> None:
             )
 
 
+def fingerprint(path: Path) -> str:
+    """What identifies a GGUF file: a hash of its header and samples of its weights."""
+    with open(path, "rb") as file:
+        header = file.read(HEADER)
+    return hash_of_files(header, [path])
+
+
 def model_folder(path: Path) -> Path:
     """The model folder of a GGUF file; it is made where it is not in the cache yet.
 
@@ -65,10 +73,8 @@ def model_folder(path: Path) -> Path:
         UserError: the package gguf is missing, the file is not complete, transformers cannot read
             it or only a part of it, or the cache cannot be written to.
     """
-    from gram_mini.runs.record import fingerprint  # not above: it calls model.py, which calls us
-
     # Another version of transformers may read the same file in another way.
-    name = f"{path.stem[:100]}-{fingerprint(str(path))}-{transformers.__version__}"
+    name = f"{path.stem[:100]}-{fingerprint(path)}-{transformers.__version__}"
     folder = CACHE / name
     if folder.is_dir():
         return folder
@@ -89,8 +95,6 @@ def model_folder(path: Path) -> Path:
 
 
 def _unpack(path: Path, folder: Path) -> None:
-    from gram_mini.runs.checks import check_weights  # not above: it calls model.py, which calls us
-
     try:
         from gguf import GGUFReader
     except ImportError:
@@ -137,7 +141,7 @@ def _unpack(path: Path, folder: Path) -> None:
 def _load(path: Path, part: str, kind, source: str, **options):
     try:
         return kind.from_pretrained(source, **options)
-    except Exception as error:  # as in loading.py
+    except Exception as error:  # as in models.py
         if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
             raise
         lines = [line for line in str(error).splitlines() if line.strip()]

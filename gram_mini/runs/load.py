@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from gram_mini.baselines.judges import judge_with_head, load_head
 from gram_mini.errors import UserError
 from gram_mini.judge import Judge
-from gram_mini.model import load_lora, load_model, load_tokenizer
 from gram_mini.runs.checks import check_sizes
 from gram_mini.runs.defaults import MAX_LENGTH, SCORED, for_model
-from gram_mini.runs.loading import local_model
+from gram_mini.runs.heads import judge_with_head, load_head
+from gram_mini.runs.models import load_lora, load_model, load_tokenizer, local_model
 from gram_mini.runs.processes import pick_device
 from gram_mini.runs.record import (
     EXPORTED,
@@ -49,8 +48,7 @@ def load_judge(
             backbone and 1,024 for any other.
         batch_size: judge prompts of max_length per forward pass; by default 32 for the village's
             backbone and 8 for any other.
-        template: the judge prompt; by default as in training, else
-            prompts.default_judge.
+        template: the judge prompt; by default as in training, else prompts.default_judge.
         merge: merge the run's adapter into the weights, in float32. That saves the adapter's
             products and the unpacking of NF4, and changes no score by more than 1e-5. By default
             this is done on a CPU if the float32 weights take at most 1 GiB. (On a GPU, export the
@@ -96,8 +94,7 @@ def load_judge(
         raise UserError(
             f"--judge-template: {path} has a scalar head, which reads no judge prompt; leave it out"
         )
-    make = Judge if head is None else judge_with_head
-    judge = make(model, tokenizer, max_length, batch_size, template)
+    judge = judge_with_head(model, tokenizer, max_length, batch_size, template)
     check_trained(judge, path, record)
     return judge
 

@@ -30,9 +30,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from gram_mini.chunked import LOGITS_AT_ONCE
 from gram_mini.errors import UserError, last_line
-from gram_mini.model import checkpoint_gradients, hidden_states
+from gram_mini.model import hidden_states
+from gram_mini.runs.chunked import LOGITS_AT_ONCE
+from gram_mini.runs.models import checkpoint_gradients
 from gram_mini.training import trainable
 
 import psutil

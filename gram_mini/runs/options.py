@@ -10,14 +10,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 from gram_mini.errors import UserError
-from gram_mini.judge import AVERAGES, METHODS
-from gram_mini.pairs import is_blank
+from gram_mini.judge import AVERAGES
 from gram_mini.reading.columns import Columns, check_columns
-from gram_mini.runs import checks, defaults
-from gram_mini.runs.loading import VILLAGE
+from gram_mini.reading.usable import is_blank
+from gram_mini.runs import defaults
+from gram_mini.runs.models import VILLAGE
 from gram_mini.runs.output import check_output
 from gram_mini.runs.partial import check_partial
-from gram_mini.studies import benchmarks
+from gram_mini.runs.ranking import METHODS
+from gram_mini.runs.report import say
 
 PRETRAIN_EXAMPLES = """\
   python train_pretrain.py                         # the village, 2 minutes on 2 CPU cores
@@ -33,7 +34,6 @@ REWARD_EXAMPLES = """\
 
 SCORE_EXAMPLES = """\
   python score.py --data pairs.jsonl --out scores.jsonl
-  python score.py --benchmark llmbar --data LLMBar/Dataset/LLMBar --out llmbar.json
   python score.py --prompt "What does Bella eat?" \\
       --response "Bella eats apples." --response "Bella eats cake.\""""
 
@@ -80,7 +80,7 @@ def reward_options(description: str, argv=None) -> argparse.Namespace:
     add_reward_options(p, out="runs/reward")
     p.add_argument_group("ours, not the paper's").add_argument(
         "--both-orders",
-        type=whole_share,
+        type=weight_up_to_one,
         default=0.0,
         metavar="C",
         help="show each pair in both orders, with one loss on the mean of the two margins (step 8 "
@@ -119,10 +119,8 @@ def score_options(description: str, argv=None) -> argparse.Namespace:
         metavar="SOURCE",
         help="score the rows of a file, folder or hub data set instead",
     )
-    g.add_argument(
-        "--benchmark",
-        choices=benchmarks.BENCHMARKS,
-        help="--data is this benchmark: give its official figures (default: score each row)",
+    add_removed_option(
+        g, "--benchmark", "python -m gram_mini.studies.benchmarks gives the figures of a benchmark"
     )
     add_reading_options(g)
     g.add_argument(
@@ -190,32 +188,23 @@ def _check_scoring(p: argparse.ArgumentParser, args: argparse.Namespace) -> None
     if args.data is not None:
         if args.data == VILLAGE:
             raise UserError(
-                "--data village: is for training; python -m gram_mini.village.table judges its "
-                "test sets"
+                "--data village: is for training; python -m gram_mini.studies.village_table judges "
+                "its test sets"
             )
         if args.out is None:
             p.error("--data needs --out FILE.jsonl")
-        if args.benchmark and args.out.suffix != ".json":
-            p.error("--benchmark needs --out FILE.json")
-        if not args.benchmark and args.out.suffix in OTHER_FORMATS:
+        if args.out.suffix in OTHER_FORMATS:
             p.error(
                 f"--out {args.out}: a line of JSON is written for each pair or ranking; give "
                 "FILE.jsonl"
             )
-        for path in benchmarks.files(args.benchmark, args.out) if args.benchmark else [args.out]:
-            check_output(path, args.overwrite, "--out")
-        if not args.benchmark:
-            check_partial(args.out, args.overwrite, args.resume, "--out")
-        elif args.resume:
-            p.error("--resume does not go with --benchmark")
+        check_output(args.out, args.overwrite, "--out")
+        check_partial(args.out, args.overwrite, args.resume, "--out")
     else:
         if args.out or args.overwrite or args.resume or args.limit:
             p.error("--out, --overwrite, --resume and --limit go with --data")
-        if args.benchmark:
-            p.error("--benchmark goes with --data")
-        reading = ("split", "subset", "streaming", "on_bad_row", "pairs", "pairs_per_prompt")
-        for name in (*reading, "columns", "labels"):
-            if getattr(args, name) != p.get_default(name):
+        for name in READING:
+            if name != "limit" and getattr(args, name) != p.get_default(name):
                 p.error(f"--{name.replace('_', '-')} goes with --data")
         if not args.prompt or not args.response:
             p.error("give --prompt and at least one --response")
@@ -228,19 +217,13 @@ def _check_scoring(p: argparse.ArgumentParser, args: argparse.Namespace) -> None
         texts = {"--prompt": [args.prompt], "--response": args.response}
         for name, given in {**texts, "--reference": [args.reference]}.items():
             if any(text is not None and is_blank(text) for text in given):
-                checks.say(f"{name}: an empty text is judged as any other")
-    if args.benchmark and (args.columns or args.labels or args.pairs_per_prompt):
-        p.error("--columns, --labels and --pairs-per-prompt do not go with --benchmark")
-    if args.benchmark and (args.on_bad_row != "error" or args.pairs != "all" or args.streaming):
-        p.error("--on-bad-row, --pairs and --streaming do not go with --benchmark")
+                say(f"{name}: an empty text is judged as any other")
     if args.served_name and not args.server:
         p.error("--served-name goes with --server")
     if args.server and (args.bits or args.device != "auto"):
         p.error("--bits and --device do not go with --server, which has its own")
     if args.columns and args.labels:
         Columns(args.columns, args.labels)
-    if args.benchmark and (args.rank or args.reference is not None):
-        p.error("--rank and --reference do not go with --benchmark")
     if args.reference is not None and args.rank not in (None, "reference"):
         p.error(f"--reference does not go with --rank {args.rank}")
     for text in (args.prompt, args.reference, *args.response):
@@ -319,10 +302,10 @@ def add_training_options(
     add_reading_options(g)
     g.add_argument(
         "--held-out",
-        type=share,
+        type=fraction,
         default=held_out,
-        metavar="SHARE",
-        help="share of the prompts kept for evaluation",
+        metavar="FRACTION",
+        help="fraction of the prompts kept for evaluation",
     )
     g = p.add_argument_group("where to put it")
     g.add_argument(
@@ -364,22 +347,19 @@ def add_training_options(
         "--batch-size",
         type=positive_int,
         metavar="N",
-        help="pairs per forward pass and process " + defaults.both("batch_size", stage),
+        help="pairs in an optimiser step, in each process " + defaults.both("batch_size", stage),
     )
     g.add_argument(
         "--batch-tokens",
         type=positive_int,
         metavar="N",
-        help="at most N tokens in a forward pass, padding included: long pairs go through in "
-        "smaller batches, and an optimiser step stays the same "
-        + defaults.both("batch_tokens", stage),
+        help="at most N tokens in a forward pass, padding included: a step takes several passes, "
+        "and learns the same " + defaults.both("batch_tokens", stage),
     )
-    g.add_argument(
+    add_removed_option(
+        g,
         "--grad-accum",
-        type=positive_int,
-        default=1,
-        metavar="N",
-        help="forward passes per optimiser step",
+        "a step is --batch-size pairs, and --batch-tokens splits it into forward passes",
     )
     duration = g.add_mutually_exclusive_group()
     duration.add_argument(
@@ -448,6 +428,19 @@ def add_reward_options(p: argparse.ArgumentParser, out: str) -> None:
     add_judge_template(g, default="that of --init, else one of the two in gram_mini/prompts.py")
 
 
+READING = (
+    "split",
+    "subset",
+    "limit",
+    "streaming",
+    "on_bad_row",
+    "pairs",
+    "pairs_per_prompt",
+    "columns",
+    "labels",
+)
+
+
 def add_reading_options(group) -> None:
     """Options of every command that reads pairs."""
     group.add_argument(
@@ -500,22 +493,9 @@ def add_reading_options(group) -> None:
     )
 
 
-def reading(args) -> dict:
+def reading_options(args) -> dict:
     """The options of add_reading_options, as arguments of load_pairs."""
-    return {
-        name: getattr(args, name)
-        for name in (
-            "split",
-            "subset",
-            "limit",
-            "streaming",
-            "on_bad_row",
-            "pairs",
-            "pairs_per_prompt",
-            "columns",
-            "labels",
-        )
-    }
+    return {name: getattr(args, name) for name in READING}
 
 
 def add_model_options(
@@ -576,6 +556,25 @@ def add_judge_template(group, default: str) -> None:
     )
 
 
+class _Removed(argparse.Action):
+    """An option of a former version: one line says what to give instead."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        raise UserError(f"{option_string}: is no option any more; {self.const}")
+
+
+def add_removed_option(group, name: str, instead: str) -> None:
+    """An option that was there in a former version; ``instead`` says what to give now."""
+    group.add_argument(
+        name,
+        action=_Removed,
+        nargs="?",
+        const=instead,
+        dest=argparse.SUPPRESS,
+        help=argparse.SUPPRESS,
+    )
+
+
 class Distinct(argparse.Action):
     """Several values of an option, each once: of a study they would count twice."""
 
@@ -631,8 +630,8 @@ def seed(text: str) -> int:
     return _number(text, int, lambda v: 0 <= v < 2**32, "a whole number from 0 to 2**32 - 1")
 
 
-def share(text: str) -> float:
-    """argparse type: a share, 0 <= share < 1."""
+def fraction(text: str) -> float:
+    """argparse type: a fraction, 0 <= fraction < 1."""
     return _number(text, float, lambda v: 0 <= v < 1, "a number of at least 0 and below 1")
 
 
@@ -641,8 +640,8 @@ def weight(text: str) -> float:
     return _number(text, float, lambda v: 0 <= v < math.inf, "a number of at least 0")
 
 
-def whole_share(text: str) -> float:
-    """argparse type: a share, 0 <= share <= 1."""
+def weight_up_to_one(text: str) -> float:
+    """argparse type: a weight, 0 <= weight <= 1."""
     return _number(text, float, lambda v: 0 <= v <= 1, "a number from 0 to 1")
 
 

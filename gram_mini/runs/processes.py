@@ -1,6 +1,6 @@
 """The device, and the processes that ``accelerate launch`` starts.
 
-Every process draws the same rows of a step and computes its share of them. At the end gradients and
+Every process draws the same rows of a step and computes some of them. At the end gradients and
 losses are added up. So two processes learn the same as one process with twice the batch.
 """
 
@@ -60,19 +60,17 @@ def start_processes(
     return Accelerator(cpu=place.type == "cpu", log_with=report_to, project_dir=folder), place
 
 
-def in_shares(accelerator: Accelerator, work, items: list) -> list:
-    """``work(items)``, one result per item, with each process doing a share.
-
-    Every process gets all results.
-    """
+def in_parallel(accelerator: Accelerator, work, items: list) -> list:
+    """``work(items)``, one result per item; each process does some, and all get all results."""
     n = accelerator.num_processes
     results = [None] * len(items)
-    for rank, share in enumerate(gather_object([work(items[accelerator.process_index :: n])])):
-        results[rank::n] = share
+    own = work(items[accelerator.process_index :: n])
+    for rank, of_process in enumerate(gather_object([own])):
+        results[rank::n] = of_process
     return results
 
 
-def add_up(accelerator: Accelerator, model, loss: torch.Tensor | float) -> float:
+def sum_over_processes(accelerator: Accelerator, model, loss: torch.Tensor | float) -> float:
     """Sum gradients and loss of a step over the processes; returns the loss of the whole step."""
     if accelerator.num_processes > 1:
         for p in trainable(model):  # a process without a row in this step has no gradient

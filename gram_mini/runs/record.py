@@ -13,9 +13,9 @@ from pathlib import Path
 from gram_mini import prompts
 from gram_mini.errors import UserError
 from gram_mini.prompts import PromptPieces
-from gram_mini.runs import options
-from gram_mini.runs.gguf import HEADER, is_gguf
-from gram_mini.runs.loading import VILLAGE, local_model
+from gram_mini.runs import gguf, options
+from gram_mini.runs.models import VILLAGE, local_model
+from gram_mini.runs.output import hash_of_files
 
 EXPORTED = "gram_run.json"  # the record of an exported run; run.json would mark a run folder
 HEAD = "head.safetensors"  # beside the adapter of a run that trained its own head
@@ -65,7 +65,7 @@ def make_record(
     name = args.model
     if name != VILLAGE and Path(name).is_dir():
         name = str(Path(name).resolve())
-    elif is_gguf(Path(name)):  # where a link leads may have another suffix
+    elif gguf.is_gguf(Path(name)):  # where a link leads may have another suffix
         name = str(Path(name).absolute())
     return {
         "stage": stage,
@@ -118,6 +118,9 @@ def check_prompt(path, record: dict, prompt: PromptPieces, labels, tokenizer) ->
         UserError: if they do not.
     """
     kept = record["prompt"].get("pieces")  # not in run.json of before 0.2
+    if kept and "untrained" in kept:  # what version 0.2 calls given
+        kept = {name: ids for name, ids in kept.items() if name != "untrained"}
+        kept["given"] = record["prompt"]["pieces"]["untrained"]
     same_pieces = kept is None or record["stage"] != "reward" or kept == asdict(prompt)
     same_tokenizer = record.get("tokenizer") in (None, tokenizer_fingerprint(tokenizer))
     same_labels = list(record["labels"].values()) == list(labels)
@@ -140,12 +143,11 @@ def settings(
 
     The split of a step into forward passes may change.
     """
-    split = (*options.WITHOUT_EFFECT, "batch_size", "grad_accum")
+    left_out = options.WITHOUT_EFFECT
     init = getattr(args, "init", None)
     return {
-        **{name: value for name, value in options.as_record(args).items() if name not in split},
+        **{name: value for name, value in options.as_record(args).items() if name not in left_out},
         "weights of --init": judge_fingerprint(str(init)) if init else None,
-        "batch_size x grad_accum": args.batch_size * args.grad_accum,
         "number of processes": processes,
         "data": data.fingerprint,
         "backbone": fingerprint(args.model, model),
@@ -164,21 +166,10 @@ def fingerprint(name: str, model=None) -> str | None:
     place = local_model(name)
     if place is None:
         return getattr(model.config, "_commit_hash", None) if model is not None else None
-    if place.is_dir():
-        config, files = (place / "config.json").read_bytes(), sorted(place.glob("*.safetensors"))
-    else:
-        with open(place, "rb") as stream:
-            config, files = stream.read(HEADER), [place]
-    digest = hashlib.sha256(config)
-    for file in files:
-        size = file.stat().st_size
-        digest.update(f"{file.name} {size} ".encode())
-        with open(file, "rb") as stream:
-            # 64 KiB at each of 256 places tell two models apart without reading 16 GB.
-            for part in range(256):
-                stream.seek(part * size // 256)
-                digest.update(stream.read(1 << 16))
-    return digest.hexdigest()[:16]
+    if not place.is_dir():
+        return gguf.fingerprint(place)
+    config = (place / "config.json").read_bytes()
+    return hash_of_files(config, sorted(place.glob("*.safetensors")))
 
 
 def judge_fingerprint(name: str, model=None) -> str | None:

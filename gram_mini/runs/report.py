@@ -1,28 +1,39 @@
-"""What the scripts say about their data before they train: lengths, cuts, length as a cue."""
+"""What the scripts say about their data before they train, and about a judge's verdicts after."""
 
 from __future__ import annotations
 
+import sys
+
 from gram_mini.batches import EncodedPair
 from gram_mini.errors import UserError
+from gram_mini.judge import Comparison, Judge
 from gram_mini.prompts import PromptPieces
 
+SELDOM = 0.5  # mass on the labels; below it the model hardly ever answers A or B
 
-def drop_cut_alike(train: list[EncodedPair], max_length: int) -> int:
-    """Take the pairs out of ``train`` whose responses cutting has made equal, or one of them the
-    beginning of the other, so that only length is left to tell them apart. Returns how many.
+
+def say(line: str) -> None:
+    """A warning: one line on standard error."""
+    print(line, file=sys.stderr)
+
+
+# ---- data ----------------------------------------------------------------------------
+
+
+def without_cut_alike(rows: list[EncodedPair], max_length: int) -> list[EncodedPair]:
+    """The rows without those whose responses cutting has made equal, or one of them the beginning
+    of the other, so that only length is left to tell them apart.
 
     Raises:
         UserError: no pair is left.
     """
-    kept = [row for row in train if not row.cut_alike]
-    dropped = len(train) - len(kept)
-    if dropped and not kept:
+    kept = [row for row in rows if not row.cut_alike]
+    if rows and not kept:
         raise UserError(
             f"--max-length {max_length}: cutting leaves nothing to tell the responses apart in any "
-            f"of the {dropped} pairs; give a larger --max-length"
+            f"of the {len(rows)} pairs; give a larger --max-length"
         )
-    train[:] = kept
-    return dropped
+    return kept
 
 
 def lengths(rows: list[EncodedPair], pieces: PromptPieces) -> dict:
@@ -31,7 +42,7 @@ def lengths(rows: list[EncodedPair], pieces: PromptPieces) -> dict:
     Returns {"half", "nine_in_ten", "longest", "truncated", "cut_alike", "longer_preferred"}. The
     first three are the median, the 90% quantile and the maximum of the lengths. ``truncated``
     counts the sequences that are cut, ``cut_alike`` those in which that has left nothing but length
-    to tell the responses apart; :func:`drop_cut_alike` takes these out of the training pairs.
+    to tell the responses apart; :func:`without_cut_alike` takes these out of the training pairs.
     ``longer_preferred`` is the share of labelled pairs in which the longer response is preferred,
     of those with responses of different length (None if there are none). Far from 1/2, length alone
     is a cue.
@@ -54,7 +65,7 @@ def lengths(rows: list[EncodedPair], pieces: PromptPieces) -> dict:
 
 
 def describe(lengths: dict, max_length: int, dropped: int = 0) -> str:
-    """One line for the result of :func:`lengths`, and for what :func:`drop_cut_alike` dropped."""
+    """One line for the result of :func:`lengths`; without_cut_alike took ``dropped`` pairs out."""
     line = (
         f"tokens a pair: {lengths['half']} for half of them, {lengths['nine_in_ten']} for nine in "
         f"ten, at most {lengths['longest']}; {lengths['truncated']} cut to {max_length}"
@@ -68,3 +79,25 @@ def describe(lengths: dict, max_length: int, dropped: int = 0) -> str:
     if preferred is not None:
         line += f"; the longer response preferred in {preferred:.0%} of the pairs"
     return line
+
+
+# ---- verdicts ------------------------------------------------------------------------
+
+
+def say_if_seldom(judge: Judge, mass: float, name: str = "The model", say=print) -> None:
+    """Say so beside the figures if the judge answers A or B too seldom; ``mass`` is their mean.
+
+    Nothing is said of a trained judge: stage 2 trains no mass (losses.py).
+    """
+    if mass < SELDOM and not judge.trained:
+        say(
+            f"{name} hardly ever answers A or B (mean mass on the labels {mass:.2g}): do not rely "
+            "on these figures"
+        )
+
+
+def say_doubts(name: str, judge: Judge, results: list[Comparison]) -> None:
+    """Say how many pairs of a table were cut, and if the judge hardly answers A or B."""
+    if cut := sum(result.truncated for result in results):
+        say(f"{name}: {cut} of {len(results)} pairs cut to fit {judge.max_length} tokens")
+    say_if_seldom(judge, sum(r.label_mass for r in results) / len(results), f"{name}:", say)

@@ -2,10 +2,11 @@
 
     run = Run("reward", args)               folder, processes, device; errors come before any work
     for batch in run.steps(...):            resumes before the first step; logs and saves after each
-        for part in run.passes(batch):      this process's share of the step, as many pairs as fit
+        for rows in run.passes(batch):      this process's pairs of the step, as many as fit at once
             run.note(...)                   figures for the log
-        if run.finite(gradient_norm): ...   other steps are skipped and counted
-        if run.evaluation_due(): run.log_held_out(...)
+        run.sum_over_processes()            gradients and loss
+        if run.is_finite(norm): ...         else run.count_skipped_step(norm)
+        if run.evaluation_is_due(): run.log_held_out(...)
     run.finish(...)                         adapter, tokenizer, run.json, log.csv, plot.png
 
 Model call, loss, backward pass and optimiser step are in the script.
@@ -17,19 +18,26 @@ import math
 import time
 from collections.abc import Callable, Iterator
 
-from gram_mini.batches import EncodedPair, split_by_tokens, trained_tokens
+from gram_mini.batches import EncodedPair, trained_tokens
 from gram_mini.errors import Interrupted, UserError
-from gram_mini.model import length_kind
 from gram_mini.pairs import Pair
-from gram_mini.prompts import PromptPieces, default_judge, read_template
+from gram_mini.prompts import PromptPieces, default_judge, label_tokens
 from gram_mini.reading.load import PairData, load_pairs
+from gram_mini.reading.template import read_template
 from gram_mini.runs import checkpoint
 from gram_mini.runs.checks import check_sizes
 from gram_mini.runs.folder import RunFolder
 from gram_mini.runs.log import Log
 from gram_mini.runs.memory import Longest, check_memory, free_for_each
-from gram_mini.runs.options import reading
-from gram_mini.runs.processes import add_up, in_shares, start_processes, stopping_after_the_step
+from gram_mini.runs.models import load_model, load_tokenizer
+from gram_mini.runs.options import reading_options
+from gram_mini.runs.passes import split_by_tokens
+from gram_mini.runs.processes import (
+    in_parallel,
+    start_processes,
+    stopping_after_the_step,
+    sum_over_processes,
+)
 from gram_mini.runs.record import (
     check_init,
     make_record,
@@ -37,7 +45,7 @@ from gram_mini.runs.record import (
     settings,
     tokenizer_fingerprint,
 )
-from gram_mini.runs.report import describe, drop_cut_alike, lengths
+from gram_mini.runs.report import describe, lengths, without_cut_alike
 from gram_mini.training import number_of_steps
 
 import torch
@@ -53,8 +61,6 @@ class Run:
     Attributes:
         device: where to compute.
         backbone: args.model, at the version that --init was trained on.
-        template: the judge prompt, from --judge-template, from --init, or, after ``check``,
-            prompts.default_judge.
         evaluation: the latest figures of the held-out pairs; empty if there are none.
 
     Raises:
@@ -68,7 +74,7 @@ class Run:
             args.device, args.report_to, self.folder.partial
         )
         self.backbone = args.model
-        self.template: str = ""
+        self._template: str = ""  # from --judge-template or --init; "" for the default
         init = getattr(args, "init", None)
         self._init: dict | None = None
         if init:
@@ -84,15 +90,15 @@ class Run:
                     option = f"--{name.replace('_', '-')}"
                     self.say(f"--init {init}: was trained with {option} {before}, this run: {now}")
             self.backbone = pinned(args.model, record["backbone"]["fingerprint"])
-            self.template = record["prompt"]["judge"]
+            self._template = record["prompt"]["judge"]
             self._init = record
         args.lora_rank = args.lora_rank or LORA_RANK
         if getattr(args, "judge_template", None):
-            self.template = read_template(args.judge_template)
+            self._template = read_template(args.judge_template)
         self.data: PairData
         self.lengths: dict = {}
         self.evaluation: dict = {}
-        self._step = self._total = 0
+        self._step = self._total = self._dropped = 0
 
     # ---- before the loop -------------------------------------------------------------
 
@@ -103,7 +109,12 @@ class Run:
     @property
     def rows_per_step(self) -> int:
         """Pairs per optimiser step, over all processes."""
-        return self.args.batch_size * self.args.grad_accum * self._accelerator.num_processes
+        return self.args.batch_size * self._accelerator.num_processes
+
+    @property
+    def pass_tokens(self) -> int:
+        """Tokens that a forward pass may hold, padding included."""
+        return self.args.batch_tokens or self.args.batch_size * self.args.max_length
 
     def load_pairs(self, labelled: bool) -> list[Pair]:
         """The pairs of ``--data``; prints what was read and dropped, and run.json keeps it.
@@ -111,7 +122,9 @@ class Run:
         Raises:
             UserError: as reading.load.load_pairs.
         """
-        self.data = load_pairs(self.args.data, labelled, seed=self.args.seed, **reading(self.args))
+        self.data = load_pairs(
+            self.args.data, labelled, seed=self.args.seed, **reading_options(self.args)
+        )
         self.say(self.data.summary())
         if self._init and self._init["stage"] == "reward" and self.args.held_out:
             before, now = self._init["options"], self.args
@@ -124,24 +137,48 @@ class Run:
                 )
         return self.data.pairs
 
-    def number_of_steps(self, rows: int) -> int:
-        """Optimiser steps: ``--steps``, or as many as ``--epochs`` passes over the rows take."""
-        return number_of_steps(rows, self.rows_per_step, self.args.epochs, self.args.steps)
+    def load_checked_model(self):
+        """The model of ``--model`` with frozen weights, and its tokenizer.
 
-    def check(self, model, tokenizer) -> None:
-        """See before any work that tokens and positions fit, and the tokenizer is that of --init.
+        Before any work it is seen that the model computes what we take it to compute, that tokens
+        and positions fit, that A and B are one token each, and that the tokenizer is that of
+        ``--init``.
 
         Raises:
-            UserError: if they do not.
+            UserError: if one of these is not so, or there is no such model.
         """
-        self.template = self.template or default_judge(tokenizer)
-        check_sizes(self.args.model, model, tokenizer, self.args.max_length)
+        args = self.args
+        tokenizer = load_tokenizer(self.backbone)
+        self._template = self.judge_template(tokenizer)
+        label_tokens(tokenizer, self._template)
+        model = load_model(self.backbone, args.bits, self.device, args.gradient_checkpointing)
+        check_sizes(args.model, model, tokenizer, args.max_length)
         self._tokenizer_fingerprint = tokenizer_fingerprint(tokenizer)
         if self._init and self._init.get("tokenizer") not in (None, self._tokenizer_fingerprint):
             raise UserError(
-                f"--init {self.args.init}: was trained with another tokenizer or chat template "
-                f"than {self.args.model} has now; put the old one back, or train stage 1 again"
+                f"--init {args.init}: was trained with another tokenizer or chat template than "
+                f"{args.model} has now; put the old one back, or train stage 1 again"
             )
+        return model, tokenizer
+
+    def judge_template(self, tokenizer) -> str:
+        """The judge prompt: that of --judge-template, or of --init, or prompts.default_judge."""
+        return self._template or default_judge(tokenizer)
+
+    def without_cut_alike(self, rows: list[EncodedPair]) -> list[EncodedPair]:
+        """The rows without those that cutting has made alike: nothing but length tells their
+        responses apart.
+
+        Raises:
+            UserError: if none is left.
+        """
+        kept = without_cut_alike(rows, self.args.max_length)
+        self._dropped = len(rows) - len(kept)
+        return kept
+
+    def number_of_steps(self, train: list[EncodedPair]) -> int:
+        """Optimiser steps: ``--steps``, or as many as ``--epochs`` passes over the rows take."""
+        return number_of_steps(len(train), self.rows_per_step, self.args.epochs, self.args.steps)
 
     def describe(
         self,
@@ -151,18 +188,14 @@ class Run:
         length: Callable[[EncodedPair], int] | None = None,
         sequences: int = 1,
     ) -> None:
-        """Say how many pairs there are and how long they are; run.json keeps it.
+        """Say how many pairs there are, how long they are and how many were cut or dropped.
 
-        Pairs that cutting has made alike are taken out of ``train``: nothing but length tells their
-        responses apart. In training a row takes ``sequences`` sequences of ``length`` tokens, by
+        run.json keeps it. In training a row takes ``sequences`` sequences of ``length`` tokens, by
         default the one sequence of its pair.
-
-        Raises:
-            UserError: if none is left.
         """
         self._train, self._prompt, self._sequences = train, prompt, sequences
         self._length = length or (lambda row: row.length + prompt.fixed_tokens)
-        dropped = drop_cut_alike(train, self.args.max_length)
+        dropped = self._dropped
         self.lengths = {**lengths(train + held_out, prompt), "dropped_cut_alike": dropped}
         counts = f"{len(train)} pairs to train on, {len(held_out)} held out"
         self.say(f"{counts}; {describe(self.lengths, self.args.max_length, dropped)}")
@@ -183,13 +216,13 @@ class Run:
         self._foresee_memory(model)
         if accelerator.is_main_process:
             self.folder.start()
-        self._model, self._total, self._kind = model, steps, length_kind(model)
+        self._model, self._total = model, steps
         self._settings = settings(
             self.args,
             self.data,
             model,
             accelerator.num_processes,
-            self.template,
+            self._template,
             self._prompt,
             self._tokenizer_fingerprint,
         )
@@ -220,6 +253,8 @@ class Run:
                 self._loss, self._applied, self._evaluated = 0.0, True, False
                 rate = schedule.get_last_lr()[0]
                 yield self._batch
+                if self._applied:
+                    self._skipped_in_a_row = 0
                 means = self._log.train(
                     self._step, lr=rate, applied=self._applied, skipped=self.skipped
                 )
@@ -242,51 +277,52 @@ class Run:
         accelerator.end_training()
 
     def passes(self, batch: list[EncodedPair]) -> Iterator[list[EncodedPair]]:
-        """Yield this process's share of a step, one forward pass at a time.
+        """Yield this process's pairs of a step, one forward pass at a time.
 
-        A pass has at most ``--batch-size`` rows and ``--batch-tokens`` tokens. After the last pass,
-        gradients and losses are summed over the processes.
+        A pass holds at most ``--batch-tokens`` tokens, padding included.
         """
-        n = self._accelerator.num_processes
         # The rows are sorted by length, so every process gets equal work.
-        share = batch[self._accelerator.process_index :: n]
-        sizes = [self._sequences * self._length(row) for row in share]
-        kinds = [self._kind(self._length(row)) for row in share]
-        most = self.args.batch_size
-        for part in split_by_tokens(sizes, self.args.batch_tokens, most=most, kinds=kinds):
-            yield share[part]
-        self._loss = add_up(self._accelerator, self._model, self._loss)
+        own = batch[self._accelerator.process_index :: self._accelerator.num_processes]
+        sizes = [self._sequences * self._length(row) for row in own]
+        for part in split_by_tokens(sizes, self.args.batch_tokens):
+            yield own[part]
 
-    def note(self, share: float, tokens: int = 0, **figures: torch.Tensor) -> None:
-        """Note the figures of a forward pass, which is ``share`` of its step.
+    def sum_over_processes(self) -> None:
+        """Sum the gradients and the loss of a step over the processes of accelerate launch."""
+        self._loss = sum_over_processes(self._accelerator, self._model, self._loss)
+
+    def note(self, weight: float, tokens: int = 0, **figures: torch.Tensor) -> None:
+        """Note the figures of a forward pass, which has this ``weight`` in the means of its step.
 
         ``tokens`` counts its tokens with padding. The figures are scalars, ``loss`` among them.
         """
         if "loss" in figures:
-            self._loss += figures["loss"].detach() * share
-        self._log.note(tokens, share, **figures)
+            self._loss += figures["loss"].detach() * weight
+        self._log.note(tokens, weight, **figures)
 
-    def logs(self) -> bool:
+    def logs_this_step(self) -> bool:
         """Whether this step ends a line of the log."""
         return self._log.due(self._step)
 
     @property
-    def share_left(self) -> float:
-        """Share of the steps that are still to be done, this one included: 1 at the first step."""
+    def fraction_left(self) -> float:
+        """Fraction of the steps still to be done, this one included: 1 at the first step."""
         return (self._total - self._step + 1) / self._total
 
-    def finite(self, gradient_norm: float) -> bool:
-        """Whether loss and gradient of the step are finite; other steps are counted as skipped.
+    def is_finite(self, gradient_norm: float) -> bool:
+        """Whether loss and gradient of the step are finite."""
+        return math.isfinite(self._loss) and math.isfinite(gradient_norm)
+
+    def count_skipped_step(self, gradient_norm: float) -> None:
+        """Count a step whose loss or gradient is not finite; it changes nothing.
 
         Raises:
             UserError: if ``--skip-limit`` steps in a row were skipped; names the rows of the last
                 one.
         """
-        self._applied = math.isfinite(self._loss) and math.isfinite(gradient_norm)
-        if self._applied:
-            self._skipped_in_a_row = 0
-            return True
-        self.skipped, self._skipped_in_a_row = self.skipped + 1, self._skipped_in_a_row + 1
+        self._applied = False
+        self.skipped += 1
+        self._skipped_in_a_row += 1
         if self._skipped_in_a_row >= self.args.skip_limit:
             rows = ", ".join(map(str, sorted(row.row for row in self._batch)))
             raise UserError(
@@ -294,19 +330,15 @@ class Run:
                 f"(loss {self._loss:.4g}, gradient norm {gradient_norm:.4g}), the last one on rows "
                 f"{rows} of {self.data.source}; lower --lr, or look at these rows"
             )
-        return False
 
-    def evaluation_due(self) -> bool:
+    def evaluation_is_due(self) -> bool:
         """Whether to judge the held-out pairs now: five times a run, at last at its end."""
         self._began = time.perf_counter()
         return self._step * 5 // self._total > (self._step - 1) * 5 // self._total
 
-    def in_shares(self, work: Callable[[list], list], items: list) -> list:
-        """``work(items)``, one result per item, with each process doing a share.
-
-        All processes get all results.
-        """
-        return in_shares(self._accelerator, work, items)
+    def in_parallel(self, work: Callable[[list], list], items: list) -> list:
+        """``work(items)``, one result per item; each process does some, and all get all results."""
+        return in_parallel(self._accelerator, work, items)
 
     def log_held_out(self, figures: dict) -> None:
         """Log the figures of the held-out pairs; run.json keeps the last ones."""
@@ -342,32 +374,27 @@ class Run:
 
     # ---- after the loop --------------------------------------------------------------
 
-    def finish(self, model, tokenizer, labels: tuple[int, int]) -> None:
-        """Write the run folder and rename it to its final name.
-
-        ``labels`` are the token ids of A and B.
-        """
-        if self._accelerator.is_main_process:
-            held_out = {"held_out": self.evaluation} if self.evaluation else {}
-            results = {
-                "steps": self._total,
-                "skipped": self.skipped,
-                "lengths": self.lengths,
-                **held_out,
-            }
-            record = make_record(
-                self.stage,
-                self.args,
-                self.data,
-                model,
-                labels,
-                self.template,
-                self._prompt,
-                tokenizer,
-                results,
-            )
-            self.folder.finish(model, tokenizer, record)
-            print(f"wrote {self.args.out}: adapter, tokenizer, run.json, log.csv, plot.png")
+    def finish(self, model, tokenizer) -> None:
+        """Write the run folder and rename it to its final name."""
+        if not self._accelerator.is_main_process:
+            return
+        results = {"steps": self._total, "skipped": self.skipped, "lengths": self.lengths}
+        if self.evaluation:
+            results["held_out"] = self.evaluation
+        template = self.judge_template(tokenizer)
+        record = make_record(
+            self.stage,
+            self.args,
+            self.data,
+            model,
+            label_tokens(tokenizer, template),
+            template,
+            self._prompt,
+            tokenizer,
+            results,
+        )
+        self.folder.finish(model, tokenizer, record)
+        print(f"wrote {self.args.out}: adapter, tokenizer, run.json, log.csv, plot.png")
 
     # ---- checkpoints -----------------------------------------------------------------
 

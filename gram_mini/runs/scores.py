@@ -11,16 +11,18 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from gram_mini.errors import Interrupted, UserError
-from gram_mini.judge import Comparison, Judge, Ranking, preferred
-from gram_mini.pairs import Pair, is_blank, unusable
+from gram_mini.judge import Comparison, Judge, preferred
+from gram_mini.pairs import Pair
 from gram_mini.prompts import LABELS
 from gram_mini.reading.formats import has_literal_breaks, parse_pairs, read_ranking
 from gram_mini.reading.load import NOT_DRAWN, draw_pairs, read_groups
 from gram_mini.reading.sources import Notes, Row
+from gram_mini.reading.usable import is_blank, unusable
 from gram_mini.runs import options
-from gram_mini.runs.checks import say_hardly
 from gram_mini.runs.partial import PartialFile
+from gram_mini.runs.ranking import Ranking
 from gram_mini.runs.record import judge_fingerprint, tokenizer_fingerprint
+from gram_mini.runs.report import say_if_seldom
 
 from tqdm import tqdm
 
@@ -348,7 +350,7 @@ class Scores:
                 f"accuracy; the first: {contents.first_unlabelled}"
             )
         if self.masses:
-            say_hardly(self.judge, self.mass / self.masses)
+            say_if_seldom(self.judge, self.mass / self.masses)
         if self.labelled:
             print(
                 f"{self.hits} of {self.labelled} labelled pairs judged as labelled: "

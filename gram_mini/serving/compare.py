@@ -10,12 +10,12 @@ from __future__ import annotations
 import time
 from statistics import mean
 
-from gram_mini.errors import clear_errors
 from gram_mini.evaluation import summarise
 from gram_mini.judge import preferred
-from gram_mini.prompts import read_template
 from gram_mini.reading.load import load_pairs
+from gram_mini.reading.template import read_template
 from gram_mini.runs import options
+from gram_mini.runs.ending import clear_errors
 from gram_mini.runs.load import find_record, load_judge
 from gram_mini.serving.served import ROUTES, served_judge
 from gram_mini.village.table import aligned

@@ -14,11 +14,12 @@ import random
 from pathlib import Path
 
 from gram_mini import prompts
-from gram_mini.errors import UserError, clear_errors
+from gram_mini.errors import UserError
 from gram_mini.pairs import Pair
 from gram_mini.reading.formats import parse_pairs
 from gram_mini.reading.load import load_pairs
 from gram_mini.runs import options
+from gram_mini.runs.ending import clear_errors
 from gram_mini.runs.output import check_output, write_whole
 
 EXAMPLES = """\
@@ -131,7 +132,10 @@ def main(argv=None) -> None:
     check_output(args.out, args.overwrite, "OUT")
     template = prompts.read_template(args.judge_template) if args.judge_template else prompts.JUDGE
     data = load_pairs(
-        args.source, labelled=args.to == "fine-tuning", seed=args.seed, **options.reading(args)
+        args.source,
+        labelled=args.to == "fine-tuning",
+        seed=args.seed,
+        **options.reading_options(args),
     )
     print(data.summary())
     written = write_official(data.pairs, args.out, args.to, args.seed, template)

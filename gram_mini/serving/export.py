@@ -14,8 +14,9 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from gram_mini.errors import UserError, clear_errors
+from gram_mini.errors import UserError
 from gram_mini.runs import options
+from gram_mini.runs.ending import clear_errors
 from gram_mini.runs.load import load_judge
 from gram_mini.runs.output import check_place, put_in_place
 from gram_mini.runs.record import EXPORTED, HEAD, read_record

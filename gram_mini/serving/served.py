@@ -28,15 +28,15 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
-from gram_mini.batches import EncodedPair, Segments
+from gram_mini.batches import EncodedPair, Segments, pair_segments
 from gram_mini.errors import UserError
 from gram_mini.judge import Judge
-from gram_mini.model import load_tokenizer
 from gram_mini.pairs import Pair
-from gram_mini.runs.checks import say
 from gram_mini.runs.defaults import MAX_LENGTH, REQUESTS, for_model
 from gram_mini.runs.load import check_trained, find_record
+from gram_mini.runs.models import load_tokenizer
 from gram_mini.runs.record import HEAD, PROBE
+from gram_mini.runs.report import say
 
 import torch
 from tqdm import tqdm
@@ -129,10 +129,6 @@ class ServedJudge(Judge):
         """The name of the model there, and how it is asked."""
         return [self.engine.name or "", self.route]
 
-    def plain_log_odds(self, rows: list[EncodedPair]) -> torch.Tensor:
-        """The log-odds (N, 2) of :meth:`log_odds`; there is no plainer way to ask a server."""
-        return self.log_odds(rows)[0]
-
     def verdicts(
         self, orders: list[EncodedPair], progress: str | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -141,7 +137,7 @@ class ServedJudge(Judge):
         Raises:
             UserError: the server is gone, or answers with something else.
         """
-        sequences = [self.segments(row) for row in orders]
+        sequences = [pair_segments(self.prompt, row) for row in orders]
         places: dict[tuple[int, ...], list[int]] = {}  # by what prompts begin with
         for i, sequence in enumerate(sequences):
             places.setdefault(sequence[0], []).append(i)
@@ -424,7 +420,9 @@ def find_route(judge: ServedJudge, routes: list[str]) -> str:
     reasons = []
     for judge.route in routes:
         try:
-            judge.ask([judge.segments(row), judge.segments(row.swapped())])
+            judge.ask(
+                [pair_segments(judge.prompt, row), pair_segments(judge.prompt, row.swapped())]
+            )
             return judge.route
         except Refused as error:
             reasons.append(str(error).removeprefix(f"{judge.engine.url}, "))

@@ -23,9 +23,10 @@ where it stopped. If you change a study, delete its files in runs/studies/rows.
 import shlex
 from pathlib import Path
 
-from gram_mini.errors import UserError, clear_errors
+from gram_mini.errors import UserError
 from gram_mini.reading.load import VILLAGE
 from gram_mini.runs import options
+from gram_mini.runs.ending import clear_errors
 from gram_mini.runs.output import check_place
 from gram_mini.studies.lab import Lab, check_handed_on
 from gram_mini.studies.paper import STUDIES

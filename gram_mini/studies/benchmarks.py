@@ -66,7 +66,16 @@ from pathlib import Path
 from typing import Any
 
 from gram_mini.errors import UserError
-from gram_mini.evaluation import (
+from gram_mini.judge import TIE, Comparison, Judge, preferred
+from gram_mini.pairs import Pair
+from gram_mini.reading.formats import parse_pairs
+from gram_mini.reading.messages import read_prompt, read_text
+from gram_mini.reading.sources import Notes, read_rows
+from gram_mini.reading.usable import unusable
+from gram_mini.runs.output import save_figure, write_whole
+from gram_mini.runs.ranking import round_robin
+from gram_mini.runs.report import say_if_seldom
+from gram_mini.studies.metrics import (
     bootstrap,
     brier,
     calibration,
@@ -74,13 +83,6 @@ from gram_mini.evaluation import (
     orders_agree,
     pick_the_longer,
 )
-from gram_mini.judge import TIE, Comparison, Judge, preferred, round_robin
-from gram_mini.pairs import Pair, unusable
-from gram_mini.reading.formats import parse_pairs
-from gram_mini.reading.messages import read_prompt, read_text
-from gram_mini.reading.sources import Notes, read_rows
-from gram_mini.runs.checks import say_hardly
-from gram_mini.runs.output import save_figure, write_whole
 
 import torch
 
@@ -775,7 +777,7 @@ def score_benchmark(judge: Judge, args) -> None:
         judge, args.benchmark, args.data, args.split, args.limit, args.subset, args.average
     )
     print(table(result))
-    say_hardly(judge, result["label_mass"])
+    say_if_seldom(judge, result["label_mass"])
     save(result, args.model, args.out)
     print(f"wrote {', '.join(map(str, files(args.benchmark, args.out)))}")
 

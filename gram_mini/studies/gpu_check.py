@@ -37,12 +37,12 @@ from pathlib import Path
 
 import train_pretrain
 import train_reward
-from gram_mini.errors import Interrupted, UserError, clear_errors, last_line
-from gram_mini.model import load_tokenizer
+from gram_mini.errors import Interrupted, UserError, last_line
 from gram_mini.runs import options
 from gram_mini.runs.checks import read_by_blocks
+from gram_mini.runs.ending import clear_errors
 from gram_mini.runs.load import load_judge
-from gram_mini.runs.loading import VILLAGE, compute_dtype
+from gram_mini.runs.models import VILLAGE, compute_dtype, load_tokenizer
 from gram_mini.runs.output import check_output, write_whole
 from gram_mini.runs.processes import pick_device
 from gram_mini.runs.run import LORA_RANK, Run

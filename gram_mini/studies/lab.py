@@ -14,16 +14,17 @@ import train_pretrain
 import train_reward
 from gram_mini.baselines import __main__ as baselines
 from gram_mini.errors import Interrupted, UserError
-from gram_mini.evaluation import calibration, summarise
+from gram_mini.evaluation import summarise
 from gram_mini.judge import Judge
 from gram_mini.pairs import Pair, split_by_prompt
 from gram_mini.prompts import LABELS
 from gram_mini.reading.load import VILLAGE, load_pairs
-from gram_mini.runs.checks import check_comparisons
 from gram_mini.runs.defaults import DEFAULTS, for_model
 from gram_mini.runs.load import load_judge
 from gram_mini.runs.output import write_whole
 from gram_mini.runs.record import fingerprint
+from gram_mini.runs.report import say_doubts
+from gram_mini.studies.metrics import calibration
 from gram_mini.village.pairs import village_pairs
 
 from filelock import FileLock
@@ -230,7 +231,7 @@ def check_handed_on(option: str, words: Sequence[str], taken: Sequence[str] = IT
 def figures_of(judge: Judge, pairs: list[Pair], name: str) -> dict[str, float]:
     """Figures of a judge on labelled pairs: accuracies, and how sure it is; ``name`` is told."""
     results = judge.compare_many(pairs, progress=name)
-    check_comparisons(name, judge, results)
+    say_doubts(name, judge, results)
     figures = summarise(pairs, results)
     # The village's test labels name the truly better response. P is about something else: how
     # often a rater would agree.

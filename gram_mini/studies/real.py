@@ -28,14 +28,16 @@ from pathlib import Path
 import train_pretrain
 import train_reward
 from gram_mini.baselines import __main__ as baselines
-from gram_mini.errors import UserError, clear_errors
-from gram_mini.evaluation import calibration, pick_the_longer, summarise
+from gram_mini.errors import UserError
+from gram_mini.evaluation import summarise
 from gram_mini.pairs import Pair, split_by_prompt
 from gram_mini.reading.load import load_pairs
 from gram_mini.runs import options
-from gram_mini.runs.checks import check_comparisons
+from gram_mini.runs.ending import clear_errors
 from gram_mini.runs.output import check_place
+from gram_mini.runs.report import say_doubts
 from gram_mini.studies.lab import ITS_OWN, PLAIN, SCALAR, Lab, check_handed_on, write_json
+from gram_mini.studies.metrics import calibration, pick_the_longer
 from gram_mini.studies.seeds import add_folders, run_study
 
 EXAMPLES = """\
@@ -164,7 +166,7 @@ class RealLab(Lab):
         pairs, began = self.pairs(split, 0), time.perf_counter()
         judge = self.judge(model)
         results = judge.compare_many(pairs, progress=split)
-        check_comparisons(f"{Path(model).name}, {split}", judge, results)
+        say_doubts(f"{Path(model).name}, {split}", judge, results)
         figures = summarise(pairs, results)
         outcomes = [float(pair.label == 0) for pair in pairs]
         return {

@@ -9,8 +9,9 @@ import statistics
 from collections import defaultdict
 from collections.abc import Callable
 
-from gram_mini.judge import TIE, best_first, knock_out, round_robin
+from gram_mini.judge import TIE
 from gram_mini.pairs import Pair
+from gram_mini.runs.ranking import best_first, knock_out, round_robin
 from gram_mini.studies.lab import Lab
 from gram_mini.village import question, true_probability
 from gram_mini.village.pairs import topics

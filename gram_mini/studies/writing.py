@@ -19,10 +19,10 @@ from collections.abc import Sequence
 from functools import partial, update_wrapper
 from pathlib import Path
 
-from gram_mini.errors import clear_errors
 from gram_mini.pairs import Pair
 from gram_mini.reading.load import VILLAGE
 from gram_mini.runs import options
+from gram_mini.runs.ending import clear_errors
 from gram_mini.runs.output import check_place
 from gram_mini.serving.trl import as_trl_reward
 from gram_mini.studies.figures import average, print_table

@@ -15,13 +15,14 @@ import statistics
 from collections import defaultdict
 from pathlib import Path
 
-from gram_mini.errors import clear_errors
-from gram_mini.evaluation import Evaluation, summarise, with_interval
+from gram_mini.evaluation import Evaluation, summarise
 from gram_mini.runs import options
-from gram_mini.runs.checks import check_comparisons
+from gram_mini.runs.ending import clear_errors
 from gram_mini.runs.load import find_record, load_judge
-from gram_mini.runs.loading import local_model
+from gram_mini.runs.models import local_model
+from gram_mini.runs.report import say_doubts
 from gram_mini.serving.served import served_judge
+from gram_mini.studies.metrics import with_interval
 from gram_mini.village.pairs import village_pairs
 
 CAPTION = """\
@@ -86,7 +87,7 @@ def village_table(
             judge = served_judge(model, server, served_name)
         results = judge.compare_many(out_of_distribution, progress=model)
         others = judge.compare_many(in_distribution, progress=model)
-        check_comparisons(model, judge, [*results, *others])
+        say_doubts(model, judge, [*results, *others])
         facts = [
             (pair, result)
             for pair, result in zip(out_of_distribution, results)

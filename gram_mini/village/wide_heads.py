@@ -15,8 +15,9 @@ import argparse
 import shutil
 from pathlib import Path
 
-from gram_mini.errors import UserError, clear_errors
-from gram_mini.model import load_tokenizer
+from gram_mini.errors import UserError
+from gram_mini.runs.ending import clear_errors
+from gram_mini.runs.models import load_tokenizer
 from gram_mini.runs.output import check_place
 from gram_mini.runs.record import EXPORTED, read_record
 

@@ -7,10 +7,11 @@ import train_pretrain
 import train_reward
 from gram_mini import prompts
 from gram_mini.batches import encode_pairs, join, judge_batch
-from gram_mini.model import add_lora, hidden_states, load_model, load_tokenizer, output_logits
+from gram_mini.model import add_lora, hidden_states, output_logits
 from gram_mini.pairs import Pair
 from gram_mini.prompts import judge_prompt, label_tokens, pair_prompt
 from gram_mini.runs.load import load_judge
+from gram_mini.runs.models import load_model, load_tokenizer
 
 import pytest
 import torch
@@ -299,7 +300,7 @@ def test_every_linear_layer_is_nf4_but_the_output_matrix(case, monkeypatch):
     trainable = [name for name, p in adapted.named_parameters() if p.requires_grad]
     assert len(trainable) == 2 * len(linear) and all("lora_" in name for name in trainable)
     assert {p.dtype for p in load_model(case.folder, bits=16).parameters()} == {torch.float32}
-    monkeypatch.setattr("gram_mini.runs.loading.fast_bfloat16", lambda: True)
+    monkeypatch.setattr("gram_mini.runs.models.fast_bfloat16", lambda: True)
     for bits in (4, 16):
         half = load_model(case.folder, bits)
         assert {p.dtype for p in half.parameters()} <= {torch.bfloat16, torch.uint8}

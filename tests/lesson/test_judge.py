@@ -5,6 +5,7 @@ import math
 from gram_mini.evaluation import evaluate
 from gram_mini.judge import Judge
 from gram_mini.pairs import Pair
+from gram_mini.runs.ranking import rank
 from gram_mini.village.pairs import village_pairs
 
 import pytest
@@ -66,11 +67,11 @@ def test_reward_is_the_probability_of_beating_the_reference():
 
 def test_a_reference_makes_rewards_and_goes_with_no_other_method():
     judge = by_number()
-    scores = judge.rank("x", ["1", "3"], reference="3").scores
+    scores = rank(judge, "x", ["1", "3"], reference="3").scores
     assert scores == pytest.approx([judge.reward("x", "1", "3"), 0.5])
-    assert judge.rank("x", ["1", "3"]).method == "round-robin"
+    assert rank(judge, "x", ["1", "3"]).method == "round-robin"
     with pytest.raises(ValueError, match="a reference goes with method 'reference'"):
-        judge.rank("x", ["1", "3"], "knock-out", reference="3")
+        rank(judge, "x", ["1", "3"], "knock-out", reference="3")
 
 
 @pytest.mark.parametrize(("method", "n", "comparisons"), [
@@ -81,7 +82,7 @@ def test_ranking_and_its_number_of_comparisons(method, n, comparisons):
     judge = by_number(scale=0.5)
     step = 5 if n == 6 else 3
     responses = [str((step * i) % n) for i in range(n)]
-    ranking = judge.rank("x", responses, method, "2.5" if method == "reference" else None)
+    ranking = rank(judge, "x", responses, method, "2.5" if method == "reference" else None)
     assert responses[ranking.order[0]] == str(n - 1)
     assert ranking.comparisons == comparisons == judge.judged
     assert sorted(ranking.order, key=lambda i: -ranking.scores[i]) == ranking.order
@@ -98,7 +99,7 @@ def test_rank_refuses_what_it_cannot_do():
         dict(responses=["1"], method="votes"),
     ):
         with pytest.raises(ValueError):
-            by_number().rank("x", **bad)
+            rank(by_number(), "x", **bad)
 
 
 def test_judge_that_sees_the_true_reward():
@@ -210,7 +211,7 @@ def test_white_space_around_a_text_does_not_count(village_judge):
 
 def test_rankings_count_what_was_cut(village_judge, tokenizer):
     judge = Judge(village_judge.model, tokenizer, max_length=40)
-    ranking = judge.rank("What?", ["soup", "fish " * 50, "cake"])
+    ranking = rank(judge, "What?", ["soup", "fish " * 50, "cake"])
     assert (ranking.comparisons, ranking.truncated) == (3, 2)
 
 

@@ -1,19 +1,19 @@
 """NF4 + LoRA on the CPU: gradients, what is saved, which logits are computed."""
 
 from gram_mini.errors import UserError
-from gram_mini.model import (
-    add_lora,
-    checkpoint_gradients,
-    hidden_states,
-    load_lora,
-    load_model,
-    load_tokenizer,
-    output_logits,
-)
+from gram_mini.model import add_lora, hidden_states, output_logits
 from gram_mini.runs import loading
 from gram_mini.runs.folder import save_adapter
 from gram_mini.runs.load import load_judge
-from gram_mini.runs.loading import VILLAGE, VILLAGE_FOLDER, compute_dtype
+from gram_mini.runs.models import (
+    VILLAGE,
+    VILLAGE_FOLDER,
+    checkpoint_gradients,
+    compute_dtype,
+    load_lora,
+    load_model,
+    load_tokenizer,
+)
 from gram_mini.runs.processes import pick_device
 from gram_mini.runs.record import fingerprint, read_record
 
@@ -70,7 +70,7 @@ def test_nf4_is_nf4_and_embeddings_are_left_alone(nf4_model):
 
 @pytest.mark.parametrize("fast", [True, False])
 def test_what_is_computed_in(fast, monkeypatch):
-    monkeypatch.setattr("gram_mini.runs.loading.fast_bfloat16", lambda: fast)
+    monkeypatch.setattr("gram_mini.runs.models.fast_bfloat16", lambda: fast)
     cpu, other = torch.device("cpu"), torch.bfloat16 if fast else torch.float32
     assert compute_dtype(32, cpu, "any") == torch.float32
     assert compute_dtype(16, cpu, "any") == compute_dtype(4, cpu, "any") == other
@@ -102,7 +102,7 @@ def test_a_step_in_bf16_is_that_of_float32_within_its_rounding(monkeypatch):
         return lora_gradient(model)
 
     exact = gradient()
-    monkeypatch.setattr("gram_mini.runs.loading.fast_bfloat16", lambda: True)
+    monkeypatch.setattr("gram_mini.runs.models.fast_bfloat16", lambda: True)
     rounded = gradient()
     assert F.cosine_similarity(rounded, exact, dim=0) > 0.99 and not torch.equal(rounded, exact)
 

@@ -3,8 +3,10 @@
 import copy
 
 from gram_mini import prompts
+from gram_mini.chat import encode
 from gram_mini.errors import UserError
-from gram_mini.prompts import encode, fill, judge_prompt, label_tokens, pair_prompt, read_template
+from gram_mini.prompts import fill, judge_prompt, label_tokens, pair_prompt
+from gram_mini.reading.template import read_template
 
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -124,8 +126,8 @@ def test_prompts_hold_all_three_texts_in_order(tokenizer, template):
 
 def test_stage_1_trains_on_the_markers_but_not_on_the_users_turn(tokenizer):
     pieces = pair_prompt(tokenizer)
-    assert tokenizer.decode(pieces.after_prompt[: pieces.untrained]) == "<|end|><|assistant|>"
-    assert tokenizer.decode(pieces.after_prompt[pieces.untrained :]) == prompts.START_A
+    assert tokenizer.decode(pieces.after_prompt[: pieces.given]) == "<|end|><|assistant|>"
+    assert tokenizer.decode(pieces.after_prompt[pieces.given :]) == prompts.START_A
 
 
 def test_label_tokens_that_split_are_an_error_naming_the_pieces():
@@ -228,7 +230,7 @@ def test_without_a_chat_template_the_verdict_follows_directly(tokenizer, end, la
 
 def test_without_a_chat_template_the_pair_begins_a_paragraph(tokenizer):
     pieces = pair_prompt(with_template(tokenizer, None))
-    assert tokenizer.decode(pieces.after_prompt[: pieces.untrained]) == "\n\n"
+    assert tokenizer.decode(pieces.after_prompt[: pieces.given]) == "\n\n"
 
 
 def test_a_template_with_our_own_slots_is_refused(tmp_path):

@@ -5,12 +5,14 @@ import random
 
 import score
 from gram_mini.batches import IGNORED, encode_pairs, pair_batch
-from gram_mini.chunked import chunked_pair_loss
-from gram_mini.evaluation import calibration, pair_losses, summarise
-from gram_mini.judge import TIE, Comparison, Judge, best_first, knock_out, preferred, round_robin
+from gram_mini.evaluation import pair_losses, summarise
+from gram_mini.judge import TIE, Comparison, Judge, preferred
 from gram_mini.model import hidden_states, output_head
 from gram_mini.pairs import Pair
 from gram_mini.prompts import pair_prompt
+from gram_mini.runs.chunked import chunked_pair_loss
+from gram_mini.runs.ranking import best_first, knock_out, rank, round_robin
+from gram_mini.studies.metrics import calibration
 from gram_mini.village.pairs import village_pairs
 
 import pytest
@@ -43,8 +45,12 @@ def test_equal_texts_have_equal_scores_to_the_last_bit(seed):
 
 def test_a_judge_ranks_equal_texts_equally_and_judges_them_once(village_judge):
     for method, comparisons in (("round-robin", 3), ("knock-out", 2), ("reference", 3)):
-        ranking = village_judge.rank(
-            "What does Anna eat?", TEXTS, method, "x" if method == "reference" else None
+        ranking = rank(
+            village_judge,
+            "What does Anna eat?",
+            TEXTS,
+            method,
+            "x" if method == "reference" else None,
         )
         assert ranking.scores[0] == ranking.scores[2] == ranking.scores[4]
         assert ranking.comparisons == comparisons and sorted(ranking.order) == [0, 1, 2, 3, 4]

@@ -6,17 +6,24 @@ import json
 import score
 import train_reward
 from gram_mini.baselines import __main__ as baselines
-from gram_mini.baselines.batches import chosen_batch, response_batch, response_prompt
-from gram_mini.baselines.judges import LabelRowsJudge, ScalarJudge, add_head
 from gram_mini.batches import IGNORED, encode_pairs
 from gram_mini.errors import UserError
 from gram_mini.judge import Judge
 from gram_mini.losses import reward_loss
-from gram_mini.model import add_lora, hidden_states, load_model, output_logits
+from gram_mini.model import add_lora, hidden_states, output_logits
 from gram_mini.pairs import Pair
 from gram_mini.prompts import label_tokens
+from gram_mini.runs.heads import (
+    LabelRowsJudge,
+    ScalarJudge,
+    add_head,
+    chosen_batch,
+    response_batch,
+    response_prompt,
+)
 from gram_mini.runs.load import load_judge
-from gram_mini.runs.loading import VILLAGE
+from gram_mini.runs.models import VILLAGE, load_model
+from gram_mini.runs.ranking import rank
 from gram_mini.serving import export
 
 import pytest
@@ -103,7 +110,7 @@ def test_a_scalar_judge_has_no_position_and_no_labels(scalar):
     assert all(result.position_gap < 1e-6 and result.label_mass == 1.0 for result in found)
     turned = scalar.compare(PAIRS[0].prompt, PAIRS[0].response_b, PAIRS[0].response_a)
     assert turned.probability == pytest.approx(1 - found[0].probability, abs=1e-6)
-    ranking = scalar.rank("What does Anna eat?", ["Anna eats soup.", "Anna eats fish.", "x"])
+    ranking = rank(scalar, "What does Anna eat?", ["Anna eats soup.", "Anna eats fish.", "x"])
     assert sorted(ranking.order) == [0, 1, 2]
 
 

@@ -9,10 +9,12 @@ from collections import Counter
 
 import score
 from gram_mini.errors import UserError
-from gram_mini.evaluation import bootstrap, brier, calibration, consistency
+from gram_mini.evaluation import consistency
 from gram_mini.judge import Judge
 from gram_mini.pairs import Pair
+from gram_mini.runs.ranking import rank
 from gram_mini.studies import benchmarks
+from gram_mini.studies.metrics import bootstrap, brier, calibration
 
 import pytest
 import torch
@@ -249,7 +251,7 @@ def test_scores_are_those_of_rank(tmp_path, village_judge):
     judged, results = benchmarks.judge_rows(
         rows, benchmarks.BENCHMARKS["reward-bench-2"], village_judge.compare_many
     )
-    ranking = village_judge.rank("What does Anna eat?", [chosen, *rejected])
+    ranking = rank(village_judge, "What does Anna eat?", [chosen, *rejected])
     assert len(results) == ranking.comparisons == 6
     assert judged[0].credit == float(ranking.order[0] == 0)
     tie = benchmarks.Row(

@@ -5,14 +5,14 @@ import json
 from gram_mini import prompts
 from gram_mini.batches import encode_pairs, join
 from gram_mini.errors import UserError
-from gram_mini.model import load_tokenizer
-from gram_mini.pairs import Pair, is_blank, unusable
+from gram_mini.pairs import Pair
 from gram_mini.prompts import judge_prompt, pair_prompt
 from gram_mini.reading.formats import parse_pairs
 from gram_mini.reading.load import load_pairs
 from gram_mini.reading.sources import read_rows
-from gram_mini.runs.loading import VILLAGE, local_model
-from gram_mini.runs.report import describe, drop_cut_alike, lengths
+from gram_mini.reading.usable import is_blank, unusable
+from gram_mini.runs.models import VILLAGE, load_tokenizer, local_model
+from gram_mini.runs.report import describe, lengths, without_cut_alike
 
 import pytest
 from tokenizers import AddedToken
@@ -448,13 +448,14 @@ def test_pairs_that_cutting_makes_alike_are_dropped_and_named(tokenizer):
     assert [row.swapped().cut_alike for row in train] == [row.cut_alike for row in train]
     held_out = train[:2]
     kept = train[2:]
-    assert drop_cut_alike(train, 128) == 2 and train == kept
+    train = without_cut_alike(train, 128)
+    assert train == kept
     line = describe(lengths(train + held_out, pieces), 128, dropped=2)
     assert "2 more dropped, since cutting made their responses equal, or one of them" in line
     assert "cutting made the responses of 2 held-out pairs equal" in line
     assert "cutting" not in describe(lengths(train, pieces), 128)
     with pytest.raises(UserError, match="--max-length 128: .* any of the 2 pairs; give a larger"):
-        drop_cut_alike(held_out, 128)
+        without_cut_alike(held_out, 128)
     assert len(join(pieces, train[0])) <= 128
     # one the beginning of the other, and with this room equal to the last token
     longer = Pair("Say it.", same.strip(), same + "!", 1)

@@ -11,21 +11,15 @@ import train_pretrain
 import train_reward
 from gram_mini import prefixes
 from gram_mini.baselines import __main__ as baselines
-from gram_mini.batches import split_by_tokens
 from gram_mini.errors import UserError
 from gram_mini.judge import Judge
-from gram_mini.model import (
-    CAPS,
-    add_lora,
-    hidden_states,
-    length_kind,
-    load_model,
-    load_tokenizer,
-    output_logits,
-)
+from gram_mini.model import CAPS, add_lora, hidden_states, length_kind, output_logits
 from gram_mini.pairs import Pair
 from gram_mini.runs import checks
 from gram_mini.runs.load import load_judge
+from gram_mini.runs.models import load_model, load_tokenizer
+from gram_mini.runs.passes import split_by_tokens
+from gram_mini.runs.ranking import rank
 
 import pytest
 import torch
@@ -102,7 +96,7 @@ def test_a_model_of_own_logits_trains_in_both_stages(llama, tmp_path, monkeypatc
         if name == "own":
             monkeypatch.setattr(train_pretrain, "load_model", load_as_unknown)
             monkeypatch.setattr(train_reward, "load_model", load_as_unknown)
-            monkeypatch.setattr("gram_mini.chunked.LOGITS_AT_ONCE", 718 * 20)
+            monkeypatch.setattr("gram_mini.runs.chunked.LOGITS_AT_ONCE", 718 * 20)
         same = ["--model", llama, "--bits", "32", *SHORT]
         train_pretrain.main([*same, "--out", str(tmp_path / name)])
         same.remove("--lora-rank"), same.remove("2")
@@ -141,7 +135,7 @@ def test_shared_beginnings_that_are_ignored_are_noticed(llama, monkeypatch):
 
 def test_no_architecture_warns_of_how_its_cache_is_passed(llama, recwarn):
     judge = Judge(load_model(llama, 32), load_tokenizer(llama))
-    judge.rank(PAIR[0] * 20, ["a", "b", "c", "d"])
+    rank(judge, PAIR[0] * 20, ["a", "b", "c", "d"])
     assert not [w for w in recwarn if "past_key_values" in str(w.message)]
 
 
@@ -410,7 +404,7 @@ def test_not_a_number_names_its_row(village_judge, monkeypatch):
     with pytest.raises(UserError, match="row 4 and 1 more: the judge gives log-odds of"):
         village_judge.compare_many(pairs)
     with pytest.raises(UserError, match="which are no numbers"):
-        village_judge.rank("x", ["y", "z", "w"])
+        rank(village_judge, "x", ["y", "z", "w"])
 
 
 # ---- errors of a model's own code ------------------------------------------------------

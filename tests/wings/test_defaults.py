@@ -9,7 +9,7 @@ from gram_mini.baselines.__main__ import baseline_options
 from gram_mini.judge import Judge
 from gram_mini.runs.defaults import DEFAULTS, MAX_LENGTH, SCORED
 from gram_mini.runs.load import load_judge
-from gram_mini.runs.loading import VILLAGE_FOLDER
+from gram_mini.runs.models import VILLAGE_FOLDER
 from gram_mini.runs.options import pretrain_options, reward_options
 
 import pytest

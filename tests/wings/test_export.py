@@ -9,11 +9,10 @@ from pathlib import Path
 import train_reward
 from gram_mini.batches import encode_pairs, join
 from gram_mini.errors import UserError
-from gram_mini.model import load_tokenizer
 from gram_mini.pairs import Pair
 from gram_mini.prompts import judge_prompt, label_tokens
 from gram_mini.runs.load import load_judge
-from gram_mini.runs.loading import VILLAGE_FOLDER
+from gram_mini.runs.models import VILLAGE_FOLDER, load_tokenizer
 from gram_mini.serving import export
 from gram_mini.village.table import method_of, records_of
 

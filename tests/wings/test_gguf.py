@@ -10,12 +10,12 @@ import score
 import train_pretrain
 import train_reward
 from gram_mini.errors import UserError
-from gram_mini.model import hidden_states, load_model, load_tokenizer
+from gram_mini.model import hidden_states
 from gram_mini.runs import gguf as unpacking
 from gram_mini.runs import run as runs_run
 from gram_mini.runs.defaults import SCORED
 from gram_mini.runs.load import load_judge
-from gram_mini.runs.loading import VILLAGE_FOLDER
+from gram_mini.runs.models import VILLAGE_FOLDER, load_model, load_tokenizer
 from gram_mini.runs.record import fingerprint
 from gram_mini.serving import export
 

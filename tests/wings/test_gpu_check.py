@@ -2,7 +2,8 @@
 
 import re
 
-from gram_mini.errors import UserError, clear_errors
+from gram_mini.errors import UserError
+from gram_mini.runs.ending import clear_errors
 from gram_mini.runs.load import load_judge
 from gram_mini.studies import gpu_check
 from gram_mini.studies.gpu_check import Failed, Setting

@@ -13,10 +13,9 @@ from pathlib import Path
 import train_pretrain
 import train_reward
 from gram_mini.errors import UserError
-from gram_mini.model import load_tokenizer
 from gram_mini.prompts import judge_prompt, label_tokens, pair_prompt
 from gram_mini.runs.load import load_judge
-from gram_mini.runs.loading import VILLAGE_FOLDER
+from gram_mini.runs.models import VILLAGE_FOLDER, load_tokenizer
 from gram_mini.runs.record import pinned
 from gram_mini.serving import export
 

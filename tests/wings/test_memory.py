@@ -8,8 +8,9 @@ from types import SimpleNamespace
 import train_reward
 from gram_mini import chunked
 from gram_mini.errors import UserError
-from gram_mini.model import checkpoint_gradients, hidden_states
+from gram_mini.model import hidden_states
 from gram_mini.runs import memory as foresee
+from gram_mini.runs.models import checkpoint_gradients
 from gram_mini.studies.speed import common, memory
 from gram_mini.studies.speed.common import MODELS, Shape, held_bytes, random_rows
 from gram_mini.studies.speed.memory import (

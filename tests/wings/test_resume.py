@@ -18,9 +18,8 @@ from gram_mini.errors import Interrupted, UserError
 from gram_mini.reading.load import PairData
 from gram_mini.runs import run as runs_run
 from gram_mini.runs.folder import RunFolder
-from gram_mini.runs.loading import VILLAGE_FOLDER
+from gram_mini.runs.models import VILLAGE_FOLDER
 from gram_mini.runs.options import reward_options
-from gram_mini.runs.processes import in_shares
 from gram_mini.runs.run import Run
 from gram_mini.training import draw_batches
 
@@ -278,9 +277,13 @@ def test_two_processes_are_twice_the_batch(name, tmp_path):
 
 
 def test_shares_come_back_in_order():
+    from gram_mini.runs.processes import in_parallel
+
     from accelerate import Accelerator
 
-    doubled = in_shares(Accelerator(cpu=True), lambda items: [2 * i for i in items], list(range(7)))
+    doubled = in_parallel(
+        Accelerator(cpu=True), lambda items: [2 * i for i in items], list(range(7))
+    )
     assert doubled == [0, 2, 4, 6, 8, 10, 12]
 
 

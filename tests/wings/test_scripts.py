@@ -14,11 +14,11 @@ import train_reward
 from gram_mini.baselines import __main__ as baselines
 from gram_mini.judge import Judge
 from gram_mini.losses import smoothed
-from gram_mini.model import OutputHead, load_tokenizer
+from gram_mini.model import OutputHead
 from gram_mini.reading.load import load_pairs
 from gram_mini.runs.defaults import SCORED
 from gram_mini.runs.load import load_judge
-from gram_mini.runs.loading import VILLAGE_FOLDER
+from gram_mini.runs.models import VILLAGE_FOLDER, load_tokenizer
 from gram_mini.village import table
 
 import pytest
@@ -227,7 +227,7 @@ def test_stage_1_builds_logits_for_trained_tokens_only(tmp_path, monkeypatch):
 def test_stage_1_in_chunks_learns_the_same(tmp_path, monkeypatch):
     weights = []
     for name, at_once in (("whole", 2**25), ("chunks", 718 * 50)):
-        monkeypatch.setattr("gram_mini.chunked.LOGITS_AT_ONCE", at_once)
+        monkeypatch.setattr("gram_mini.runs.chunked.LOGITS_AT_ONCE", at_once)
         options = "--limit 50 --steps 3 --held-out 0.1".split()
         train_pretrain.main(["--out", str(tmp_path / name), *options, *SMALL])
         weights.append(load_file(tmp_path / name / "adapter_model.safetensors"))

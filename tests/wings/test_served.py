@@ -18,7 +18,8 @@ from gram_mini.judge import Judge
 from gram_mini.pairs import Pair
 from gram_mini.runs.defaults import REQUESTS
 from gram_mini.runs.load import load_judge
-from gram_mini.runs.loading import VILLAGE
+from gram_mini.runs.models import VILLAGE
+from gram_mini.runs.ranking import rank
 from gram_mini.serving import compare, served
 from gram_mini.serving.export import export
 from gram_mini.serving.served import ROUTES, ServedJudge, served_judge
@@ -162,7 +163,7 @@ def test_everything_that_a_judge_does(serve, tokenizer, village_judge):
     )
     texts = ["Anna eats soup.", "Anna eats fish.", "Go away.", "Anna eats rice.", "Soup."]
     server.seen.clear()
-    ours, theirs = (one.rank(PAIR[0], texts) for one in (judge, village_judge))
+    ours, theirs = (rank(one, PAIR[0], texts) for one in (judge, village_judge))
     assert ours.scores == pytest.approx(theirs.scores, abs=1e-5) and ours.order == theirs.order
     # 20 prompts of one question: 16 and 4 in a request
     assert sorted(len(body["prompt"]) for _, body in server.seen) == [4, 16]

@@ -17,7 +17,7 @@ import score
 from gram_mini.errors import Interrupted, UserError
 from gram_mini.judge import Comparison, Judge
 from gram_mini.runs import scores
-from gram_mini.runs.loading import VILLAGE
+from gram_mini.runs.models import VILLAGE
 from gram_mini.runs.partial import PartialFile, partial_names
 from gram_mini.studies.speed import stream
 from gram_mini.village.pairs import village_pairs

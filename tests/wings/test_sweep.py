@@ -23,9 +23,9 @@ sys.path[:0] = [str(Path(__file__).parents[2])]
 import train_reward  # noqa: E402
 from gram_mini.batches import join  # noqa: E402
 from gram_mini.errors import UserError  # noqa: E402
-from gram_mini.model import load_tokenizer  # noqa: E402
 from gram_mini.pairs import Pair  # noqa: E402
 from gram_mini.runs.load import load_judge  # noqa: E402
+from gram_mini.runs.models import load_tokenizer  # noqa: E402
 from gram_mini.serving import export  # noqa: E402
 
 from transformers import AutoConfig, AutoModelForCausalLM  # noqa: E402

@@ -3,9 +3,9 @@
 import copy
 import math
 
-from gram_mini.model import load_model
 from gram_mini.reading.formats import parse_pairs
-from gram_mini.runs.loading import VILLAGE
+from gram_mini.runs.models import VILLAGE, load_model
+from gram_mini.runs.ranking import rank
 from gram_mini.serving.trl import as_trl_reward
 
 import pytest
@@ -62,7 +62,9 @@ def test_a_group_is_compared_with_its_first(village_judge, judged):
 def test_a_group_is_compared_all_with_all(village_judge, judged):
     found = as_trl_reward(village_judge, against="all")([QUESTION] * 3, [SOUP, FISH, CAKE])
     assert [len(pairs) for pairs in judged] == [3]
-    assert found == pytest.approx(village_judge.rank(QUESTION, [SOUP, FISH, CAKE]).scores, abs=1e-5)
+    assert found == pytest.approx(
+        rank(village_judge, QUESTION, [SOUP, FISH, CAKE]).scores, abs=1e-5
+    )
     assert sum(found) == pytest.approx(1.5)
 
 

@@ -6,9 +6,9 @@ import random
 import re
 
 import train_reward
-from gram_mini.prompts import encode
+from gram_mini.chat import encode
 from gram_mini.runs.load import load_judge
-from gram_mini.runs.loading import VILLAGE_FOLDER
+from gram_mini.runs.models import VILLAGE_FOLDER
 from gram_mini.village import (
     ATTRIBUTES,
     COURTEOUS,

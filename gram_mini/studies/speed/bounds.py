@@ -21,8 +21,8 @@ computed once.
 
 from __future__ import annotations
 
-from gram_mini.errors import clear_errors
 from gram_mini.runs import options
+from gram_mini.runs.ending import clear_errors
 from gram_mini.studies.speed.common import (
     MODELS,
     PIECES,

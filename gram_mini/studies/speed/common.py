@@ -14,12 +14,13 @@ from dataclasses import dataclass
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler announces each start and stop
 
 from gram_mini.batches import IGNORED, EncodedPair, judge_batch, pair_batch, truncate
-from gram_mini.chunked import chunked_pair_loss
 from gram_mini.losses import reward_loss
-from gram_mini.model import add_lora, hidden_states, load_model, output_head, output_logits
+from gram_mini.model import add_lora, hidden_states, output_head, output_logits
 from gram_mini.prompts import PromptPieces
 from gram_mini.reading.load import load_pairs
 from gram_mini.runs import options
+from gram_mini.runs.chunked import chunked_pair_loss
+from gram_mini.runs.models import load_model
 from gram_mini.training import clip_gradients
 
 import torch

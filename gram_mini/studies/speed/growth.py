@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from gram_mini.batches import EncodedPair
-from gram_mini.errors import clear_errors
 from gram_mini.runs import options
+from gram_mini.runs.ending import clear_errors
 from gram_mini.runs.output import check_place, save_figure, write_whole
 from gram_mini.runs.processes import pick_device
 from gram_mini.studies.speed.common import (

@@ -59,11 +59,12 @@ import gc
 import time
 
 from gram_mini.batches import EncodedPair, judge_batch
-from gram_mini.chunked import LOGITS_AT_ONCE
-from gram_mini.errors import clear_errors
-from gram_mini.model import checkpoint_gradients, hidden_states, output_logits
+from gram_mini.model import hidden_states, output_logits
 from gram_mini.prompts import PromptPieces
 from gram_mini.runs import options
+from gram_mini.runs.chunked import LOGITS_AT_ONCE
+from gram_mini.runs.ending import clear_errors
+from gram_mini.runs.models import checkpoint_gradients
 from gram_mini.runs.processes import pick_device
 from gram_mini.studies.speed.common import (
     GIB,

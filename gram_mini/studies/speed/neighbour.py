@@ -19,8 +19,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-from gram_mini.errors import UserError, clear_errors
+from gram_mini.errors import UserError
 from gram_mini.runs import options
+from gram_mini.runs.ending import clear_errors
 from gram_mini.studies.speed.common import table
 
 ROOT = Path(__file__).parents[3]

@@ -23,11 +23,11 @@ from dataclasses import replace
 
 from gram_mini import prefixes
 from gram_mini.batches import EncodedPair, join
-from gram_mini.errors import clear_errors
 from gram_mini.judge import Judge
-from gram_mini.model import half_precision, load_tokenizer
+from gram_mini.model import half_precision
 from gram_mini.runs import options
-from gram_mini.runs.loading import VILLAGE, compute_dtype
+from gram_mini.runs.ending import clear_errors
+from gram_mini.runs.models import VILLAGE, compute_dtype, load_tokenizer
 from gram_mini.runs.processes import pick_device
 from gram_mini.studies.speed.common import (
     GIB,

@@ -20,8 +20,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from gram_mini.errors import UserError, clear_errors
+from gram_mini.errors import UserError
 from gram_mini.runs import options
+from gram_mini.runs.ending import clear_errors
 from gram_mini.runs.output import check_place, save_figure, write_whole
 from gram_mini.runs.partial import partial_names
 from gram_mini.runs.scores import read_through

@@ -22,7 +22,6 @@ import statistics
 import tempfile
 import time
 
-from gram_mini.baselines.batches import response_segments
 from gram_mini.batches import (
     IGNORED,
     EncodedPair,
@@ -33,10 +32,18 @@ from gram_mini.batches import (
     right_labels,
     trained_tokens,
 )
-from gram_mini.errors import UserError, clear_errors
-from gram_mini.model import checkpoint_gradients, half_precision, load_tokenizer, quantization
+from gram_mini.errors import UserError
+from gram_mini.model import half_precision
 from gram_mini.runs import options
-from gram_mini.runs.loading import VILLAGE, compute_dtype
+from gram_mini.runs.ending import clear_errors
+from gram_mini.runs.heads import response_segments
+from gram_mini.runs.models import (
+    VILLAGE,
+    checkpoint_gradients,
+    compute_dtype,
+    load_tokenizer,
+    quantization,
+)
 from gram_mini.runs.processes import pick_device
 from gram_mini.studies.speed.common import (
     GIB,

@@ -1,34 +1,64 @@
-"""The fast twin of judge.plain_log_odds: what sequences begin with is computed once, and its keys
-and values used again.
+"""A judge that computes what its prompts begin with once, and uses the keys and values again.
 
 The two orders of a pair share the instruction and the question. The comparisons of a ranking share
-these too, and those with the same first response share that as well. tests/lesson/test_prefixes.py
-holds both twins together.
+these too, and those with the same first response share that as well. Scores are those of the plain
+Judge, to rounding: tests/wings/test_sharing.py holds both together.
 """
 
 from __future__ import annotations
 
 import inspect
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
-from gram_mini.batches import EncodedPair, Segments, pad, split_by_tokens
-from gram_mini.model import (
-    decoder,
-    half_precision,
-    hidden_states,
-    length_kind,
-    rope_parts,
-    without_adapter,
-)
+from gram_mini.batches import EncodedPair, Segments, pad, pair_segments
+from gram_mini.judge import Judge
+from gram_mini.model import decoder, half_precision, hidden_states, without_adapter
+from gram_mini.runs.passes import split_by_tokens
 
 import torch
 from tqdm import tqdm
 from transformers import DynamicCache
 
-# more and smaller matrix products cost time of their own, so a fifth of the tokens must be spared
-WORTH_IT = 0.8
+# More and smaller matrix products cost time of their own, so a fifth of the tokens must be spared.
+SPARED = 0.2
+
+
+class SharingJudge(Judge):
+    """A :class:`Judge` whose prompts share the computation of what they begin with."""
+
+    def segments(self, row: EncodedPair) -> Segments:
+        """The sequence that the judge reads for a pair in one order."""
+        return pair_segments(self.prompt, row)
+
+    def verdict_states(
+        self, orders: list[EncodedPair], progress: str | None = None
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Yield (places (B,) in ``orders``, hidden states (B, H) of their verdicts) by passes.
+
+        Sequences of similar length go together, so that little is padded, and those that begin
+        alike, so that it is shared.
+        """
+        lengths = [sum(map(len, self.segments(row))) for row in orders]
+        questions = [bytes(array("i", row.prompt)) for row in orders]
+        longest: dict[bytes, int] = {}  # of the sequences on one question
+        for question, length in zip(questions, lengths):
+            longest[question] = max(length, longest.get(question, 0))
+
+        def place(i: int):
+            return -longest[questions[i]], questions[i], bytes(array("i", orders[i].response_a))
+
+        order = sorted(range(len(orders)), key=place)
+        groups = [questions[i] for i in order]
+        in_order = [lengths[i] for i in order]
+        silent = progress is None
+        with tqdm(total=len(orders), desc=progress, delay=2, disable=silent, leave=False) as bar:
+            for part in split_by_tokens(in_order, self.pass_tokens, padding=0.1, groups=groups):
+                places = order[part]
+                sequences = [self.segments(orders[i]) for i in places]
+                yield torch.tensor(places), end_states(self.model, sequences)
+                bar.update(len(places))
 
 
 @dataclass(frozen=True)
@@ -69,11 +99,10 @@ def can_share(model) -> bool:
     """Whether the keys and values of a right-padded beginning can be gone on from.
 
     They can where all layers attend to everything before them, in a way that torch's attention
-    kernel knows (others, like MPT's, may count the padding), and where positions do not depend on
-    the length of the text.
+    kernel knows (others, like MPT's, may count the padding).
     """
     base = without_adapter(model)
-    if getattr(base, "own_logits", False) or getattr(base, "shares_nothing", False):
+    if not getattr(base, "sharing_is_exact", True):
         return False  # runs/checks.py has tried it
     config = base.config.get_text_config()
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
@@ -82,7 +111,6 @@ def can_share(model) -> bool:
         and not getattr(config, "sliding_window", None)
         and not getattr(base, "_is_stateful", False)
         and getattr(base, "_supports_sdpa", False)
-        and not {part.get("rope_type") for part in rope_parts(model)} & {"dynamic", "longrope"}
     )
 
 
@@ -92,45 +120,11 @@ def cache_argument(model) -> str:
     return "cache" if "cache" in parameters else "past_key_values"
 
 
-def worth_it(levels: list[Level], whole: Level) -> bool:
+def spares_enough(levels: list[Level], whole: Level) -> bool:
     """Whether levels spare enough of the work, without holding many more keys and values."""
     computed = sum(level.tokens for level in levels)
     held = len(levels[-1].ids) * sum(max(map(len, level.ids)) for level in levels)
-    return computed <= WORTH_IT * whole.tokens and held <= 1.25 * whole.tokens
-
-
-def end_states_in_passes(
-    model,
-    rows: list[EncodedPair],
-    segments: Callable[[EncodedPair], Segments],
-    tokens: float,
-    progress: str | None = None,
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Yield (places (B,) in ``rows``, last hidden states (B, H)), a pass of ``tokens`` at a time.
-
-    Sequences of similar length go together, so that little is padded, and those that begin alike,
-    so that it is shared.
-    """
-    lengths = [sum(map(len, segments(row))) for row in rows]
-    questions = [bytes(array("i", row.prompt)) for row in rows]
-    longest: dict[bytes, int] = {}  # of the sequences on one question
-    for question, length in zip(questions, lengths):
-        longest[question] = max(length, longest.get(question, 0))
-
-    def place(i: int):
-        return -longest[questions[i]], questions[i], bytes(array("i", rows[i].response_a))
-
-    order = sorted(range(len(rows)), key=place)
-    groups = [questions[i] for i in order]
-    in_order = [lengths[i] for i in order]
-    kinds = list(map(length_kind(model), in_order))
-    passes = split_by_tokens(in_order, tokens, padding=0.1, groups=groups, kinds=kinds)
-    silent = progress is None
-    with tqdm(total=len(rows), desc=progress, delay=2, disable=silent, leave=False) as bar:
-        for part in passes:
-            places = order[part]
-            yield torch.tensor(places), end_states(model, [segments(rows[i]) for i in places])
-            bar.update(len(places))
+    return computed <= (1 - SPARED) * whole.tokens and held <= 1.25 * whole.tokens
 
 
 def end_states(model, sequences: list[Segments]) -> torch.Tensor:
@@ -138,7 +132,7 @@ def end_states(model, sequences: list[Segments]) -> torch.Tensor:
     whole = Level([sum(s, ()) for s in sequences], [0] * len(sequences))
     levels, places = tree(sequences)
     nothing_left = any(not s[-1] for s in sequences)  # no token of its own to read a state from
-    if nothing_left or not worth_it(levels, whole) or not can_share(model):
+    if nothing_left or not spares_enough(levels, whole) or not can_share(model):
         hidden = hidden_states(model, pad(whole.ids))  # (B, T, H)
         return hidden[torch.arange(len(hidden)), [len(ids) - 1 for ids in whole.ids]]
     cache = DynamicCache(config=model.config.get_text_config())
@@ -156,9 +150,7 @@ def end_states(model, sequences: list[Segments]) -> torch.Tensor:
         with half_precision(model):
             hidden = decoder(model)(
                 input_ids=ids.to(model.device),
-                attention_mask=None
-                if first
-                else seen.to(model.device),  # at first as in batches.pad
+                attention_mask=None if first else seen.to(model.device),  # first: batches.pad
                 position_ids=positions.to(model.device),
                 use_cache=True,
                 **{cache_argument(model): cache},

@@ -1,13 +1,14 @@
 """Sharing what sequences begin with changes no number."""
 
 from gram_mini import prefixes
-from gram_mini.baselines.judges import ScalarJudge, add_head
-from gram_mini.batches import split_by_tokens
 from gram_mini.judge import Judge
-from gram_mini.model import add_lora, load_model
+from gram_mini.model import add_lora
 from gram_mini.pairs import Pair
-from gram_mini.prefixes import Level, can_share, end_states, tree
-from gram_mini.runs.loading import VILLAGE
+from gram_mini.runs.heads import ScalarJudge, add_head
+from gram_mini.runs.models import VILLAGE, load_model
+from gram_mini.runs.passes import split_by_tokens
+from gram_mini.runs.ranking import rank
+from gram_mini.runs.sharing import Level, can_share, end_states, tree
 
 import pytest
 import torch
@@ -119,9 +120,9 @@ def test_the_cache_stays_small():
     sequences += [(y, ids(450)[0], ids(450)[0]), (y, ids(449)[0], ids(450)[0])]
     levels, _ = tree(sequences)
     whole = Level([sum(s, ()) for s in sequences], [0] * 4)
-    assert not prefixes.worth_it(levels, whole)
+    assert not prefixes.spares_enough(levels, whole)
     alone, _ = tree(sequences[:2])
-    assert prefixes.worth_it(alone, Level([sum(s, ()) for s in sequences[:2]], [0] * 2))
+    assert prefixes.spares_enough(alone, Level([sum(s, ()) for s in sequences[:2]], [0] * 2))
 
 
 PROMPT = (
@@ -151,7 +152,7 @@ def test_a_ranking_computes_a_fraction_of_the_tokens(village_judge, monkeypatch)
         "decoder",
         lambda m: lambda **k: seen.append(k["input_ids"].numel()) or real(m)(**k),
     )
-    village_judge.rank(PROMPT, RESPONSES)
+    rank(village_judge, PROMPT, RESPONSES)
     pairs = village_judge.encode(
         [Pair(PROMPT, a, b) for a in RESPONSES for b in RESPONSES if a != b]
     )
@@ -178,7 +179,7 @@ def test_nothing_to_judge(village_judge):
 def test_batch_tokens_bound_the_passes(tokenizer, monkeypatch):
     judge, seen = Judge(load_model(VILLAGE, bits=32), tokenizer, batch_tokens=400), []
     monkeypatch.setattr(prefixes, "end_states", lambda m, s: seen.append(s) or end_states(m, s))
-    judge.rank(PROMPT, RESPONSES)
+    rank(judge, PROMPT, RESPONSES)
     assert len(seen) > 3 and max(len(s) * max(sum(map(len, one)) for one in s) for s in seen) <= 400
 
 

@@ -1,7 +1,9 @@
-"""Trained heads on the last hidden state, and the judges that use them.
+"""Trained heads on the last hidden state, the judges that use them, and what they read.
 
 scalar head   (1, H)   a reward for each response by itself; the difference of two is a margin
 label rows    (2, H)   a trained copy of two rows of the output matrix; the rest is frozen
+
+gram_mini/baselines trains them.
 """
 
 from __future__ import annotations
@@ -9,14 +11,17 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from gram_mini.baselines.batches import response_prompt, response_segments
-from gram_mini.batches import EncodedPair, Segments
-from gram_mini.errors import UserError
+from gram_mini.batches import IGNORED, EncodedPair, Segments, next_tokens, pad, right_labels
+from gram_mini.chat import SLOTS, encode, encode_beginning, render, split_at_slots
 from gram_mini.judge import Judge, check_finite
-from gram_mini.model import OutputHead, evaluating, model_name, output_head, without_adapter
+from gram_mini.model import evaluating, output_head
+from gram_mini.prompts import PromptPieces, fill
+from gram_mini.runs.sharing import SharingJudge
 
 import torch
 from safetensors.torch import load_file
+
+# ---- heads ---------------------------------------------------------------------------
 
 
 def add_head(model, labels: tuple[int, int] | None = None) -> torch.nn.Linear:
@@ -24,15 +29,7 @@ def add_head(model, labels: tuple[int, int] | None = None) -> torch.nn.Linear:
 
     Without ``labels`` it is a scalar head (1, H) with small random weights. With the token ids of A
     and B it is a copy of their rows of the output matrix (2, H).
-
-    Raises:
-        UserError: if the model's last hidden states cannot be read.
     """
-    if getattr(without_adapter(model), "own_logits", False):
-        raise UserError(
-            f"{model_name(model)}: makes its logits in a way of its own, so no head can be put on "
-            "its hidden states; train it with train_reward.py"
-        )
     width = model.get_input_embeddings().weight.shape[1]
     head = torch.nn.Linear(width, 1 if labels is None else 2, bias=False)
     with torch.no_grad():
@@ -59,25 +56,30 @@ def freeze_all_but_head(model) -> None:
         parameter.requires_grad_(name.startswith("trained_head."))
 
 
+# ---- judges --------------------------------------------------------------------------
+
+
 def judge_with_head(model, *arguments) -> Judge:
     """The judge that uses ``model.trained_head``, if there is one; takes the arguments of Judge."""
     head = getattr(model, "trained_head", None)
-    kind = Judge if head is None else ScalarJudge if head.out_features == 1 else LabelRowsJudge
-    return kind(model, *arguments)
+    if head is None:
+        return SharingJudge(model, *arguments)
+    if head.out_features == 1:
+        return ScalarJudge(model, *arguments)
+    return LabelRowsJudge(model, *arguments)
 
 
-class LabelRowsJudge(Judge):
+class LabelRowsJudge(SharingJudge):
     """A judge with two label rows that were trained apart from the output matrix."""
 
     def label_logits(self, verdict: torch.Tensor) -> torch.Tensor:
         """Z_A and Z_B (B, 2) of hidden states (B, H), by the trained rows."""
         head = output_head(self.model)  # its bias, scale and cap stay
-        assert isinstance(head, OutputHead)  # add_head takes no other model
         bias = None if head.bias is None else head.bias[list(self.labels)].float()
         return replace(head, weight=self.model.trained_head.weight, bias=bias)(verdict)
 
 
-class ScalarJudge(Judge):
+class ScalarJudge(SharingJudge):
     """A discriminative reward model with the interface of a judge.
 
     Both orders give the same log-odds, and the label mass is 1.
@@ -114,6 +116,73 @@ class ScalarJudge(Judge):
         truncated = torch.tensor([row.truncated for row in rows], dtype=torch.bool)  # (N,)
         return odds, torch.ones(len(rows), 2), truncated
 
-    def plain_log_odds(self, rows: list[EncodedPair]) -> torch.Tensor:
-        """The log-odds (N, 2) of :meth:`log_odds`; there is no plainer way for a scalar head."""
-        return self.log_odds(rows)[0]
+
+# ---- what a scalar head reads --------------------------------------------------------
+
+
+def response_prompt(tokenizer) -> PromptPieces:
+    """The question as the user's turn, one response as the assistant's; ``between`` stays empty."""
+    turn = [
+        {"role": "user", "content": SLOTS["prompt"]},
+        {"role": "assistant", "content": SLOTS["response_a"]},
+    ]
+    text = (
+        render(tokenizer, turn)
+        if tokenizer.chat_template
+        else fill("{prompt}\n\n{response_a}", **SLOTS)
+    )
+    before, after, end_text = split_at_slots(text, ["prompt", "response_a"])
+    after_prompt, end = encode(tokenizer, after), encode(tokenizer, end_text)
+    if not end and tokenizer.eos_token_id is not None:
+        end = [tokenizer.eos_token_id]  # the reward is read after the response
+    start = encode_beginning(tokenizer, before)
+    return PromptPieces(start, after_prompt, [], end, given=len(after_prompt))
+
+
+def response_segments(pieces: PromptPieces, row: EncodedPair) -> Segments:
+    """The prompt and the first response of a row, as two lists of token ids."""
+    return (*pieces.start, *row.prompt, *pieces.after_prompt), (*row.response_a, *pieces.end)
+
+
+def response_batch(
+    rows: list[EncodedPair], pieces: PromptPieces, device="cpu"
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Each response after its prompt: all first responses, then all second ones.
+
+    Returns ids (2B, T); last (2B,), the position of the last token; and right (B,), the preferred
+    response as in batches.judge_batch.
+    """
+    orders = [*rows, *(row.swapped() for row in rows)]
+    sequences = [_sequence(pieces, row) for row in orders]
+    last = torch.tensor([len(ids) - 1 for ids in sequences])
+    return pad(sequences).to(device), last.to(device), right_labels(rows).to(device)
+
+
+def chosen_batch(
+    rows: list[EncodedPair], pieces: PromptPieces, device="cpu"
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The preferred response of each labelled row after its prompt, for the text loss.
+
+    Returns ids (B, T) and targets (B, T), IGNORED on the prompt and on padding.
+    """
+    sequences, targets = [], []
+    for row in _preferred(rows):
+        ids = _sequence(pieces, row)
+        given = len(pieces.start) + len(row.prompt) + pieces.given
+        sequences.append(ids)
+        targets.append(next_tokens(ids, given))
+    return pad(sequences).to(device), pad(targets, IGNORED).to(device)
+
+
+def chosen_tokens(rows: list[EncodedPair], pieces: PromptPieces) -> int:
+    """Number of tokens that the text loss is a mean over: preferred responses and their ends."""
+    return sum(len(row.response_a) + len(pieces.end) for row in _preferred(rows))
+
+
+def _preferred(rows: list[EncodedPair]) -> list[EncodedPair]:
+    """The rows with the preferred response first."""
+    return [row.swapped() if row.label else row for row in rows]
+
+
+def _sequence(pieces: PromptPieces, row: EncodedPair) -> list[int]:
+    return [token for segment in response_segments(pieces, row) for token in segment]

@@ -9,10 +9,9 @@ kept. tests/lesson/test_losses.py holds both twins together.
 
 from __future__ import annotations
 
-from gram_mini.losses import at_least_float32, pair_loss
+from gram_mini.losses import pair_loss
 
 import torch
-import torch.nn.functional as F
 
 LOGITS_AT_ONCE = 2**25  # as many logits take 128 MiB in float32
 
@@ -80,13 +79,3 @@ def _chunk(
     # d loss / d logits: probabilities, less 1 at the target
     z.div_(sums).scatter_add_(1, targets, -torch.ones_like(sums))
     return loss, torch.autograd.grad(logits, hidden, z.to(logits.dtype))[0]
-
-
-@torch.no_grad()
-def token_losses(hidden: torch.Tensor, targets: torch.Tensor, head) -> torch.Tensor:
-    """Negative log-likelihood (N,) of each token, in nats, for evaluation; arguments as above."""
-    # (n, H), (n,)
-    chunks = zip(hidden.split(rows_at_once(head)), targets.split(rows_at_once(head)))
-    return torch.cat(
-        [F.cross_entropy(at_least_float32(head(h)), t, reduction="none") for h, t in chunks]
-    )

@@ -1,0 +1,166 @@
+"""What a tokenizer's chat template and special tokens do to a prompt.
+
+A chat template is a program that writes the turns of a conversation in the form in which a model
+was trained. Templates have quirks: some print today's date, some write an empty thought before an
+answer, some trim the text. prompts.py asks this file and need not know of them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Container
+from datetime import date
+
+from gram_mini.errors import UserError, last_line
+
+# Private-use characters stand for the three texts while a chat template is rendered around them.
+SLOTS = {"prompt": "\ue000", "response_a": "\ue001", "response_b": "\ue002"}
+
+TODAY = date(2024, 7, 26)  # the date that Llama 3's template falls back on
+DATES = "{%- macro strftime_now(format) -%}{{ dates[format] }}{%- endmacro +%}"
+
+
+# ---- turns ---------------------------------------------------------------------------
+
+
+def render(tokenizer, messages: list[dict], **options) -> str:
+    """Messages as text by the tokenizer's own chat template, with thinking switched off.
+
+    Some templates print today's date (Llama 3). For them it is always TODAY, or a run would be
+    trained on one prompt, resumed on another and scored with a third.
+
+    Raises:
+        UserError: if the template fails.
+    """
+    options["enable_thinking"] = False
+    try:
+        template = tokenizer.get_chat_template()
+        if "strftime_now" in template:
+            formats = re.findall(r"strftime_now\(\s*([\"'])(.*?)\1", template)
+            options["dates"] = {form: TODAY.strftime(form) for _, form in formats}
+            options["chat_template"] = DATES + template
+        return tokenizer.apply_chat_template(messages, tokenize=False, **options)
+    except Exception as error:  # a template is a program; whatever it raises, it cannot be used
+        raise UserError(f"the chat template of this tokenizer fails: {last_line(error)}") from error
+
+
+def up_to_answer(tokenizer, content: str, plain_end: str = "") -> tuple[str, str]:
+    """One user turn up to where the assistant's text begins, and the space before that text.
+
+    The place is the one at which the template puts an answer, so whatever it writes before each
+    answer is written too: an empty thought, or <|channel|>final. Most tokenizers hold a space with
+    the word after it (" A" is one token), so a space at the very end is given back apart: " " or
+    "". ``plain_end`` ends the turn where there is no chat template.
+    """
+    if tokenizer.chat_template:
+        answer = SLOTS["response_a"]
+        messages = [
+            {"role": "user", "content": content},
+            {"role": "assistant", "content": answer},
+        ]
+        text = render(tokenizer, messages).rpartition(answer)[0]
+        space = " " if text.endswith(" ") else ""
+    else:
+        text = content + plain_end
+        space = "" if text.endswith(("\n", "\t")) else " "
+    return text.removesuffix(" "), space
+
+
+def split_at_slots(text: str, slots: list[str]) -> list[str]:
+    """The texts around the SLOTS of these names, which must stand in ``text`` once each and in this
+    order.
+
+    Raises:
+        UserError: if one does not.
+    """
+    parts = []
+    for name in slots:
+        if text.count(SLOTS[name]) != 1:
+            raise UserError(
+                "the chat template of this tokenizer does not show the user's text exactly once"
+            )
+        part, text = text.split(SLOTS[name])
+        parts.append(part)
+    return [*parts, text]
+
+
+# ---- token ids -----------------------------------------------------------------------
+
+
+def encode(tokenizer, text: str) -> list[int]:
+    """Token ids of ``text`` as in the middle of a text: no BOS, no EOS, no blank put before it."""
+    return encode_all(tokenizer, [text])[0]
+
+
+def encode_all(tokenizer, texts: list[str], **options) -> list[list[int]]:
+    """:func:`encode` for several texts; the options are the tokenizer's.
+
+    Some tokenizers put a blank before every text (Llama 2), which is right only where a text
+    begins. They get a character before each text, and its tokens are cut off again. It must not
+    melt into the text, so it is a line break, else a digit, else a letter.
+    """
+    options = dict(add_special_tokens=False, verbose=False, **options)
+    ids = tokenizer(texts, **options)["input_ids"]
+    if adds_a_blank(tokenizer):
+        for first in ("a", "0", "\n"):  # the last one that fits
+            before = tokenizer(first, **options)["input_ids"]
+            for n, text in enumerate(texts):
+                after = tokenizer(first + text, **options)["input_ids"]
+                if after[: len(before)] == before:
+                    ids[n] = after[len(before) :]
+    return ids
+
+
+def adds_a_blank(tokenizer) -> bool:
+    """Whether a tokenizer puts a blank before each text."""
+    alone = tokenizer("A", add_special_tokens=False)["input_ids"]
+    return tokenizer("0A", add_special_tokens=False)["input_ids"][-len(alone) :] != alone
+
+
+def encode_beginning(tokenizer, text: str) -> list[int]:
+    """Token ids of the text with which a sequence begins.
+
+    They begin with BOS where the tokenizer itself would, unless the chat template has written it.
+    """
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    bos = tokenizer.bos_token_id
+    if bos is None or ids[:1] == [bos] or tokenizer("x")["input_ids"][:1] != [bos]:
+        return ids
+    return [bos, *ids]
+
+
+def reserved_tokens(tokenizer, prompt_ids: Container[int], markers: tuple[str, ...]):
+    """Tokens that belong to the prompt alone, as {id: what it spells}.
+
+    They are the special tokens, the ``markers``, and the tokens of the prompt's own words
+    (``prompt_ids``), as far as they were added to the tokenizer's vocabulary.
+    """
+    reserved = {}
+    for i, token in tokenizer.added_tokens_decoder.items():
+        of_prompt = i in prompt_ids or token.special or token.content in markers
+        is_text = len(token.content.strip()) <= 1  # white space may be a token of its own
+        if of_prompt and not is_text and i != tokenizer.unk_token_id:
+            reserved[i] = token.content
+    return reserved
+
+
+def encode_texts(texts: list[str], tokenizer, reserved: dict[int, str]) -> list[list[int]]:
+    """Token ids of texts, none of them a reserved one: a response that spells out "<|im_end|>" must
+    not end the user's turn. It is only text.
+
+    A text out of which a reserved token comes is encoded in parts, cut within what spells it out.
+    """
+    encoded = encode_all(tokenizer, texts, split_special_tokens=True)
+    for n, (text, ids) in enumerate(zip(texts, encoded)):
+        if reserved.keys().isdisjoint(ids) or len(text) < 2:
+            continue
+        cuts = set()
+        for content in reserved.values():
+            cuts |= {match.start() + 1 for match in re.finditer(re.escape(content), text)}
+        if not cuts:  # nothing spells it out: the tokenizer changes the text first (upper case)
+            cuts = {len(text) // 2}
+        ends = [0, *sorted(cuts), len(text)]
+        parts = [text[start:end] for start, end in zip(ends, ends[1:])]
+        of_parts = encode_texts(parts, tokenizer, reserved)
+        encoded[n] = [i for part in of_parts for i in part]
+    return encoded

@@ -1,0 +1,48 @@
+"""A judge prompt of one's own, from a file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from gram_mini.chat import SLOTS
+from gram_mini.errors import UserError
+from gram_mini.prompts import PLACEHOLDER
+
+
+def read_template(path: Path) -> str:
+    """A judge prompt from a UTF-8 file that holds {prompt}, {response_a} and {response_b}, once
+    each, in this order.
+
+    The text is taken as it stands, with its other braces and its white space. Only one line break
+    at the very end is dropped, because editors put one there: a prompt that must end with a line
+    break ends with two in the file. (Windows' line breaks are read as \\n, and a chat template may
+    trim the whole.)
+
+    Raises:
+        UserError: no such file, not UTF-8, or a placeholder is missing, doubled or out of order.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text (byte {error.start}); save it as UTF-8") from None
+    except OSError as error:
+        raise UserError(
+            f"{path}: cannot be read: {error.strerror}; give the file of a judge prompt"
+        ) from None
+    if any(slot in text for slot in SLOTS.values()):
+        raise UserError(
+            f"{path}: holds a private-use character (U+E000 to U+E002), which we need ourselves; "
+            "take it out"
+        )
+    names = PLACEHOLDER.findall(text)
+    wrong = [
+        f"{{{name}}} stands there {names.count(name)} times"
+        for name in SLOTS
+        if names.count(name) != 1
+    ]
+    if names != list(SLOTS):
+        raise UserError(
+            f"{path}: {' and '.join(wrong) or 'the placeholders are out of order'}; a judge prompt "
+            "must hold {prompt}, {response_a} and {response_b}, each exactly once and in this order"
+        )
+    return text.removesuffix("\n")

@@ -1,0 +1,196 @@
+"""Loading: where a model comes from, the type that it computes in, its tokenizer and its adapter.
+
+Whatever is loaded is tried on a few tokens before it is used (checks.py).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from gram_mini.errors import UserError
+from gram_mini.reading.sources import looks_like_path
+from gram_mini.runs import checks, gguf
+
+import torch
+from peft import PeftModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers.utils import logging as transformers_logging
+
+transformers_logging.disable_progress_bar()
+
+VILLAGE = "village"  # what --model calls the backbone that the repository embeds
+VILLAGE_FOLDER = Path(__file__).parents[1] / "village" / "backbone"
+
+
+# ---- names ---------------------------------------------------------------------------
+
+
+def local_model(name: str) -> Path | None:
+    """The folder of a model, or its GGUF file (runs/gguf.py); None for a name on the hub.
+
+    Raises:
+        UserError: for what looks like a path, but is neither a folder with a model in it nor GGUF.
+    """
+    folder = VILLAGE_FOLDER if name == VILLAGE else Path(name)
+    if gguf.is_gguf(folder):
+        gguf.check_file(folder)
+        return folder
+    if folder.is_dir():
+        if (folder / "adapter_config.json").is_file() and not (folder / "run.json").is_file():
+            raise UserError(
+                f"{name}: holds an adapter, which training would drop; merge it into its model "
+                "first (peft: merge_and_unload), and give the merged folder"
+            )
+        if not (folder / "config.json").is_file():
+            files = sorted(folder.glob("*.gguf"))
+            instead = f"; give the GGUF file itself, such as {files[0]}" if files else ""
+            raise UserError(f"{name}: holds no config.json, so it is no model folder{instead}")
+        return folder
+    if looks_like_path(name):
+        raise UserError(
+            f"{name}: no such folder; give a model folder, a run folder, a file that ends in .gguf "
+            "or a name on the hub"
+        )
+    return None
+
+
+def from_pretrained(kind, name: str, folder: Path | None, **options):
+    """What the hub or a folder holds; a hub name may end in @COMMIT, which pins the version."""
+    if folder and gguf.is_gguf(folder):
+        folder = gguf.model_folder(folder)
+    source, _, commit = (str(folder), "", "") if folder else name.partition("@")
+    try:
+        return kind.from_pretrained(source, revision=commit or "main", **options)
+    except Exception as error:  # whatever the loader raises, this name gives no model
+        lines = [line for line in str(error).splitlines() if line.strip()]
+        reason = lines[0] if lines else type(error).__name__
+        raise UserError(f"{name!r} cannot be loaded: {reason}") from error
+
+
+def fast_bfloat16() -> bool:
+    """Whether this CPU multiplies bf16 matrices itself (AMX or AVX512-BF16). Others emulate it,
+    which is slower than float32.
+    """
+    has = (
+        getattr(torch.cpu, f"_is_{name}_supported", bool) for name in ("amx_tile", "avx512_bf16")
+    )
+    return "AVX512" in torch.backends.cpu.get_cpu_capability() and any(test() for test in has)
+
+
+def compute_dtype(bits: int, device: torch.device, name: str = "") -> torch.dtype:
+    """Type of activations and unquantised weights: bf16 where the device is fast at it.
+
+    On a GPU without bf16 ``bits=16`` is float16. NF4 computes in float32 there, which is slower,
+    but never overflows. On a CPU without it everything is float32. So is the village's model in
+    NF4 on any CPU: it is too small to gain from bf16, and its figures are compared across machines.
+    """
+    if bits == 32:
+        return torch.float32
+    if device.type == "cpu":
+        slow = not fast_bfloat16() or (bits == 4 and name == VILLAGE)
+        return torch.float32 if slow else torch.bfloat16
+    if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        return torch.float32 if bits == 4 else torch.float16
+    return torch.bfloat16
+
+
+# ---- tokenizer, model, adapter -------------------------------------------------------
+
+
+def load_tokenizer(name: str):
+    """The tokenizer of a model or a run folder, with a padding token where it has one to give.
+
+    Raises:
+        UserError: if there is none under this name.
+    """
+    folder = Path(name) if (Path(name) / "tokenizer_config.json").is_file() else local_model(name)
+    tokenizer = from_pretrained(AutoTokenizer, name, folder)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token  # padding is never attended to, any token will do
+    return tokenizer
+
+
+def quantization(bits: int, dtype: torch.dtype) -> dict:
+    """Options of from_pretrained: ``bits=4`` is NF4, double quantised, computed in ``dtype``."""
+    if bits != 4:
+        return {}
+    nf4 = dict(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+    return {"quantization_config": BitsAndBytesConfig(**nf4, bnb_4bit_compute_dtype=dtype)}
+
+
+def load_model(
+    name: str,
+    bits: int = 4,
+    device: torch.device | str = "cpu",
+    checkpointing: bool = False,
+    scoring: bool = False,
+):
+    """Load a causal language model with frozen weights; ``bits=4`` is NF4 (QLoRA).
+
+    ``name`` is a folder, a GGUF file, "village", or a name on the hub, which may end in @COMMIT.
+    ``checkpointing`` keeps only each layer's input for the backward pass and computes the rest
+    again: less memory, up to half more time. ``scoring`` says that there will be no backward pass.
+
+    Raises:
+        UserError: if there is no such model, or it does not compute what we take it to compute.
+    """
+    device = torch.device(device)
+    dtype = compute_dtype(bits, device, name)
+    # torch's attention for CPUs has a slow backward pass in bf16: a step takes a third longer. Its
+    # forward pass is the faster one, by far with long texts, and takes less memory.
+    plain = device.type == "cpu" and dtype == torch.bfloat16 and not scoring
+    folder = local_model(name)
+    config = from_pretrained(AutoConfig, name, folder)
+    gguf.say_lost(name, config, bits)
+    checks.check_stored(name, config, bits)
+    model, report = from_pretrained(
+        AutoModelForCausalLM,
+        name,
+        folder,
+        dtype=dtype,
+        device_map={"": device},
+        use_safetensors=True,  # a pickled checkpoint could run code
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,  # they are reported, and refused just below
+        attn_implementation="eager" if plain else None,
+        **quantization(bits, dtype),
+    )
+    checks.check_weights(name, model, report)
+    if bits == 4:
+        checks.check_quantisation(name, model)
+    elif getattr(model, "is_loaded_in_4bit", False):
+        model = model.dequantize().to(dtype)
+    for module in model.modules():
+        # On CPUs with AVX512-BF16 bitsandbytes repacks the weights at the first forward pass in
+        # eval mode. Gradients computed after that are wrong, silently. This keeps it from
+        # repacking.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    checks.check_computation(name, model)
+    if checkpointing:
+        checkpoint_gradients(model)
+    return model.requires_grad_(False)
+
+
+def checkpoint_gradients(model) -> None:
+    """Keep only each layer's input for the backward pass and compute the rest again."""
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+
+def load_lora(model, folder: Path, trainable: bool = True) -> PeftModel:
+    """Put the adapter of a run on its model.
+
+    Raises:
+        UserError: if the folder holds no adapter in safetensors, or one of another model.
+    """
+    file = folder / "adapter_model.safetensors"
+    if not file.is_file():
+        raise UserError(f"{folder}: holds no adapter_model.safetensors; is this a finished run?")
+    try:
+        adapted = PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
+    except Exception as error:  # as in from_pretrained
+        raise UserError(
+            f"{folder}: the adapter cannot be loaded: {str(error).splitlines()[0]}"
+        ) from None
+    checks.check_adapter(str(folder), adapted, file)
+    return adapted
