@@ -2,7 +2,6 @@
 
 import math
 
-from gram_mini import chunked
 from gram_mini.losses import (
     averaged_loss,
     best_margin,
@@ -12,6 +11,7 @@ from gram_mini.losses import (
     reward_loss,
 )
 from gram_mini.model import OutputHead
+from gram_mini.runs import chunked
 from gram_mini.runs.chunked import chunked_pair_loss
 
 import pytest

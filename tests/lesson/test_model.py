@@ -2,7 +2,7 @@
 
 from gram_mini.errors import UserError
 from gram_mini.model import add_lora, hidden_states, output_logits
-from gram_mini.runs import loading
+from gram_mini.runs import models
 from gram_mini.runs.folder import save_adapter
 from gram_mini.runs.load import load_judge
 from gram_mini.runs.models import (
@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from peft import PeftModel
 from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM
 
-FAST = loading.fast_bfloat16  # conftest.py replaces it
+FAST = models.fast_bfloat16  # conftest.py replaces it
 IDS = torch.arange(40).view(2, 20) + 20
 
 

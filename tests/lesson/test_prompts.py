@@ -3,25 +3,23 @@
 import copy
 
 from gram_mini import prompts
-from gram_mini.chat import encode
+from gram_mini.chat import encode, encode_texts
 from gram_mini.errors import UserError
 from gram_mini.prompts import fill, judge_prompt, label_tokens, pair_prompt
 from gram_mini.reading.template import read_template
 
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-# As Qwen3 does: without thinking the generation prompt holds an empty thought.
+# As Qwen3 does: an empty thought stands before each answer.
 THINKING = CHATML.replace(
-    "assistant\n{% endif %}",
-    "assistant\n{% if enable_thinking is defined and not enable_thinking %}"
-    "<think></think>{% endif %}{% endif %}",
-)
+    "{{ m.role }}\n", "{{ m.role }}\n{% if m.role == 'assistant' %}<think></think>{% endif %}"
+).replace("assistant\n{% endif %}", "assistant\n<think></think>{% endif %}")
 # As Mistral does: a space before the assistant's text.
 SPACED = (
     "{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]"
@@ -62,19 +60,19 @@ def test_thinking_is_switched_off(tokenizer):
     assert text.endswith("<think></think>")
 
 
-@pytest.mark.parametrize("closes", [True, False], ids=["Qwen3-Thinking", "R1"])
-def test_a_thought_that_is_begun_all_the_same_is_ended(tokenizer, closes):
-    answer = "<think>\n\n</think>\n\n{{ m.content }}" if closes else "{{ m.content }}"
+@pytest.mark.parametrize("name", ["think", "thought"])
+@pytest.mark.parametrize("closed", [True, False], ids=["Qwen3-Thinking", "R1"])
+def test_no_verdict_stands_in_a_thought_that_the_template_begins(tokenizer, name, closed):
+    """The generation prompt opens a thought, answers stand after it or have none."""
+    answer = f"<{name}>\n\n</{name}>\n\n" if closed else ""
     template = (
-        "{% for m in messages %}<{{ m.role }}>{% if m.role == 'user' %}{{ m.content }}"
-        "{% else %}ANSWER{% endif %}{% endfor %}"
-        "{% if add_generation_prompt %}<assistant><think>\n{% endif %}"
+        "{% for m in messages %}<{{ m.role }}>{% if m.role == 'assistant' %}ANSWER{% endif %}"
+        "{{ m.content }}{% endfor %}{% if add_generation_prompt %}<assistant><NAME>\n{% endif %}"
     )
-    changed = with_template(tokenizer, template.replace("ANSWER", answer))
-    for make in (judge_prompt, pair_prompt):
-        pieces = make(changed)
-        text = whole(changed, pieces)
-        assert text.count("<assistant><think>\n\n</think>\n\n") == 1
+    template = template.replace("ANSWER", answer).replace("NAME", name)
+    changed = with_template(tokenizer, template)
+    assert whole(changed, judge_prompt(changed)).endswith("<assistant>" + answer)
+    assert whole(changed, pair_prompt(changed)).count("<assistant>" + answer) == 1
     assert changed.convert_ids_to_tokens(label_tokens(changed)) == ["A", "B"]
 
 
@@ -130,20 +128,65 @@ def test_stage_1_trains_on_the_markers_but_not_on_the_users_turn(tokenizer):
     assert tokenizer.decode(pieces.after_prompt[pieces.given :]) == prompts.START_A
 
 
-def test_label_tokens_that_split_are_an_error_naming_the_pieces():
-    vocabulary = {"[UNK]": 0, "A": 1, " ": 2, "B": 3, "x": 4, "[": 5}
-    raw = Tokenizer(models.BPE(vocabulary, [], unk_token="[UNK]"))
-    raw.pre_tokenizer = pre_tokenizers.Split(" ", "isolated")
-    splitting = PreTrainedTokenizerFast(tokenizer_object=raw, unk_token="[UNK]")
-    with pytest.raises(UserError, match=r"' A' is not one token .* splits it into \[' ', 'A'\]"):
-        label_tokens(splitting)
+def bpe(tokens, merges=()):
+    vocabulary = {token: i for i, token in enumerate(["[UNK]", *tokens])}
+    raw = Tokenizer(models.BPE(vocabulary, list(merges), unk_token="[UNK]"))
+    return PreTrainedTokenizerFast(tokenizer_object=raw, unk_token="[UNK]")
+
+
+TWO_TEXTS = "{prompt}x{response_a}x{response_b}x:"
+
+
+def test_a_label_that_melts_into_the_text_before_it_is_an_error():
+    melting = bpe(["A", "B", "x", ":", " ", ": ", ": A"], [(":", " "), (": ", "A")])
+    with pytest.raises(UserError, match=r"'A' is not one token .* ends it with \['x', ': A'\]"):
+        label_tokens(melting, TWO_TEXTS)
+
+
+def test_what_stands_before_the_label_is_as_the_tokenizer_splits_it_there():
+    """A space of its own before the label belongs to the prompt, and so does a split line break."""
+    spaced = bpe(["A", "B", "x", ":", " "])
+    assert spaced.convert_ids_to_tokens(judge_prompt(spaced, TWO_TEXTS).end) == ["x", ":", " "]
+    assert spaced.convert_ids_to_tokens(label_tokens(spaced, TWO_TEXTS)) == ["A", "B"]
+    # as GPT-2 does: two line breaks are one token at the end of a text, and two before a letter
+    gpt2 = bpe(["A", "B", "x", ":", "\n", "\n\n"], [("\n", "\n")])
+    gpt2.backend_tokenizer.pre_tokenizer = pre_tokenizers.Split(
+        Regex(r"\s+(?!\S)|\s+|\S"), "isolated"
+    )
+    template = TWO_TEXTS + "\n\n"
+    assert len(encode(gpt2, template[-4:])) == 3
+    assert gpt2.convert_ids_to_tokens(judge_prompt(gpt2, template).end)[-3:] == [":", "\n", "\n"]
+    assert gpt2.convert_ids_to_tokens(label_tokens(gpt2, template)) == ["A", "B"]
 
 
 def test_labels_unknown_to_the_tokenizer_are_an_error():
     raw = Tokenizer(models.WordLevel({"[UNK]": 0, "x": 1}, unk_token="[UNK]"))
     raw.pre_tokenizer = pre_tokenizers.Whitespace()
-    with pytest.raises(UserError, match="same token"):
+    with pytest.raises(UserError, match=r"'A' is not one token .*UNK"):
         label_tokens(PreTrainedTokenizerFast(tokenizer_object=raw, unk_token="[UNK]"))
+
+
+@pytest.mark.parametrize("kind", ["Llama 2", "Metaspace", "ByteLevel"])
+def test_a_blank_that_a_tokenizer_puts_before_each_text_is_none_of_ours(kind):
+    """A piece is encoded as in the middle of a text: "2" is no " 2"."""
+    blank = "Ġ" if kind == "ByteLevel" else "▁"
+    texts = ["A", "B", "x", ":", "2", "0", "a", "\n", "Ċ", "<0x0A>", blank]
+    words = [f"{blank}{letter}" for letter in ("A", "B", "x", "2", "0", "a")]
+    tokenizer = bpe(texts + words, [(blank, letter) for letter in ("A", "B", "x", "2", "0", "a")])
+    backend = tokenizer.backend_tokenizer
+    if kind == "Llama 2":
+        backend.normalizer = normalizers.Sequence(
+            [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+        )
+    elif kind == "Metaspace":
+        backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
+    else:
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    of_two = tokenizer("2", add_special_tokens=False)["input_ids"]
+    assert tokenizer.convert_ids_to_tokens(of_two) == [f"{blank}2"]
+    assert tokenizer.convert_ids_to_tokens(encode(tokenizer, "2")) == ["2"]
+    assert tokenizer.convert_ids_to_tokens(encode(tokenizer, "x 2")) == ["x", f"{blank}2"]
+    assert tokenizer.convert_ids_to_tokens(encode_texts(["2"], tokenizer, {})[0]) == ["2"]
 
 
 def test_markers_of_the_village_are_one_token_each(tokenizer):
@@ -236,4 +279,4 @@ def test_without_a_chat_template_the_pair_begins_a_paragraph(tokenizer):
 def test_a_template_with_our_own_slots_is_refused(tmp_path):
     (tmp_path / "t.txt").write_text("{prompt} {response_a} {response_b} \ue000")
     with pytest.raises(UserError, match="t.txt: holds a private-use character"):
-        prompts.read_template(tmp_path / "t.txt")
+        read_template(tmp_path / "t.txt")

@@ -9,13 +9,12 @@ from pathlib import Path
 import score
 import train_pretrain
 import train_reward
-from gram_mini import prefixes
 from gram_mini.baselines import __main__ as baselines
 from gram_mini.errors import UserError
 from gram_mini.judge import Judge
 from gram_mini.model import CAPS, add_lora, hidden_states, length_kind, output_logits
 from gram_mini.pairs import Pair
-from gram_mini.runs import checks
+from gram_mini.runs import checks, sharing
 from gram_mini.runs.load import load_judge
 from gram_mini.runs.models import load_model, load_tokenizer
 from gram_mini.runs.passes import split_by_tokens
@@ -126,11 +125,11 @@ def test_a_model_that_is_not_causal_is_refused(tmp_path):
 
 def test_shared_beginnings_that_are_ignored_are_noticed(llama, monkeypatch):
     """An argument that the decoder does not know takes the cache, which so is lost."""
-    monkeypatch.setattr(prefixes, "cache_argument", lambda model: "unknown_argument")
+    monkeypatch.setattr(sharing, "cache_argument", lambda model: "unknown_argument")
     model = load_model(llama, 32)
-    assert model.shares_nothing and not prefixes.can_share(model)
+    assert model.shares_nothing and not sharing.can_share(model)
     monkeypatch.undo()
-    assert prefixes.can_share(load_model(llama, 32))
+    assert sharing.can_share(load_model(llama, 32))
 
 
 def test_no_architecture_warns_of_how_its_cache_is_passed(llama, recwarn):

@@ -1,9 +1,9 @@
 """Sharing what sequences begin with changes no number."""
 
-from gram_mini import prefixes
 from gram_mini.judge import Judge
 from gram_mini.model import add_lora
 from gram_mini.pairs import Pair
+from gram_mini.runs import sharing
 from gram_mini.runs.heads import ScalarJudge, add_head
 from gram_mini.runs.models import VILLAGE, load_model
 from gram_mini.runs.passes import split_by_tokens
@@ -63,7 +63,7 @@ def test_states_are_those_of_whole_sequences(monkeypatch):
     )
     sequences = [(x, a, b) for x in questions for a in responses for b in responses]
     calls = []
-    monkeypatch.setattr(prefixes, "DynamicCache", lambda **k: calls.append(k) or DynamicCache(**k))
+    monkeypatch.setattr(sharing, "DynamicCache", lambda **k: calls.append(k) or DynamicCache(**k))
     from transformers import DynamicCache
 
     shared = end_states(model, sequences)
@@ -74,7 +74,7 @@ def test_states_are_those_of_whole_sequences(monkeypatch):
 
 
 def test_little_to_share_is_not_shared(monkeypatch):
-    monkeypatch.setattr(prefixes, "DynamicCache", None)
+    monkeypatch.setattr(sharing, "DynamicCache", None)
     model = LlamaForCausalLM(LlamaConfig(**SMALL)).eval()
     assert end_states(model, [ids(2, 30, 30), ids(2, 31, 30)]).shape == (2, 32)
 
@@ -120,9 +120,9 @@ def test_the_cache_stays_small():
     sequences += [(y, ids(450)[0], ids(450)[0]), (y, ids(449)[0], ids(450)[0])]
     levels, _ = tree(sequences)
     whole = Level([sum(s, ()) for s in sequences], [0] * 4)
-    assert not prefixes.spares_enough(levels, whole)
+    assert not sharing.spares_enough(levels, whole)
     alone, _ = tree(sequences[:2])
-    assert prefixes.spares_enough(alone, Level([sum(s, ()) for s in sequences[:2]], [0] * 2))
+    assert sharing.spares_enough(alone, Level([sum(s, ()) for s in sequences[:2]], [0] * 2))
 
 
 PROMPT = (
@@ -138,7 +138,7 @@ def test_scores_are_those_of_one_pair_at_a_time(tokenizer, bits, monkeypatch):
     judge = Judge(add_lora(load_model(VILLAGE, bits), 4), tokenizer)
     pairs = [Pair(PROMPT, a, b) for a in RESPONSES for b in RESPONSES]
     shared, shared_mass, _ = judge.log_odds(judge.encode(pairs))
-    monkeypatch.setattr(prefixes, "can_share", lambda model: False)
+    monkeypatch.setattr(sharing, "can_share", lambda model: False)
     alone = [judge.log_odds(judge.encode([pair])) for pair in pairs]
     tolerance = 0.03 if bits == 16 else 1e-4 if bits == 4 else 1e-5
     assert torch.allclose(torch.cat([odds for odds, *_ in alone]), shared, atol=tolerance)
@@ -146,9 +146,9 @@ def test_scores_are_those_of_one_pair_at_a_time(tokenizer, bits, monkeypatch):
 
 
 def test_a_ranking_computes_a_fraction_of_the_tokens(village_judge, monkeypatch):
-    seen, real = [], prefixes.decoder
+    seen, real = [], sharing.decoder
     monkeypatch.setattr(
-        prefixes,
+        sharing,
         "decoder",
         lambda m: lambda **k: seen.append(k["input_ids"].numel()) or real(m)(**k),
     )
@@ -165,7 +165,7 @@ def test_a_scalar_head_sees_each_response_once(tokenizer, monkeypatch):
     model = add_lora(load_model(VILLAGE, bits=32), 4)
     add_head(model)
     judge, seen = ScalarJudge(model, tokenizer), []
-    monkeypatch.setattr(prefixes, "end_states", lambda m, s: seen.extend(s) or end_states(m, s))
+    monkeypatch.setattr(sharing, "end_states", lambda m, s: seen.extend(s) or end_states(m, s))
     odds, mass, _ = judge.log_odds(judge.encode([Pair(PROMPT, *RESPONSES[:2])]))
     assert len(seen) == 2 and odds[0, 0] == odds[0, 1] and (mass == 1).all()
 
@@ -178,7 +178,7 @@ def test_nothing_to_judge(village_judge):
 
 def test_batch_tokens_bound_the_passes(tokenizer, monkeypatch):
     judge, seen = Judge(load_model(VILLAGE, bits=32), tokenizer, batch_tokens=400), []
-    monkeypatch.setattr(prefixes, "end_states", lambda m, s: seen.append(s) or end_states(m, s))
+    monkeypatch.setattr(sharing, "end_states", lambda m, s: seen.append(s) or end_states(m, s))
     rank(judge, PROMPT, RESPONSES)
     assert len(seen) > 3 and max(len(s) * max(sum(map(len, one)) for one in s) for s in seen) <= 400
 

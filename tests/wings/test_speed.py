@@ -2,7 +2,8 @@
 
 import json
 
-from gram_mini import chunked, losses
+from gram_mini import losses
+from gram_mini.runs import chunked
 from gram_mini.batches import judge_batch
 from gram_mini.model import hidden_states, output_head
 from gram_mini.studies.speed import common, growth, score, train
