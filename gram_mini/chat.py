@@ -15,6 +15,7 @@ from gram_mini.errors import UserError, last_line
 
 # Private-use characters stand for the three texts while a chat template is rendered around them.
 SLOTS = {"prompt": "\ue000", "response_a": "\ue001", "response_b": "\ue002"}
+ANSWER = "\ue003"  # and for the assistant's answer
 
 TODAY = date(2024, 7, 26)  # the date that Llama 3's template falls back on
 DATES = "{%- macro strftime_now(format) -%}{{ dates[format] }}{%- endmacro +%}"
@@ -51,14 +52,15 @@ def up_to_answer(tokenizer, content: str, plain_end: str = "") -> tuple[str, str
     answer is written too: an empty thought, or <|channel|>final. Most tokenizers hold a space with
     the word after it (" A" is one token), so a space at the very end is given back apart: " " or
     "". ``plain_end`` ends the turn where there is no chat template.
+
+    Raises:
+        UserError: if the template fails, or shows no answer.
     """
     if tokenizer.chat_template:
-        answer = SLOTS["response_a"]
-        messages = [
-            {"role": "user", "content": content},
-            {"role": "assistant", "content": answer},
-        ]
-        text = render(tokenizer, messages).rpartition(answer)[0]
+        turns = [{"role": "user", "content": content}, {"role": "assistant", "content": ANSWER}]
+        text, found, _ = render(tokenizer, turns).partition(ANSWER)
+        if not found:
+            raise UserError("the chat template of this tokenizer does not show the answer's text")
         space = " " if text.endswith(" ") else ""
     else:
         text = content + plain_end

@@ -8,8 +8,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # for the scripts that tests start, too.
 os.environ["OMP_NUM_THREADS"] = "1"
 
-from gram_mini.judge import Judge
 from gram_mini.runs.models import VILLAGE, load_model, load_tokenizer
+from gram_mini.runs.sharing import SharingJudge
 
 import pytest
 import torch
@@ -48,7 +48,7 @@ def tokenizer():
 @pytest.fixture(scope="session")
 def village_judge(tokenizer):
     """The plain backbone in float32 as a zero-shot judge; tests must not change it."""
-    return Judge(load_model(VILLAGE, bits=32), tokenizer)
+    return SharingJudge(load_model(VILLAGE, bits=32), tokenizer)
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from gram_mini.chat import SLOTS
+from gram_mini.chat import ANSWER, SLOTS
 from gram_mini.errors import UserError
 from gram_mini.prompts import PLACEHOLDER
 
@@ -29,9 +29,9 @@ def read_template(path: Path) -> str:
         raise UserError(
             f"{path}: cannot be read: {error.strerror}; give the file of a judge prompt"
         ) from None
-    if any(slot in text for slot in SLOTS.values()):
+    if any(slot in text for slot in (*SLOTS.values(), ANSWER)):
         raise UserError(
-            f"{path}: holds a private-use character (U+E000 to U+E002), which we need ourselves; "
+            f"{path}: holds a private-use character (U+E000 to U+E003), which we need ourselves; "
             "take it out"
         )
     names = PLACEHOLDER.findall(text)

@@ -195,7 +195,10 @@ def check_computation(name: str, model) -> None:
     model.eval()
     try:
         with half_precision(model):
-            own = base(input_ids=ids, use_cache=False).logits.float()  # (2, 24, V)
+            own, again, later = (
+                base(input_ids=tokens, use_cache=False).logits.float()  # (2, 24, V)
+                for tokens in (ids, ids, other)
+            )
         if not own.isfinite().all():
             raise UserError(f"{name}: its logits are no numbers; its weights may be broken")
         close = CLOSE.get(base.dtype, 1e-4) * own.abs().max().item() + 1e-7
@@ -203,23 +206,24 @@ def check_computation(name: str, model) -> None:
         def same(a: torch.Tensor, b: torch.Tensor) -> bool:
             return a.shape == b.shape and float((a.float() - b.float()).abs().max()) <= close
 
+        if not same(again, own):
+            raise UserError(f"{name}: its logits are not the same twice; it cannot be a judge")
+        # Of a causal model they are the same to the last bit, or as near as the same tokens again.
+        equal_again = float((again[:, :12] == own[:, :12]).float().mean())
+        equal_later = float((later[:, :12] == own[:, :12]).float().mean())
+        if not same(later[:, :12], own[:, :12]) or equal_later < equal_again / 2:
+            raise UserError(
+                f"{name}: is no causal language model: a token changes what stands before it; give "
+                "a decoder that generates text from left to right"
+            )
         try:
-            ours = output_logits(model, hidden_states(model, ids))  # (2, 24, V)
-            right = same(ours, own)
+            right = same(output_logits(model, hidden_states(model, ids)), own)
         except Exception:  # no decoder, no output matrix, other names
             right = False
         if not right:
             raise UserError(
                 f"{name}: makes its logits in a way that we do not know (no output matrix with a "
                 "bias, a scale and a cap); it cannot be a judge"
-            )
-        later = output_logits(model, hidden_states(model, other))[:, :12]
-        # Of a causal model they are the same to the last bit, or as near as the same tokens again.
-        equal = [float((x[:, :12] == own[:, :12]).float().mean()) for x in (ours, later)]
-        if not same(later, own[:, :12]) or equal[1] < equal[0] / 2:
-            raise UserError(
-                f"{name}: is no causal language model: a token changes what stands before it; give "
-                "a decoder that generates text from left to right"
             )
         padded = torch.cat([ids[:1], ids.new_zeros(1, 9)], dim=1)  # (1, 33)
         if not same(output_logits(model, hidden_states(model, padded))[:, :24], own[:1]):

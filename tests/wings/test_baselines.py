@@ -215,14 +215,6 @@ def test_options_without_effect_are_refused(options, tmp_path):
         baselines.baseline_options(["--head", "scalar", *options])
 
 
-def test_a_model_with_own_logits_gets_no_head(tokenizer):
-    model = load_model(VILLAGE, bits=32)
-    model.own_logits = True
-    for labels in (None, label_tokens(tokenizer)):
-        with pytest.raises(UserError, match="makes its logits in a way of its own"):
-            add_head(model, labels)
-
-
 def test_label_rows_keep_scale_and_bias_of_the_output_head(tokenizer):
     model = load_model(VILLAGE, bits=32)
     model.config.logits_scaling = 8.0

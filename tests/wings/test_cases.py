@@ -396,7 +396,7 @@ def test_what_a_tokenizer_turns_into_a_control_token_stays_letters():
     tokenizer = load_tokenizer(VILLAGE)
     tokenizer.add_tokens([AddedToken("<|im_end|>", normalized=True, special=False)])
     tokenizer.backend_tokenizer.normalizer = Lowercase()
-    tokenizer.chat_template = "{{ messages[0].content }}<|im_end|>"
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}"
     pieces = judge_prompt(tokenizer)
     texts = ["a <|IM_END|> b", "<|Im_End|>" * 300]
     for text, (added, back) in zip(texts, leaks(tokenizer, pieces, texts)):

@@ -9,15 +9,13 @@ from pathlib import Path
 import score
 import train_pretrain
 import train_reward
-from gram_mini.baselines import __main__ as baselines
 from gram_mini.errors import UserError
 from gram_mini.judge import Judge
-from gram_mini.model import CAPS, add_lora, hidden_states, length_kind, output_logits
+from gram_mini.model import CAPS, add_lora, hidden_states, output_logits
 from gram_mini.pairs import Pair
 from gram_mini.runs import checks, sharing
 from gram_mini.runs.load import load_judge
 from gram_mini.runs.models import load_model, load_tokenizer
-from gram_mini.runs.passes import split_by_tokens
 from gram_mini.runs.ranking import rank
 
 import pytest
@@ -39,6 +37,7 @@ ONE_PAIR = ["--prompt", PAIR[0], "--response", PAIR[1], "--response", PAIR[2]]
 SHORT = "--limit 40 --steps 2 --lora-rank 2 --batch-size 8 --held-out 0".split()
 MIXTRAL = dict(num_local_experts=4, num_key_value_heads=2)
 MPT = dict(d_model=64, n_heads=4, n_layers=2)
+IDS = dict(pad_token_id=0, bos_token_id=1, eos_token_id=2, cls_token_id=1, sep_token_id=2)
 FALCON_H1 = dict(
     num_key_value_heads=2, mamba_d_ssm=64, mamba_n_heads=4, mamba_d_head=16, mamba_d_state=16,
     mamba_n_groups=1, lm_head_multiplier=0.05,
@@ -69,52 +68,20 @@ def copy(llama, tmp_path):
 
 
 @torch.no_grad()
-def test_a_model_with_a_head_of_its_own_kind_is_asked_for_its_own_logits(tmp_path):
+def test_the_scale_of_a_head_is_read(tmp_path):
     folder = model_folder(tmp_path / "m", "falcon_h1", **FALCON_H1)
     model, ids = load_model(folder, 32), torch.arange(30)[None]
     own = AutoModelForCausalLM.from_pretrained(folder).eval()(input_ids=ids).logits
-    assert model.own_logits
     hidden = hidden_states(model, ids)
     assert torch.allclose(output_logits(model, hidden), own, atol=1e-5)
     assert torch.allclose(output_logits(model, hidden, (5, 7)), own[..., [5, 7]], atol=1e-5)
-    judge = Judge(model, load_tokenizer(folder))
-    rows = judge.encode([Pair(*PAIR), Pair("Who?", "Anna " * 9, "Bella")])
-    assert torch.allclose(judge.log_odds(rows)[0], judge.plain_log_odds(rows), atol=1e-5)
 
 
-def load_as_unknown(*arguments, **options):
-    model = load_model(*arguments, **options)
-    model.own_logits = True
-    return model
-
-
-def test_a_model_of_own_logits_trains_in_both_stages(llama, tmp_path, monkeypatch):
-    """Both ways give the same adapter: Llama is taken as if its head were unknown."""
-    kept = []
-    for name in ("known", "own"):
-        if name == "own":
-            monkeypatch.setattr(train_pretrain, "load_model", load_as_unknown)
-            monkeypatch.setattr(train_reward, "load_model", load_as_unknown)
-            monkeypatch.setattr("gram_mini.runs.chunked.LOGITS_AT_ONCE", 718 * 20)
-        same = ["--model", llama, "--bits", "32", *SHORT]
-        train_pretrain.main([*same, "--out", str(tmp_path / name)])
-        same.remove("--lora-rank"), same.remove("2")
-        same = [
-            "--model",
-            llama,
-            "--bits",
-            "32",
-            "--limit",
-            "40",
-            "--steps",
-            "2",
-            "--held-out",
-            "0",
-        ]
-        init = ["--init", str(tmp_path / name), "--out", str(tmp_path / f"{name}-reward")]
-        train_reward.main([*same, *init])
-        kept.append(load_file(tmp_path / f"{name}-reward" / "adapter_model.safetensors"))
-    assert all(torch.allclose(kept[0][key], kept[1][key], atol=2e-4) for key in kept[0])
+def test_a_model_with_a_head_of_its_own_kind_is_refused(tmp_path):
+    """ModernBERT puts a layer and a norm between the last hidden states and the output matrix."""
+    folder = model_folder(tmp_path / "m", "modernbert-decoder", **IDS)
+    with pytest.raises(UserError, match="makes its logits in a way that we do not know"):
+        load_model(folder, 32)
 
 
 def test_a_model_that_is_not_causal_is_refused(tmp_path):
@@ -127,7 +94,7 @@ def test_shared_beginnings_that_are_ignored_are_noticed(llama, monkeypatch):
     """An argument that the decoder does not know takes the cache, which so is lost."""
     monkeypatch.setattr(sharing, "cache_argument", lambda model: "unknown_argument")
     model = load_model(llama, 32)
-    assert model.shares_nothing and not sharing.can_share(model)
+    assert not model.sharing_is_exact and not sharing.can_share(model)
     monkeypatch.undo()
     assert sharing.can_share(load_model(llama, 32))
 
@@ -257,76 +224,49 @@ def longrope(tmp_path_factory):
     return str(folder)
 
 
-def test_a_longer_pair_in_the_batch_changes_no_score(longrope):
-    judge = load_judge(longrope, bits=32, max_length=480)
-    short, long = Pair(*PAIR), Pair("Who? " * 30, "Anna " * 40, "Bella " * 50)
-    alone, together = judge.compare_many([short]), judge.compare_many([short, long, short])
-    assert together[0].log_odds_first == pytest.approx(alone[0].log_odds_first, abs=1e-4)
-    assert together[2].log_odds_second == pytest.approx(alone[0].log_odds_second, abs=1e-4)
-    rows = judge.encode([short, long])
-    mixed = judge.plain_log_odds(rows)[0, 0].item()  # one batch: what must not be done
-    assert abs(mixed - alone[0].log_odds_first) > 1e-3
-
-
-def test_a_longer_pair_before_changes_no_score(tmp_path):
+@pytest.fixture(scope="module")
+def dynamic(tmp_path_factory):
+    """A model with dynamic NTK beyond 120 tokens."""
     rope = dict(rope_type="dynamic", factor=4.0, rope_theta=10000.0)
     options = dict(max_position_embeddings=120, rope_parameters=rope, initializer_range=0.2)
-    judge = load_judge(model_folder(tmp_path / "m", "llama", **options), bits=32, max_length=480)
-    middle, long = Pair(*[text * 12 for text in PAIR]), Pair(*[text * 22 for text in PAIR])
-    lengths = [row.length + judge.prompt.fixed_tokens for row in judge.encode([middle, long])]
-    assert 120 < lengths[0] < lengths[1] <= 480
-    alone = judge.compare_many([middle])[0]
-    beside, later = judge.compare_many([middle, long])[0], judge.compare_many([middle])[0]
-    assert alone == beside == later
+    return model_folder(tmp_path_factory.mktemp("dynamic"), "llama", **options)
 
 
-@pytest.mark.parametrize("by_layer", [False, True], ids=["of the model", "by kind of layer"])
-def test_a_longer_text_before_changes_no_state(by_layer, tmp_path):
+@pytest.fixture(scope="module")
+def dynamic_by_layer(tmp_path_factory):
+    """The same with dynamic NTK in one kind of layer only."""
     rope = dict(rope_type="dynamic", factor=4.0, rope_theta=10000.0)
     plain = dict(rope_type="default", rope_theta=10000.0)
-    layers = dict(full_attention=rope, sliding_attention=plain)
-    more = (
-        dict(head_dim=16, layer_types=["sliding_attention", "full_attention"]) if by_layer else {}
+    options = dict(
+        max_position_embeddings=120,
+        rope_parameters=dict(full_attention=rope, sliding_attention=plain),
+        head_dim=16,
+        layer_types=["sliding_attention", "full_attention"],
     )
-    kind = "gemma3_text" if by_layer else "llama"
-    options = dict(max_position_embeddings=120, rope_parameters=layers if by_layer else rope)
-    model = load_model(model_folder(tmp_path / "m", kind, **options, **more), 32)
-    states = [hidden_states(model, torch.ones(1, n, dtype=torch.long)) for n in (200, 400, 200)]
-    assert torch.equal(states[0], states[2])
+    return model_folder(tmp_path_factory.mktemp("layers"), "gemma3_text", **options)
 
 
-def test_lengths_of_different_kinds_get_passes_of_their_own(longrope, llama):
-    kind = length_kind(load_model(longrope, 32))
-    assert [kind(length) for length in (10, 120, 121, 400)] == [0, 0, 1, 1]
-    assert {length_kind(load_model(llama, 32))(n) for n in (1, 10**6)} == {0}
-    lengths = [100, 110, 121, 130]
-    passes = split_by_tokens(lengths, None, kinds=[kind(n) for n in lengths])
-    assert [lengths[part] for part in passes] == [[100, 110], [121, 130]]
+@pytest.mark.parametrize("kind", ["longrope", "dynamic", "dynamic_by_layer"])
+def test_a_max_length_beyond_the_switch_of_the_positions_is_refused(kind, request, tmp_path):
+    folder = request.getfixturevalue(kind)
+    with pytest.raises(UserError, match="--max-length is 121; give --max-length 120 or less"):
+        load_judge(folder, bits=32, max_length=121)
+    out = ["--out", str(tmp_path / "run"), "--max-length", "121"]
+    with pytest.raises(UserError, match="--max-length is 121; give --max-length 120 or less"):
+        train_reward.main(["--model", folder, "--bits", "32", *SHORT, *out])
+    assert load_judge(folder, bits=32, max_length=120)
 
 
-def test_training_does_not_mix_lengths_across_the_switch(longrope, tmp_path, monkeypatch):
-    rows = [{"prompt": "x", "chosen": "y " * n, "rejected": "z"} for n in (1, 2, 150, 160)]
-    (tmp_path / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    sizes, real = [], train_reward.judge_batch
-
-    def batch(rows, prompt, device):
-        sizes.append(sorted(row.length + prompt.fixed_tokens for row in rows))
-        return real(rows, prompt, device)
-
-    monkeypatch.setattr(train_reward, "judge_batch", batch)
-    data = ["--data", str(tmp_path / "d.jsonl"), "--out", str(tmp_path / "run"), "--held-out", "0"]
-    train_reward.main(["--model", longrope, "--bits", "32", *data, "--steps", "1"])
-    assert len(sizes) == 2 and max(sizes, key=max)[0] > 120 >= min(sizes, key=max)[-1]
-
-
-def test_a_scalar_head_refuses_a_pair_with_one_response_on_each_side(longrope, tmp_path):
-    rows = [{"prompt": "x", "chosen": "y " * 150, "rejected": "z"} for _ in range(2)]
-    (tmp_path / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    given = ["--model", longrope, "--bits", "32", "--data", str(tmp_path / "d.jsonl")]
-    given += ["--head", "scalar", "--steps", "1", "--out", str(tmp_path / "run")]
-    with pytest.raises(UserError, match="would scale differently; give --max-length 120 or less"):
-        baselines.main(given)
-    baselines.main([*given, "--max-length", "120"])
+@pytest.mark.parametrize("kind", ["longrope", "dynamic", "dynamic_by_layer"])
+def test_up_to_the_switch_no_other_pair_changes_a_score(kind, request):
+    judge = load_judge(request.getfixturevalue(kind), bits=32, max_length=120)
+    short, long = Pair(*PAIR), Pair("Who? " * 30, "Anna " * 40, "Bella " * 50)
+    assert judge.encode([long])[0].truncated
+    alone, together = judge.compare_many([short]), judge.compare_many([short, long, short])
+    later = judge.compare_many([short])
+    for other in (together[0], together[2], later[0]):
+        assert other.log_odds_first == pytest.approx(alone[0].log_odds_first, abs=1e-4)
+        assert other.log_odds_second == pytest.approx(alone[0].log_odds_second, abs=1e-4)
 
 
 # ---- limits known beforehand -----------------------------------------------------------

@@ -6,9 +6,9 @@ import re
 from types import SimpleNamespace
 
 import train_reward
-from gram_mini.runs import chunked
 from gram_mini.errors import UserError
 from gram_mini.model import hidden_states
+from gram_mini.runs import chunked
 from gram_mini.runs import memory as foresee
 from gram_mini.runs.models import checkpoint_gradients
 from gram_mini.studies.speed import common, memory

@@ -3,9 +3,9 @@
 import json
 
 from gram_mini import losses
-from gram_mini.runs import chunked
 from gram_mini.batches import judge_batch
 from gram_mini.model import hidden_states, output_head
+from gram_mini.runs import chunked
 from gram_mini.studies.speed import common, growth, score, train
 from gram_mini.studies.speed.common import (
     LABELS,
