@@ -42,14 +42,11 @@ SCORES = {  # what a ranking's scores are
 def main(argv=None):
     args = score_options(__doc__, argv)
     template = read_template(args.judge_template) if args.judge_template else None
-    if args.server:
-        judge = served_judge(
-            args.model, args.server, args.served_name, args.max_length, args.batch_size, template
-        )
+    sizes = args.max_length, args.batch_size
+    if not args.server:
+        judge = load_judge(args.model, args.bits, args.device, *sizes, template)
     else:
-        judge = load_judge(
-            args.model, args.bits, args.device, args.max_length, args.batch_size, template
-        )
+        judge = served_judge(args.model, args.server, args.served_name, *sizes, template)
     if args.data:
         score_rows(judge, args)
     elif len(args.response) == 2 and args.reference is None and not args.rank:

@@ -4,12 +4,12 @@ The lesson is the three scripts at the top level and the files in this folder. R
 
     pairs -> prompts -> batches -> model -> losses -> training -> judge -> evaluation
 
-chunked and prefixes are the fast twins of losses and judge. errors is how a user is told what is
-wrong.
+chat is what prompts knows of chat templates, errors is how a user is told what is wrong. These
+files import each other and nothing else of ours.
 
-What is not the lesson has a folder with a README in it: village/ (the tiny world whose truth is
-known), everyday/ (pairs in plain English), reading/ (files and formats), runs/ (what surrounds a
-run), baselines/, serving/, studies/.
+What is not the lesson has a folder, a wing, with a README in it: village/ (the tiny world whose
+truth is known), everyday/ (pairs in plain English), reading/ (files and formats), runs/ (what
+surrounds a run), baselines/, serving/, studies/.
 """
 
 import os

@@ -18,6 +18,7 @@ from gram_mini.errors import UserError
 from gram_mini.pairs import Pair
 from gram_mini.reading.formats import parse_pairs
 from gram_mini.reading.load import load_pairs
+from gram_mini.reading.template import read_template
 from gram_mini.runs import options
 from gram_mini.runs.ending import clear_errors
 from gram_mini.runs.output import check_output, write_whole
@@ -130,7 +131,7 @@ def main(argv=None) -> None:
     if args.out.suffix not in (".json", ".jsonl"):
         parser.error("OUT must end in .json or .jsonl")
     check_output(args.out, args.overwrite, "OUT")
-    template = prompts.read_template(args.judge_template) if args.judge_template else prompts.JUDGE
+    template = read_template(args.judge_template) if args.judge_template else prompts.JUDGE
     data = load_pairs(
         args.source,
         labelled=args.to == "fine-tuning",
