@@ -259,15 +259,15 @@ def test_a_run_that_was_stopped_goes_on(file, tensors, tmp_path, monkeypatch, ch
     shutil.copy(file, own)
     options = ["--model", str(own), *SHORT, "--save-every", "1"]
     train_pretrain.main([*options, "--out", str(tmp_path / "whole")])
-    real, calls = runs_run.add_up, []
+    real, calls = runs_run.sum_over_processes, []
 
-    def add_up(*arguments):
+    def sum_over_processes(*arguments):
         calls.append(1)
         if len(calls) == 2:
             raise RuntimeError("stopped in step 2")
         return real(*arguments)
 
-    monkeypatch.setattr(runs_run, "add_up", add_up)
+    monkeypatch.setattr(runs_run, "sum_over_processes", sum_over_processes)
     with pytest.raises(RuntimeError, match="stopped in step 2"):
         train_pretrain.main([*options, "--out", str(tmp_path / "run")])
     again = [*options, "--out", str(tmp_path / "run"), "--resume"]

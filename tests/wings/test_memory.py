@@ -43,7 +43,9 @@ def built(request):
     kind, bits = request.param
     torch.manual_seed(0)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("gram_mini.model.compute_dtype", lambda bits, device, name="": torch.bfloat16)
+        patch.setattr(
+            "gram_mini.runs.models.compute_dtype", lambda bits, device, name="": torch.bfloat16
+        )
         yield SHAPES[kind], bits, build_fused(SHAPES[kind], bits, RANK, torch.device("cpu"))
 
 
