@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import tempfile
@@ -77,3 +78,17 @@ def put_in_place(partial: Path, folder: Path) -> None:
     partial.rename(folder)
     if aside:
         shutil.rmtree(aside.parent, ignore_errors=True)
+
+
+def sampled_hash(head: bytes, files: list[Path]) -> str:
+    """A hash of some bytes, and of the names, sizes and samples of files."""
+    digest = hashlib.sha256(head)
+    for file in files:
+        size = file.stat().st_size
+        digest.update(f"{file.name} {size} ".encode())
+        with open(file, "rb") as stream:
+            # 64 KiB at each of 256 places tell two models apart without reading 16 GB.
+            for part in range(256):
+                stream.seek(part * size // 256)
+                digest.update(stream.read(1 << 16))
+    return digest.hexdigest()[:16]

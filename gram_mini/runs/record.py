@@ -13,9 +13,9 @@ from pathlib import Path
 from gram_mini import prompts
 from gram_mini.errors import UserError
 from gram_mini.prompts import PromptPieces
-from gram_mini.runs import options
-from gram_mini.runs.gguf import HEADER, is_gguf
+from gram_mini.runs import gguf, options
 from gram_mini.runs.loading import VILLAGE, local_model
+from gram_mini.runs.output import sampled_hash
 
 EXPORTED = "gram_run.json"  # the record of an exported run; run.json would mark a run folder
 HEAD = "head.safetensors"  # beside the adapter of a run that trained its own head
@@ -65,7 +65,7 @@ def make_record(
     name = args.model
     if name != VILLAGE and Path(name).is_dir():
         name = str(Path(name).resolve())
-    elif is_gguf(Path(name)):  # where a link leads may have another suffix
+    elif gguf.is_gguf(Path(name)):  # where a link leads may have another suffix
         name = str(Path(name).absolute())
     return {
         "stage": stage,
@@ -164,21 +164,9 @@ def fingerprint(name: str, model=None) -> str | None:
     place = local_model(name)
     if place is None:
         return getattr(model.config, "_commit_hash", None) if model is not None else None
-    if place.is_dir():
-        config, files = (place / "config.json").read_bytes(), sorted(place.glob("*.safetensors"))
-    else:
-        with open(place, "rb") as stream:
-            config, files = stream.read(HEADER), [place]
-    digest = hashlib.sha256(config)
-    for file in files:
-        size = file.stat().st_size
-        digest.update(f"{file.name} {size} ".encode())
-        with open(file, "rb") as stream:
-            # 64 KiB at each of 256 places tell two models apart without reading 16 GB.
-            for part in range(256):
-                stream.seek(part * size // 256)
-                digest.update(stream.read(1 << 16))
-    return digest.hexdigest()[:16]
+    if not place.is_dir():
+        return gguf.fingerprint(place)
+    return sampled_hash((place / "config.json").read_bytes(), sorted(place.glob("*.safetensors")))
 
 
 def judge_fingerprint(name: str, model=None) -> str | None:
