@@ -266,8 +266,9 @@ def _weights(gguf, config, tensors: dict) -> dict[str, torch.Tensor]:
     weights, left = {}, dict(tensors)
     for name, wanted in model.named_parameters():  # without the output matrix if it is tied
         tensor = left.pop(names.get_name(name, (".weight", ".bias")), None)
-        shape = tensor.shape.tolist()[::-1] if tensor else None
-        if tensor is None or shape != list(wanted.shape):
+        if tensor is None:
+            raise UserError(f"its weight {name} is missing")
+        if (shape := tensor.shape.tolist()[::-1]) != list(wanted.shape):
             raise UserError(f"its weight {name} has the shape {shape}, not {list(wanted.shape)}")
         weight = torch.tensor(gguf.dequantize(tensor.data, tensor.tensor_type))
         if config.model_type == "llama" and re.search(r"\.[qk]_proj\.", name):

@@ -30,6 +30,7 @@ from tokenizers import AddedToken
 from transformers import AutoConfig, AutoModelForCausalLM, Qwen2Tokenizer
 
 LAYERS, HEADS, KEY_VALUE_HEADS, HIDDEN, INNER, HEAD = 2, 4, 2, 64, 128, 16
+ROWS = 730  # of the embedding; some of them belong to no token
 IDS = torch.arange(40).view(2, 20) + 20
 PAIR = ("What does Anna eat?", "Anna eats soup.", "Stop bothering me. Anna eats fish.")
 SHORT = "--limit 60 --steps 2 --batch-size 8 --lora-rank 4 --lr 5e-3 --bits 32".split()
@@ -112,9 +113,8 @@ def make_folder(folder: Path, architecture="llama", pre="llama-bpe", tied=True, 
     folder.mkdir()
     make_tokenizer(folder, pre)
     torch.manual_seed(0)
-    pieces, _, added = vocabulary()
     config = AutoConfig.for_model(
-        architecture, vocab_size=len(pieces + added), hidden_size=HIDDEN, head_dim=HEAD,
+        architecture, vocab_size=ROWS, hidden_size=HIDDEN, head_dim=HEAD,
         intermediate_size=INNER, num_hidden_layers=LAYERS, num_attention_heads=HEADS,
         num_key_value_heads=KEY_VALUE_HEADS, rms_norm_eps=1e-2, initializer_range=0.2,
         tie_word_embeddings=tied, max_position_embeddings=16384,
@@ -153,12 +153,14 @@ def write(path, tensors, architecture="llama", pre="llama-bpe", changed=None, ki
         "attention.head_count_kv": KEY_VALUE_HEADS, "attention.layer_norm_rms_epsilon": 1e-2,
         "rope.freq_base": 300.0,
     }  # fmt: skip
+    unused = [f"[PAD{i}]" for i in range(len(pieces + added), ROWS)]
     control = [*SPECIAL, PREFIX] if pre == "qwen2" else SPECIAL
+    types = [1] * len(pieces) + [3 if t in control else 4 for t in added] + [5] * len(unused)
     keys = {
         **{f"{architecture}.{key}": value for key, value in own.items()},
         "tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": pre,
-        "tokenizer.ggml.tokens": pieces + added, "tokenizer.ggml.merges": merges,
-        "tokenizer.ggml.token_type": [1] * len(pieces) + [3 if t in control else 4 for t in added],
+        "tokenizer.ggml.tokens": pieces + added + unused, "tokenizer.ggml.token_type": types,
+        "tokenizer.ggml.merges": merges,
         "tokenizer.ggml.bos_token_id": len(pieces), "tokenizer.ggml.add_space_prefix": False,
         "tokenizer.ggml.eos_token_id": len(pieces) + added.index(EOS),
         "tokenizer.ggml.padding_token_id": len(pieces) + added.index(PAD),
@@ -442,14 +444,18 @@ def test_a_key_that_is_not_read(tensors, tmp_path, key):
 def test_a_marker_that_is_typed_as_plain_text(tensors, tmp_path):
     pieces, _, added = vocabulary()
     types = [1] * len(pieces) + [3 if token in (BOS, EOS, PAD) else 1 for token in added]
+    types += [5] * (ROWS - len(types))
     path = write(tmp_path / "typed.gguf", tensors, changed={"tokenizer.ggml.token_type": types})
     assert "its token '<|im_start|>' is typed as plain text, which no merge makes" in refused(path)
 
 
-def test_a_weight_that_is_missing_or_left_over(tensors, tmp_path):
+def test_weights_that_do_not_fit(tensors, tmp_path):
     less = {name: array for name, array in tensors.items() if "0.attn_q" not in name}
     line = refused(write(tmp_path / "less.gguf", less))
-    assert "weight model.layers.0.self_attn.q_proj.weight has the shape None, not [64, 64]" in line
+    assert "its weight model.layers.0.self_attn.q_proj.weight is missing" in line
+    other = {**tensors, "blk.0.attn_q.weight": np.ones((32, HIDDEN), np.float32)}
+    line = refused(write(tmp_path / "other.gguf", other))
+    assert "self_attn.q_proj.weight has the shape [32, 64], not [64, 64]" in line
     for name in ("blk.0.attn_q.bias", "blk.0.attn_k.weight.lora_a", "cls.output.weight"):
         line = refused(write(tmp_path / "more.gguf", {**tensors, name: np.ones(9, np.float32)}))
         assert f"its weight {name} is none of the model's" in line
