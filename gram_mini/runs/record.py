@@ -15,7 +15,7 @@ from gram_mini.errors import UserError
 from gram_mini.prompts import PromptPieces
 from gram_mini.runs import gguf, options
 from gram_mini.runs.models import VILLAGE, local_model
-from gram_mini.runs.output import hash_of_files
+from gram_mini.runs.output import sampled_hash
 
 EXPORTED = "gram_run.json"  # the record of an exported run; run.json would mark a run folder
 HEAD = "head.safetensors"  # beside the adapter of a run that trained its own head
@@ -169,7 +169,7 @@ def fingerprint(name: str, model=None) -> str | None:
     if not place.is_dir():
         return gguf.fingerprint(place)
     config = (place / "config.json").read_bytes()
-    return hash_of_files(config, sorted(place.glob("*.safetensors")))
+    return sampled_hash(config, sorted(place.glob("*.safetensors")))
 
 
 def judge_fingerprint(name: str, model=None) -> str | None:
