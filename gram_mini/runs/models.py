@@ -167,6 +167,7 @@ def load_model(
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
     checks.check_computation(name, model)
+    checks.check_modes(name, model)
     if checkpointing:
         checkpoint_gradients(model)
     return model.requires_grad_(False)

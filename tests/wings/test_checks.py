@@ -105,6 +105,14 @@ def test_no_architecture_warns_of_how_its_cache_is_passed(llama, recwarn):
     assert not [w for w in recwarn if "past_key_values" in str(w.message)]
 
 
+def test_a_model_that_rewrites_its_weights_is_refused(tmp_path):
+    """RWKV divides its weights for evaluation and multiplies them back, which NF4 cannot."""
+    folder = model_folder(tmp_path / "m", "rwkv", attention_hidden_size=64)
+    with pytest.raises(UserError, match="between training and evaluation .* give --bits 16"):
+        load_model(folder, 4)
+    load_model(folder, 16)
+
+
 # ---- the loader's warnings are errors --------------------------------------------------
 
 
