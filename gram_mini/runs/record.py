@@ -14,7 +14,7 @@ from gram_mini import prompts
 from gram_mini.errors import UserError
 from gram_mini.prompts import PromptPieces
 from gram_mini.runs import gguf, options
-from gram_mini.runs.models import VILLAGE, local_model
+from gram_mini.runs.models import PROBE, VILLAGE, local_model
 from gram_mini.runs.output import sampled_hash
 
 EXPORTED = "gram_run.json"  # the record of an exported run; run.json would mark a run folder
@@ -93,10 +93,6 @@ def make_record(
             **{name: version(name) for name in PACKAGES},
         },
     }
-
-
-# What a tokenizer does to it tells two tokenizers apart, beside their vocabularies and templates.
-PROBE = "The Quick, brown fox: 12,345.67 (a+b)?\n\n\tnaïve 你好 😀 <|im_end|> [User Question] A B"
 
 
 def tokenizer_fingerprint(tokenizer) -> str:
