@@ -353,6 +353,8 @@ def pick_model(engine: Engine, served_name: str | None, max_length: int) -> None
     base, _, adapter = name.partition(":")  # as SGLang names an adapter
     if name in cards:
         base = cards[name].get("parent") or ""
+        if base and base not in cards:  # vLLM may give it another name there
+            base = next((other for other in cards if not cards[other].get("parent")), base)
     elif not {base, adapter} <= cards.keys():
         wanted = f"no model {name!r}" if name else "several models"
         raise UserError(
