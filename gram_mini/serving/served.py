@@ -154,16 +154,18 @@ class ServedJudge(Judge):
         Raises:
             UserError: it gives others.
         """
-        known = read_known(folder)
-        if known is None:
+        known = read_known(folder) or {"prompts": [], "log_odds": [], "rounding": ROUNDING}
+        self.rounding = known["rounding"]
+        scored = zip(known["prompts"], known["log_odds"])
+        expected = {tuple(ids): odds for ids, odds in scored if len(ids) <= self.max_length}
+        if not expected:
             say(
-                f"{folder}: holds no {KNOWN}, so whether the server has its weights cannot be "
-                "seen; python -m gram_mini.serving.compare shows it"
+                f"{folder}: holds no {KNOWN} that fits, so whether the server has its weights "
+                "cannot be seen; python -m gram_mini.serving.compare shows it"
             )
             return
-        self.rounding = known["rounding"]
-        ((_, logs),) = in_parallel(self.engine, self.ask, [known["prompts"]], 1)
-        apart = max(abs(a - b - odds) for (a, b), odds in zip(logs, known["log_odds"]))
+        ((_, logs),) = in_parallel(self.engine, self.ask, [[*map(list, expected)]], 1)
+        apart = max(abs(a - b - odds) for (a, b), odds in zip(logs, expected.values()))
         if apart > self.rounding:
             raise UserError(
                 f"{self.engine.url}: {self.engine.name!r} is not {folder} as it was exported: on "

@@ -545,9 +545,13 @@ def test_an_exported_run_knows_its_scores(run, serve, tmp_path, capsys):
     server.judge = load_judge(VILLAGE, bits=32)
     said = line(lambda: served_judge(exported, server.url))
     assert "'judge' is not" in said and "serve that folder" in said
-    (exported / KNOWN).unlink()
-    served_judge(exported, server.url)
-    assert f"holds no {KNOWN}" in capsys.readouterr().err
+    known = json.loads((exported / KNOWN).read_text())
+    known["prompts"] = [ids * 9 for ids in known["prompts"]]  # longer than --max-length
+    (exported / KNOWN).write_text(json.dumps(known))
+    for _ in range(2):
+        served_judge(exported, server.url)
+        assert f"holds no {KNOWN} that fits" in capsys.readouterr().err
+        (exported / KNOWN).unlink(missing_ok=True)
     (exported / KNOWN).write_text("{}")
     assert "export the run anew" in line(lambda: served_judge(exported, server.url))
 
