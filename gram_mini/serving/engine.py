@@ -16,7 +16,6 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from email.utils import parsedate_to_datetime
-from ipaddress import ip_address
 from urllib.parse import urlsplit
 
 from gram_mini.errors import UserError
@@ -92,8 +91,9 @@ class Engine:
             self.headers["Authorization"] = f"Bearer {key}"
         host = address.hostname
         self.place = host, port
+        here = host in ("localhost", "::1", "0.0.0.0") or host.startswith("127.")
         proxy = urllib.request.getproxies().get(address.scheme)
-        if is_here(host) or urllib.request.proxy_bypass(host):
+        if here or urllib.request.proxy_bypass(host):
             proxy = None
         self.through = f" (through the proxy {proxy.split('@')[-1]})" if proxy else ""
         proxies = urllib.request.ProxyHandler({address.scheme: proxy} if proxy else {})
@@ -176,10 +176,11 @@ class Engine:
 
     def _failed(self, error: urllib.error.HTTPError) -> Exception:
         """What an HTTP status other than 200 means."""
-        text = error.read(2000).decode(errors="replace")
+        text = ""
         try:
+            text = error.read(2000).decode(errors="replace")
             text = in_one_line(json.loads(text))
-        except ValueError:
+        except (ValueError, OSError, http.client.HTTPException):  # no JSON, or cut off
             pass
         said = " ".join(text.split())[:200] or error.reason
         what = f"HTTP {error.code}: {said}{self.through}"
@@ -257,11 +258,3 @@ def seconds(header: str | None) -> float | None:
         return max(0.0, parsedate_to_datetime(header or "").timestamp() - time.time())
     except (TypeError, ValueError):
         return None
-
-
-def is_here(host: str) -> bool:
-    """Whether a host is this machine, to which no proxy leads."""
-    try:
-        return ip_address(host).is_loopback or ip_address(host).is_unspecified
-    except ValueError:
-        return host == "localhost"
