@@ -224,7 +224,8 @@ class Scores:
         self.contents = read_through(args)
         same, noted = settings(args, judge, self.contents)
         self.file = PartialFile(args.out, "--out", same, args.resume, noted, args.overwrite)
-        self.lines = self.cut = self.masses = self.labelled = self.hits = 0
+        self.lines = self.cut = self.masses = self.labelled = self.draws = 0
+        self.hits = 0.0  # a draw counts half, as in evaluation.summarise
         self.mass = 0.0  # their sum
         self.bar = tqdm(
             total=self.contents.lines, desc="scoring", unit=" lines", delay=2, leave=False
@@ -346,7 +347,11 @@ class Scores:
                 self.mass += line["label_mass"]
             if pair is not None and pair.label is not None and not unusable(pair):
                 self.labelled += 1
-                self.hits += line["better"] == LABELS[pair.label]
+                self.draws += line["better"] is None
+                if line["better"] is None:
+                    self.hits += 0.5
+                elif line["better"] == LABELS[pair.label]:
+                    self.hits += 1
         self.bar.update(len(lines))
 
     def __enter__(self) -> Scores:
@@ -392,8 +397,9 @@ class Scores:
         if self.masses:
             say_if_seldom(self.judge, self.mass / self.masses)
         if self.labelled:
+            half = f", {self.draws} draws as half" if self.draws else ""
             print(
-                f"{self.hits} of {self.labelled} labelled pairs judged as labelled: "
+                f"{self.hits:g} of {self.labelled} labelled pairs judged as labelled{half}: "
                 f"accuracy {self.hits / self.labelled:.3f}"
             )
 

@@ -13,13 +13,16 @@ import train_pretrain
 import train_reward
 from gram_mini.baselines import __main__ as baselines
 from gram_mini.errors import UserError
+from gram_mini.evaluation import summarise
 from gram_mini.judge import Judge
 from gram_mini.losses import smoothed
 from gram_mini.model import OutputHead
+from gram_mini.pairs import Pair
 from gram_mini.reading.load import load_pairs
 from gram_mini.runs.defaults import SCORED
 from gram_mini.runs.load import load_judge
 from gram_mini.runs.models import VILLAGE_FOLDER, load_tokenizer
+from gram_mini.runs.sharing import SharingJudge
 from gram_mini.village import table
 
 import pytest
@@ -661,6 +664,31 @@ def test_pairs_are_scored_whether_their_labels_can_be_read_or_not(tmp_path, caps
     said = capsys.readouterr().out
     assert "2 rows whose label cannot be read: scored, and not in the accuracy; the first: " in said
     assert "line 1: column 'overall_preference' must be a number" in said
+
+
+def test_a_draw_counts_half_in_every_accuracy(tmp_path, capsys, monkeypatch):
+    """As in evaluation.summarise, and as kept lines count after --resume."""
+    judge = load_judge("village", bits=32)
+    pairs = [Pair("What does Anna eat?", "Anna eats soup.", "Anna eats fish.", label)
+             for label in (0, 1)]  # fmt: skip
+    rows = [
+        {
+            "prompt": p.prompt,
+            "response_a": p.response_a,
+            "response_b": p.response_b,
+            "label": p.label,
+        }
+        for p in pairs
+    ]
+    (tmp_path / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    odds = torch.zeros(2, 2), torch.ones(2, 2), torch.zeros(2, dtype=torch.bool)
+    monkeypatch.setattr(SharingJudge, "log_odds", lambda self, rows, progress=None: odds)
+    files = ["--data", str(tmp_path / "d.jsonl"), "--out", str(tmp_path / "s.jsonl")]
+    score.main(["--model", "village", "--bits", "32", *files])
+    assert "1 of 2 labelled pairs judged as labelled, 2 draws as half: accuracy 0.500" in (
+        capsys.readouterr().out
+    )
+    assert summarise(pairs, judge.compare_many(pairs)).accuracy == 0.5
 
 
 def test_a_bad_row_takes_no_other_response_to_its_prompt_with_it(tmp_path, capsys):
