@@ -676,7 +676,7 @@ def test_a_draw_counts_half_in_every_accuracy(tmp_path, capsys, monkeypatch):
             "prompt": p.prompt,
             "response_a": p.response_a,
             "response_b": p.response_b,
-            "label": p.label,
+            "label": "AB"[p.label],
         }
         for p in pairs
     ]
