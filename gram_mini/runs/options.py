@@ -190,8 +190,8 @@ def _check_scoring(p: argparse.ArgumentParser, args: argparse.Namespace) -> None
     if args.data is not None:
         if args.data == VILLAGE:
             raise UserError(
-                "--data village: is for training; python -m gram_mini.village.table judges its "
-                "test sets"
+                "--data village: is for training; python -m gram_mini.studies.village_table judges "
+                "its test sets"
             )
         if args.out is None:
             p.error("--data needs --out FILE.jsonl")

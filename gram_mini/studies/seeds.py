@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import multiprocessing
 import os
+import shlex
 import sys
 import time
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -13,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from gram_mini.errors import Interrupted, UserError
-from gram_mini.runs.output import write_whole
-from gram_mini.studies.figures import average, draw, draw_changes, print_table
+from gram_mini.runs import options
+from gram_mini.studies.figures import average, draw, draw_changes, table
 from gram_mini.studies.lab import Lab, write_json
 from gram_mini.studies.paper import STUDIES
 
@@ -24,10 +26,13 @@ from tqdm import tqdm
 RESULTS = Path(__file__).parent / "results"
 
 
+# ---- options of every study ----------------------------------------------------------
+
+
 def add_folders(
     parser, runs: str = "runs/studies", results: str = "gram_mini/studies/results"
 ) -> None:
-    """Options of every study: where it keeps what it makes; --results is None by default."""
+    """Where a study keeps what it makes; --results is None by default."""
     parser.add_argument(
         "--runs",
         type=Path,
@@ -41,6 +46,29 @@ def add_folders(
         metavar="FOLDER",
         help=f"where tables and figures go (default: {results})",
     )
+
+
+def add_seeds(parser, default: list[int]) -> None:
+    parser.add_argument(
+        "--seeds",
+        type=options.seed,
+        nargs="+",
+        action=options.Distinct,
+        default=default,
+        metavar="N",
+        help="seeds to run",
+    )
+
+
+def words(text: str) -> list[str]:
+    """argparse type: options for the scripts, given as one text."""
+    try:
+        return shlex.split(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text}: {error}") from None
+
+
+# ---- running -------------------------------------------------------------------------
 
 
 def run_seed(name: str, lab: Lab, seed: int, studies: dict = STUDIES) -> Path:
@@ -119,7 +147,7 @@ def run_study(
         draw_changes(means, shown, results / f"{name}.png", title)
     else:
         draw(means, x, shown, results / f"{name}.png", title)
-    write_whole(results / f"{name}.json", [json.dumps(record, indent=1) + "\n"], "results")
+    write_json(results / f"{name}.json", record)
     print(f"\n{name}: {study.__doc__}")
-    print_table(means, keys)
+    print(table(means, keys))
     print(f"wrote {results / name}.json and .png")

@@ -21,14 +21,13 @@ from pathlib import Path
 
 from gram_mini.errors import clear_errors
 from gram_mini.pairs import Pair
-from gram_mini.reading.load import VILLAGE
 from gram_mini.runs import options
 from gram_mini.runs.output import check_place
 from gram_mini.serving.trl import as_trl_reward
-from gram_mini.studies.figures import average, print_table
-from gram_mini.studies.lab import MAIN, Lab, write_json
-from gram_mini.studies.seeds import RESULTS, add_folders, run_seed, run_study
-from gram_mini.village import GROUPS, question, statement
+from gram_mini.studies.figures import average, table
+from gram_mini.studies.lab import MAIN, TEST, Lab, VillagePairs, write_json
+from gram_mini.studies.seeds import RESULTS, add_folders, add_seeds, run_seed, run_study
+from gram_mini.village import GROUPS, VILLAGE, question, statement
 from gram_mini.village.pairs import topics
 from gram_mini.village.policy import best_of_n, best_of_n_kl
 from gram_mini.village.writer import (
@@ -82,7 +81,7 @@ def rl_of(kind: str, name: str, lab: Lab, seed: int):
     writer = start_of(lab, seed)
     torch.manual_seed(seed)
     reward = as_trl_reward(judge)
-    prompts = [question(*topic) for topic in topics("out-of-distribution")]
+    prompts = [question(*topic) for topic in topics(TEST)]
     references = writer.write(prompts, temperature=0).texts
     rows = []
 
@@ -163,7 +162,7 @@ def drawn_texts(lab: Lab, seed: int) -> dict[str, dict]:
     writer = start_of(lab, seed)
     with lab.alone(known):
         if not known.is_file():
-            chosen = random.Random(f"writing/{seed}").sample(topics("out-of-distribution"), ASKED)
+            chosen = random.Random(f"writing/{seed}").sample(topics(TEST), ASKED)
             prompts = [question(*topic) for topic in chosen]
             torch.manual_seed(seed)
             write_json(
@@ -272,15 +271,7 @@ def main(argv=None):
         metavar="JUDGE",
         help=f"of {', '.join(JUDGES)} (default: all); results of some are called after them",
     )
-    parser.add_argument(
-        "--seeds",
-        type=options.seed,
-        nargs="+",
-        action=options.Distinct,
-        default=[1, 2, 3, 4, 5],
-        metavar="N",
-        help="seeds to run",
-    )
+    add_seeds(parser, [1, 2, 3, 4, 5])
     add_folders(parser)
     options.add_model_options(parser, bits_default=4, max_length_default=512)
     args = parser.parse_args(argv)
@@ -289,7 +280,7 @@ def main(argv=None):
     results = args.results or RESULTS
     check_place(results, "--results")
     loading = {"bits": args.bits, "max_length": args.max_length, "device": args.device}
-    lab = Lab(args.runs, VILLAGE, VILLAGE, loading=loading)
+    lab = Lab(args.runs, VILLAGE, VillagePairs(), loading=loading)
     name = task_of(args.study, *args.judges)
     studies = studies_of(args.study, args.judges)
     run_study(name, lab, args.seeds, results, studies)
@@ -308,7 +299,7 @@ def main(argv=None):
     rows = json.loads((results / f"{name}.json").read_text())["rows"]
     found = summary(rows, answers)
     means = average(found, ("method",))
-    print_table(means, ("method",))
+    print(table(means, ("method",)))
     write_json(
         results / f"{name}-summary.json", {"seconds": seconds, "means": means, "rows": found}
     )

@@ -15,7 +15,7 @@ from gram_mini.prompts import judge_prompt, label_tokens
 from gram_mini.runs.load import load_judge
 from gram_mini.runs.loading import VILLAGE_FOLDER
 from gram_mini.serving import export
-from gram_mini.village.table import method_of, records_of
+from gram_mini.studies.village_table import method_of, records_of
 
 import pytest
 import torch

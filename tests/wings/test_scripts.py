@@ -19,7 +19,7 @@ from gram_mini.reading.load import load_pairs
 from gram_mini.runs.defaults import SCORED
 from gram_mini.runs.load import load_judge
 from gram_mini.runs.loading import VILLAGE_FOLDER
-from gram_mini.village import table
+from gram_mini.studies import village_table as table
 
 import pytest
 import torch

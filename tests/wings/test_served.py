@@ -23,7 +23,8 @@ from gram_mini.serving import compare, served
 from gram_mini.serving.export import export
 from gram_mini.serving.served import ROUTES, ServedJudge, served_judge
 from gram_mini.serving.trl import as_trl_reward
-from gram_mini.village import table, wide_heads
+from gram_mini.studies import village_table as table
+from gram_mini.village import wide_heads
 from gram_mini.village.pairs import village_pairs
 
 import pytest
@@ -273,8 +274,7 @@ def test_the_table_of_the_village(run, serve, monkeypatch):
     server = serve("named", judge=load_judge(run))
     assert table.village_table([str(run)], server=server.url) == table.village_table([str(run)])
     with pytest.raises(SystemExit):
-        monkeypatch.setattr("sys.argv", ["table", "village", str(run), "--server", server.url])
-        table.main()
+        table.main(["village", str(run), "--server", server.url])
 
 
 def test_a_served_run_keeps_its_prompt_and_length(run, serve):

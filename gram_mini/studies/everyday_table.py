@@ -1,7 +1,4 @@
-"""How well do judges do on test.jsonl? A line for each.
-
-python -m gram_mini.everyday.table MODEL [MODEL ...]
-"""
+"""The table of make real: judges on the everyday questions of test.jsonl, a row for each."""
 
 from __future__ import annotations
 
@@ -17,7 +14,11 @@ from gram_mini.pairs import Pair
 from gram_mini.runs import options
 from gram_mini.runs.checks import check_comparisons
 from gram_mini.runs.load import load_judge
-from gram_mini.village.table import aligned, method_of, models_parser, records_of
+from gram_mini.runs.table import aligned
+from gram_mini.studies.village_table import method_of, records_of
+
+EXAMPLES = """\
+  python -m gram_mini.studies.everyday_table --bits 16 MODEL runs/real/reward"""
 
 CAPTION = """\
 Accuracy, ± 95% interval over the questions. Labelled topics: new questions of topics with labels.
@@ -66,20 +67,22 @@ def everyday_table(models: list[str], **settings) -> str:
     return aligned(lines)
 
 
-def main() -> None:
-    parser = models_parser(
-        "python -m gram_mini.everyday.table",
-        __doc__,
-        "run folders, or any model as a zero-shot judge: a folder, a GGUF file, a hub name, "
+def main(argv=None) -> None:
+    parser = options.parser(__doc__, EXAMPLES)
+    parser.add_argument(
+        "models",
+        nargs="+",
+        metavar="MODEL",
+        help="run folders, or any model as a zero-shot judge: a folder, a GGUF file, a hub name, "
         "'village'",
     )
-    options.add_model_options(parser, bits_default=None, max_length_default=None)
-    args = parser.parse_args()
-    with clear_errors():
-        sizes = {"bits": args.bits, "max_length": args.max_length, "device": args.device}
-        print(everyday_table(args.models, **sizes))
-        print(CAPTION)
+    options.add_model_options(parser)
+    args = parser.parse_args(argv)
+    sizes = {"bits": args.bits, "max_length": args.max_length, "device": args.device}
+    print(everyday_table(args.models, **sizes))
+    print(CAPTION)
 
 
 if __name__ == "__main__":
-    main()
+    with clear_errors():
+        main()

@@ -1,14 +1,11 @@
-"""The table of the demo: judges on the two test sets of the village.
+"""The table of the demo: judges on the two test sets of the village, a row for each.
 
-    python -m gram_mini.village.table village runs/reward [RUN ...]
-
-This prints one row per model. Runs of the same method with different seeds share a row, with their
-mean and a 95% interval over the seeds.
+Runs of the same method with different seeds share a row, with their mean and a 95% interval over
+the seeds.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import statistics
@@ -21,13 +18,18 @@ from gram_mini.runs import options
 from gram_mini.runs.checks import check_comparisons
 from gram_mini.runs.load import find_record, load_judge
 from gram_mini.runs.loading import local_model
+from gram_mini.runs.table import aligned
 from gram_mini.serving.served import served_judge
 from gram_mini.village.pairs import village_pairs
+
+EXAMPLES = """\
+  python -m gram_mini.studies.village_table village runs/pretrain runs/reward"""
 
 CAPTION = """\
 Accuracy against the truly better response, ± 95% interval (over the seeds if there are several,
 else over the prompts, 20 in distribution and 80 out of distribution). In distribution: topics with
-labels. Out of distribution: topics without. Fact pairs: one response right, the other wrong.
+labels. Out of distribution: topics without. Fact pairs: one response right, the other wrong, and
+alike or not in all else.
 Cross-entropy: to the true probabilities, in nats. Position gap: mean |P(a better, a shown first) -
 P(a better, a shown second)|. The last three are out of distribution."""
 
@@ -77,6 +79,8 @@ def village_table(
     records = records_of(models)
     in_distribution = village_pairs("in-distribution")
     out_of_distribution = village_pairs("out-of-distribution")
+    facts = [i for i, pair in enumerate(out_of_distribution) if "fact" in pair.differs]
+    fact_pairs = [out_of_distribution[i] for i in facts]
     folders: dict[tuple[str, str, int], str] = {}
     rows: dict[tuple[str, str, int], dict[int, list[Evaluation]]] = defaultdict(dict)
     for model, record in zip(models, records):
@@ -87,21 +91,15 @@ def village_table(
         results = judge.compare_many(out_of_distribution, progress=model)
         others = judge.compare_many(in_distribution, progress=model)
         check_comparisons(model, judge, [*results, *others])
-        facts = [
-            (pair, result)
-            for pair, result in zip(out_of_distribution, results)
-            if "fact" in pair.differs
-        ]
         method, seed = (*method_of(record), 0), record["options"]["seed"] if record else 0
         while seed in rows[method]:  # the same options from another stage 1: a row of its own
             method = (*method[:2], method[2] + 1)
         folders[method] = Path(model).name
-        evaluations = (
+        rows[method][seed] = [
             summarise(in_distribution, others),
             summarise(out_of_distribution, results),
-        )
-        on_facts = summarise([pair for pair, _ in facts], [result for _, result in facts])
-        rows[method][seed] = [*evaluations, on_facts]
+            summarise(fact_pairs, [results[i] for i in facts]),
+        ]
 
     columns = ("in distribution", "out of distribution", "fact pairs", "cross-entropy")
     lines: list[tuple[str, ...]] = [("", *columns, "position gap", "run")]
@@ -135,54 +133,30 @@ def records_of(models: list[str]) -> list[dict | None]:
     return records
 
 
-def aligned(lines: list[tuple[str, ...]]) -> str:
-    """A table of lines of cells: the first column to the left, the others to the right."""
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    return "\n".join(
-        "  ".join(
-            [
-                line[0].ljust(widths[0]),
-                *(cell.rjust(width) for cell, width in zip(line[1:], widths[1:])),
-            ]
-        )
-        for line in lines
-    )
-
-
 def _entropy(p: float) -> float:
     """Entropy of a Bernoulli variable in nats."""
     return -p * math.log(p) - (1 - p) * math.log(1 - p)
 
 
-def models_parser(program: str, description: str | None, models: str) -> argparse.ArgumentParser:
-    """The parser of a table of judges; ``models`` is the help of its arguments."""
-    parser = argparse.ArgumentParser(
-        prog=program,
-        description=description,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+def main(argv=None) -> None:
+    parser = options.parser(__doc__, EXAMPLES)
+    parser.add_argument(
+        "models",
+        nargs="+",
+        metavar="MODEL",
+        help="run folders, or 'village' for the plain backbone",
     )
-    parser.add_argument("models", nargs="+", type=options.model_name, metavar="MODEL", help=models)
-    return parser
-
-
-def main() -> None:
-    parser = models_parser(
-        "python -m gram_mini.village.table",
-        __doc__,
-        "run folders, or 'village' for the plain backbone",
-    )
-    parser.add_argument("--device", default="auto", help="cpu, cuda, ... (default: auto)")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, ...")
     options.add_server(parser)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.server and len(args.models) > 1:
         parser.error("--server goes with one model")
     if args.server and args.device != "auto":
         parser.error("--device does not go with --server, which has its own")
-    with clear_errors():
-        print(village_table(args.models, args.device, args.server, args.served_name))
-        print(CAPTION)
+    print(village_table(args.models, args.device, args.server, args.served_name))
+    print(CAPTION)
 
 
 if __name__ == "__main__":
-    main()
+    with clear_errors():
+        main()
