@@ -30,7 +30,7 @@ from gram_mini.runs.load import load_judge
 from gram_mini.runs.options import score_options
 from gram_mini.runs.scores import Scores
 from gram_mini.serving.served import served_judge
-from gram_mini.studies.benchmarks import score_benchmark
+from gram_mini.studies.benchmarks.__main__ import score_benchmark
 
 from tqdm import tqdm
 

@@ -17,7 +17,7 @@ from gram_mini.runs import checks, defaults
 from gram_mini.runs.loading import VILLAGE
 from gram_mini.runs.output import check_output
 from gram_mini.runs.partial import check_partial
-from gram_mini.studies import benchmarks
+from gram_mini.studies.benchmarks import figures as benchmarks
 
 PRETRAIN_EXAMPLES = """\
   python train_pretrain.py                         # the village, 2 minutes on 2 CPU cores
