@@ -12,6 +12,8 @@
   rewards     ours: from pairs to the rewards of n responses, by the number of comparisons
   certain     ours: where smoothing matters (noise of the labels x epochs x eps)
   beside      ours: does comparing help where a difference is plain side by side?
+  writing-rl, writing-weak, writing-bon
+              ours: the village's language model as a policy that writes (needs TRL)
 
 Each study writes STUDY.json and STUDY.png to gram_mini/studies/results (--quick to runs/quick).
 Trained models stay in runs/studies and are used again, by other studies too, so a study goes on
@@ -43,7 +45,8 @@ EXAMPLES = """\
   python -m gram_mini.studies table          # seeds 1 to 5
   python -m gram_mini.studies all --quick    # every study with one seed"""
 
-OURS = ("orders", "rewards", "certain", "beside")  # not claims of the paper
+# The studies of the paper's claims; the others are ours.
+PAPERS = ("table", "bon", "adapt", "smoothing", "noise", "unlabelled", "rl")
 
 
 def main(argv=None):
@@ -93,7 +96,7 @@ def main(argv=None):
     lab = Lab(args.runs, args.model, VillagePairs(), args.training, loading)
     studies = [args.study]
     if args.study == "all":
-        studies = [name for name in STUDIES if name not in OURS]
+        studies = [name for name in STUDIES if name in PAPERS]
     jobs = args.jobs or (1 if torch.cuda.is_available() else 2)
     if jobs > 1 and len(studies) * len(seeds) > 1:
         run_side_by_side(studies, lab, seeds, jobs)

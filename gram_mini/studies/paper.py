@@ -6,11 +6,14 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import train_reward
 from gram_mini.pairs import Pair
+from gram_mini.studies import writing
 from gram_mini.studies.beside import beside
 from gram_mini.studies.certain import MEASURES, certain
 from gram_mini.studies.few import adapt
@@ -141,23 +144,41 @@ def orders(lab: Lab, seed: int):
         yield {"method": name, **lab.row(run)}
 
 
+class Study(NamedTuple):
+    """How the rows of one seed are made, and how those of all seeds are shown."""
+
+    rows: Callable[[Lab, int], Iterable[dict]]  # its docstring is printed above the table
+    keys: tuple[str, ...]  # the columns that tell rows apart
+    x: str | None  # x axis of the figure; None for bars
+    shown: tuple[str, ...] | dict[str, bool]  # panels of the figure, or what draw_changes takes
+    after: Callable[[str, Lab, list[int], Path], None] | None = None  # writes more results
+
+
+def of_writing(rows, key: str, x: str, *shown: str) -> Study:
+    panels = (*shown, "true reward", "no answer")
+    return Study(rows, ("method", key), x, panels, writing.write_answers)
+
+
 FACT = (TEST, "fact only")
 BESIDE = ("accuracy", "length, same claim", "length, other claim", "position gap")
 REWARDS = (
     *("agreement, GRAM", "true reward of the first, GRAM"),
     *("agreement, votes", "true reward of the first, votes"),
 )
-# name: (study, columns that tell the rows apart, x axis of the figure, panels of the figure)
+TABLE = ("in-distribution", *FACT, "courtesy only", "length only")
 STUDIES = {  # the longest first
-    "table": (table, ("method",), None, ("in-distribution", *FACT, "courtesy only", "length only")),
-    "unlabelled": (unlabelled, ("method", "share"), "share", FACT),
-    "adapt": (adapt, ("method", "labels"), "labels", FACT),
-    "noise": (noise, ("method", "flipped"), "flipped", (TEST, "calibration error")),
-    "smoothing": (smoothing, ("method", "eps"), "eps", (TEST, "margin", "calibration error")),
-    "certain": (certain, ("method", "eps"), "eps", MEASURES),
-    "beside": (beside, ("method",), None, BESIDE),
-    "orders": (orders, ("method",), None, (*FACT, "position gap")),
-    "bon": (bon, ("method", "n"), "KL", ("proxy score", "true reward")),
-    "rl": (rl, ("method", "step"), "KL", ("proxy reward", "true reward")),
-    "rewards": (rewards, ("method", "n"), "comparisons", REWARDS),
+    "table": Study(table, ("method",), None, TABLE),
+    "unlabelled": Study(unlabelled, ("method", "share"), "share", FACT),
+    "writing-rl": of_writing(writing.rl, "step", "step", "KL", "judge's reward"),
+    "adapt": Study(adapt, ("method", "labels"), "labels", FACT),
+    "noise": Study(noise, ("method", "flipped"), "flipped", (TEST, "calibration error")),
+    "writing-weak": of_writing(writing.weak, "step", "step", "KL", "judge's reward"),
+    "smoothing": Study(smoothing, ("method", "eps"), "eps", (TEST, "margin", "calibration error")),
+    "certain": Study(certain, ("method", "eps"), "eps", MEASURES),
+    "beside": Study(beside, ("method",), None, BESIDE),
+    "orders": Study(orders, ("method",), None, (*FACT, "position gap")),
+    "bon": Study(bon, ("method", "n"), "KL", ("proxy score", "true reward")),
+    "rl": Study(rl, ("method", "step"), "KL", ("proxy reward", "true reward")),
+    "writing-bon": of_writing(writing.bon, "n", "KL", "judge's score"),
+    "rewards": Study(rewards, ("method", "n"), "comparisons", REWARDS),
 }

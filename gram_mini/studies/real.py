@@ -28,6 +28,7 @@ from gram_mini.reading.load import load_pairs
 from gram_mini.runs import options
 from gram_mini.runs.output import check_place
 from gram_mini.studies.lab import ITS_OWN, Lab, check_handed_on, seconds_of
+from gram_mini.studies.paper import Study
 from gram_mini.studies.seeds import add_folders, add_seeds, run_study, words
 
 EXAMPLES = """\
@@ -226,8 +227,8 @@ def main(argv=None):
     }
     lab = Lab(args.runs, args.model, files, training, loading, stages)
     studies = {
-        f"{args.name}-table": (table, ("method",), None, (HELD_OUT, *tests)),
-        f"{args.name}-curve": (curve, ("method", "labels"), "labels", (HELD_OUT,)),
+        f"{args.name}-table": Study(table, ("method",), None, (HELD_OUT, *tests)),
+        f"{args.name}-curve": Study(curve, ("method", "labels"), "labels", (HELD_OUT,)),
     }
     run_study(f"{args.name}-{args.study}", lab, args.seeds, results, studies)
 

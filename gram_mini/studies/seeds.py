@@ -18,7 +18,7 @@ from gram_mini.errors import Interrupted, UserError
 from gram_mini.runs import options
 from gram_mini.studies.figures import average, draw, draw_changes, table
 from gram_mini.studies.lab import Lab, write_json
-from gram_mini.studies.paper import STUDIES
+from gram_mini.studies.paper import STUDIES, Study
 
 import torch
 from tqdm import tqdm
@@ -71,13 +71,13 @@ def words(text: str) -> list[str]:
 # ---- running -------------------------------------------------------------------------
 
 
-def run_seed(name: str, lab: Lab, seed: int, studies: dict = STUDIES) -> Path:
+def run_seed(name: str, lab: Lab, seed: int, studies: dict[str, Study] = STUDIES) -> Path:
     """The rows of a study for one seed, as a file; made unless it is there already."""
     done = lab.folder / "rows" / f"{name}-{seed}.json"
     with lab.alone(done):
         if not done.is_file():
             began = time.perf_counter()
-            rows = [{"seed": seed, **row} for row in studies[name][0](lab, seed)]
+            rows = [{"seed": seed, **row} for row in studies[name].rows(lab, seed)]
             write_json(done, {"seconds": round(time.perf_counter() - began), "rows": rows})
     return done
 
@@ -121,10 +121,10 @@ def _begin_worker(threads: int) -> None:
 
 
 def run_study(
-    name: str, lab: Lab, seeds: list[int], results: Path, studies: dict = STUDIES
+    name: str, lab: Lab, seeds: list[int], results: Path, studies: dict[str, Study] = STUDIES
 ) -> None:
     """Run a study for each seed that is missing, and write its table and figure."""
-    study, keys, x, shown = studies[name]
+    study, keys, x, shown, after = studies[name]
     rows: list[dict[str, Any]] = []
     seconds = {}
     for seed in seeds:
@@ -151,3 +151,5 @@ def run_study(
     print(f"\n{name}: {study.__doc__}")
     print(table(means, keys))
     print(f"wrote {results / name}.json and .png")
+    if after:
+        after(name, lab, seeds, results)
