@@ -51,14 +51,10 @@ PAPERS = ("table", "bon", "adapt", "smoothing", "noise", "unlabelled", "rl")
 
 def main(argv=None):
     parser = options.parser(__doc__, EXAMPLES)
-    parser.add_argument(
-        "study", choices=(*STUDIES, "all"), metavar="STUDY", help="one of the above"
-    )
-    parser.add_argument(
-        "--quick",
-        action="store_true",
-        help="one seed, 1, instead of --seeds; results go to runs/quick",
-    )
+    names = (*STUDIES, "all")
+    parser.add_argument("study", choices=names, metavar="STUDY", help="one of the above")
+    quick = "one seed, 1, instead of --seeds; results go to runs/quick"
+    parser.add_argument("--quick", action="store_true", help=quick)
     add_seeds(parser, [1, 2, 3, 4, 5])
     parser.add_argument(
         "--jobs",
@@ -67,9 +63,8 @@ def main(argv=None):
         help="studies and seeds at a time, which share the cores (default: 2 on a CPU, 1 on a "
         "GPU); the number of cores each has changes the last digits",
     )
-    parser.add_argument(
-        "--model", default=VILLAGE, metavar="NAME", help="backbone, as in the training scripts"
-    )
+    backbone = "backbone, as in the training scripts"
+    parser.add_argument("--model", default=VILLAGE, metavar="NAME", help=backbone)
     options.add_model_options(parser, bits_default=4, max_length_default=512)
     parser.add_argument(
         "--training",
@@ -79,7 +74,7 @@ def main(argv=None):
         help="further options that both training scripts know, as one text: "
         '--training "--epochs 1 --lora-rank 16"',
     )
-    add_folders(parser)
+    add_folders(parser, "runs/studies", "gram_mini/studies/results")
     parser.add_argument("--data", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.data:
@@ -94,9 +89,8 @@ def main(argv=None):
     check_place(results, "--results")
     loading = {"bits": args.bits, "max_length": args.max_length, "device": args.device}
     lab = Lab(args.runs, args.model, VillagePairs(), args.training, loading)
-    studies = [args.study]
-    if args.study == "all":
-        studies = [name for name in STUDIES if name in PAPERS]
+    all_of_them = [name for name in STUDIES if name in PAPERS]
+    studies = all_of_them if args.study == "all" else [args.study]
     jobs = args.jobs or (1 if torch.cuda.is_available() else 2)
     if jobs > 1 and len(studies) * len(seeds) > 1:
         run_side_by_side(studies, lab, seeds, jobs)

@@ -20,6 +20,7 @@ from gram_mini.evaluation import summarise
 from gram_mini.judge import Comparison
 from gram_mini.pairs import Pair
 from gram_mini.studies.few import Recipe
+from gram_mini.studies.figures import on_part
 from gram_mini.studies.lab import METHODS, Lab
 from gram_mini.village import (
     ATTRIBUTES,
@@ -201,6 +202,5 @@ def figures(pairs: list[Pair], results: list[Comparison]) -> dict[str, float]:
     for part, of in parts.items():
         chosen = [i for i, pair in enumerate(pairs) if of(pair)]
         if chosen:
-            found = summarise([pairs[i] for i in chosen], [results[i] for i in chosen])
-            row[part] = found.accuracy
+            row[part] = on_part(pairs, results, chosen).accuracy
     return {**row, "position gap": summarise(pairs, results).position_gap}

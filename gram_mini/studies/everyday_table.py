@@ -15,6 +15,7 @@ from gram_mini.runs import options
 from gram_mini.runs.checks import check_comparisons
 from gram_mini.runs.load import load_judge
 from gram_mini.runs.table import aligned
+from gram_mini.studies.figures import on_part
 from gram_mini.studies.village_table import method_of, records_of
 
 EXAMPLES = """\
@@ -44,19 +45,18 @@ def everyday_table(models: list[str], **settings) -> str:
         Pair(row["prompt"], row["response_a"], row["response_b"], "AB".index(row["label"]))
         for row in rows
     ]
+    parts = {  # column: places of its pairs
+        "labelled topics": [i for i, row in enumerate(rows) if row["labelled_topic"]],
+        "unlabelled topics": [i for i, row in enumerate(rows) if not row["labelled_topic"]],
+    }
+    for quality in QUALITIES:
+        parts[quality] = [i for i, row in enumerate(rows) if row["differs"][0] == quality]
 
-    def line(name: str, results: list[Comparison], seconds: str, run: str) -> tuple[str, ...]:
-        def accuracy(key, value) -> str:
-            part = [i for i, row in enumerate(rows) if key(row) == value]
-            return with_interval([summarise([pairs[i] for i in part], [results[i] for i in part])])
+    def line(name: str, results: list[Comparison], *more: str) -> list[str]:
+        accuracies = [with_interval([on_part(pairs, results, part)]) for part in parts.values()]
+        return [name, *accuracies, f"{summarise(pairs, results).position_gap:.3f}", *more]
 
-        topics = [accuracy(lambda row: row["labelled_topic"], labels) for labels in (True, False)]
-        decided = [accuracy(lambda row: row["differs"][0], quality) for quality in QUALITIES]
-        gap = f"{summarise(pairs, results).position_gap:.3f}"
-        return name, *topics, *decided, gap, seconds, run
-
-    columns = ("labelled topics", "unlabelled topics", *QUALITIES)
-    lines: list[tuple[str, ...]] = [("", *columns, "position gap", "seconds", "run")]
+    lines = [["", *parts, "position gap", "seconds", "run"]]
     lines.append(line("pick the longer", list(map(pick_the_longer, pairs)), "", ""))
     for model, record in zip(models, records):
         judge, start = load_judge(model, **settings), time.perf_counter()

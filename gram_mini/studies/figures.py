@@ -6,7 +6,9 @@ import math
 import statistics
 from pathlib import Path
 
-from gram_mini.evaluation import student_t
+from gram_mini.evaluation import Evaluation, student_t, summarise
+from gram_mini.judge import Comparison
+from gram_mini.pairs import Pair
 from gram_mini.runs.output import save_figure
 from gram_mini.runs.table import aligned
 
@@ -15,6 +17,11 @@ X_LABELS = {
     "flipped": "share of the labels flipped",
     "share": "share of the unlabelled pairs",
 }
+
+
+def on_part(pairs: list[Pair], results: list[Comparison], places: list[int]) -> Evaluation:
+    """The figures of some of the pairs."""
+    return summarise([pairs[i] for i in places], [results[i] for i in places])
 
 
 def average(rows: list[dict], keys: tuple[str, ...]) -> list[dict]:

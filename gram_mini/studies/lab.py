@@ -24,6 +24,7 @@ from gram_mini.runs.defaults import DEFAULTS, for_model
 from gram_mini.runs.load import load_judge
 from gram_mini.runs.output import write_whole
 from gram_mini.runs.record import fingerprint
+from gram_mini.studies.figures import on_part
 from gram_mini.village import VILLAGE
 from gram_mini.village.pairs import village_pairs
 
@@ -294,8 +295,7 @@ def figures_of(judge: Judge, pairs: list[Pair], name: str) -> dict[str, float]:
     for aspect in ("fact", "courtesy", "length"):
         alone = [i for i, pair in enumerate(pairs) if pair.differs == {aspect}]
         if alone:
-            figures = summarise([pairs[i] for i in alone], [results[i] for i in alone])
-            row[f"{aspect} only"] = figures.accuracy
+            row[f"{aspect} only"] = on_part(pairs, results, alone).accuracy
     return row
 
 

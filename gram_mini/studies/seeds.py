@@ -29,35 +29,18 @@ RESULTS = Path(__file__).parent / "results"
 # ---- options of every study ----------------------------------------------------------
 
 
-def add_folders(
-    parser, runs: str = "runs/studies", results: str = "gram_mini/studies/results"
-) -> None:
-    """Where a study keeps what it makes; --results is None by default."""
-    parser.add_argument(
-        "--runs",
-        type=Path,
-        default=Path(runs),
-        metavar="FOLDER",
-        help="where trained models are kept",
-    )
-    parser.add_argument(
-        "--results",
-        type=Path,
-        metavar="FOLDER",
-        help=f"where tables and figures go (default: {results})",
-    )
+def add_folders(parser, runs: str, results: str) -> None:
+    """Where a study keeps what it makes; --results is None by default, which means ``results``."""
+    folder: dict[str, Any] = {"type": Path, "metavar": "FOLDER"}
+    text = "where trained models are kept"
+    parser.add_argument("--runs", default=Path(runs), help=text, **folder)
+    text = f"where tables and figures go (default: {results})"
+    parser.add_argument("--results", help=text, **folder)
 
 
 def add_seeds(parser, default: list[int]) -> None:
-    parser.add_argument(
-        "--seeds",
-        type=options.seed,
-        nargs="+",
-        action=options.Distinct,
-        default=default,
-        metavar="N",
-        help="seeds to run",
-    )
+    each: dict[str, Any] = {"type": options.seed, "metavar": "N", "action": options.Distinct}
+    parser.add_argument("--seeds", nargs="+", default=default, help="seeds to run", **each)
 
 
 def words(text: str) -> list[str]:

@@ -7,7 +7,6 @@ the seeds.
 from __future__ import annotations
 
 import json
-import math
 import statistics
 from collections import defaultdict
 from pathlib import Path
@@ -20,7 +19,9 @@ from gram_mini.runs.load import find_record, load_judge
 from gram_mini.runs.loading import local_model
 from gram_mini.runs.table import aligned
 from gram_mini.serving.served import served_judge
+from gram_mini.studies.figures import on_part
 from gram_mini.village.pairs import village_pairs
+from gram_mini.village.writer import TrueJudge
 
 EXAMPLES = """\
   python -m gram_mini.studies.village_table village runs/pretrain runs/reward"""
@@ -80,7 +81,6 @@ def village_table(
     in_distribution = village_pairs("in-distribution")
     out_of_distribution = village_pairs("out-of-distribution")
     facts = [i for i, pair in enumerate(out_of_distribution) if "fact" in pair.differs]
-    fact_pairs = [out_of_distribution[i] for i in facts]
     folders: dict[tuple[str, str, int], str] = {}
     rows: dict[tuple[str, str, int], dict[int, list[Evaluation]]] = defaultdict(dict)
     for model, record in zip(models, records):
@@ -98,7 +98,7 @@ def village_table(
         rows[method][seed] = [
             summarise(in_distribution, others),
             summarise(out_of_distribution, results),
-            summarise(fact_pairs, [results[i] for i in facts]),
+            on_part(out_of_distribution, results, facts),
         ]
 
     columns = ("in distribution", "out of distribution", "fact pairs", "cross-entropy")
@@ -112,9 +112,9 @@ def village_table(
         entropy = statistics.mean(entropies)
         gap = statistics.mean(run[1].position_gap for run in runs)
         lines.append((name, *accuracies, f"{entropy:.3f}", f"{gap:.3f}", folders[method]))
-    probabilities = [p for pair in out_of_distribution if (p := pair.probability) is not None]
-    ideal = statistics.mean(map(_entropy, probabilities))
-    lines.append(("the true rewards", "1.000", "1.000", "1.000", f"{ideal:.3f}", "0.000", ""))
+    truth = summarise(out_of_distribution, TrueJudge().compare_many(out_of_distribution))
+    ideal = f"{truth.cross_entropy:.3f}"
+    lines.append(("the true rewards", "1.000", "1.000", "1.000", ideal, "0.000", ""))
     return aligned(lines)
 
 
@@ -131,11 +131,6 @@ def records_of(models: list[str]) -> list[dict | None]:
             local_model(model)
         records.append(record)
     return records
-
-
-def _entropy(p: float) -> float:
-    """Entropy of a Bernoulli variable in nats."""
-    return -p * math.log(p) - (1 - p) * math.log(1 - p)
 
 
 def main(argv=None) -> None:
