@@ -7,10 +7,10 @@ from pathlib import Path
 from gram_mini.errors import UserError
 from gram_mini.reading.sources import looks_like_path
 from gram_mini.runs import gguf
+from gram_mini.village import VILLAGE
 
 import torch
 
-VILLAGE = "village"  # what --model calls the backbone that the repository embeds
 VILLAGE_FOLDER = Path(__file__).parents[1] / "village" / "backbone"
 
 

@@ -21,9 +21,8 @@ from gram_mini.judge import Comparison
 from gram_mini.model import evaluating, load_model, load_tokenizer
 from gram_mini.pairs import Pair
 from gram_mini.prompts import encode, render
-from gram_mini.runs.loading import VILLAGE
 from gram_mini.training import clip_gradients, optimizer_and_schedule
-from gram_mini.village import FACTS, question, true_probability
+from gram_mini.village import FACTS, VILLAGE, question, true_probability
 from gram_mini.village.policy import responses
 
 import torch
