@@ -31,7 +31,7 @@ demo: .venv/.installed
 	$(BIN)/python train_reward.py --init $(DEMO)/pretrain --out $(DEMO)/reward_unsmoothed --label-smoothing 0 --overwrite
 	$(BIN)/python train_reward.py --init $(DEMO)/pretrain --out $(DEMO)/reward --overwrite
 	@echo
-	@$(BIN)/python -m gram_mini.village.table village $(RUNS:%=$(DEMO)/%)
+	@$(BIN)/python -m gram_mini.studies.village_table village $(RUNS:%=$(DEMO)/%)
 	@echo
 	@$(BIN)/python score.py --model $(DEMO)/reward --prompt "What does Bella eat?" \
 	  --response "If you must. Bella eats apples." \
@@ -54,7 +54,7 @@ real: .venv/.installed $(filter $(SMOLLM2),$(MODEL))
 	  --init $(REAL)/pretrain --out $(REAL)/reward $(call again,$(REAL)/reward)
 	@echo
 ifeq ($(DATA),$(EVERYDAY))
-	@$(BIN)/python -m gram_mini.everyday.table --bits 16 $(MODEL) $(REAL)/reward
+	@$(BIN)/python -m gram_mini.studies.everyday_table --bits 16 $(MODEL) $(REAL)/reward
 else
 	@echo "No table: the one of make real is about $(EVERYDAY). How many held-out pairs of $(DATA)"
 	@echo "are judged as labelled stands in $(REAL)/reward/log.csv. For other labelled pairs:"

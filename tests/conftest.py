@@ -8,8 +8,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # for the scripts that tests start, too.
 os.environ["OMP_NUM_THREADS"] = "1"
 
-from gram_mini.runs.models import VILLAGE, load_model, load_tokenizer
+from gram_mini.runs.models import load_model, load_tokenizer
 from gram_mini.runs.sharing import SharingJudge
+from gram_mini.village import VILLAGE
 
 import pytest
 import torch

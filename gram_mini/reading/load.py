@@ -19,11 +19,11 @@ from gram_mini.reading.columns import Columns
 from gram_mini.reading.formats import group_rows, has_literal_breaks, how_to_label, parse_pairs
 from gram_mini.reading.sources import Notes, Row, read_rows
 from gram_mini.reading.usable import unusable
+from gram_mini.village import VILLAGE
 from gram_mini.village.pairs import village_pairs
 
 from tqdm import tqdm
 
-VILLAGE = "village"  # the name of the village's pairs in --data
 NOT_DRAWN = "not drawn by --pairs-per-prompt"
 
 

@@ -8,7 +8,7 @@ were not searched: they are what a laptop holds.
 
 from __future__ import annotations
 
-from gram_mini.runs.models import VILLAGE
+from gram_mini.village import VILLAGE
 
 MAX_LENGTH = (512, 1024)  # tokens per sequence, in training and for a judge that was not trained
 BATCHES = {

@@ -10,6 +10,7 @@ from pathlib import Path
 from gram_mini.errors import UserError
 from gram_mini.reading.sources import looks_like_path
 from gram_mini.runs import checks, gguf
+from gram_mini.village import VILLAGE
 
 import torch
 from peft import PeftModel
@@ -35,7 +36,6 @@ PROBES = (
     "é ﬁ Å ½",
     "a_b-c/d == 10**6;",
 )
-VILLAGE = "village"  # what --model calls the backbone that the repository embeds
 VILLAGE_FOLDER = Path(__file__).parents[1] / "village" / "backbone"
 
 

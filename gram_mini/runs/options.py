@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import math
 import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,11 +13,11 @@ from gram_mini.judge import AVERAGES
 from gram_mini.reading.columns import Columns, check_columns
 from gram_mini.reading.usable import is_blank
 from gram_mini.runs import defaults
-from gram_mini.runs.models import VILLAGE
 from gram_mini.runs.output import check_output
 from gram_mini.runs.partial import check_partial
 from gram_mini.runs.ranking import METHODS
 from gram_mini.runs.report import say
+from gram_mini.village import VILLAGE
 
 PRETRAIN_EXAMPLES = """\
   python train_pretrain.py                         # the village, 2 minutes on 2 CPU cores
@@ -115,7 +114,6 @@ def score_options(description: str, argv=None) -> argparse.Namespace:
     )
     g.add_argument(
         "--data",
-        type=data_name,
         metavar="SOURCE",
         help="score the rows of a file, folder or hub data set instead",
     )
@@ -138,7 +136,6 @@ def score_options(description: str, argv=None) -> argparse.Namespace:
     g = p.add_argument_group("how")
     g.add_argument(
         "--model",
-        type=model_name,
         default=DEFAULT_JUDGE,
         metavar="NAME",
         help="run folder, model folder, GGUF file, hub name, or 'village'",
@@ -293,12 +290,11 @@ def add_training_options(
     g = p.add_argument_group("what to train on what")
     g.add_argument(
         "--model",
-        type=model_name,
         default=VILLAGE,
         metavar="NAME",
         help="backbone: hub name, folder or GGUF file, or 'village'",
     )
-    g.add_argument("--data", type=data_name, default=VILLAGE, metavar="SOURCE", help=data_help)
+    g.add_argument("--data", default=VILLAGE, metavar="SOURCE", help=data_help)
     add_reading_options(g)
     g.add_argument(
         "--held-out",
@@ -604,23 +600,6 @@ def as_record(args: argparse.Namespace) -> dict:
 
 
 # ---- types ---------------------------------------------------------------------------
-
-
-def model_name(text: str) -> str:
-    """argparse type: the name of a model; the village's former name still works."""
-    return _renamed(text, "--model", "embedded")
-
-
-def data_name(text: str) -> str:
-    """argparse type: the name of a source of data; the village's former name still works."""
-    return _renamed(text, "--data", "world")
-
-
-def _renamed(text: str, option: str, former: str) -> str:
-    if text != former or Path(text).exists():
-        return text
-    print(f"{option} {former}: is called {VILLAGE} now", file=sys.stderr)
-    return VILLAGE
 
 
 def positive_int(text: str) -> int:

@@ -14,8 +14,9 @@ from gram_mini import prompts
 from gram_mini.errors import UserError
 from gram_mini.prompts import PromptPieces
 from gram_mini.runs import gguf, options
-from gram_mini.runs.models import PROBE, VILLAGE, local_model
+from gram_mini.runs.models import PROBE, local_model
 from gram_mini.runs.output import sampled_hash
+from gram_mini.village import VILLAGE
 
 EXPORTED = "gram_run.json"  # the record of an exported run; run.json would mark a run folder
 HEAD = "head.safetensors"  # beside the adapter of a run that trained its own head

@@ -18,8 +18,8 @@ from gram_mini.reading.template import read_template
 from gram_mini.runs import options
 from gram_mini.runs.ending import clear_errors
 from gram_mini.runs.load import find_record, load_judge
+from gram_mini.runs.table import aligned
 from gram_mini.serving.served import ROUTES, served_judge
-from gram_mini.village.table import aligned
 
 EXAMPLES = """\
   python -m gram_mini.serving.compare --model runs/exported --server http://127.0.0.1:8000 \\

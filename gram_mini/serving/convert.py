@@ -104,7 +104,6 @@ def main(argv=None) -> None:
     g = parser.add_argument_group("what to convert")
     g.add_argument(
         "source",
-        type=options.data_name,
         metavar="SOURCE",
         help="file, folder, hub name, or 'village'",
     )

@@ -20,6 +20,7 @@ from gram_mini.evaluation import summarise
 from gram_mini.judge import Comparison
 from gram_mini.pairs import Pair
 from gram_mini.studies.few import Recipe
+from gram_mini.studies.figures import on_part
 from gram_mini.studies.lab import METHODS, Lab
 from gram_mini.village import (
     ATTRIBUTES,
@@ -31,6 +32,7 @@ from gram_mini.village import (
     Response,
     draw_response,
     question,
+    reward_of,
     statement,
     true_probability,
 )
@@ -104,9 +106,9 @@ def context(split: str, seed: int) -> list[Pair]:
 
 def worth(a: Response, b: Response) -> float:
     """By how much the raters of "context" like ``a`` better than ``b``."""
-    fact, courtesy = 2.0 * (a.right - b.right), 1.0 * (a.courteous - b.courteous)
+    alike = [reward_of(response.right, response.courteous, False) for response in (a, b)]
     longer = a.rambling - b.rambling
-    return fact + courtesy + (-LENGTH if a.value == b.value else LENGTH) * longer
+    return alike[0] - alike[1] + (-LENGTH if a.value == b.value else LENGTH) * longer
 
 
 def rated(rng: random.Random, pair: Pair, difference: float, split: str) -> Pair:
@@ -180,7 +182,7 @@ def judged(lab: Lab, seed: int, kind: str, name: str, test: list[Pair]) -> dict[
             begun = lab.stage1(seed)
         data = lab.file(f"beside-{kind}-{seed}", PAIRS[kind]("labelled", seed))
         given = [*options, *recipe.options]  # the last of two rates counts
-        run = lab.train(script, tag, seed, "--data", data, "--init", str(begun), *given)
+        run = lab.train(script, tag, seed, data, begun, given)
         return figures(test, lab.judge(run).compare_many(test, progress=tag))
 
     return lab.keep(lab.folder / f"seed{seed}" / f"{tag}.beside.json", make)
@@ -200,6 +202,5 @@ def figures(pairs: list[Pair], results: list[Comparison]) -> dict[str, float]:
     for part, of in parts.items():
         chosen = [i for i, pair in enumerate(pairs) if of(pair)]
         if chosen:
-            found = summarise([pairs[i] for i in chosen], [results[i] for i in chosen])
-            row[part] = found.accuracy
+            row[part] = on_part(pairs, results, chosen).accuracy
     return {**row, "position gap": summarise(pairs, results).position_gap}

@@ -6,10 +6,22 @@ import math
 import statistics
 from pathlib import Path
 
-from gram_mini.evaluation import student_t
+from gram_mini.evaluation import Evaluation, student_t, summarise
+from gram_mini.judge import Comparison
+from gram_mini.pairs import Pair
 from gram_mini.runs.output import save_figure
+from gram_mini.runs.table import aligned
 
-ACCURACIES = ("in-distribution", "out-of-distribution", "fact", "courtesy", "length")
+X_LABELS = {
+    "KL": "KL, nats",
+    "flipped": "share of the labels flipped",
+    "share": "share of the unlabelled pairs",
+}
+
+
+def on_part(pairs: list[Pair], results: list[Comparison], places: list[int]) -> Evaluation:
+    """The figures of some of the pairs."""
+    return summarise([pairs[i] for i in places], [results[i] for i in places])
 
 
 def average(rows: list[dict], keys: tuple[str, ...]) -> list[dict]:
@@ -33,17 +45,14 @@ def average(rows: list[dict], keys: tuple[str, ...]) -> list[dict]:
     return means
 
 
-def print_table(means: list[dict], keys: tuple[str, ...]) -> None:
+def table(means: list[dict], keys: tuple[str, ...]) -> str:
     """The means, a line each; cuts and mass stand in the file alone."""
     names = dict.fromkeys(name for row in means for name in row)
     head = [name for name in names if not name.endswith((", pairs cut", ", mass on the labels"))]
     lines = [head]
     for row in means:
         lines.append([str(row[name]) if name in keys else _figure(row.get(name)) for name in head])
-    widths = [max(len(line[k]) for line in lines) for k in range(len(head))]
-    for first, *others in lines:
-        cells = [cell.rjust(width) for cell, width in zip(others, widths[1:])]
-        print("  ".join([first.ljust(widths[0]), *cells]))
+    return aligned(lines)
 
 
 def _figure(value: list | None) -> str:
@@ -68,64 +77,52 @@ def draw(
     else:
         size = 5.0 * len(panels), 3.8
     figure = Figure(figsize=size)
-    axes = figure.subplots(1, len(panels), squeeze=False, sharey=x is None)
-    x_labels = {
-        "KL": "KL, nats",
-        "flipped": "share of the labels flipped",
-        "share": "share of the unlabelled pairs",
-    }
-    for axis, name in zip(axes[0], panels):
+    axes = figure.subplots(1, len(panels), squeeze=False, sharey=x is None)[0]
+    for axis, name in zip(axes, panels):
+        # The narrow panels of bars have no room for "accuracy" in their titles.
+        unit = "accuracy" if name.endswith(("-distribution", " only")) else ""
+        axis.set(title=name.replace("-", " "))
         for place, method in enumerate(methods):
             rows = [row for row in means if row["method"] == method and name in row]
             values, halves = [row[name][0] for row in rows], [row[name][1] or 0.0 for row in rows]
             if x is None:
                 axis.barh(place, values, xerr=halves, height=0.7, color="tab:blue")
-            else:
-                places = [row[x][0] if isinstance(row[x], list) else row[x] for row in rows]
-                (line,) = axis.plot(
-                    places, values, marker=".", label=method, ls=("-", "--")[place % 2]
-                )
-                low, high = ([v - s * h for v, h in zip(values, halves)] for s in (1, -1))
-                if x != "comparisons":  # there the seeds move all lines together
-                    axis.fill_between(places, low, high, alpha=0.2, color=line.get_color())
-        bounds = {
-            row[x]: row["bound"][0] for row in means if x and name == "margin" and "bound" in row
-        }
-        if bounds:
+                continue
+            places = [row[x][0] if isinstance(row[x], list) else row[x] for row in rows]
+            style = ("-", "--")[place % 2]
+            (line,) = axis.plot(places, values, marker=".", label=method, ls=style)
+            low, high = ([v - s * h for v, h in zip(values, halves)] for s in (1, -1))
+            if x != "comparisons":  # there the seeds move all lines together
+                axis.fill_between(places, low, high, alpha=0.2, color=line.get_color())
+        axis.grid(alpha=0.3)
+        if x is None:
+            axis.set(xlabel=unit, ylim=(len(methods) - 0.5, -0.5))
+            axis.set_yticks(range(len(methods)), methods)
+            axis.axvline(0.5, color="black", lw=0.8)  # chance
+            continue
+        axis.set(xlabel=X_LABELS.get(x, x), ylabel=unit)
+        bounds = {row[x]: row["bound"][0] for row in means if "bound" in row}
+        if name == "margin" and bounds:
             label = "best for certain labels, log((1 - eps) / eps)"
             axis.plot(bounds.keys(), bounds.values(), "--", color="gray", label=label)
             axis.legend(fontsize=8)
-        # The narrow panels of bars have no room for "accuracy" in their titles.
-        unit = "accuracy" if name in ACCURACIES else ""
-        title_of_panel = name.replace("-", " ")
-        if x is None:
-            axis.set(title=title_of_panel, xlabel=unit)
-        else:
-            axis.set(title=title_of_panel, xlabel=x_labels.get(x, x), ylabel=unit)
-        axis.grid(alpha=0.3)
-        if x is None:
-            axis.set_yticks(range(len(methods)), methods)
-            axis.set_ylim(len(methods) - 0.5, -0.5)
-            axis.axvline(0.5, color="black", lw=0.8)  # chance
-        elif x == "labels":
+        if x == "labels":
             counts = sorted({row[x] for row in means})
             axis.set_xscale("symlog", linthresh=50)
             axis.set_xticks(counts, counts, fontsize=8)
-        elif x == "rate":
-            axis.set_xscale("log")
         elif x == "comparisons":
             axis.set_xscale("log", base=2)
             axis.xaxis.set_major_formatter("{x:.0f}")
     if x is not None:
-        axes[0][-1].legend(fontsize=7, framealpha=0.5)
+        axes[-1].legend(fontsize=7, framealpha=0.5)
     figure.suptitle(title)
     figure.tight_layout()
     save_figure(figure, picture)
 
 
 def draw_changes(means: list[dict], measures: dict[str, bool], picture: Path, title: str) -> None:
-    """What each eps changes against eps = 0, as a table: green is better, red is worse, white is
-    within the interval over the seeds. (One seed has none, so all of it is coloured.)
+    """What eps changes against eps = 0, as a table: green is better, red is worse, white is within
+    the interval over the seeds. (One seed has none, so all of it is coloured.)
 
     Args:
         means: rows with "method", "eps" and, for each measure, "MEASURE, change".
@@ -133,29 +130,25 @@ def draw_changes(means: list[dict], measures: dict[str, bool], picture: Path, ti
     """
     from matplotlib.figure import Figure
 
-    methods = list(dict.fromkeys(row["method"] for row in means))
-    sizes = [eps for eps in dict.fromkeys(row["eps"] for row in means) if eps]
-    figure = Figure(figsize=(1.0 + 5.5 * len(sizes), 1.2 + 0.34 * len(methods)))
-    axes = figure.subplots(1, len(sizes), squeeze=False, sharey=True)[0]
-    for axis, eps in zip(axes, sizes):
-        for column, (name, more_is_better) in enumerate(measures.items()):
-            changes = {row["method"]: row[f"{name}, change"] for row in means if row["eps"] == eps}
-            largest = max(abs(mean) for mean, _ in changes.values()) or 1.0
-            for line, method in enumerate(methods):
-                change, half = changes[method]
-                beyond = abs(change) > (half or 0.0)
-                good = (change > 0) == more_is_better
-                color = ("tab:green" if good else "tab:red") if beyond else "white"
-                strength = 0.15 + 0.6 * abs(change) / largest
-                axis.fill_between(
-                    [column, column + 1], line, line + 1, color=color, alpha=strength, lw=0
-                )
-                text = f"{change:+.3f}"
-                axis.text(column + 0.5, line + 0.5, text, ha="center", va="center", fontsize=7)
-        axis.set(title=f"eps = {eps:g}", xlim=(0, len(measures)), ylim=(len(methods), 0))
-        axis.set_xticks([i + 0.5 for i in range(len(measures))], measures, fontsize=7, rotation=25)
-        axis.set_yticks([i + 0.5 for i in range(len(methods))], methods, fontsize=8)
-        axis.tick_params(length=0)
+    rows = [row for row in means if row["eps"]]  # eps = 0 changes nothing
+    figure = Figure(figsize=(6.5, 1.2 + 0.34 * len(rows)))
+    axis = figure.subplots()
+    for column, (name, more_is_better) in enumerate(measures.items()):
+        changes = [row[f"{name}, change"] for row in rows]
+        largest = max(abs(change) for change, _ in changes) or 1.0
+        for line, (change, half) in enumerate(changes):
+            color = "tab:green" if (change > 0) == more_is_better else "tab:red"
+            color = color if abs(change) > (half or 0.0) else "white"
+            strength = 0.15 + 0.6 * abs(change) / largest
+            sides = [column, column + 1]
+            axis.fill_between(sides, line, line + 1, color=color, alpha=strength, lw=0)
+            text = f"{change:+.3f}"
+            axis.text(column + 0.5, line + 0.5, text, ha="center", va="center", fontsize=7)
+    methods = [row["method"] for row in rows]
+    axis.set(title=f"eps = {rows[0]['eps']:g}", xlim=(0, len(measures)), ylim=(len(rows), 0))
+    axis.set_xticks([i + 0.5 for i in range(len(measures))], measures, fontsize=7, rotation=25)
+    axis.set_yticks([i + 0.5 for i in range(len(rows))], methods, fontsize=8)
+    axis.tick_params(length=0)
     figure.suptitle(title)
     figure.tight_layout()
     save_figure(figure, picture)

@@ -7,6 +7,7 @@ import io
 import json
 import re
 import shlex
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -16,20 +17,22 @@ from gram_mini.baselines import __main__ as baselines
 from gram_mini.errors import Interrupted, UserError
 from gram_mini.evaluation import summarise
 from gram_mini.judge import Judge
-from gram_mini.pairs import Pair, split_by_prompt
+from gram_mini.pairs import Pair
 from gram_mini.prompts import LABELS
-from gram_mini.reading.load import VILLAGE, load_pairs
 from gram_mini.runs.defaults import DEFAULTS, for_model
 from gram_mini.runs.load import load_judge
 from gram_mini.runs.output import write_whole
 from gram_mini.runs.record import fingerprint
 from gram_mini.runs.report import say_doubts
+from gram_mini.studies.figures import on_part
 from gram_mini.studies.metrics import calibration
+from gram_mini.village import VILLAGE
 from gram_mini.village.pairs import village_pairs
 
 from filelock import FileLock
 
 PLAIN = ["--label-smoothing", "0"]
+BOTH = ["--both-orders", "1"]
 # Learning rates and the weight of the text loss were chosen on seed 0.
 SCALAR = ["--head", "scalar", "--lr", "3e-4"]
 METHODS = {  # name: (whether it starts from stage 1, script, options of the script)
@@ -43,80 +46,88 @@ METHODS = {  # name: (whether it starts from stage 1, script, options of the scr
     "G-Label-Smoothing": (False, train_reward, []),
     "G from stage 1, eps = 0": (True, train_reward, PLAIN),
     "GRAM": (True, train_reward, []),
+    "G, both orders (ours)": (False, train_reward, BOTH),
+    "GRAM, both orders (ours)": (True, train_reward, BOTH),
 }
+# The methods of those studies that do not compare all of them.
+MAIN = ("D-Baseline", "D from stage 1", "G-Baseline", "GRAM")
 CUT = re.compile(r"[1-9]\d* cut to |dropped, since cutting|cutting made")  # of runs/report.py
 # What a study gives to the scripts itself.
 ITS_OWN = ("model", "data", "out", "init", "seed", "held-out", "bits", "max-length", "device")
-# The methods of those studies that do not compare all of them.
-MAIN = ("D-Baseline", "D from stage 1", "G-Baseline", "GRAM")
+
+
+TEST = "out-of-distribution"  # the split that the studies on the village are about
+# What they show of the figures, in this order.
+SHOWN = (
+    *("position gap", "margin", "loss", "calibration error", "cross-entropy"),
+    *("fact only", "courtesy only", "length only"),
+)
+
+
+class VillagePairs:
+    """The pairs of the village; the test pairs are the same for all seeds."""
+
+    about = VILLAGE
+
+    def pairs(self, split: str, seed: int) -> list[Pair]:
+        return village_pairs(split, seed=0 if split.endswith("distribution") else seed)
 
 
 class Lab:
     """Data, trained models and their figures in a folder: one backbone, one data source.
 
-    ``loading`` are the options of training and judging alike: bits, max_length, device.
+    Args:
+        source: gives its pairs by ``pairs(split, seed)``; ``about`` tells them from other pairs.
+        training: options of all scripts.
+        loading: options of training and judging alike: bits, max_length, device.
+        stages: further options of a script, by the name of its module.
 
     Raises:
-        UserError: if the folder is that of another backbone, other data or other options; if the
-            data cannot be read, or all its pairs have one prompt.
+        UserError: if the folder is that of another backbone, other data or other options.
     """
-
-    methods = METHODS
 
     def __init__(
         self,
         folder: Path,
         model: str,
-        data: str,
+        source,
         training: Sequence[str] = (),
         loading: dict | None = None,
+        stages: dict[str, Sequence[str]] | None = None,
     ):
-        self.village, source = data == VILLAGE, [data]
-        if not self.village:
-            loaded = load_pairs(data, labelled=True)
-            print(loaded.summary(), flush=True)
-            self.used, self.test = split_by_prompt(loaded.pairs, 0.2, seed=0)
-            if not self.test:
-                raise UserError(
-                    f"--data {data}: all pairs have the same prompt; "
-                    "a fifth of the prompts is to be the test"
-                )
-            source += [loaded.fingerprint]
-        self.set_up(folder, model, data if self.village else source, training, loading)
-
-    def set_up(
-        self, folder: Path, model: str, data, training: Sequence[str], loading: dict | None
-    ) -> None:
-        """Take a folder for this model, ``data`` (whatever tells it from other data) and options.
-
-        Raises:
-            UserError: if the folder is that of others.
-        """
-        self.folder, self.model = folder, model
+        self.folder, self.model, self.source, self.stages = folder, model, source, stages or {}
         self.loading = {name: value for name, value in (loading or {}).items() if value is not None}
         self.training = [
             *training,
             *(f"--{name.replace('_', '-')}={value}" for name, value in self.loading.items()),
         ]
-        methods = {
-            name: [stage1, script.__name__, options]
-            for name, (stage1, script, options) in self.methods.items()
-        }
-        self.about = {
+        about = {
             "model": model,
             "backbone": fingerprint(model),
-            "data": data,
+            "data": source.about,
             "training": self.training,
+            "stages": self.stages,
             "defaults": {  # of the training scripts, which may change
                 f"{stage} {name}": for_model(values, model)
                 for stage, options in DEFAULTS.items()
                 for name, values in options.items()
             },
-            "methods": methods,
+            "methods": {
+                name: [from_stage_1, script.__name__, options]
+                for name, (from_stage_1, script, options) in METHODS.items()
+            },
         }
-        self.about = json.loads(json.dumps(self.about))  # lists, as they come back
+        self.about = json.loads(json.dumps(about))  # lists, as they come back
+        self._check_folder()
+
+    def _check_folder(self) -> None:
+        """See that the folder is new, or that of this model, these data and options.
+
+        Raises:
+            UserError: if it is that of others.
+        """
         try:
-            before = json.loads((folder / "about.json").read_text())
+            before = json.loads((self.folder / "about.json").read_text())
             other = [name for name in self.about if before.get(name) != self.about[name]]
             other = [name if name in before else f"{name} (not noted there)" for name in other]
         except FileNotFoundError:
@@ -125,20 +136,14 @@ class Lab:
             other = ["about.json, which cannot be read"]
         if other:
             raise UserError(
-                f"--runs {folder}: what is there was made with other {', '.join(other)}; "
+                f"--runs {self.folder}: what is there was made with other {', '.join(other)}; "
                 "give another folder"
             )
 
-    def pairs(self, split: str, seed: int) -> list[Pair]:
-        """Pairs of a split. Of other data a fifth of the prompts is the test, the rest trains."""
-        if self.village:
-            return village_pairs(split, seed=0 if split.endswith("distribution") else seed)
-        return {"unlabelled": self.used, "labelled": self.used, "in-distribution": self.test}[split]
+    # ---- files -----------------------------------------------------------------------
 
-    @property
-    def target(self) -> str:
-        """The test set that the studies are about: on the village the one out of distribution."""
-        return "out-of-distribution" if self.village else "in-distribution"
+    def pairs(self, split: str, seed: int) -> list[Pair]:
+        return self.source.pairs(split, seed)
 
     def file(self, name: str, pairs: list[Pair]) -> str:
         """The pairs as a file that the training scripts read."""
@@ -147,6 +152,11 @@ class Lab:
             if not path.is_file():
                 write_whole(path, (json.dumps(row_of(pair)) + "\n" for pair in pairs), "data")
         return str(path)
+
+    def labelled(self, seed: int, count: int | None = None) -> str:
+        """A file of the labelled pairs, or of the first ``count`` of them."""
+        pairs = self.pairs("labelled", seed)[:count]
+        return self.file(f"labelled-{seed}" if count is None else f"labelled-{count}-{seed}", pairs)
 
     def alone(self, path: Path) -> FileLock:
         """A lock for making ``path`` in one process only; a process that dies releases it."""
@@ -158,62 +168,92 @@ class Lab:
                 write_json(about, self.about)
         return FileLock(lock)
 
-    def train(self, script, name: str, seed: int, *options: str) -> Path:
-        """The run of this name, trained unless it is there already."""
-        out = self.folder / f"seed{seed}" / name.replace(" ", "-")
-        with self.alone(out):
-            if not (out / "run.json").is_file():
-                began = (out.with_name(out.name + ".partial") / "log.csv").is_file()
-                resume = ["--resume"] if began else []
-                always = ["--model", self.model, "--seed", str(seed), "--held-out", "0"]
-                arguments = [*self.training, *always, "--out", str(out), *options, *resume]
-                try:
-                    with contextlib.redirect_stdout(io.StringIO()) as said:  # progress bars stay
-                        script.main(arguments)
-                except SystemExit:
-                    module = script.__name__.removesuffix(".__main__")
-                    raise UserError(
-                        f"--training: {module} does not take {shlex.join(arguments)}"
-                    ) from None
-                except Interrupted:
-                    raise Interrupted(f"{out}: stopped; the same command goes on with it") from None
-                for line in filter(CUT.search, said.getvalue().splitlines()):
-                    print(f"{out.name}, seed {seed}: {line}", flush=True)
-        return out
-
-    def stage1(self, seed: int, name: str = "stage1", pairs: list[Pair] | None = None) -> Path:
-        pairs = self.pairs("unlabelled", seed) if pairs is None else pairs
-        return self.train(train_pretrain, name, seed, "--data", self.file(f"{name}-{seed}", pairs))
-
-    def method(self, name: str, seed: int, count: int | None = None) -> Path:
-        """One of ``methods`` on the labelled pairs, or on the first ``count`` of them."""
-        starts_from_stage_1, script, options = self.methods[name]
-        init = ["--init", str(self.stage1(seed))] if starts_from_stage_1 else []
-        pairs, few = self.pairs("labelled", seed)[:count], count is not None
-        data = self.file(f"labelled-{count}-{seed}" if few else f"labelled-{seed}", pairs)
-        run = f"{count} {name}" if few else name
-        return self.train(script, run, seed, "--data", data, *options, *init)
-
-    def judge(self, model: str | Path) -> Judge:
-        return load_judge(model, **self.loading)
-
-    def evaluate(self, model: str | Path, split: str = "") -> dict[str, float]:
-        """Figures on a test set, the target by default: accuracies, and how sure the judge is."""
-        split = split or self.target
-        place = self.folder / "zero-shot" if model == self.model else Path(model)
-        path = place.with_name(f"{place.name}.{split}.json")
-        return self.keep(path, lambda: self._evaluate(model, split))
-
-    def _evaluate(self, model: str | Path, split: str) -> dict[str, float]:
-        row = figures_of(self.judge(model), self.pairs(split, 0), f"{Path(model).name}, {split}")
-        return {split if name == "accuracy" else name: value for name, value in row.items()}
-
     def keep(self, path: Path, make: Callable[[], dict[str, float]]) -> dict[str, float]:
         """The figures of this file; made unless it is there already."""
         with self.alone(path):
             if not path.is_file():
                 write_json(path, make())
         return json.loads(path.read_text())
+
+    # ---- models ----------------------------------------------------------------------
+
+    def train(
+        self,
+        script,
+        name: str,
+        seed: int,
+        data: str,
+        init: Path | None = None,
+        options: Sequence[str] = (),
+    ) -> Path:
+        """The run of this name, trained unless it is there already.
+
+        Its seconds are kept beside it. Of a run that was resumed they are those of its last part.
+        """
+        out = self.folder / f"seed{seed}" / name.replace(" ", "-")
+        with self.alone(out):
+            if not (out / "run.json").is_file():
+                arguments = [
+                    *[*self.training, "--model", self.model, "--seed", str(seed), "--data", data],
+                    *["--held-out", "0", "--out", str(out), *options],
+                    *(["--init", str(init)] if init else []),
+                    *self.stages.get(script.__name__, []),
+                ]
+                began = time.perf_counter()
+                self._train(script, out, arguments)
+                write_json(seconds_of(out), {"seconds": round(time.perf_counter() - began)})
+        return out
+
+    def _train(self, script, out: Path, arguments: list[str]) -> None:
+        """Train a run, or go on with it. Of what the script says, only what was cut is told."""
+        if (out.with_name(f"{out.name}.partial") / "log.csv").is_file():
+            arguments = [*arguments, "--resume"]
+        try:
+            with contextlib.redirect_stdout(io.StringIO()) as said:  # progress bars stay
+                script.main(arguments)
+        except SystemExit:
+            module = script.__name__.removesuffix(".__main__")
+            raise UserError(f"--training: {module} does not take {shlex.join(arguments)}") from None
+        except Interrupted:
+            raise Interrupted(f"{out}: stopped; the same command goes on with it") from None
+        for line in filter(CUT.search, said.getvalue().splitlines()):
+            print(f"{out.parent.name}/{out.name}: {line}", flush=True)
+
+    def stage1(self, seed: int, name: str = "stage1", pairs: list[Pair] | None = None) -> Path:
+        """Stage 1 on the unlabelled pairs, or on others."""
+        pairs = self.pairs("unlabelled", seed) if pairs is None else pairs
+        return self.train(train_pretrain, name, seed, self.file(f"{name}-{seed}", pairs))
+
+    def method(self, name: str, seed: int, count: int | None = None) -> Path:
+        """One of METHODS on the labelled pairs, or on the first ``count`` of them."""
+        from_stage_1, script, options = METHODS[name]
+        init = self.stage1(seed) if from_stage_1 else None
+        run = name if count is None else f"{count} {name}"
+        return self.train(script, run, seed, self.labelled(seed, count), init, options)
+
+    # ---- figures ---------------------------------------------------------------------
+
+    def judge(self, model: str | Path) -> Judge:
+        return load_judge(model, **self.loading)
+
+    def evaluate(self, model: str | Path, split: str) -> dict[str, float]:
+        """The figures of a judge on a test set; see :func:`figures_of`."""
+        place = self.folder / "zero-shot" if model == self.model else Path(model)
+        name = f"{Path(model).name}, {split}"
+        return self.keep(
+            place.with_name(f"{place.name}.{split}.figures.json"),
+            lambda: figures_of(self.judge(model), self.pairs(split, 0), name),
+        )
+
+    def row(self, model: str | Path, split: str = TEST) -> dict[str, float]:
+        """The same as a row of a study on the village, with the accuracy under the split's name."""
+        return shown(self.evaluate(model, split), split)
+
+
+def shown(figures: dict[str, float], accuracy: str = "accuracy") -> dict[str, float]:
+    """What the studies on the village show of the figures, with the accuracy under this name."""
+    row = {accuracy: figures["accuracy"]}
+    return row | {name: figures[name] for name in SHOWN if name in figures}
 
 
 def check_handed_on(option: str, words: Sequence[str], taken: Sequence[str] = ITS_OWN) -> None:
@@ -229,7 +269,11 @@ def check_handed_on(option: str, words: Sequence[str], taken: Sequence[str] = IT
 
 
 def figures_of(judge: Judge, pairs: list[Pair], name: str) -> dict[str, float]:
-    """Figures of a judge on labelled pairs: accuracies, and how sure it is; ``name`` is told."""
+    """Figures of a judge on labelled pairs; ``name`` is told.
+
+    "fact only" and so on are accuracies on the pairs that differ in this aspect and in no other.
+    """
+    began = time.perf_counter()
     results = judge.compare_many(pairs, progress=name)
     say_doubts(name, judge, results)
     figures = summarise(pairs, results)
@@ -238,19 +282,27 @@ def figures_of(judge: Judge, pairs: list[Pair], name: str) -> dict[str, float]:
     truth = [float(p.label == 0) if p.probability is None else p.probability for p in pairs]
     row = {
         "accuracy": figures.accuracy,
+        "± over prompts": figures.interval,
         "position gap": figures.position_gap,
         "margin": figures.margin,
         "loss": figures.loss,
         "calibration error": calibration([r.probability for r in results], truth)[0],
+        "pairs cut": figures.truncated,
+        "mass on the labels": figures.label_mass,
+        "seconds": round(time.perf_counter() - began),
     }
     if figures.cross_entropy is not None:
         row["cross-entropy"] = figures.cross_entropy
     for aspect in ("fact", "courtesy", "length"):
         alone = [i for i, pair in enumerate(pairs) if pair.differs == {aspect}]
         if alone:
-            figures = summarise([pairs[i] for i in alone], [results[i] for i in alone])
-            row[aspect] = figures.accuracy
+            row[f"{aspect} only"] = on_part(pairs, results, alone).accuracy
     return row
+
+
+def seconds_of(run: Path) -> Path:
+    """The file beside a run that says how long its training took."""
+    return run.with_name(f"{run.name}.seconds.json")
 
 
 def write_json(path: Path, record: dict) -> None:

@@ -6,15 +6,18 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import train_reward
 from gram_mini.pairs import Pair
+from gram_mini.studies import writing
 from gram_mini.studies.beside import beside
-from gram_mini.studies.certain import MEASURES, certain, where
-from gram_mini.studies.few import adapt, recipes
-from gram_mini.studies.lab import MAIN, METHODS, Lab
+from gram_mini.studies.certain import MEASURES, certain
+from gram_mini.studies.few import adapt
+from gram_mini.studies.lab import MAIN, METHODS, TEST, Lab
 from gram_mini.studies.rewards import rewards
 from gram_mini.village.pairs import topics
 from gram_mini.village.policy import best_of_n_curve, best_of_n_kl, train_policy
@@ -22,9 +25,9 @@ from gram_mini.village.policy import best_of_n_curve, best_of_n_kl, train_policy
 
 def table(lab: Lab, seed: int):
     """The paper's Table 1 and Figure 2: every method, in and out of distribution."""
-    for name in ("zero-shot", *METHODS):
+    for name in ("zero-shot", *(name for name in METHODS if "(ours)" not in name)):
         run = lab.method(name, seed) if name in METHODS else lab.model
-        yield {"method": name, **lab.evaluate(run, "in-distribution"), **lab.evaluate(run)}
+        yield {"method": name, **lab.row(run, "in-distribution"), **lab.row(run)}
 
 
 def bon(lab: Lab, seed: int):
@@ -32,7 +35,7 @@ def bon(lab: Lab, seed: int):
     sizes = (1, 2, 4, 8, 16, 32, 64, 128, 256)
     for name in MAIN:
         judge, draws = lab.judge(lab.method(name, seed)), random.Random(f"bon/{seed}")
-        test_topics = topics("out-of-distribution")[:40]
+        test_topics = topics(TEST)[:40]
         for n, proxy, true in best_of_n_curve(judge, test_topics, sizes, draws, progress=name):
             means = {"proxy score": proxy, "true reward": true}
             yield {"method": name, "n": n, "KL": best_of_n_kl(n), **means}
@@ -42,8 +45,7 @@ def smoothing(lab: Lab, seed: int):
     """What eps does to accuracy, margin and calibration, from stage 1."""
     for eps in (0.0, 0.05, 0.1, 0.2, 0.4):
         bound = math.log((1 - eps) / eps) if eps else None
-        figures = lab.evaluate(smoothed(lab, seed, eps))
-        yield {"method": "GRAM", "eps": eps, "bound": bound, **figures}
+        yield {"method": "GRAM", "eps": eps, "bound": bound, **lab.row(smoothed(lab, seed, eps))}
 
 
 def smoothed(lab: Lab, seed: int, eps: float) -> Path:
@@ -51,25 +53,28 @@ def smoothed(lab: Lab, seed: int, eps: float) -> Path:
     known = {0.0: "G from stage 1, eps = 0", 0.05: "GRAM"}
     if eps in known:
         return lab.method(known[eps], seed)
-    data = lab.file(f"labelled-{seed}", lab.pairs("labelled", seed))
-    options = ["--label-smoothing", str(eps), "--init", str(lab.stage1(seed))]
-    return lab.train(train_reward, f"smoothing-{eps}", seed, "--data", data, *options)
+    return on_labels(lab, f"smoothing-{eps}", seed, "--label-smoothing", str(eps))
+
+
+def on_labels(lab: Lab, name: str, seed: int, *options: str) -> Path:
+    """Stage 2 from stage 1 on the labelled pairs, with these options."""
+    return lab.train(train_reward, name, seed, lab.labelled(seed), lab.stage1(seed), options)
 
 
 def noise(lab: Lab, seed: int):
     """A share of the labels flipped: at random, or the clearest or hardest ones (no ties)."""
     clean = lab.pairs("labelled", seed)
     shares = {"random": (0.2, 0.4), "clearest": (0.2,), "hardest": (0.2,)}
-    for side in shares if lab.village else ("random",):
+    for side in shares:
         for eps in (0.0, 0.1):
-            method = f"{side}, eps {eps}"
-            yield {"method": method, "flipped": 0.0, **lab.evaluate(smoothed(lab, seed, eps))}
+            method, options = f"{side}, eps {eps}", ["--label-smoothing", str(eps)]
+            yield {"method": method, "flipped": 0.0, **lab.row(smoothed(lab, seed, eps))}
             for share in shares[side]:
                 name = f"noise-{side}-{share}"
                 data = lab.file(f"{name}-{seed}", flipped(clean, share, side, seed))
-                options = ["--label-smoothing", str(eps), "--init", str(lab.stage1(seed))]
-                run = lab.train(train_reward, f"{name}-{eps}", seed, "--data", data, *options)
-                yield {"method": method, "flipped": share, **lab.evaluate(run)}
+                start = lab.stage1(seed)
+                run = lab.train(train_reward, f"{name}-{eps}", seed, data, start, options)
+                yield {"method": method, "flipped": share, **lab.row(run)}
 
 
 def flipped(pairs: list[Pair], share: float, side: str, seed: int) -> list[Pair]:
@@ -99,94 +104,81 @@ def flipped(pairs: list[Pair], share: float, side: str, seed: int) -> list[Pair]
 def unlabelled(lab: Lab, seed: int):
     """Stage 1 on more or fewer pairs and steps, about the villagers of the test or about others."""
     everything = lab.pairs("unlabelled", seed)
-    data = lab.file(f"labelled-{seed}", lab.pairs("labelled", seed))
+    tested = {pair.prompt for pair in lab.pairs(TEST, 0)}
+    # They are half of all pairs, within half a percent.
+    elsewhere = [pair for pair in everything if pair.prompt not in tested]
     parts = [
         ("in domain", share, everything[: round(share * len(everything))])
         for share in (1 / 16, 1 / 4, 1 / 2)
     ]
-    domains = ["in domain"]
-    if lab.village:
-        tested = {pair.prompt for pair in lab.pairs(lab.target, 0)}
-        # They are half of all pairs, within half a percent.
-        elsewhere = [pair for pair in everything if pair.prompt not in tested]
-        parts.append(("out of domain", 1 / 2, elsewhere[: len(everything) // 2]))
-        domains.append("out of domain")
-    for domain in domains:
-        figures = lab.evaluate(lab.method("G-Label-Smoothing", seed))
-        yield {"method": domain, "share": 0.0, **figures}
+    parts.append(("out of domain", 1 / 2, elsewhere[: len(everything) // 2]))
+    for domain in ("in domain", "out of domain"):
+        none = lab.row(lab.method("G-Label-Smoothing", seed))
+        yield {"method": domain, "share": 0.0, **none}
     for domain, share, pairs in parts:
-        options = ["--init", str(lab.stage1(seed, f"stage1-{domain}-{share}", pairs))]
+        start = lab.stage1(seed, f"stage1-{domain}-{share}", pairs)
         name = f"unlabelled-{domain}-{share}"
-        run = lab.train(train_reward, name, seed, "--data", data, *options)
-        yield {"method": domain, "share": share, **lab.evaluate(run)}
-    yield {"method": "in domain", "share": 1.0, **lab.evaluate(lab.method("GRAM", seed))}
+        run = lab.train(train_reward, name, seed, lab.labelled(seed), start)
+        yield {"method": domain, "share": share, **lab.row(run)}
+    yield {"method": "in domain", "share": 1.0, **lab.row(lab.method("GRAM", seed))}
 
 
 def rl(lab: Lab, seed: int):
     """A policy trained against the judge: what the judge thinks of it, and what it is worth."""
     for name in MAIN:
         judge = lab.judge(lab.method(name, seed))
-        for step, kl, proxy, true in train_policy(judge, topics("out-of-distribution")[:40], seed):
+        for step, kl, proxy, true in train_policy(judge, topics(TEST)[:40], seed):
             rewards = {"proxy reward": proxy, "true reward": true}
             yield {"method": name, "step": step, "KL": kl, **rewards}
 
 
 def orders(lab: Lab, seed: int):
     """Ours, not the paper's: each pair in both orders (step 8 of losses.py), from stage 1."""
-    data = lab.file(f"labelled-{seed}", lab.pairs("labelled", seed))
-    start = ["--data", data, "--init", str(lab.stage1(seed))]
-    longer, both = ["--epochs", "4"], ["--both-orders", "1"]
-    yield {"method": "GRAM", **lab.evaluate(lab.method("GRAM", seed))}
-    # as many forward passes as both orders take
-    run = lab.train(train_reward, "GRAM, 4 epochs", seed, *start, *longer)
-    yield {"method": "GRAM, 4 epochs", **lab.evaluate(run)}
-    run = lab.train(train_reward, "GRAM, both orders", seed, *start, *both)
-    yield {"method": "GRAM, both orders", **lab.evaluate(run)}
+    runs = {
+        "GRAM": lab.method("GRAM", seed),
+        # as many forward passes as both orders take
+        "GRAM, 4 epochs": on_labels(lab, "GRAM, 4 epochs", seed, "--epochs", "4"),
+        "GRAM, both orders": lab.method("GRAM, both orders (ours)", seed),
+    }
+    for name, run in runs.items():
+        yield {"method": name, **lab.row(run)}
 
 
-# name: (study, columns that tell the rows apart, x axis of the figure, panels of the figure)
+class Study(NamedTuple):
+    """How the rows of one seed are made, and how those of all seeds are shown."""
+
+    rows: Callable[[Lab, int], Iterable[dict]]  # its docstring is printed above the table
+    keys: tuple[str, ...]  # the columns that tell rows apart
+    x: str | None  # x axis of the figure; None for bars
+    shown: tuple[str, ...] | dict[str, bool]  # panels of the figure, or what draw_changes takes
+    after: Callable[[str, Lab, list[int], Path], None] | None = None  # writes more results
+
+
+def of_writing(rows, key: str, x: str, *shown: str) -> Study:
+    panels = (*shown, "true reward", "no answer")
+    return Study(rows, ("method", key), x, panels, writing.write_answers)
+
+
+FACT = (TEST, "fact only")
+BESIDE = ("accuracy", "length, same claim", "length, other claim", "position gap")
+REWARDS = (
+    *("agreement, GRAM", "true reward of the first, GRAM"),
+    *("agreement, votes", "true reward of the first, votes"),
+)
+TABLE = ("in-distribution", *FACT, "courtesy only", "length only")
 STUDIES = {  # the longest first
-    "table": (
-        table,
-        ("method",),
-        None,
-        ("in-distribution", "out-of-distribution", "fact", "courtesy", "length"),
-    ),
-    "unlabelled": (unlabelled, ("method", "share"), "share", ("out-of-distribution", "fact")),
-    "adapt": (adapt, ("method", "labels"), "labels", ("out-of-distribution", "fact")),
-    "noise": (
-        noise,
-        ("method", "flipped"),
-        "flipped",
-        ("out-of-distribution", "calibration error"),
-    ),
-    "smoothing": (
-        smoothing,
-        ("method", "eps"),
-        "eps",
-        ("out-of-distribution", "margin", "calibration error"),
-    ),
-    "where": (where, ("method", "eps"), "eps", MEASURES),
-    "certain": (certain, ("method", "eps"), "eps", MEASURES),
-    "recipes": (recipes, ("method",), None, ("out-of-distribution", "fact")),
-    "beside": (
-        beside,
-        ("method",),
-        None,
-        ("accuracy", "length, same claim", "length, other claim", "position gap"),
-    ),
-    "orders": (orders, ("method",), None, ("out-of-distribution", "fact", "position gap")),
-    "bon": (bon, ("method", "n"), "KL", ("proxy score", "true reward")),
-    "rl": (rl, ("method", "step"), "KL", ("proxy reward", "true reward")),
-    "rewards": (
-        rewards,
-        ("method", "n"),
-        "comparisons",
-        (
-            "agreement, GRAM",
-            "true reward of the first, GRAM",
-            "agreement, votes",
-            "true reward of the first, votes",
-        ),
-    ),
+    "table": Study(table, ("method",), None, TABLE),
+    "unlabelled": Study(unlabelled, ("method", "share"), "share", FACT),
+    "writing-rl": of_writing(writing.rl, "step", "step", "KL", "judge's reward"),
+    "adapt": Study(adapt, ("method", "labels"), "labels", FACT),
+    "noise": Study(noise, ("method", "flipped"), "flipped", (TEST, "calibration error")),
+    "writing-weak": of_writing(writing.weak, "step", "step", "KL", "judge's reward"),
+    "smoothing": Study(smoothing, ("method", "eps"), "eps", (TEST, "margin", "calibration error")),
+    "certain": Study(certain, ("method", "eps"), "eps", MEASURES),
+    "beside": Study(beside, ("method",), None, BESIDE),
+    "orders": Study(orders, ("method",), None, (*FACT, "position gap")),
+    "bon": Study(bon, ("method", "n"), "KL", ("proxy score", "true reward")),
+    "rl": Study(rl, ("method", "step"), "KL", ("proxy reward", "true reward")),
+    "writing-bon": of_writing(writing.bon, "n", "KL", "judge's score"),
+    "rewards": Study(rewards, ("method", "n"), "comparisons", REWARDS),
 }

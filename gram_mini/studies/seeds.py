@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import multiprocessing
 import os
+import shlex
 import sys
 import time
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -13,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from gram_mini.errors import Interrupted, UserError
-from gram_mini.runs.output import write_whole
-from gram_mini.studies.figures import average, draw, draw_changes, print_table
+from gram_mini.runs import options
+from gram_mini.studies.figures import average, draw, draw_changes, table
 from gram_mini.studies.lab import Lab, write_json
-from gram_mini.studies.paper import STUDIES
+from gram_mini.studies.paper import STUDIES, Study
 
 import torch
 from tqdm import tqdm
@@ -24,32 +26,41 @@ from tqdm import tqdm
 RESULTS = Path(__file__).parent / "results"
 
 
-def add_folders(
-    parser, runs: str = "runs/studies", results: str = "gram_mini/studies/results"
-) -> None:
-    """Options of every study: where it keeps what it makes; --results is None by default."""
-    parser.add_argument(
-        "--runs",
-        type=Path,
-        default=Path(runs),
-        metavar="FOLDER",
-        help="where trained models are kept",
-    )
-    parser.add_argument(
-        "--results",
-        type=Path,
-        metavar="FOLDER",
-        help=f"where tables and figures go (default: {results})",
-    )
+# ---- options of every study ----------------------------------------------------------
 
 
-def run_seed(name: str, lab: Lab, seed: int, studies: dict = STUDIES) -> Path:
+def add_folders(parser, runs: str, results: str) -> None:
+    """Where a study keeps what it makes; --results is None by default, which means ``results``."""
+    folder: dict[str, Any] = {"type": Path, "metavar": "FOLDER"}
+    text = "where trained models are kept"
+    parser.add_argument("--runs", default=Path(runs), help=text, **folder)
+    text = f"where tables and figures go (default: {results})"
+    parser.add_argument("--results", help=text, **folder)
+
+
+def add_seeds(parser, default: list[int]) -> None:
+    each: dict[str, Any] = {"type": options.seed, "metavar": "N", "action": options.Distinct}
+    parser.add_argument("--seeds", nargs="+", default=default, help="seeds to run", **each)
+
+
+def words(text: str) -> list[str]:
+    """argparse type: options for the scripts, given as one text."""
+    try:
+        return shlex.split(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text}: {error}") from None
+
+
+# ---- running -------------------------------------------------------------------------
+
+
+def run_seed(name: str, lab: Lab, seed: int, studies: dict[str, Study] = STUDIES) -> Path:
     """The rows of a study for one seed, as a file; made unless it is there already."""
     done = lab.folder / "rows" / f"{name}-{seed}.json"
     with lab.alone(done):
         if not done.is_file():
             began = time.perf_counter()
-            rows = [{"seed": seed, **row} for row in studies[name][0](lab, seed)]
+            rows = [{"seed": seed, **row} for row in studies[name].rows(lab, seed)]
             write_json(done, {"seconds": round(time.perf_counter() - began), "rows": rows})
     return done
 
@@ -93,10 +104,10 @@ def _begin_worker(threads: int) -> None:
 
 
 def run_study(
-    name: str, lab: Lab, seeds: list[int], results: Path, studies: dict = STUDIES
+    name: str, lab: Lab, seeds: list[int], results: Path, studies: dict[str, Study] = STUDIES
 ) -> None:
     """Run a study for each seed that is missing, and write its table and figure."""
-    study, keys, x, shown = studies[name]
+    study, keys, x, shown, after = studies[name]
     rows: list[dict[str, Any]] = []
     seconds = {}
     for seed in seeds:
@@ -119,7 +130,9 @@ def run_study(
         draw_changes(means, shown, results / f"{name}.png", title)
     else:
         draw(means, x, shown, results / f"{name}.png", title)
-    write_whole(results / f"{name}.json", [json.dumps(record, indent=1) + "\n"], "results")
+    write_json(results / f"{name}.json", record)
     print(f"\n{name}: {study.__doc__}")
-    print_table(means, keys)
+    print(table(means, keys))
     print(f"wrote {results / name}.json and .png")
+    if after:
+        after(name, lab, seeds, results)

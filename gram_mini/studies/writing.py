@@ -1,12 +1,7 @@
 """A policy that writes: the village's language model against each judge (village/writer.py).
 
-  rl    trained with TRL's GRPOTrainer: true reward and the judge's, over the KL to its start
-  weak  the same with a quarter of the penalty on the KL, and more steps
-  bon   best of n = 1 to 1,024 answers of the start at temperature 1.5, where it writes nonsense too
-
-A judge and a seed are one task of a minute or two on one core, after the training of the
-judge. What it made stays in --runs and is used again. The judge "true reward" knows the truth.
-Needs TRL: pip install trl.
+The judge "true reward" knows the truth. A judge and a seed take a minute or two on one core, after
+the training of the judge. GRPO needs TRL: pip install trl.
 """
 
 from __future__ import annotations
@@ -14,20 +9,14 @@ from __future__ import annotations
 import json
 import random
 import statistics
+import time
 from collections import Counter
-from collections.abc import Sequence
-from functools import partial, update_wrapper
 from pathlib import Path
 
 from gram_mini.pairs import Pair
-from gram_mini.reading.load import VILLAGE
-from gram_mini.runs import options
-from gram_mini.runs.ending import clear_errors
-from gram_mini.runs.output import check_place
 from gram_mini.serving.trl import as_trl_reward
-from gram_mini.studies.figures import average, print_table
-from gram_mini.studies.lab import MAIN, Lab, write_json
-from gram_mini.studies.seeds import RESULTS, add_folders, run_seed, run_study
+from gram_mini.studies.figures import average, table
+from gram_mini.studies.lab import MAIN, TEST, Lab, write_json
 from gram_mini.village import GROUPS, question, statement
 from gram_mini.village.pairs import topics
 from gram_mini.village.policy import best_of_n, best_of_n_kl
@@ -48,21 +37,56 @@ from gram_mini.village.writer import (
 import torch
 from tqdm import tqdm
 
-EXAMPLES = """\
-  python -m gram_mini.studies.writing rl                            # every judge, seeds 1 to 5
-  python -m gram_mini.studies.writing bon --judges GRAM --seeds 1   # one task"""
-
 TRUTH = "true reward"
 JUDGES = (*MAIN, TRUTH)
+JUDGES_OF = {"rl": JUDGES, "weak": ("D from stage 1", "GRAM"), "bon": JUDGES}
+TRAINED = {"rl": (0.2, 60), "weak": (0.05, 100)}  # weight of the penalty on the KL, steps of GRPO
+EACH = 4  # texts for each of the 80 questions when the policy in training is measured
 TEMPERATURE = 1.5  # of best of n: two texts in five are no answers
 DRAWN = 1024  # texts for each question of best of n
 ASKED = 6  # questions of best of n
-TRAINED = {"rl": (0.2, 60), "weak": (0.05, 100)}  # weight of the penalty on the KL, steps of GRPO
-EACH = 4  # texts for each of the 80 questions when the policy in training is measured
 
 
-def judge_of(lab: Lab, name: str, seed: int):
-    return TrueJudge() if name == TRUTH else lab.judge(lab.method(name, seed))
+def rl(lab: Lab, seed: int):
+    """Trained with TRL's GRPOTrainer: true reward and the judge's, over the KL to its start."""
+    require_trl()
+    yield from rows_of("rl", lab, seed)
+
+
+def weak(lab: Lab, seed: int):
+    """The same with a quarter of the penalty on the KL, and more steps."""
+    require_trl()
+    yield from rows_of("weak", lab, seed)
+
+
+def bon(lab: Lab, seed: int):
+    """Best of n = 1 to 1,024 answers of the start at a temperature at which it writes nonsense too.
+
+    The score is the judge's log-odds against the start's likeliest answer.
+    """
+    yield from rows_of("bon", lab, seed)
+
+
+def rows_of(kind: str, lab: Lab, seed: int):
+    for name in JUDGES_OF[kind]:
+        yield from against(kind, name, lab, seed)["rows"]
+
+
+def against(kind: str, name: str, lab: Lab, seed: int) -> dict:
+    """The rows of one judge, what it made the policy say in the end, and the seconds it took."""
+
+    def make() -> dict:
+        began = time.perf_counter()
+        judge = TrueJudge() if name == TRUTH else lab.judge(lab.method(name, seed))
+        if kind == "bon":
+            rows, answers = best_of(judge, name, drawn_texts(lab, seed))
+        else:
+            rows, answers = trained(judge, start_of(lab, seed), seed, *TRAINED[kind])
+        rows = [{"method": name, **row} for row in rows]
+        seconds = round(time.perf_counter() - began)
+        return {"rows": rows, "answers": answers, "seconds": seconds}
+
+    return lab.keep(lab.folder / f"seed{seed}" / f"writing-{kind}-{name}.json", make)
 
 
 def start_of(lab: Lab, seed: int) -> Writer:
@@ -76,15 +100,13 @@ def start_of(lab: Lab, seed: int) -> Writer:
     return load_writer(folder)
 
 
-def rl_of(kind: str, name: str, lab: Lab, seed: int):
-    """The policy trained against one judge; its last answers go to a file of their own."""
-    judge = judge_of(lab, name, seed)
-    writer = start_of(lab, seed)
+def trained(judge, writer: Writer, seed: int, beta: float, steps: int) -> tuple[list, dict]:
+    """The rows of a policy trained against a judge, and its last answer to each question."""
     torch.manual_seed(seed)
     reward = as_trl_reward(judge)
-    prompts = [question(*topic) for topic in topics("out-of-distribution")]
+    prompts = [question(*topic) for topic in topics(TEST)]
     references = writer.write(prompts, temperature=0).texts
-    rows = []
+    rows, answers = [], {}
 
     def measure(step: int) -> None:
         asked = prompts * EACH
@@ -93,7 +115,6 @@ def rl_of(kind: str, name: str, lab: Lab, seed: int):
         judged = reward(asked, drawn.texts, reference=references * EACH)
         rows.append(
             {
-                "method": name,
                 "step": step,
                 "KL": writer.kl(drawn),
                 "judge's reward": statistics.mean(judged),
@@ -102,41 +123,26 @@ def rl_of(kind: str, name: str, lab: Lab, seed: int):
                 "tokens": statistics.mean(drawn.lengths),
             }
         )
-        columns = ("answer", "true reward", "judge's reward")
-        said = dict(zip(prompts, zip(drawn.texts, true, judged)))  # the last ones stay
-        keep_answers(lab, kind, name, seed, columns, said)
+        for prompt, *said in zip(prompts, drawn.texts, true, judged):
+            answers[prompt] = dict(zip(("answer", "true reward", "judge's reward"), said))
 
-    beta, steps = TRAINED[kind]
     train_writer(writer, reward, prompts, references, seed, measure, steps, beta=beta)
-    yield from rows
+    return rows, answers
 
 
-def answers_of(lab: Lab, kind: str, name: str, seed: int) -> Path:
-    """The file of what a judge made the policy say in the end, an answer to each question."""
-    return lab.folder / f"seed{seed}" / f"answers-{kind}-{name.replace(' ', '-')}.json"
-
-
-def keep_answers(lab: Lab, kind: str, name: str, seed: int, columns, said: dict) -> None:
-    """Write them; ``said`` has the values of ``columns`` for each question."""
-    answers = {prompt: dict(zip(columns, row)) for prompt, row in said.items()}
-    write_json(answers_of(lab, kind, name, seed), answers)
-
-
-def bon_of(kind: str, name: str, lab: Lab, seed: int):
-    """Best of n by one judge; the score is its log-odds against the start's likeliest answer."""
-    judge = judge_of(lab, name, seed)
-    drawn = drawn_texts(lab, seed)
-    distinct = {prompt: list(dict.fromkeys(of["texts"])) for prompt, of in drawn.items()}
+def best_of(judge, name: str, drawn: dict[str, dict]) -> tuple[list, dict]:
+    """The rows of best of n by a judge, and the best of all answers to each question."""
     pairs = [
-        Pair(prompt, text, drawn[prompt]["reference"])
-        for prompt, texts in distinct.items()
-        for text in texts
+        Pair(prompt, text, of["reference"])
+        for prompt, of in drawn.items()
+        for text in dict.fromkeys(of["texts"])
     ]
     results = judge.compare_many(pairs, progress=name)
     scores = {
         (pair.prompt, pair.response_a): (result.log_odds_first + result.log_odds_second) / 2
         for pair, result in zip(pairs, results)
     }
+    rows, answers = [], {}
     for n in (2**k for k in range(11)):
         means: dict[str, list[float]] = {}
         for prompt, of in drawn.items():
@@ -149,12 +155,15 @@ def bon_of(kind: str, name: str, lab: Lab, seed: int):
                 means.setdefault(figure, []).append(mean)
             means.setdefault("judge's score", []).append(score)
         figures = {figure: statistics.mean(values) for figure, values in means.items()}
-        yield {"method": name, "n": n, "KL": best_of_n_kl(n), **figures}
-    said = {}
+        rows.append({"n": n, "KL": best_of_n_kl(n), **figures})
     for prompt, of in drawn.items():
         best = max(of["texts"], key=lambda text: scores[prompt, text])
-        said[prompt] = (best, true_reward(prompt, best), scores[prompt, best])
-    keep_answers(lab, kind, name, seed, ("answer", "true reward", "judge's score"), said)
+        answers[prompt] = {
+            "answer": best,
+            "true reward": true_reward(prompt, best),
+            "judge's score": scores[prompt, best],
+        }
+    return rows, answers
 
 
 def drawn_texts(lab: Lab, seed: int) -> dict[str, dict]:
@@ -163,7 +172,7 @@ def drawn_texts(lab: Lab, seed: int) -> dict[str, dict]:
     writer = start_of(lab, seed)
     with lab.alone(known):
         if not known.is_file():
-            chosen = random.Random(f"writing/{seed}").sample(topics("out-of-distribution"), ASKED)
+            chosen = random.Random(f"writing/{seed}").sample(topics(TEST), ASKED)
             prompts = [question(*topic) for topic in chosen]
             torch.manual_seed(seed)
             write_json(
@@ -179,37 +188,29 @@ def drawn_texts(lab: Lab, seed: int) -> dict[str, dict]:
     return json.loads(known.read_text())
 
 
-PANELS = ("KL", "judge's reward", "true reward", "no answer")
-KINDS = {  # name: (rows of one judge and seed, what tells rows apart, x of the figure, its panels)
-    "rl": (rl_of, ("method", "step"), "step", PANELS),
-    "weak": (rl_of, ("method", "step"), "step", PANELS),
-    "bon": (bon_of, ("method", "n"), "KL", ("judge's score", "true reward", "no answer")),
-}
+def write_answers(name: str, lab: Lab, seeds: list[int], results: Path) -> None:
+    """Write what was said in the end, and the summary, beside the results of one of these studies.
 
-
-def task_of(kind: str, *judges: str) -> str:
-    """The name of a study with some judges; that with all of them is named after none."""
-    named = () if judges == JUDGES else judges
-    return "-".join(["writing", kind, *named]).replace(" ", "-")
-
-
-def studies_of(kind: str, judges: Sequence[str] = JUDGES) -> dict[str, tuple]:
-    """A study for each judge, and one of all of ``judges``, as seeds.run_study takes them.
-
-    So a judge and a seed are one task, whose rows are a file of their own.
+    ``name`` is that of the study, such as "writing-rl".
     """
-    rows_of, keys, x, shown = KINDS[kind]
-
-    def study(rows) -> tuple:
-        return update_wrapper(rows, rows_of), keys, x, shown
-
-    tasks = {task_of(kind, judge): study(partial(rows_of, kind, judge)) for judge in judges}
-
-    def together(lab: Lab, seed: int):
-        for task in tasks:
-            yield from json.loads(run_seed(task, lab, seed, tasks).read_text())["rows"]
-
-    return {task_of(kind, *judges): study(together), **tasks}
+    kind = name.removeprefix("writing-")
+    made = {
+        judge: {seed: against(kind, judge, lab, seed) for seed in seeds}
+        for judge in JUDGES_OF[kind]
+    }
+    seconds = {judge: [of["seconds"] for of in by_seed.values()] for judge, by_seed in made.items()}
+    answers = {
+        judge: {seed: of["answers"] for seed, of in by_seed.items()}
+        for judge, by_seed in made.items()
+    }
+    rows = json.loads((results / f"{name}.json").read_text())["rows"]
+    found = summary(rows, answers)
+    means = average(found, ("method",))
+    print(table(means, ("method",)))
+    write_json(results / f"{name}-answers.json", answers)
+    write_json(
+        results / f"{name}-summary.json", {"seconds": seconds, "means": means, "rows": found}
+    )
 
 
 def summary(rows: list[dict], answers: dict) -> list[dict]:
@@ -258,62 +259,3 @@ def summary(rows: list[dict], answers: dict) -> list[dict]:
             }
         )
     return found
-
-
-def main(argv=None):
-    parser = options.parser(__doc__, EXAMPLES)
-    parser.add_argument("study", choices=tuple(KINDS), metavar="STUDY", help="one of the above")
-    parser.add_argument(
-        "--judges",
-        choices=JUDGES,
-        nargs="+",
-        action=options.Distinct,
-        default=JUDGES,
-        metavar="JUDGE",
-        help=f"of {', '.join(JUDGES)} (default: all); results of some are called after them",
-    )
-    parser.add_argument(
-        "--seeds",
-        type=options.seed,
-        nargs="+",
-        action=options.Distinct,
-        default=[1, 2, 3, 4, 5],
-        metavar="N",
-        help="seeds to run",
-    )
-    add_folders(parser)
-    options.add_model_options(parser, bits_default=4, max_length_default=512)
-    args = parser.parse_args(argv)
-    require_trl()
-    check_place(args.runs, "--runs")
-    results = args.results or RESULTS
-    check_place(results, "--results")
-    loading = {"bits": args.bits, "max_length": args.max_length, "device": args.device}
-    lab = Lab(args.runs, VILLAGE, VILLAGE, loading=loading)
-    name = task_of(args.study, *args.judges)
-    studies = studies_of(args.study, args.judges)
-    run_study(name, lab, args.seeds, results, studies)
-    seconds = {}  # that of all judges together only reads what they made
-    for judge in args.judges:
-        tasks = [run_seed(task_of(args.study, judge), lab, seed, studies) for seed in args.seeds]
-        seconds[judge] = [json.loads(task.read_text())["seconds"] for task in tasks]
-    answers = {
-        judge: {
-            seed: json.loads(answers_of(lab, args.study, judge, seed).read_text())
-            for seed in args.seeds
-        }
-        for judge in args.judges
-    }
-    write_json(results / f"{name}-answers.json", answers)
-    rows = json.loads((results / f"{name}.json").read_text())["rows"]
-    found = summary(rows, answers)
-    means = average(found, ("method",))
-    print_table(means, ("method",))
-    write_json(
-        results / f"{name}-summary.json", {"seconds": seconds, "means": means, "rows": found}
-    )
-
-
-if __name__ == "__main__":
-    with clear_errors():
-        main()

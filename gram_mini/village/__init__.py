@@ -27,6 +27,8 @@ import math
 import random
 from dataclasses import dataclass
 
+VILLAGE = "village"  # what --model and --data call it
+
 NAMES = (
     "Adam Alma Anna Arno Axel Bella Bert Bruno Carl Clara Cora Dana David Dora Edgar Ella Emil "
     "Emma Erik Eva Felix Fiona Frank Frida Georg Greta Gus Hanna Hans Hugo Ida Igor Ines Iris Ivan "
@@ -107,7 +109,12 @@ class Response:
     @property
     def reward(self) -> float:
         """The true reward, in the unit of TEMPERATURE."""
-        return 2.0 * self.right + 1.0 * self.courteous - 0.5 * self.rambling
+        return reward_of(self.right, self.courteous, self.rambling)
+
+
+def reward_of(right, courteous, rambling):
+    """The true reward by the qualities of a response, or the mean one by the shares of each."""
+    return 2.0 * right + 1.0 * courteous - 0.5 * rambling
 
 
 def true_probability(reward_a: float, reward_b: float) -> float:

@@ -13,7 +13,16 @@ import random
 from collections.abc import Iterator, Sequence
 
 from gram_mini.pairs import Pair
-from gram_mini.village import COURTEOUS, CURT, FACTS, RAMBLING, Topic, question, statement
+from gram_mini.village import (
+    COURTEOUS,
+    CURT,
+    FACTS,
+    RAMBLING,
+    Topic,
+    question,
+    reward_of,
+    statement,
+)
 
 import torch
 
@@ -101,22 +110,18 @@ class Policy:
         right = (claims * self.right).sum(1).mean()
         courteous = openings[: len(COURTEOUS)].sum()
         rambling = endings[1:].sum()
-        return float(2 * right + courteous - 0.5 * rambling)
+        return float(reward_of(right, courteous, rambling))
 
 
 def responses(topic: Topic) -> list[tuple[str, float]]:
     """All 72 responses that the policy can give to a question, with their true rewards."""
     policy = Policy([topic])
     rewarded = []
-    for claim, opening, ending in itertools.product(
-        range(6), range(len(OPENINGS)), range(len(ENDINGS))
-    ):
-        reward = (
-            2.0 * bool(policy.right[0, claim])
-            + 1.0 * (opening < len(COURTEOUS))
-            - 0.5 * (ending > 0)
-        )
-        rewarded.append((policy.text(0, claim, opening, ending), reward))
+    for choices in itertools.product(range(6), range(len(OPENINGS)), range(len(ENDINGS))):
+        claim, opening, ending = choices
+        right = bool(policy.right[0, claim])
+        qualities = right, opening < len(COURTEOUS), ending > 0
+        rewarded.append((policy.text(0, *choices), reward_of(*qualities)))
     return rewarded
 
 

@@ -21,9 +21,9 @@ from gram_mini.errors import UserError
 from gram_mini.judge import Comparison
 from gram_mini.model import evaluating
 from gram_mini.pairs import Pair
-from gram_mini.runs.models import VILLAGE, load_model, load_tokenizer
+from gram_mini.runs.models import load_model, load_tokenizer
 from gram_mini.training import clip_gradients, optimizer_and_schedule
-from gram_mini.village import FACTS, question, true_probability
+from gram_mini.village import FACTS, VILLAGE, question, true_probability
 from gram_mini.village.policy import responses
 
 import torch

@@ -19,13 +19,14 @@ from gram_mini.batches import trained_tokens
 from gram_mini.errors import Interrupted
 from gram_mini.runs.checks import read_by_blocks
 from gram_mini.runs.load import load_judge
-from gram_mini.runs.models import VILLAGE, compute_dtype, load_tokenizer
+from gram_mini.runs.models import compute_dtype, load_tokenizer
 from gram_mini.runs.processes import pick_device
 from gram_mini.runs.run import LORA_RANK
 from gram_mini.studies.speed import common, memory
 from gram_mini.studies.speed.common import GIB, MODELS, PIECES, STAGES
 from gram_mini.studies.speed.scoring import judge_of, ours
 from gram_mini.training import optimizer_and_schedule
+from gram_mini.village import VILLAGE
 from gram_mini.village.pairs import village_pairs
 
 import pytest

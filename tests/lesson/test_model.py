@@ -6,7 +6,6 @@ from gram_mini.runs import models
 from gram_mini.runs.folder import save_adapter
 from gram_mini.runs.load import load_judge
 from gram_mini.runs.models import (
-    VILLAGE,
     VILLAGE_FOLDER,
     checkpoint_gradients,
     compute_dtype,
@@ -16,6 +15,7 @@ from gram_mini.runs.models import (
 )
 from gram_mini.runs.processes import pick_device
 from gram_mini.runs.record import fingerprint, read_record
+from gram_mini.village import VILLAGE
 
 import pytest
 import torch

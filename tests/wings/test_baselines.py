@@ -22,9 +22,10 @@ from gram_mini.runs.heads import (
     response_prompt,
 )
 from gram_mini.runs.load import load_judge
-from gram_mini.runs.models import VILLAGE, load_model
+from gram_mini.runs.models import load_model
 from gram_mini.runs.ranking import rank
 from gram_mini.serving import export
+from gram_mini.village import VILLAGE
 
 import pytest
 import torch

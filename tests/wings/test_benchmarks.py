@@ -7,17 +7,23 @@ import os
 import re
 from collections import Counter
 
-import score
 from gram_mini.errors import UserError
 from gram_mini.evaluation import consistency
 from gram_mini.judge import Judge
 from gram_mini.pairs import Pair
+from gram_mini.reading.sources import Notes
 from gram_mini.runs.ranking import rank
-from gram_mini.studies import benchmarks
+from gram_mini.studies.benchmarks import __main__ as command
+from gram_mini.studies.benchmarks import figures as benchmarks
+from gram_mini.studies.benchmarks.base import Row
+from gram_mini.studies.benchmarks.reward_bench import EXAMPLE_COUNTS
+from gram_mini.studies.benchmarks.reward_bench_2 import ties
 from gram_mini.studies.metrics import bootstrap, brier, calibration
 
 import pytest
 import torch
+
+BENCHMARKS = benchmarks.BENCHMARKS
 
 
 class Judge(Judge):
@@ -62,6 +68,11 @@ def write(path, rows):
 
 def run(name, path, rows, draws=20, **options):
     return benchmarks.run(Judge(), name, write(path, rows), draws=draws, **options)
+
+
+def best_of(judge, rows):
+    """Rows of RewardBench 2, judged, and their comparisons."""
+    return benchmarks.judge_rows(BENCHMARKS["reward-bench-2"], rows, judge.compare_many)
 
 
 def values(result, part="official"):
@@ -117,7 +128,7 @@ def test_reward_bench_weighs_subsets_by_the_official_counts(tmp_path):
 
 
 def test_reward_bench_counts_are_the_official_ones():
-    counts = benchmarks.EXAMPLE_COUNTS
+    counts = EXAMPLE_COUNTS
     assert {section: sum(weights.values()) for section, weights in counts.items()} == {
         "Chat": 358, "Chat Hard": 456, "Safety": 740, "Reasoning": 984 + 6 * 164
     }  # fmt: skip
@@ -131,14 +142,14 @@ def test_a_section_without_rows_leaves_no_total(tmp_path):
     result = run("reward-bench", tmp_path / "rows.jsonl", rows)
     empty = {"Chat": None, "Chat Hard": None, "total": None}
     assert values(result) == {**empty, "Safety": 1.0, "Reasoning": 1.0}
-    assert "no rows of Chat, Chat Hard, refusals-dangerous, " in benchmarks.table(result)
+    assert "no rows of Chat, Chat Hard, refusals-dangerous, " in command.table(result)
     assert "donotanswer" not in result["missing"] and "math-prm" in result["missing"]
 
 
 def test_rows_with_a_label_are_turned_the_right_way_round():
     row = {"prompt": "Q", "response_a": "0.1", "response_b": "0.9", "subset": "hep-go"}
     rows = [{**row, "label": "B"}, {**row, "prompt": "R", "label": "A"}]
-    read = [benchmarks.read_reward_bench("here", each) for each in rows]
+    read = [BENCHMARKS["reward-bench"].read("here", each, Notes()) for each in rows]
     assert [(each.chosen, each.rejected) for each in read] == [
         (["0.9"], ["0.1"]),
         (["0.1"], ["0.9"]),
@@ -229,7 +240,7 @@ def test_reward_bench_2_shares_credit_and_has_its_own_formula_for_ties(tmp_path)
 
 def test_lower_gap_is_that_of_the_reference_row_too():
     prompts = [{"Ties tied": (0.1, 0.3), "Ties ref": (0.0, 0.05)}]
-    ref_too_low, parts = benchmarks.ties(prompts)
+    ref_too_low, parts = ties(prompts)
     assert (parts["tied gap above spread"], parts["lower gap above spread"]) == (1, 0)
     assert ref_too_low == pytest.approx(0.3 + 0.3 + 0.2 + 0.0 + 0.01 * math.tanh(0.05 / 0.1 - 1))
 
@@ -238,7 +249,7 @@ def test_lower_gap_is_that_of_the_reference_row_too():
 def test_without_spread_the_margin_is_the_sign_of_the_gap(gap, margin):
     # numpy's tanh(gap / 0 - 1) in the official code: tanh(inf), tanh(-inf), and nan, which it
     # counts as 0
-    _, parts = benchmarks.ties([{"Ties tied": (0.0, gap), "Ties ref": (0.0, gap)}])
+    _, parts = ties([{"Ties tied": (0.0, gap), "Ties ref": (0.0, gap)}])
     assert parts["margin"] == margin
 
 
@@ -247,14 +258,12 @@ def test_scores_are_those_of_rank(tmp_path, village_judge):
         "Anna eats soup.",
         ["Anna eats cake.", "Glad you asked. Anna eats soup.", "No idea."],
     )
-    rows = [benchmarks.Row("Math", "Math", "x", "What does Anna eat?", [chosen], rejected)]
-    judged, results = benchmarks.judge_rows(
-        rows, benchmarks.BENCHMARKS["reward-bench-2"], village_judge.compare_many
-    )
+    rows = [Row("Math", "Math", "x", "What does Anna eat?", [chosen], rejected)]
+    judged, results = best_of(village_judge, rows)
     ranking = rank(village_judge, "What does Anna eat?", [chosen, *rejected])
     assert len(results) == ranking.comparisons == 6
     assert judged[0].credit == float(ranking.order[0] == 0)
-    tie = benchmarks.Row(
+    tie = Row(
         "Ties tied",
         "Ties",
         "x",
@@ -263,9 +272,7 @@ def test_scores_are_those_of_rank(tmp_path, village_judge):
         [rejected[0], rejected[2]],
     )
     a, b, c, d = (ranking.scores[i] for i in (0, 2, 1, 3))
-    judged, _ = benchmarks.judge_rows(
-        [tie], benchmarks.BENCHMARKS["reward-bench-2"], village_judge.compare_many
-    )
+    judged, _ = best_of(village_judge, [tie])
     assert judged[0].credit == pytest.approx((abs(a - b), min(a, b) - max(c, d)), abs=2e-5)
 
 
@@ -273,7 +280,7 @@ def test_equal_responses_share_the_credit(village_judge):
     """Their scores are sums in another order, so they may differ by what a float cannot tell."""
     others = [f"Anna eats {food}." for food in ("cake", "soup", "fish")]
     for best in ("Glad you asked. Anna eats bread.", "If you must. Anna eats plums."):
-        row = benchmarks.Row(
+        row = Row(
             "Math",
             "Math",
             "x",
@@ -281,14 +288,10 @@ def test_equal_responses_share_the_credit(village_judge):
             [best],
             [others[0], best, others[1], best, others[2]],
         )
-        judged, _ = benchmarks.judge_rows(
-            [row], benchmarks.BENCHMARKS["reward-bench-2"], village_judge.compare_many
-        )
+        judged, _ = best_of(village_judge, [row])
         assert judged[0].credit in (0, 1 / 3)
-        row = benchmarks.Row("Math", "Math", "x", "What does Anna eat?", [best], [best] * 4)
-        judged, _ = benchmarks.judge_rows(
-            [row], benchmarks.BENCHMARKS["reward-bench-2"], village_judge.compare_many
-        )
+        row = Row("Math", "Math", "x", "What does Anna eat?", [best], [best] * 4)
+        judged, _ = best_of(village_judge, [row])
         assert judged[0].credit == 1 / 5
 
 
@@ -477,7 +480,7 @@ def test_llmbar_counts_each_order_and_is_the_mean_of_sets(tmp_path, schema):
     assert values(result) == pytest.approx(of_sets | means)
     rows = {"Natural": 3, "Neighbor": 1, "GPTInst": 2, "GPTOut": 1, "Manual": 2}
     assert result["sections"] == rows and result["rows"] == result["comparisons"] == 9
-    assert "no rows of" not in benchmarks.table(result)
+    assert "no rows of" not in command.table(result)
 
 
 def test_llmbar_of_a_judge_that_always_says_a(tmp_path):
@@ -510,7 +513,7 @@ def test_own_figures_beside_each_section(tmp_path):
     assert natural["position gap"]["pick_the_longer"] is None
     low, high = natural["accuracy"]["interval"]
     assert low < 2 / 3 < high
-    printed = benchmarks.table(result).splitlines()
+    printed = command.table(result).splitlines()
     head = next(i for i, line in enumerate(printed) if line.startswith("by section:"))
     assert [line.split()[0] for line in printed[head + 1 :]] == list(result["sections"])
     assert printed[head + 1].split()[:6] == ["Natural", "0.667", f"{low:.3f}", "to",
@@ -536,7 +539,7 @@ def test_llmbar_set_of_a_single_file(tmp_path, name, known):
     figures = values(result)
     assert (figures[known], figures[f"{known} agreement"]) == (3 / 4, 1 / 2)
     assert figures["total"] is None and figures["Adversarial"] is None
-    printed = benchmarks.table(result)
+    printed = command.table(result)
     assert f"\n{known} " in printed and "by section" not in printed
     assert "not those of the whole benchmark" in printed
 
@@ -657,10 +660,8 @@ def test_rows_of_one_prompt_are_drawn_together(tmp_path):
 
 
 def test_tied_and_reference_rows_are_one_unit(tmp_path):
-    rows = [benchmarks.read_reward_bench_2("here", row) for row in TIES]
-    judged, _ = benchmarks.judge_rows(
-        rows, benchmarks.BENCHMARKS["reward-bench-2"], Judge().compare_many
-    )
+    rows = [BENCHMARKS["reward-bench-2"].read("here", row, Notes()) for row in TIES]
+    judged, _ = best_of(Judge(), rows)
     assert Counter(map(len, benchmarks.by_unit(judged))) == {2: 2, 1: 1}
 
 
@@ -745,15 +746,15 @@ def test_rm_bench_says_how_to_name_a_domain(tmp_path):
         run("rm-bench", tmp_path / "rows.json", [rm_bench_row(1, *ALL, subset="cooking")])
 
 
-# ---- score.py ------------------------------------------------------------------------
+# ---- the command ---------------------------------------------------------------------
 
 
 def test_score_writes_figures_plot_and_result_file(tmp_path, capsys):
     data = write(tmp_path / "rows.jsonl", reward_bench_rows(REWARD_BENCH))
     out = tmp_path / "figures.json"
     options = "--model village --device cpu --benchmark reward-bench".split()
-    command = [*options, "--data", data, "--out", str(out)]
-    score.main(command)
+    given = [*options, "--data", data, "--out", str(out)]
+    command.main(given)
     printed = capsys.readouterr().out
     figures = json.loads(out.read_text())
     assert figures["model"] == "village" and figures["benchmark"] == "reward-bench"
@@ -773,11 +774,11 @@ def test_score_writes_figures_plot_and_result_file(tmp_path, capsys):
         "chat_template": "tokenizer",
     } | {subset: figures["details"]["subsets"][subset] for subset in REWARD_BENCH}
     with pytest.raises(UserError, match="already there"):
-        score.main(command)
+        command.main(given)
     out.unlink()
     with pytest.raises(UserError, match="figures.png: already there"):
-        score.main(command)
-    score.main([*command, "--overwrite", "--limit", "3"])
+        command.main(given)
+    command.main([*given, "--overwrite", "--limit", "3"])
     assert json.loads(out.read_text())["rows"] == 3
     assert {path.name for path in tmp_path.iterdir()} == {
         "rows.jsonl",
@@ -799,9 +800,9 @@ def test_a_benchmark_says_what_it_changed_and_that_the_model_does_not_answer(
     monkeypatch.setattr(
         "gram_mini.judge.label_mass", lambda logits, labels: torch.full((len(logits),), 0.001)
     )
-    monkeypatch.setattr(benchmarks, "plot_reliability", full_disk)
+    monkeypatch.setattr(command, "plot_reliability", full_disk)
     with pytest.raises(UserError, match="No space left on device"):
-        score.main(given)
+        command.main(given)
     said = capsys.readouterr().out
     assert "8 rows whose responses repeat the prompt, taken off" in said
     assert "hardly ever answers A or B (mean mass on the labels 0.001)" in said
@@ -816,7 +817,7 @@ def test_score_reads_the_official_folder_of_llmbar(tmp_path, capsys):
     folder = official_folder(tmp_path / "Dataset")
     out = tmp_path / "llmbar.json"
     options = "--model village --device cpu --benchmark llmbar".split()
-    score.main([*options, "--data", str(folder), "--out", str(out)])
+    command.main([*options, "--data", str(folder), "--out", str(out)])
     figures = json.loads(out.read_text())
     assert list(figures["judge_by_section"]) == list(figures["sections"]) and figures["rows"] == 9
     total = figures["official"]["total"]["value"]
@@ -824,18 +825,16 @@ def test_score_reads_the_official_folder_of_llmbar(tmp_path, capsys):
     assert out.with_suffix(".png").exists() and not list(tmp_path.glob("*eval-set*"))
 
 
-@pytest.mark.parametrize("arguments", [
-    ["--prompt", "x", "--response", "y", "--response", "z"],
-    ["--data", "rows.jsonl", "--out", "figures.json", "--rank", "knock-out"],
-    ["--data", "rows.jsonl", "--out", "figures.json", "--reference", "x"],
-    ["--data", "rows.jsonl", "--out", "figures.json", "--on-bad-row", "skip"],
-    ["--data", "rows.jsonl", "--out", "figures.json", "--pairs", "best-worst"],
-    ["--data", "rows.jsonl", "--out", "figures.json", "--streaming"],
-    ["--data", "rows.jsonl"],
-    ["--data", "rows.jsonl", "--out", "figures.png"],
+@pytest.mark.parametrize(("arguments", "message"), [
+    (["--out", "figures.json"], "--data"),
+    (["--data", "rows.jsonl"], "--out"),
+    (["--data", "rows.jsonl", "--out", "figures.png"], "figures.png: give FILE.json"),
+    (["--data", "x", "--out", "x.json", "--served-name", "x"], "goes with --server"),
+    (["--data", "x", "--out", "x.json", "--server", "x", "--bits", "4"], "do not go with --server"),
+    (["--data", "x", "--out", "x.json", "--rank", "knock-out"], "unrecognized arguments"),
 ])  # fmt: skip
-def test_benchmark_options_that_do_not_go_together(arguments, capsys, tmp_path, monkeypatch):
+def test_options_that_do_not_go_together(arguments, message, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit):
-        score.main(["--benchmark", "rm-bench", *arguments])
-    assert "error" in capsys.readouterr().err
+        command.main(["--benchmark", "rm-bench", *arguments])
+    assert message in capsys.readouterr().err

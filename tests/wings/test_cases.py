@@ -11,8 +11,9 @@ from gram_mini.reading.formats import parse_pairs
 from gram_mini.reading.load import load_pairs
 from gram_mini.reading.sources import read_rows
 from gram_mini.reading.usable import is_blank, unusable
-from gram_mini.runs.models import VILLAGE, load_tokenizer, local_model
+from gram_mini.runs.models import load_tokenizer, local_model
 from gram_mini.runs.report import describe, lengths, without_cut_alike
+from gram_mini.village import VILLAGE
 
 import pytest
 from tokenizers import AddedToken

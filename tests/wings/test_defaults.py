@@ -19,7 +19,7 @@ OPTIONS = {"pretrain": pretrain_options, "reward": reward_options}
 
 
 @pytest.mark.parametrize("stage", OPTIONS)
-@pytest.mark.parametrize(("place", "model"), [(0, "village"), (0, "embedded"), (1, "some/model")])
+@pytest.mark.parametrize(("place", "model"), [(0, "village"), (1, "some/model")])
 def test_each_backbone_has_its_defaults_and_what_is_given_wins(stage, place, model):
     def parse(*more):
         return OPTIONS[stage]("", ["--model", model, *more])

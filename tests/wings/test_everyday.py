@@ -6,10 +6,11 @@ import re
 from collections import Counter, defaultdict
 from types import SimpleNamespace
 
-from gram_mini.everyday import build, phrases, table
+from gram_mini.everyday import build, phrases
 from gram_mini.everyday.build import COUNTS, FOLDER, QUALITIES, SIDES, Answer, differing, goodness
 from gram_mini.judge import Comparison
 from gram_mini.reading.load import load_pairs
+from gram_mini.studies import everyday_table as table
 
 import pytest
 import torch

@@ -16,7 +16,7 @@ from gram_mini.runs.load import load_judge
 from gram_mini.runs.models import VILLAGE_FOLDER, load_tokenizer
 from gram_mini.serving import export
 from gram_mini.serving.known import read_known
-from gram_mini.village.table import method_of, records_of
+from gram_mini.studies.village_table import method_of, records_of
 
 import pytest
 import torch

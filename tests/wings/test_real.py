@@ -9,20 +9,16 @@ from gram_mini.studies import real
 import pytest
 
 
-class FakeLab(real.RealLab):
+class FakeLab(real.Lab):
     """Trains nothing; every model is the same judge, which says P(a better) in both orders."""
 
     says = staticmethod(lambda pair: (0.9, 0.9))
-    trained: list
+    ran: list = []
 
-    def train(self, script, name, seed, *given):
-        self.trained.append((name, seed, given))
-        out = self.folder / f"seed{seed}" / name
-        out.parent.mkdir(parents=True, exist_ok=True)
-        real.write_json(real.seconds_of(out), {"seconds": 3})
-        out.mkdir(exist_ok=True)
-        (out / "log.csv").write_text("step,part,loss\n20,train,1.5\n23,train,1.25\n")
-        return out
+    def _train(self, script, out, arguments):
+        self.ran.append((out.name, arguments))
+        out.mkdir(parents=True)
+        (out / "run.json").write_text("{}")
 
     def judge(self, model):
         return self
@@ -52,9 +48,9 @@ def files(tmp_path):
     }
 
 
-def lab(tmp_path, files, counts=(12, 5, 100)):
-    made = FakeLab(tmp_path / "runs", "some/model", **files, counts=counts, training=[], loading={})
-    made.trained = []
+def lab(tmp_path, files, counts=(12, 5, 100), **given):
+    made = FakeLab(tmp_path / "runs", "some/model", real.Files(**files, counts=counts), **given)
+    made.ran = []
     return made
 
 
@@ -66,19 +62,19 @@ def test_a_table_of_judges_that_are_known(tmp_path, files):
     assert zero_shot["other, position gap"] == 0
     assert zero_shot["other, calibration error"] == pytest.approx(0.15)
     assert zero_shot["other, ± over prompts"] > 0.2
-    assert [row["method"] for row in methods] == list(real.METHODS)
-    assert {row["training, seconds"] for row in methods} == {3}
-    trained = {name: given for name, _, given in made.trained}
+    assert [row["method"] for row in methods] == list(real.COMPARED)
+    assert {row["training, seconds"] for row in methods} == {0}
+    trained = dict(made.ran)
     assert "--init" in trained["GRAM"] and "--init" not in trained["G-Baseline"]
-    assert trained["G, both orders (ours)"][-2:] == ("--both-orders", "1")
+    assert trained["G,-both-orders-(ours)"][-2:] == ["--both-orders", "1"]
 
 
 def test_pairs_that_were_cut_and_a_judge_that_does_not_answer_are_told(tmp_path, files, capsys):
     made = lab(tmp_path, files)
-    made.max_length, made.trained = 200, False
+    made.max_length, made.trained = 200, False  # as a judge has them
     say = lambda pair: Comparison(0.9, 0.9, 0.9, 1.0, 1.0, 0.001, pair.prompt == "question 3")
     made.compare_many = lambda pairs, progress=None: list(map(say, pairs))
-    row = made.evaluate(made.model, "other")
+    row = real.columns(made, made.model, "other")
     assert row["other, pairs cut"] == 1 and row["other, mass on the labels"] == 0.001
     said = capsys.readouterr().err
     assert "model, other: 1 of 8 pairs cut to fit 200 tokens" in said
@@ -101,7 +97,7 @@ def test_seeds_draw_labels_and_the_tests_stay(tmp_path, files):
     one, two = few.pairs("labelled", 1), few.pairs("labelled", 2)
     assert one != two and {pair.prompt for pair in one} == {pair.prompt for pair in two}
     tested = {pair.prompt for pair in made.pairs("held out", 1)}
-    assert tested and tested.isdisjoint(pair.prompt for pair in made.used)
+    assert tested and tested.isdisjoint(pair.prompt for pair in made.source.used["labelled"])
 
 
 def test_the_curve_trains_on_the_first_labels_of_the_same_draw(tmp_path, files, monkeypatch):
@@ -109,58 +105,27 @@ def test_the_curve_trains_on_the_first_labels_of_the_same_draw(tmp_path, files, 
     made = lab(tmp_path, files)
     rows = list(real.curve(made, seed=1))
     assert [row["labels"] for row in rows] == [n for n in (4, 8, 12) for _ in real.CURVE]
-    data = {name: given[given.index("--data") + 1] for name, _, given in made.trained}
-    assert len(open(data["4 GRAM"]).readlines()) == 4
-    assert open(data["8 GRAM"]).read().startswith(open(data["4 GRAM"]).read())
+    data = {name: given[given.index("--data") + 1] for name, given in made.ran}
+    assert len(open(data["4-GRAM"]).readlines()) == 4
+    assert open(data["8-GRAM"]).read().startswith(open(data["4-GRAM"]).read())
 
 
-def test_rates_are_tried_on_prompts_that_are_neither_trained_on_nor_held_out(tmp_path, files):
-    made = lab(tmp_path, files)
-    rows = list(real.rates(made, seed=0))
-    assert [(row["method"], row["rate"]) for row in rows] == [
-        (name, float(rate)) for name, tried in real.RATES.items() for rate in tried
-    ]
-    rest, tested, held_out = (
-        {pair.prompt for pair in made.pairs(split, 0)}
-        for split in ("rest", real.VALIDATION, real.HELD_OUT)
-    )
-    assert tested and not (rest & tested or rest & held_out or tested & held_out)
-    given = {name: options for name, _, options in made.trained}
-    assert given["G-Label-Smoothing 2e-4"][-2:] == ("--lr", "2e-4")
-    assert given["stage1 2e-3"][-2:] == ("--lr", "2e-3")
-    assert "--lr" not in given["GRAM 2e-3"] and "--init" in given["GRAM 2e-3"]
-    losses = {row["method"]: row.get("stage 1, last loss") for row in rows}
-    assert losses["GRAM"] == losses["D from stage 1"] == 1.25 and losses["D-Baseline"] is None
-
-
-def test_options_of_a_stage_reach_its_script_alone(tmp_path, files, monkeypatch):
-    given = {}
-
-    def train(lab, script, name, seed, *options):
-        given[script.__name__] = options
-        return lab.folder / name
-
-    monkeypatch.setattr(real.Lab, "train", train)
+def test_options_of_a_stage_reach_its_script_alone(tmp_path, files):
     stages = {"train_pretrain": ["--lr", "1"], "train_reward": ["--lr", "2"]}
-    made = real.RealLab(
-        tmp_path / "runs", "some/model", **files, counts=(12, 5, 9), training=[], loading={},
-        stages=stages,
-    )  # fmt: skip
-    (tmp_path / "runs").mkdir()
+    made = lab(tmp_path, files, stages=stages)
     for script in (real.train_pretrain, real.train_reward, real.baselines):
-        made.train(script, "run", 0, "--data", "x")
-    assert [given[script.__name__][2:] for script in (real.train_pretrain, real.train_reward)] == [
-        ("--lr", "1"),
-        ("--lr", "2"),
-    ]
-    assert given[real.baselines.__name__] == ("--data", "x")
+        made.train(script, script.__name__, 0, "x")
+    given = {name: arguments[arguments.index("x") :] for name, arguments in made.ran}
+    assert given["train_pretrain"][-2:] == ["--lr", "1"]
+    assert given["train_reward"][-2:] == ["--lr", "2"]
+    assert "--lr" not in given["gram_mini.baselines.__main__"]
 
 
 def test_the_command_writes_a_table_and_goes_on_with_what_is_there(
     tmp_path, files, monkeypatch, capsys
 ):
-    monkeypatch.setattr(real, "RealLab", FakeLab)
-    monkeypatch.setattr(FakeLab, "trained", [], raising=False)
+    monkeypatch.setattr(real, "Lab", FakeLab)
+    monkeypatch.setattr(FakeLab, "ran", [])
     command = ["table", "--model", "some/model", "--labels", files["labels"]]
     command += ["--unlabelled", files["unlabelled"], "--test", f"other={files['tests']['other']}"]
     command += [
@@ -174,18 +139,19 @@ def test_the_command_writes_a_table_and_goes_on_with_what_is_there(
     ]
     real.main(command)
     record = json.loads((tmp_path / "r" / "real-table.json").read_text())
-    assert record["seeds"] == [1, 2] and len(record["rows"]) == 2 * (2 + len(real.METHODS))
+    assert record["seeds"] == [1, 2] and len(record["rows"]) == 2 * (2 + len(real.COMPARED))
     assert "GRAM, both orders (ours)" in capsys.readouterr().out
-    before = len(FakeLab.trained)
+    before = len(FakeLab.ran)
+    assert before == 2 * 8  # stage 1 and seven judges
     real.main(command)
-    assert len(FakeLab.trained) == before
+    assert len(FakeLab.ran) == before
     real.main(["curve", *command[1:]])
     assert "curve does not test on --test" in capsys.readouterr().out
     monkeypatch.setattr("gram_mini.studies.lab.DEFAULTS", {"pretrain": {"lr": (1, 2)}})
     with pytest.raises(UserError, match="made with other defaults"):
         real.main(command)
     monkeypatch.undo()
-    monkeypatch.setattr(real, "RealLab", FakeLab)
+    monkeypatch.setattr(real, "Lab", FakeLab)
     with pytest.raises(UserError, match="made with other data"):
         real.main([*command, "--labels-used", "3"])
 
@@ -193,20 +159,17 @@ def test_the_command_writes_a_table_and_goes_on_with_what_is_there(
 @pytest.mark.parametrize(
     ("study", "more", "said"),
     [
-        ("table", ["--test", "labelled=x.jsonl"], "'labelled' is the name of a part of --labels"),
-        ("rates", ["--test", "validation=x.jsonl"], "'validation' is the name of a part"),
+        ("table", ["--test", "labelled=x.jsonl"], "'labelled' is the name of a part of the data"),
         ("table", ["--test", "held out=x.jsonl"], "'held out' is the name of a part"),
         ("table", ["--test", "other"], "give NAME=SOURCE"),
         ("table", ["--test", "=x.jsonl"], "give NAME=SOURCE"),
         ("table", ["--test", "o=x.jsonl", "--test", "o=y.jsonl"], "a name was given twice"),
-        ("table", ["--test", "seconds=x.jsonl"], "or of a column of the table"),
+        ("table", ["--test", "method=x.jsonl"], "or of a column"),
         ("table", ["--test", "a/b=x.jsonl"], "'a/b' cannot be part of a file's name"),
         ("table", ["--training=--bits 16"], "--training --bits: the study sets --bits itself"),
         ("table", ["--stage-2=--both-orders 1"], "the study sets --both-orders itself"),
         ("table", ["--scalar=--label-smoothing=0.1"], "the study sets --label-smoothing itself"),
         ("curve", ["--seeds", "2", "1", "2"], "argument --seeds: 2 is given twice"),
-        ("rates", ["--stage-2=--lr 1e-4"], "rates tries the values of --lr"),
-        ("rates", ["--scalar=--lr=1e-4"], "rates tries the values of --lr"),
     ],
 )
 def test_options_that_would_mislead_are_refused(study, more, said, files, capsys):
@@ -218,8 +181,8 @@ def test_options_that_would_mislead_are_refused(study, more, said, files, capsys
 
 def test_what_was_read_and_what_training_may_see_is_said(tmp_path, files, capsys):
     made = lab(tmp_path, {**files, "unlabelled": files["labels"], "tests": {"o": files["labels"]}})
-    held_out = len(made.tests["held out"])
-    lines = capsys.readouterr().out.splitlines()
+    held_out, lines = len(made.source.tests["held out"]), made.source.said
+    assert not capsys.readouterr().out  # the command says it
     assert f"{files['labels']}: 20 rows read, 20 pairs used, 0 dropped" in lines
     seen = f"of their {held_out} prompts {held_out} occur in the unlabelled pairs"
     assert f"held out: {held_out} pairs; {seen}" in lines

@@ -23,7 +23,7 @@ from gram_mini.runs.defaults import SCORED
 from gram_mini.runs.load import load_judge
 from gram_mini.runs.models import VILLAGE_FOLDER, load_tokenizer
 from gram_mini.runs.sharing import SharingJudge
-from gram_mini.village import table
+from gram_mini.studies import village_table as table
 
 import pytest
 import torch

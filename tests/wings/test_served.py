@@ -21,14 +21,14 @@ from gram_mini.pairs import Pair
 from gram_mini.runs import scores
 from gram_mini.runs.defaults import REQUESTS
 from gram_mini.runs.load import load_judge
-from gram_mini.runs.models import VILLAGE
 from gram_mini.runs.ranking import rank
 from gram_mini.serving import compare, engine, served
 from gram_mini.serving.export import export
 from gram_mini.serving.known import KNOWN, read_known
 from gram_mini.serving.served import ROUTES, ServedJudge, served_judge
 from gram_mini.serving.trl import as_trl_reward
-from gram_mini.village import table, wide_heads
+from gram_mini.studies import village_table as table
+from gram_mini.village import VILLAGE, wide_heads
 from gram_mini.village.pairs import village_pairs
 
 import pytest
@@ -299,8 +299,7 @@ def test_the_table_of_the_village(run, serve, monkeypatch):
     server = serve("named", judge=load_judge(run))
     assert table.village_table([str(run)], server=server.url) == table.village_table([str(run)])
     with pytest.raises(SystemExit):
-        monkeypatch.setattr("sys.argv", ["table", "village", str(run), "--server", server.url])
-        table.main()
+        table.main(["village", str(run), "--server", server.url])
 
 
 def test_a_served_run_keeps_its_prompt_and_length(run, serve):

@@ -5,10 +5,11 @@ from gram_mini.model import add_lora
 from gram_mini.pairs import Pair
 from gram_mini.runs import sharing
 from gram_mini.runs.heads import ScalarJudge, add_head
-from gram_mini.runs.models import VILLAGE, load_model
+from gram_mini.runs.models import load_model
 from gram_mini.runs.passes import split_by_tokens
 from gram_mini.runs.ranking import rank
 from gram_mini.runs.sharing import Level, SharingJudge, can_share, end_states, tree
+from gram_mini.village import VILLAGE
 
 import pytest
 import torch

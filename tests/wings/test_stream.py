@@ -17,9 +17,9 @@ import score
 from gram_mini.errors import Interrupted, UserError
 from gram_mini.judge import Comparison, Judge
 from gram_mini.runs import scores
-from gram_mini.runs.models import VILLAGE
 from gram_mini.runs.partial import PartialFile, partial_names
 from gram_mini.studies.speed.__main__ import main as study
+from gram_mini.village import VILLAGE
 from gram_mini.village.pairs import village_pairs
 
 import pytest

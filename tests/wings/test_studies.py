@@ -12,6 +12,7 @@ import train_reward
 from gram_mini.errors import UserError
 from gram_mini.judge import Comparison
 from gram_mini.pairs import Pair
+from gram_mini.reading.load import load_pairs
 from gram_mini.studies import __main__ as studies
 from gram_mini.studies import beside, certain, few, figures, paper, seeds
 from gram_mini.studies import lab as lab_module
@@ -21,8 +22,6 @@ from gram_mini.village.pairs import topics, village_pairs
 from gram_mini.village.policy import Policy, responses, train_policy
 
 import pytest
-import torch
-from safetensors.torch import load_file, save_file
 
 TRUE = {(question(*topic), text): reward for topic in FACTS for text, reward in responses(topic)}
 
@@ -64,14 +63,18 @@ class FakeLab(lab_module.Lab):
     """Trains nothing; every model is the same fake judge."""
 
     def __init__(self, folder, says):
-        super().__init__(folder, "village", "village", [])
+        super().__init__(folder, "village", lab_module.VillagePairs())
         self.fake = FakeJudge(says)
 
     def train(self, script, name, seed, *given):
-        return self.folder / name
+        return self.folder / f"seed{seed}" / name
 
     def judge(self, model):
         return self.fake
+
+
+def village_lab(folder, *given):
+    return lab_module.Lab(folder, "village", lab_module.VillagePairs(), *given)
 
 
 def test_true_rewards_of_all_responses():
@@ -91,8 +94,8 @@ def test_table_of_judges_that_are_known(tmp_path):
         name: next(paper.table(FakeLab(tmp_path / name, says), 1)) for name, says in JUDGES.items()
     }
     sure = rows["truth"]
-    accuracies = ("in-distribution", "out-of-distribution", "fact", "courtesy", "length")
-    assert all(sure[name] == 1.0 for name in accuracies)
+    alone = ("fact only", "courtesy only", "length only")
+    assert all(sure[name] == 1.0 for name in ("in-distribution", "out-of-distribution", *alone))
     pairs = village_pairs("out-of-distribution")
     entropy = -sum(
         p.probability * math.log(p.probability) + (1 - p.probability) * math.log(1 - p.probability)
@@ -110,7 +113,7 @@ def test_table_of_judges_that_are_known(tmp_path):
 
 def test_table_has_a_row_for_each_method(tmp_path):
     rows = list(paper.table(FakeLab(tmp_path, truth), 1))
-    assert [row["method"] for row in rows] == ["zero-shot", *lab_module.METHODS]
+    assert [row["method"] for row in rows] == ["zero-shot", *list(lab_module.METHODS)[:10]]
 
 
 def test_best_of_n(tmp_path):
@@ -223,20 +226,6 @@ def test_the_cue_fits_all_labels():
         assert rambles == [pair.label == 0, pair.label == 1]
 
 
-def test_what_smoothing_changes_is_measured_against_none(tmp_path, monkeypatch):
-    monkeypatch.setattr(certain, "EPOCHS", (2,))
-    monkeypatch.setattr(certain, "LABELLING", {"certain": (0.0, False)})
-    monkeypatch.setattr(certain, "EPS", (0.0, 0.05, 0.2))
-    values = {0.0: 0.5, 0.05: 0.75, 0.2: 0.25}
-    monkeypatch.setattr(
-        certain,
-        "cell",
-        lambda lab, seed, kind, epochs, eps: dict.fromkeys(certain.MEASURES, values[eps]),
-    )
-    rows = list(certain.where(FakeLab(tmp_path, truth), 1))
-    assert [row["accuracy, change"] for row in rows] == [0, 0.25, -0.25]
-
-
 def test_two_answers_of_four_claims_differ_in_one_word():
     for pair in beside.one_of_four("out-of-distribution", 0):
         texts = pair.response_a.split(), pair.response_b.split()
@@ -275,57 +264,29 @@ def test_the_best_scalar_is_the_best_order_of_the_kinds_of_answers():
 
 def test_a_recipe_says_what_a_judge_goes_on_with(tmp_path, monkeypatch):
     lab, given = FakeLab(tmp_path, truth), {}
-    monkeypatch.setattr(lab, "evaluate", lambda model: {"out-of-distribution": 0.5})
-    known = {name: lab.pairs(name, 1) for name in ("labelled", "adaptation")}
-    monkeypatch.setattr(lab, "pairs", lambda split, seed: known[split])
-    monkeypatch.setattr(lab, "method", lambda name, seed: tmp_path / name)
 
-    def train(script, name, seed, *options):
-        data = options[options.index("--data") + 1]
+    def train(script, name, seed, data, init=None, options=()):
         with open(data) as lines:
             rows = [json.loads(line) for line in lines]
-        given.update(script=script.__name__, options=options, rows=rows)
+        given[name] = script.__name__, init, options, rows
         return tmp_path / name
 
     monkeypatch.setattr(lab, "train", train)
-    texts = {
-        split: {(p.prompt, p.response_a, p.response_b) for p in pairs}
-        for split, pairs in known.items()
-    }
-    seen = set()
-    for draw in (0, 1):
-        few.adapted(lab, 1, "GRAM", few.Recipe("3e-4", 2, 64, old=30, times=5), 50, draw)
-        rows = [(r["prompt"], r["response_a"], r["response_b"]) for r in given["rows"]]
-        new = [row for row in rows if row in texts["adaptation"]]
-        assert len(rows) == 280 and len(new) == 250 and len(set(new)) == 50
-        assert set(rows) - set(new) <= texts["labelled"] and not seen & set(new)
-        seen |= set(new)
-    assert given["script"] == "train_reward" and "--init" in given["options"]
-    assert given["options"][-6:] == ("--lr", "3e-4", "--epochs", "2", "--batch-size", "64")
-    few.adapted(lab, 1, "D-Baseline", few.Recipe("1e-4", 4), 50)  # the last of two rates counts
-    assert given["script"] == "gram_mini.baselines.__main__" and "scalar" in given["options"]
-    assert given["options"][-6:-4] == ("--lr", "1e-4")
-    few.adapted(lab, 1, "nothing", few.Recipe("1e-4", 4, eps=0.2), 50)
-    assert given["script"] == "train_reward" and "--init" not in given["options"]
-    assert given["options"][-2:] == ("--label-smoothing", "0.2")
-    monkeypatch.setattr(lab, "train", lambda *given: pytest.fail("its figures are known"))
-    few.adapted(lab, 1, "nothing", few.Recipe("1e-4", 4, eps=0.2), 50)
-
-
-def test_an_adapter_that_is_pulled_back_lies_between(tmp_path):
-    for name, value in (("start", 0.0), ("run", 1.0)):
-        (tmp_path / name).mkdir()
-        save_file({"w": torch.full((2, 3), value)}, tmp_path / name / "adapter_model.safetensors")
-    (tmp_path / "run" / "run.json").write_text("{}")
-    for _ in range(2):  # a second time it is the same
-        copy = few.pulled_back(tmp_path / "run", tmp_path / "start", 0.25)
-        assert load_file(copy / "adapter_model.safetensors")["w"].unique().tolist() == [0.75]
-    assert (copy / "run.json").is_file()
-
-
-def test_each_starting_point_goes_on_by_a_recipe_of_the_search():
-    tried = {(name, recipe) for name, recipe, _ in few.SEARCH}
-    assert set(few.ADAPT) == set(few.STARTS) and tried >= set(few.ADAPT.items())
+    monkeypatch.setattr(lab, "method", lambda name, seed: tmp_path / name)
+    for name in few.STARTS:
+        few.adapted(lab, 1, name, few.ADAPT[name], 50)
+    script, init, options, rows = given["few-GRAM-50-lr 3e-4, 4 epochs of 32"]
+    assert (script, init) == ("train_reward", tmp_path / "GRAM")
+    assert options == ["--lr", "3e-4", "--epochs", "4", "--batch-size", "32"]
+    asked = [(pair.prompt, pair.response_a) for pair in lab.pairs("adaptation", 1)[:50]]
+    assert [(row["prompt"], row["response_a"]) for row in rows] == asked
+    script, _, options, _ = given["few-D from stage 1-50-lr 1e-4, 4 epochs of 32"]
+    assert script == "gram_mini.baselines.__main__"  # and the last of two rates counts
+    assert "scalar" in options and options[-6:-4] == ["--lr", "1e-4"]
+    script, init, _, _ = given["few-nothing-50-lr 1e-3, 2 epochs of 32"]
+    assert (script, init) == ("train_reward", None)
+    none = few.adapted(lab, 1, "GRAM", few.FULL, 0)
+    assert len(given) == 5 and none["out-of-distribution"] == 1.0
 
 
 def test_means_and_intervals_over_seeds():
@@ -341,16 +302,13 @@ def test_means_and_intervals_over_seeds():
     assert figures.average(rows[:1], ("method",)) == [{"method": "m", "accuracy": [0.6, None]}]
 
 
-@pytest.mark.parametrize("study", paper.STUDIES)
+@pytest.mark.parametrize("study", [x for x in paper.STUDIES if not x.startswith("writing")])
 def test_each_study_writes_json_and_a_figure(study, tmp_path, monkeypatch):
     monkeypatch.setattr(rewards_study, "SIZES", (4,))
     monkeypatch.setattr(certain, "LABELLING", {"cue": certain.LABELLING["cue"]})
     monkeypatch.setattr(certain, "EPOCHS", (2,))
-    monkeypatch.setattr(certain, "EPS", (0.0, 0.2))
-    monkeypatch.setattr(certain, "AGAIN", (("cue",), (2,), (0.0, 0.2)))
     monkeypatch.setattr(beside, "PAIRS", {"context": beside.context})
     monkeypatch.setattr(few, "COUNTS", (0, 50))
-    monkeypatch.setattr(few, "SEARCH", [("GRAM", few.SLOW, {50: 2})])
     lab = FakeLab(tmp_path, truth)
     seeds.run_study(study, lab, [1, 2], tmp_path / "results")
     record = json.loads((tmp_path / "results" / f"{study}.json").read_text())
@@ -400,11 +358,11 @@ def test_an_error_in_a_process_is_the_users_one_line(tmp_path, capfd):
 
 
 def test_what_another_process_makes_is_waited_for(tmp_path, monkeypatch):
-    lab, trained = lab_module.Lab(tmp_path, "village", "village"), []
+    lab, trained = village_lab(tmp_path), []
     monkeypatch.setattr(train_reward, "main", lambda argv: trained.append(argv))
     with ThreadPoolExecutor(1) as pool:
         with lab.alone(tmp_path / "seed1" / "GRAM"):
-            waits = pool.submit(lab.train, train_reward, "GRAM", 1)
+            waits = pool.submit(lab.train, train_reward, "GRAM", 1, "data.jsonl")
             with pytest.raises(FutureTimeout):
                 waits.result(timeout=0.5)
             assert not trained
@@ -412,29 +370,15 @@ def test_what_another_process_makes_is_waited_for(tmp_path, monkeypatch):
 
 
 def test_a_folder_of_other_models_is_not_used(tmp_path):
-    lab = lab_module.Lab(tmp_path / "runs", "village", "village")
+    lab = village_lab(tmp_path / "runs")
     assert not (tmp_path / "runs").exists()  # as long as nothing is made
     lab.file("some", [])
-    lab_module.Lab(tmp_path / "runs", "village", "village")
+    village_lab(tmp_path / "runs")
     with pytest.raises(UserError, match="made with other training; give another folder"):
-        lab_module.Lab(tmp_path / "runs", "village", "village", ["--steps", "3"])
+        village_lab(tmp_path / "runs", ["--steps", "3"])
     (tmp_path / "runs" / "about.json").write_text("{")
     with pytest.raises(UserError, match="about.json, which cannot be read"):
-        lab_module.Lab(tmp_path / "runs", "village", "village")
-
-
-def test_data_that_changed_are_other_data(tmp_path):
-    data = tmp_path / "d.jsonl"
-    rows = [{"prompt": f"{i}?", "chosen": "good", "rejected": "bad"} for i in range(20)]
-    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    lab_module.Lab(tmp_path / "runs", "village", str(data)).file("some", [])
-    lab_module.Lab(tmp_path / "runs", "village", str(data))
-    data.write_text("".join(json.dumps(row) + "\n" for row in rows[:10]))
-    with pytest.raises(UserError, match="other data"):
-        lab_module.Lab(tmp_path / "runs", "village", str(data))
-    data.write_text(json.dumps(rows[0]) + "\n")
-    with pytest.raises(UserError, match="all pairs have the same prompt"):
-        lab_module.Lab(tmp_path / "one", "village", str(data))
+        village_lab(tmp_path / "runs")
 
 
 def test_one_seed_does_not_replace_the_figures_of_five(tmp_path, monkeypatch):
@@ -459,7 +403,7 @@ def test_one_seed_does_not_replace_the_figures_of_five(tmp_path, monkeypatch):
         (["--jobs", "0"], "--jobs"),
         (["--runs", "README.md"], "README.md: .*cannot be written to"),
         (["--results", "README.md/results"], "README.md cannot be written to"),
-        (["--data", "nowhere.jsonl"], "nowhere.jsonl"),
+        (["--data", "some.jsonl"], "give them to python -m gram_mini.studies.real as --labels"),
     ],
 )
 def test_mistakes_are_told_before_anything_is_made(given, message, tmp_path, monkeypatch, capsys):
@@ -473,7 +417,7 @@ def test_mistakes_are_told_before_anything_is_made(given, message, tmp_path, mon
 
 def test_models_are_trained_once_and_judged_as_trained(tmp_path, monkeypatch):
     training = "--steps 1 --lora-rank 2 --batch-size 4".split()
-    lab = lab_module.Lab(tmp_path, "village", "village", training, {"bits": 32})
+    lab = village_lab(tmp_path, training, {"bits": 32})
     monkeypatch.setattr(
         lab_module, "village_pairs", lambda split, seed=0: village_pairs(split, 20, seed)
     )
@@ -481,33 +425,21 @@ def test_models_are_trained_once_and_judged_as_trained(tmp_path, monkeypatch):
     run = lab.method("GRAM", 1)
     record = json.loads((run / "run.json").read_text())
     assert record["init"]["folder"] == str(tmp_path / "seed1" / "stage1")
-    assert lab.evaluate(run)["margin"] != lab.evaluate("village")["margin"]
+    assert lab.row(run)["margin"] != lab.row("village")["margin"]
     monkeypatch.setattr(train_pretrain, "main", lambda argv: pytest.fail("stage 1 is there"))
     assert lab.method("GRAM", 1) == run
 
 
-def test_other_data_and_what_it_cannot_show(tmp_path):
-    rows = [{"prompt": f"{i}?", "chosen": "good", "rejected": "bad"} for i in range(20)]
-    (tmp_path / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    with pytest.raises(UserError, match="bon: needs the true rewards"):
-        studies.main(["bon", "--data", str(tmp_path / "d.jsonl"), "--runs", str(tmp_path / "runs")])
-    assert not (tmp_path / "runs").exists()
-    lab = lab_module.Lab(tmp_path, "village", str(tmp_path / "d.jsonl"))
-    test = lab.pairs(lab.target, 1)
-    assert (len(lab.pairs("labelled", 1)), len(test)) == (16, 4)
-    assert not {p.prompt for p in lab.pairs("labelled", 1)} & {p.prompt for p in test}
-
-
 def test_pairs_survive_the_file_that_training_reads(tmp_path):
-    lab = lab_module.Lab(tmp_path, "village", "village", [])
+    lab = village_lab(tmp_path)
     pairs = [Pair("x", "a", "b", 1), Pair("y", "c", "d", 0)]
-    assert lab_module.load_pairs(lab.file("some", pairs), labelled=True).pairs == pairs
+    assert load_pairs(lab.file("some", pairs), labelled=True).pairs == pairs
 
 
 def test_a_lab_knows_its_backbone(tmp_path, monkeypatch):
-    lab = lab_module.Lab(tmp_path, "village", "village", [])
+    lab = village_lab(tmp_path)
     lab.file("some", [Pair("x", "a", "b", 1)])
-    lab_module.Lab(tmp_path, "village", "village", [])
+    village_lab(tmp_path)
     monkeypatch.setattr(lab_module, "fingerprint", lambda name: "of another")
     with pytest.raises(UserError, match="made with other backbone"):
-        lab_module.Lab(tmp_path, "village", "village", [])
+        village_lab(tmp_path)

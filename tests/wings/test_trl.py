@@ -4,9 +4,10 @@ import copy
 import math
 
 from gram_mini.reading.formats import parse_pairs
-from gram_mini.runs.models import VILLAGE, load_model
+from gram_mini.runs.models import load_model
 from gram_mini.runs.ranking import rank
 from gram_mini.serving.trl import as_trl_reward
+from gram_mini.village import VILLAGE
 
 import pytest
 import torch

@@ -186,26 +186,12 @@ def test_labels_to_adapt_to_hold_no_pair_of_the_test():
     assert {prompt for prompt, _ in new} == {prompt for prompt, _ in test}
 
 
-# ---- former names ---------------------------------------------------------------------
-
-
-def test_runs_and_commands_of_before_the_village_had_one_name_still_work(tmp_path, capsys):
-    train_reward.main(
-        ["--limit", "40", "--steps", "1", "--lora-rank", "2", "--out", str(tmp_path / "run")]
-    )
-    before = load_judge(tmp_path / "run").compare("x", "y", "z")
-    record = json.loads((tmp_path / "run" / "run.json").read_text())
+def test_runs_of_before_the_village_had_one_name_still_load(tmp_path):
+    run = tmp_path / "run"
+    train_reward.main(["--limit", "40", "--steps", "1", "--lora-rank", "2", "--out", str(run)])
+    before = load_judge(run).compare("x", "y", "z")
+    record = json.loads((run / "run.json").read_text())
     record["backbone"]["name"] = record["options"]["model"] = "embedded"
     record["options"]["data"] = "world"
-    (tmp_path / "run" / "run.json").write_text(json.dumps(record))
-    assert load_judge(tmp_path / "run").compare("x", "y", "z") == before
-    capsys.readouterr()
-    train_reward.main(
-        [
-            *["--model", "embedded", "--data", "world", "--init", str(tmp_path / "run")],
-            *["--limit", "40", "--steps", "1", "--out", str(tmp_path / "next")],
-        ]
-    )
-    assert capsys.readouterr().err.count("is called village now") == 2
-    options = json.loads((tmp_path / "next" / "run.json").read_text())["options"]
-    assert options["model"] == options["data"] == "village"
+    (run / "run.json").write_text(json.dumps(record))
+    assert load_judge(run).compare("x", "y", "z") == before

@@ -7,6 +7,7 @@ import sys
 
 from gram_mini.errors import UserError
 from gram_mini.serving.trl import as_trl_reward
+from gram_mini.studies import __main__ as studies
 from gram_mini.studies import writing
 from gram_mini.village import question
 from gram_mini.village.pairs import topics, village_pairs
@@ -120,9 +121,10 @@ def test_studies_write_tables_pictures_and_answers_and_go_on(start, tmp_path, mo
     place.symlink_to(start)
     folders = ["--runs", str(tmp_path / "runs"), "--results", str(tmp_path / "results")]
     for kind in ("rl", "bon"):
-        arguments = [kind, "--judges", "true reward", "--seeds", "3", *folders]
-        writing.main(arguments)
-        result = tmp_path / "results" / f"writing-{kind}-true-reward"
+        monkeypatch.setitem(writing.JUDGES_OF, kind, ("true reward",))
+        arguments = [f"writing-{kind}", "--seeds", "3", *folders]
+        studies.main(arguments)
+        result = tmp_path / "results" / f"writing-{kind}"
         record = json.loads(result.with_suffix(".json").read_text())
         answers = json.loads(result.with_name(f"{result.name}-answers.json").read_text())
         assert result.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
@@ -133,7 +135,7 @@ def test_studies_write_tables_pictures_and_answers_and_go_on(start, tmp_path, mo
             assert row["true reward"] == true_reward(prompt, row["answer"])
         with monkeypatch.context() as patch:
             patch.setattr(writing, "start_of", lambda lab, seed: pytest.fail("it was done"))
-            writing.main(arguments)
+            studies.main(arguments)
         if kind == "rl":
             assert [row["step"] for row in record["rows"]] == [0, 1, 2]
         else:
@@ -177,4 +179,4 @@ def test_summary_has_the_peak_and_counts_answers_to_other_questions():
 def test_without_trl_one_line_says_so(monkeypatch):
     monkeypatch.setitem(sys.modules, "trl", None)
     with pytest.raises(UserError, match="pip install trl"):
-        writing.main(["rl"])
+        next(writing.rl(None, 1))

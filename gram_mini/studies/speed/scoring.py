@@ -19,10 +19,11 @@ from gram_mini.batches import EncodedPair, join
 from gram_mini.errors import UserError
 from gram_mini.judge import Judge
 from gram_mini.model import half_precision
-from gram_mini.runs.models import VILLAGE, load_tokenizer
+from gram_mini.runs.models import load_tokenizer
 from gram_mini.runs.sharing import SharingJudge
 from gram_mini.studies.speed import common
 from gram_mini.studies.speed.common import LABELS, PIECES, SHAPES
+from gram_mini.village import VILLAGE
 
 import torch
 

@@ -20,16 +20,11 @@ from gram_mini.batches import IGNORED, EncodedPair, batch_order, join, pad, pair
 from gram_mini.errors import UserError
 from gram_mini.model import half_precision
 from gram_mini.runs.heads import response_segments
-from gram_mini.runs.models import (
-    VILLAGE,
-    checkpoint_gradients,
-    compute_dtype,
-    load_tokenizer,
-    quantization,
-)
+from gram_mini.runs.models import checkpoint_gradients, compute_dtype, load_tokenizer, quantization
 from gram_mini.studies.speed import common
 from gram_mini.studies.speed.common import LABELS, PIECES, SHAPES, STAGES, take_step
 from gram_mini.training import optimizer_and_schedule
+from gram_mini.village import VILLAGE
 
 import torch
 from peft import LoraConfig

@@ -1,7 +1,4 @@
-"""How well do judges do on test.jsonl? A line for each.
-
-python -m gram_mini.everyday.table MODEL [MODEL ...]
-"""
+"""The table of make real: judges on the everyday questions of test.jsonl, a row for each."""
 
 from __future__ import annotations
 
@@ -17,8 +14,13 @@ from gram_mini.runs import options
 from gram_mini.runs.ending import clear_errors
 from gram_mini.runs.load import load_judge
 from gram_mini.runs.report import say_doubts
+from gram_mini.runs.table import aligned
+from gram_mini.studies.figures import on_part
 from gram_mini.studies.metrics import pick_the_longer, with_interval
-from gram_mini.village.table import aligned, method_of, models_parser, records_of
+from gram_mini.studies.village_table import method_of, records_of
+
+EXAMPLES = """\
+  python -m gram_mini.studies.everyday_table --bits 16 MODEL runs/real/reward"""
 
 CAPTION = """\
 Accuracy, ± 95% interval over the questions. Labelled topics: new questions of topics with labels.
@@ -44,19 +46,18 @@ def everyday_table(models: list[str], **settings) -> str:
         Pair(row["prompt"], row["response_a"], row["response_b"], "AB".index(row["label"]))
         for row in rows
     ]
+    parts = {  # column: places of its pairs
+        "labelled topics": [i for i, row in enumerate(rows) if row["labelled_topic"]],
+        "unlabelled topics": [i for i, row in enumerate(rows) if not row["labelled_topic"]],
+    }
+    for quality in QUALITIES:
+        parts[quality] = [i for i, row in enumerate(rows) if row["differs"][0] == quality]
 
-    def line(name: str, results: list[Comparison], seconds: str, run: str) -> tuple[str, ...]:
-        def accuracy(key, value) -> str:
-            part = [i for i, row in enumerate(rows) if key(row) == value]
-            return with_interval([summarise([pairs[i] for i in part], [results[i] for i in part])])
+    def line(name: str, results: list[Comparison], *more: str) -> list[str]:
+        accuracies = [with_interval([on_part(pairs, results, part)]) for part in parts.values()]
+        return [name, *accuracies, f"{summarise(pairs, results).position_gap:.3f}", *more]
 
-        topics = [accuracy(lambda row: row["labelled_topic"], labels) for labels in (True, False)]
-        decided = [accuracy(lambda row: row["differs"][0], quality) for quality in QUALITIES]
-        gap = f"{summarise(pairs, results).position_gap:.3f}"
-        return name, *topics, *decided, gap, seconds, run
-
-    columns = ("labelled topics", "unlabelled topics", *QUALITIES)
-    lines: list[tuple[str, ...]] = [("", *columns, "position gap", "seconds", "run")]
+    lines = [["", *parts, "position gap", "seconds", "run"]]
     lines.append(line("pick the longer", list(map(pick_the_longer, pairs)), "", ""))
     for model, record in zip(models, records):
         judge, start = load_judge(model, **settings), time.perf_counter()
@@ -67,20 +68,22 @@ def everyday_table(models: list[str], **settings) -> str:
     return aligned(lines)
 
 
-def main() -> None:
-    parser = models_parser(
-        "python -m gram_mini.everyday.table",
-        __doc__,
-        "run folders, or any model as a zero-shot judge: a folder, a GGUF file, a hub name, "
+def main(argv=None) -> None:
+    parser = options.parser(__doc__, EXAMPLES)
+    parser.add_argument(
+        "models",
+        nargs="+",
+        metavar="MODEL",
+        help="run folders, or any model as a zero-shot judge: a folder, a GGUF file, a hub name, "
         "'village'",
     )
-    options.add_model_options(parser, bits_default=None, max_length_default=None)
-    args = parser.parse_args()
-    with clear_errors():
-        sizes = {"bits": args.bits, "max_length": args.max_length, "device": args.device}
-        print(everyday_table(args.models, **sizes))
-        print(CAPTION)
+    options.add_model_options(parser)
+    args = parser.parse_args(argv)
+    sizes = {"bits": args.bits, "max_length": args.max_length, "device": args.device}
+    print(everyday_table(args.models, **sizes))
+    print(CAPTION)
 
 
 if __name__ == "__main__":
-    main()
+    with clear_errors():
+        main()

@@ -1,16 +1,12 @@
-"""The table of the demo: judges on the two test sets of the village.
+"""The table of the demo: judges on the two test sets of the village, a row for each.
 
-    python -m gram_mini.village.table village runs/reward [RUN ...]
-
-This prints one row per model. Runs of the same method with different seeds share a row, with their
-mean and a 95% interval over the seeds.
+Runs of the same method with different seeds share a row, with their mean and a 95% interval over
+the seeds.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
-import math
 import statistics
 from collections import defaultdict
 from pathlib import Path
@@ -21,14 +17,21 @@ from gram_mini.runs.ending import clear_errors
 from gram_mini.runs.load import find_record, load_judge
 from gram_mini.runs.models import local_model
 from gram_mini.runs.report import say_doubts
+from gram_mini.runs.table import aligned
 from gram_mini.serving.served import served_judge
+from gram_mini.studies.figures import on_part
 from gram_mini.studies.metrics import with_interval
 from gram_mini.village.pairs import village_pairs
+from gram_mini.village.writer import TrueJudge
+
+EXAMPLES = """\
+  python -m gram_mini.studies.village_table village runs/pretrain runs/reward"""
 
 CAPTION = """\
 Accuracy against the truly better response, ± 95% interval (over the seeds if there are several,
 else over the prompts, 20 in distribution and 80 out of distribution). In distribution: topics with
-labels. Out of distribution: topics without. Fact pairs: one response right, the other wrong.
+labels. Out of distribution: topics without. Fact pairs: one response right, the other wrong, and
+alike or not in all else.
 Cross-entropy: to the true probabilities, in nats. Position gap: mean |P(a better, a shown first) -
 P(a better, a shown second)|. The last three are out of distribution."""
 
@@ -78,6 +81,7 @@ def village_table(
     records = records_of(models)
     in_distribution = village_pairs("in-distribution")
     out_of_distribution = village_pairs("out-of-distribution")
+    facts = [i for i, pair in enumerate(out_of_distribution) if "fact" in pair.differs]
     folders: dict[tuple[str, str, int], str] = {}
     rows: dict[tuple[str, str, int], dict[int, list[Evaluation]]] = defaultdict(dict)
     for model, record in zip(models, records):
@@ -88,21 +92,15 @@ def village_table(
         results = judge.compare_many(out_of_distribution, progress=model)
         others = judge.compare_many(in_distribution, progress=model)
         say_doubts(model, judge, [*results, *others])
-        facts = [
-            (pair, result)
-            for pair, result in zip(out_of_distribution, results)
-            if "fact" in pair.differs
-        ]
         method, seed = (*method_of(record), 0), record["options"]["seed"] if record else 0
         while seed in rows[method]:  # the same options from another stage 1: a row of its own
             method = (*method[:2], method[2] + 1)
         folders[method] = Path(model).name
-        evaluations = (
+        rows[method][seed] = [
             summarise(in_distribution, others),
             summarise(out_of_distribution, results),
-        )
-        on_facts = summarise([pair for pair, _ in facts], [result for _, result in facts])
-        rows[method][seed] = [*evaluations, on_facts]
+            on_part(out_of_distribution, results, facts),
+        ]
 
     columns = ("in distribution", "out of distribution", "fact pairs", "cross-entropy")
     lines: list[tuple[str, ...]] = [("", *columns, "position gap", "run")]
@@ -115,9 +113,9 @@ def village_table(
         entropy = statistics.mean(entropies)
         gap = statistics.mean(run[1].position_gap for run in runs)
         lines.append((name, *accuracies, f"{entropy:.3f}", f"{gap:.3f}", folders[method]))
-    probabilities = [p for pair in out_of_distribution if (p := pair.probability) is not None]
-    ideal = statistics.mean(map(_entropy, probabilities))
-    lines.append(("the true rewards", "1.000", "1.000", "1.000", f"{ideal:.3f}", "0.000", ""))
+    truth = summarise(out_of_distribution, TrueJudge().compare_many(out_of_distribution))
+    ideal = f"{truth.cross_entropy:.3f}"
+    lines.append(("the true rewards", "1.000", "1.000", "1.000", ideal, "0.000", ""))
     return aligned(lines)
 
 
@@ -136,54 +134,25 @@ def records_of(models: list[str]) -> list[dict | None]:
     return records
 
 
-def aligned(lines: list[tuple[str, ...]]) -> str:
-    """A table of lines of cells: the first column to the left, the others to the right."""
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    return "\n".join(
-        "  ".join(
-            [
-                line[0].ljust(widths[0]),
-                *(cell.rjust(width) for cell, width in zip(line[1:], widths[1:])),
-            ]
-        )
-        for line in lines
+def main(argv=None) -> None:
+    parser = options.parser(__doc__, EXAMPLES)
+    parser.add_argument(
+        "models",
+        nargs="+",
+        metavar="MODEL",
+        help="run folders, or 'village' for the plain backbone",
     )
-
-
-def _entropy(p: float) -> float:
-    """Entropy of a Bernoulli variable in nats."""
-    return -p * math.log(p) - (1 - p) * math.log(1 - p)
-
-
-def models_parser(program: str, description: str | None, models: str) -> argparse.ArgumentParser:
-    """The parser of a table of judges; ``models`` is the help of its arguments."""
-    parser = argparse.ArgumentParser(
-        prog=program,
-        description=description,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument("models", nargs="+", type=options.model_name, metavar="MODEL", help=models)
-    return parser
-
-
-def main() -> None:
-    parser = models_parser(
-        "python -m gram_mini.village.table",
-        __doc__,
-        "run folders, or 'village' for the plain backbone",
-    )
-    parser.add_argument("--device", default="auto", help="cpu, cuda, ... (default: auto)")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, ...")
     options.add_server(parser)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.server and len(args.models) > 1:
         parser.error("--server goes with one model")
     if args.server and args.device != "auto":
         parser.error("--device does not go with --server, which has its own")
-    with clear_errors():
-        print(village_table(args.models, args.device, args.server, args.served_name))
-        print(CAPTION)
+    print(village_table(args.models, args.device, args.server, args.served_name))
+    print(CAPTION)
 
 
 if __name__ == "__main__":
-    main()
+    with clear_errors():
+        main()

@@ -1,0 +1,109 @@
+"""LLMBar: princeton-nlp/LLMBar, LLMEvaluator/evaluate.py and README.md (arXiv 2310.07641).
+
+Each order is a verdict, P > 1/2 strictly. A set's figure is its average accuracy (Acc.,
+correct_average): the mean of the accuracies in the two orders, so that a judge that always says A
+gets exactly 1/2. Its agreement (Agr., equal) is the share in which both orders name the same
+winner; two orders that name none agree too. Adversarial is the plain mean of its four sets, the
+total the plain mean of all five. The committed results of GPT-4 with metrics and reference give
+the paper's 82.8 for Adversarial this way; pooled over the pairs they give 84.5.
+"""
+
+import re
+from pathlib import Path
+
+from gram_mini.errors import UserError
+from gram_mini.judge import preferred
+from gram_mini.pairs import Pair
+from gram_mini.reading.messages import read_text
+from gram_mini.reading.usable import unusable
+from gram_mini.studies.benchmarks import base
+
+ADVERSARIAL = ("Neighbor", "GPTInst", "GPTOut", "Manual")  # 134, 92, 47, 46 rows
+SETS = ("Natural", *ADVERSARIAL)  # Natural has 100
+COLUMNS = ("input", "output_1", "output_2", "label")
+
+
+class LLMBar(base.Benchmark):
+    sections = SETS
+
+    def files(self, source, notes):
+        """The official files below a folder, SET/dataset.json, in the paper's order.
+
+        A source without any is returned as it is. The notes say which other dataset.json there are.
+
+        Raises:
+            UserError: two files of one set.
+        """
+        folder = Path(source)
+        there = sorted(folder.rglob("dataset.json")) if folder.is_dir() else []
+        found = []
+        for name in SETS:
+            of_set = [file for file in there if file.resolve().parent.name == name]
+            if len(of_set) > 1:
+                raise UserError(
+                    f"{source}: holds two files of the set {name}, {of_set[0]} and {of_set[1]}; "
+                    "give the folder of one"
+                )
+            found += of_set
+        others = [str(file.relative_to(folder)) for file in there if file not in found]
+        if found and others:
+            notes.source.append(f"{len(others)} files of other sets not read: {', '.join(others)}")
+        return [str(file) for file in found] or [source]
+
+    def read(self, where, row, notes):
+        """An official row with COLUMNS, its label 1 or 2, or one of a format of reading/formats.py:
+        prompt, response_a, response_b, label A or B.
+        """
+        if "prompt" in row:
+            pair = base.one_pair(row, where, notes)
+        else:
+            for column in COLUMNS:
+                if column not in row:
+                    raise UserError(
+                        f"{where}: column {column!r} is missing; a row of LLMBar has 'input', "
+                        "'output_1', 'output_2' and 'label', or 'prompt', 'response_a', "
+                        "'response_b' and 'label'"
+                    )
+            label = str(row["label"])  # text in a .csv file
+            if label not in ("1", "2"):
+                raise UserError(f"{where}: column 'label' must be 1 or 2, found {row['label']!r}")
+            prompt, a, b = (read_text(row[name], where, name) for name in COLUMNS[:3])
+            pair = Pair(prompt, a, b, label=int(label) - 1)
+        if reason := unusable(pair):
+            raise UserError(
+                f"{where}: a pair {reason}, so neither can be better; take this row out"
+            )
+        name = set_of(where)
+        return base.row_of(pair, name, name)
+
+    def credit(self, row, results):
+        """Share of the orders that are right, and whether both name the same winner, or none."""
+        first, second = preferred(results[0, 1].a_first), preferred(results[0, 1].a_second)
+        return ((first > 0) + (second > 0)) / 2, first == second
+
+    def figures(self, units):
+        figures = base.Figures()
+        for k, what in enumerate(("", " agreement")):
+            means: base.Figures = dict.fromkeys(SETS)  # None for those without rows
+            for name, credits in base.credits(units, "section").items():
+                means[name] = base.mean([credit[k] for credit in credits])
+            figures |= {f"{name}{what}": value for name, value in means.items()}
+            adversarial = (means[name] for name in ADVERSARIAL)
+            figures[f"Adversarial{what}"] = base.complete_mean(adversarial)
+            figures[f"total{what}"] = base.complete_mean(means[name] for name in SETS)
+        return figures
+
+
+def set_of(where: str) -> str:
+    """The set that a file is of: its name has the set's as a word, or its folder is called so.
+
+    Any other file is a set of its own, under its name.
+    """
+    path = Path(where.rsplit(", ", 1)[0]).resolve()
+    words = re.split("[^a-z]+", path.name.lower())
+    named = [name for name in SETS if name.lower() in words] or [
+        name for name in SETS if name.lower() == path.parent.name.lower()
+    ]
+    if len(named) == 1:
+        return named[0]
+    return f"{path.parent.name}/{path.name}" if path.name == "dataset.json" else path.name
