@@ -1,4 +1,4 @@
-"""What keeps the lesson apart and short: imports, length of README, and real commands only."""
+"""What keeps lesson and pages short: imports, lengths, and real commands and links only."""
 
 import ast
 import contextlib
@@ -19,7 +19,9 @@ PACKAGE = ROOT / "gram_mini"
 LESSON = sorted(path for path in PACKAGE.glob("*.py"))
 WINGS = sorted(path.name for path in PACKAGE.iterdir() if (path / "__init__.py").is_file())
 SCRIPTS = ("train_pretrain.py", "train_reward.py", "score.py")
-READMES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *PACKAGE.glob("**/README.md")])
+PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *PACKAGE.glob("**/*.md")])
+# A command writes those in results as a whole, so their length is not ours.
+OF_WINGS = [path for path in PAGES if PACKAGE in path.parents and path.parent.name != "results"]
 
 
 def module_of(path: Path) -> str:
@@ -59,6 +61,8 @@ def test_no_file_of_the_lesson_imports_a_wing():
 
 def test_the_lesson_is_a_dozen_files():
     assert len(LESSON) <= 12
+    lines = sum(len(path.read_text().splitlines()) for path in (*LESSON, *map(ROOT.joinpath, SCRIPTS)))
+    assert lines <= 1700
     assert WINGS == ["baselines", "everyday", "reading", "runs", "serving", "studies", "village"]
     assert all((PACKAGE / wing / "README.md").is_file() for wing in WINGS)
 
@@ -67,7 +71,7 @@ def test_both_training_scripts_have_the_same_headings_in_the_same_order():
     headings = [
         re.findall(r"^    # (\w+)", (ROOT / name).read_text(), re.MULTILINE) for name in SCRIPTS[:2]
     ]
-    assert headings[0] == headings[1] == ["Pairs", "Judge", "Token", "Loop"]
+    assert headings[0] == headings[1] == ["Pairs", "Model", "Token", "Loop"]
 
 
 def test_the_training_step_stands_in_the_scripts():
@@ -81,7 +85,21 @@ def test_the_training_step_stands_in_the_scripts():
 
 
 def test_the_readme_is_short():
-    assert len((ROOT / "README.md").read_text().splitlines()) <= 170
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 120
+
+
+@pytest.mark.parametrize("path", OF_WINGS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_page_has_at_most_250_lines(path):
+    assert len(path.read_text().splitlines()) <= 250
+
+
+def test_the_pages_of_the_wings_have_at_most_15_000_words():
+    """Words of a reader: what has a letter, without the markers that pages.py needs."""
+    words = {}
+    for path in OF_WINGS:
+        shown = re.sub(r"<!--.*?-->", "", path.read_text(), flags=re.DOTALL)
+        words[str(path.relative_to(PACKAGE))] = len(re.findall(r"\S*[^\W\d_]\S*", shown))
+    assert sum(words.values()) <= 15_000, words
 
 
 def test_the_top_level_is_what_our_user_fixed():
@@ -97,13 +115,13 @@ def test_the_top_level_is_what_our_user_fixed():
     }  # fmt: skip
 
 
-# ---- commands in READMEs -------------------------------------------------------------
+# ---- commands and links on pages -----------------------------------------------------
 
 
 def commands() -> list[tuple[str, str]]:
-    """(README, command) for every python and make command in code blocks and in inline code."""
+    """(page, command) for every python and make command in code blocks and in inline code."""
     pairs = []
-    for path in READMES:
+    for path in PAGES:
         text = path.read_text().replace("\\\n", " ")
         blocks = re.findall(r"```(?:bash|sh)\n(.*?)```", text, re.DOTALL)
         lines = [line for block in blocks for line in block.splitlines()]
@@ -134,21 +152,21 @@ def help_of(*program: str) -> str:
     return said.getvalue()
 
 
-@pytest.mark.parametrize(("readme", "command"), commands())
-def test_every_command_in_a_readme_is_real(readme, command):
-    """The program answers --help, and knows every option that the README gives it."""
+@pytest.mark.parametrize(("page", "command"), commands())
+def test_every_command_on_a_page_is_real(page, command):
+    """The program answers --help, and knows every option that the page gives it."""
     words = [
         word for word in shlex.split(command.replace("...", "")) if not re.match(r"[A-Z_]+=", word)
     ]
     words[0] = Path(words[0]).name
     if words[0] == "make":
         targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
-        assert len(words) == 1 or words[1] in targets, f"{readme}: {command}"
+        assert len(words) == 1 or words[1] in targets, f"{page}: {command}"
         return
     if words[0] == "accelerate":
         scripts = [i for i, word in enumerate(words) if word.endswith(".py")]
         if not scripts:  # inline code may name an option of accelerate alone; a block may not
-            assert f"`{command}`" in (ROOT / readme).read_text(), f"{readme}: {command}: no script"
+            assert f"`{command}`" in (ROOT / page).read_text(), f"{page}: {command}: no script"
             pytest.skip("a fragment without a script")
         words = ["python", *words[scripts[0] :]]
     program = ["-m", words[2]] if words[1:2] == ["-m"] else words[1:2]
@@ -156,19 +174,31 @@ def test_every_command_in_a_readme_is_real(readme, command):
     if not program or program[-1] in others or program[-1].startswith("vllm."):
         return
     if program[0].startswith("tests/"):
-        assert (ROOT / program[0]).is_file(), f"{readme}: {command}"
+        assert (ROOT / program[0]).is_file(), f"{page}: {command}"
         return
     if program[-1] == "gram_mini.studies.speed":  # each of its studies has its own options
         program.append(words[3])
     text = help_of(*program)
     for option in [word for word in words if word.startswith("--")]:
         assert re.search(rf"{option.split('=')[0]}\b", text), (
-            f"{readme}: {command}: no option {option}"
+            f"{page}: {command}: no option {option}"
         )
 
 
-@pytest.mark.parametrize("path", READMES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_links_in_a_readme_lead_somewhere(path):
-    for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", path.read_text()):
-        if not target.startswith(("http", "mailto")):
-            assert (path.parent / target).exists(), f"{path.name}: {target}"
+def anchors(page: Path) -> set[str]:
+    """What the headings of a page are called in links, as GitHub calls them."""
+    text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+    headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    words = (re.sub(r"\]\([^)]*\)", "", heading) for heading in headings)
+    return {re.sub(r"[^\w\- ]", "", word.lower()).replace(" ", "-") for word in words}
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_on_a_page_lead_somewhere(path):
+    for target, anchor in re.findall(r"\]\(([^)#\s]*)#?([^)\s]*)\)", path.read_text()):
+        if target.startswith(("http", "mailto")):
+            continue
+        page = path.parent / target if target else path
+        assert page.exists(), f"{path.name}: {target}"
+        if anchor and page.suffix == ".md":
+            assert anchor in anchors(page), f"{path.name}: {target}#{anchor}"
