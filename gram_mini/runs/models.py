@@ -1,6 +1,6 @@
 """Loading: where a model comes from, the type that it computes in, its tokenizer and its adapter.
 
-Whatever is loaded is tried on a few tokens before it is used (checks.py).
+Each model is tried on a few tokens before it is used (checks.py).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from transformers.utils import logging as transformers_logging
 
 transformers_logging.disable_progress_bar()
 
-VILLAGE = "village"  # what --model calls the backbone that the repository embeds
+VILLAGE = "village"  # the name in --model of the backbone that the repository holds
 VILLAGE_FOLDER = Path(__file__).parents[1] / "village" / "backbone"
 
 
@@ -78,11 +78,11 @@ def fast_bfloat16() -> bool:
 
 
 def compute_dtype(bits: int, device: torch.device, name: str = "") -> torch.dtype:
-    """Type of activations and unquantised weights: bf16 where the device is fast at it.
+    """Type of activations and unquantised weights: bf16 if the device is fast at it.
 
-    On a GPU without bf16 ``bits=16`` is float16. NF4 computes in float32 there, which is slower,
-    but never overflows. On a CPU without it everything is float32. So is the village's model in
-    NF4 on any CPU: it is too small to gain from bf16, and its figures are compared across machines.
+    On a GPU without bf16 ``bits=16`` is float16, and NF4 computes in float32, which is slower but
+    never overflows. On a CPU without it everything is float32. So is the village's model in NF4 on
+    any CPU, because it is too small to gain from bf16 and its figures are compared across machines.
     """
     if bits == 32:
         return torch.float32
@@ -98,7 +98,7 @@ def compute_dtype(bits: int, device: torch.device, name: str = "") -> torch.dtyp
 
 
 def load_tokenizer(name: str):
-    """The tokenizer of a model or a run folder, with a padding token where it has one to give.
+    """The tokenizer of a model or a run folder. Without a padding token it takes its EOS token.
 
     Raises:
         UserError: if there is none under this name.

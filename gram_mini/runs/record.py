@@ -95,7 +95,7 @@ def make_record(
     }
 
 
-# What a tokenizer does to it tells two tokenizers apart, beside their vocabularies and templates.
+# Its tokens tell two tokenizers apart that have the same vocabulary and template.
 PROBE = "The Quick, brown fox: 12,345.67 (a+b)?\n\n\tnaïve 你好 😀 <|im_end|> [User Question] A B"
 
 
