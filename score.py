@@ -104,9 +104,7 @@ def score_responses(judge, args):
 
 
 def score_rows(judge, args):
-    """The rows of a file, chunk by chunk. The pairs of a chunk are compared in one call, so that
-    they share beginnings.
-    """
+    """The rows of a file, chunk by chunk. In one call the pairs of a chunk share beginnings."""
     with Scores(args, judge) as scores:
         for chunk in scores.chunks():
             pairs = [pair for question in chunk for pair in question.pairs]

@@ -128,9 +128,7 @@ def spares_enough(levels: list[Level], whole: Level) -> bool:
 
 
 def end_states(model, sequences: list[Segments]) -> torch.Tensor:
-    """The last hidden states (B, H) of B sequences; shared beginnings are computed once if that
-    pays.
-    """
+    """The last hidden states (B, H) of B sequences; shared beginnings once if that pays."""
     whole = Level([sum(s, ()) for s in sequences], [0] * len(sequences))
     levels, places = tree(sequences)
     nothing_left = any(not s[-1] for s in sequences)  # no token of its own to read a state from

@@ -18,7 +18,7 @@ PACKAGE = ROOT / "gram_mini"
 LESSON = sorted(path for path in PACKAGE.glob("*.py"))
 WINGS = sorted(path.name for path in PACKAGE.iterdir() if (path / "__init__.py").is_file())
 SCRIPTS = ("train_pretrain.py", "train_reward.py", "score.py")
-READMES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *PACKAGE.glob("**/README.md")])
+READMES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *PACKAGE.glob("**/*.md")])
 
 
 def imports(path: Path) -> list[tuple[str, list[str]]]:
