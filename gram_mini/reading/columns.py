@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from gram_mini.errors import UserError
-from gram_mini.reading.formats import prompt_columns, prompt_of_one
+from gram_mini.reading.formats import prompt_columns, prompt_of_one, twins
 from gram_mini.reading.messages import literal
 from gram_mini.reading.sources import Notes, Row
 
@@ -166,6 +166,13 @@ class Columns:
         read |= {name}
         if value is MISSING:
             raise _missing(row, "label", source, where)
+        of_one = re.search("win|better|prefer|chosen|best", source)
+        for pair in twins(row) if of_one else []:
+            if source in pair:
+                raise UserError(
+                    f"{where}: the verdict stands in {pair[0]!r} and {pair[1]!r}, and one alone "
+                    f"does not tell a tie; give score_a={pair[0]},score_b={pair[1]} and no label"
+                )
         if self.labels is None:
             if value in (*VERDICTS.values(), "A>B", "B>A", "A=B"):
                 return value

@@ -56,6 +56,7 @@ from gram_mini.reading.messages import (
     SPEAKERS,
     Messages,
     hh_turns,
+    is_list_of_texts,
     is_nothing,
     literal,
     messages_in,
@@ -175,6 +176,7 @@ def parse_pairs(
         assert isinstance(each, dict)  # a row that cannot be read is a group of its own
         _refuse_not_text(each, form.columns, place)
         text = _unquoted(each, form, place)
+        _refuse_lists(text, form, place)
         changed["with messages written as text, read as messages"] += text is not each
         own, values = form.read(text, place, scores_needed if form.several else labelled)
         if number == 0:
@@ -276,23 +278,51 @@ def _verdict_in_chosen(row: dict, where: str) -> dict:
     )
 
 
+# Endings by which two columns are told apart, and how columns of responses, of scores and of
+# others are named.
+ENDINGS = (("a", "b"), ("A", "B"), ("1", "2"), ("0", "1"))
 _RESPONSE = "response|answer|output|completion|reply|generation|candidate|option|text|summary"
+_SCORE = "win|score|rating"
+_OTHER = f"{_SCORE}|model|rank|label|annot|prompt|question|instruction|id_|date|time|length|count"
+
+
+def twins(row: dict) -> list[tuple[str, str]]:
+    """The pairs of columns that differ in one of ENDINGS only."""
+    return [
+        (name, name[:-1] + second)
+        for first, second in ENDINGS
+        for name in map(str, row)
+        if name.endswith(first) and name[:-1] + second in row
+    ]
 
 
 def two_responses(row: dict) -> tuple[str, str] | None:
-    """Two columns named like responses a and b, A and B, 1 and 2 or 0 and 1, if there are any."""
-    for first, second in ("ab", "AB", "12", "01"):
-        for name in row:
-            if re.fullmatch(rf"(?i:{_RESPONSE})[ _-]?{first}", str(name)):
-                if name[:-1] + second in row:
-                    return name, name[:-1] + second
-    return None
+    """Two columns that seem to hold two responses: by their names, else the longest texts."""
+    pairs = twins(row)
+    named = [pair for pair in pairs if re.fullmatch(rf"(?i:{_RESPONSE})[ _-]?.", pair[0])]
+    texts = [
+        pair
+        for pair in pairs
+        if all(isinstance(row[name], str) for name in pair) and not re.search(_OTHER, pair[0])
+    ]
+    longest = lambda pair: len(row[pair[0]]) + len(row[pair[1]])
+    return named[0] if named else max(texts, key=longest, default=None)
 
 
 def label_column(row: dict) -> str:
     """The column that seems to say which response is better, as --columns takes it."""
-    names = ("label", "winner", "preference", "preferred", "better", "choice", "verdict", "chosen")
+    names = ("label", "winner", "preference", "preferred", "better", "choice", "verdict", "chosen",
+             "labels")  # fmt: skip
     return next((name for name in names if not is_nothing(row.get(name))), "COLUMN")
+
+
+def how_to_compare(row: dict, two: tuple[str, str]) -> str:
+    """The options that read two responses, and which is better."""
+    given = f"--columns prompt={prompt_columns(row) or 'COLUMN'},a={two[0]},b={two[1]}"
+    scores = next((pair for pair in twins(row) if re.search(_SCORE, pair[0])), None)
+    if label_column(row) == "COLUMN" and scores:
+        return f"{given},score_a={scores[0]},score_b={scores[1]}"
+    return f"{given},label={label_column(row)} --labels a=...,b=...,tie=..."
 
 
 def how_to_label(row: dict | UserError) -> str:
@@ -300,11 +330,7 @@ def how_to_label(row: dict | UserError) -> str:
     two = two_responses(row) if isinstance(row, dict) else None
     if isinstance(row, UserError) or not two:
         return "give columns 'chosen' and 'rejected', or 'label' with A or B"
-    return (
-        "give 'label' with A or B, or --columns "
-        f"prompt={prompt_columns(row) or 'COLUMN'},a={two[0]},b={two[1]},label={label_column(row)} "
-        "--labels a=...,b=...,tie=..."
-    )
+    return f"give 'label' with A or B, or {how_to_compare(row, two)}"
 
 
 def prompt_columns(row: dict) -> str:
@@ -319,8 +345,7 @@ def _nearest(row: dict) -> str:
     """What would read a row of no known format."""
     prompt, two = prompt_columns(row) or "COLUMN", two_responses(row)
     if two:
-        both = f"a={two[0]},b={two[1]},label={label_column(row)}"
-        return f"give --columns prompt={prompt},{both} --labels a=...,b=...,tie=..."
+        return f"give {how_to_compare(row, two)}"
     for name in ("response", "output", "completion", "answer", "generation"):
         if name in row:
             score = next((f",score={score}" for score in ("score", "rating") if score in row), "")
@@ -441,6 +466,24 @@ def _unquoted(row: dict, form: Format, where: str) -> dict:
         quoted = {name: value for name, value in quoted.items() if name not in form.responses}
     quoted = {name: value for name, value in quoted.items() if value}
     return {**row, **quoted} if quoted else row
+
+
+def _refuse_lists(row: dict, form: Format, where: str) -> None:
+    """Refuse lists of texts that are written as text, as a CSV holds them: they would be read as
+    answers, brackets and all. One response alone may be such a list and mean it.
+    """
+    lists = {
+        name
+        for name in (*form.prompts, *form.responses)
+        if isinstance(row.get(name), str) and is_list_of_texts(row[name])
+    }
+    if len(lists) > 1 and lists.issuperset(form.responses):
+        name = form.responses[0]
+        raise UserError(
+            f"{where}: column {name!r} holds a list of texts written as text; say with --columns "
+            f"which of them is meant ({'chosen' if name == 'chosen' else 'a'}=COLUMN.0 is the "
+            "first), or leave such rows out (--on-bad-row skip)"
+        )
 
 
 def _without_prompt(compared: list[Compared], asked: set[str]) -> list[Compared]:

@@ -270,6 +270,16 @@ def literal(text: str):
     return None
 
 
+def is_list_of_texts(text: str) -> bool:
+    """Whether a text spells out a list of texts, in which null may stand for one."""
+    value = literal(text) if text.lstrip().startswith("[") else None
+    return (
+        bool(value)
+        and isinstance(value, list)
+        and all(isinstance(item, str) or item is None for item in value)
+    )
+
+
 def is_nothing(value) -> bool:
     """Whether a column says nothing: null, an empty text or list, or what a CSV makes of these."""
     if isinstance(value, str):

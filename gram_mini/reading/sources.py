@@ -21,6 +21,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from gram_mini.errors import UserError
 
@@ -288,9 +289,22 @@ def _read_jsonl(path: Path) -> Iterator[Row]:
         raise _empty(path)
 
 
+class Twice(ValueError):
+    """A key stands twice in a JSON object, and Python would take the last of its values."""
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict:
+    """json's object_pairs_hook."""
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        ((key, _),) = Counter(key for key, _ in pairs).most_common(1)
+        raise Twice(f"the key {key!r} stands twice in one object")
+    return value
+
+
 def _parse_line(line: bytes, where: str) -> dict | UserError:
     try:
-        return _as_row(json.loads(line.decode("utf-8-sig")), where)
+        return _as_row(json.loads(line.decode("utf-8-sig"), object_pairs_hook=_object), where)
     except UnicodeDecodeError as error:
         return UserError(f"{where}: not UTF-8 text (byte {error.start}); save it as UTF-8")
     except json.JSONDecodeError as error:
@@ -299,6 +313,8 @@ def _parse_line(line: bytes, where: str) -> dict | UserError:
             f"{where}: invalid JSON: {error.msg} at column {error.colno}; "
             + ("name the file .json" if several_lines else "write one object a line")
         )
+    except Twice as error:
+        return UserError(f"{where}: {error}; leave one of them out")
     except (ValueError, RecursionError) as error:  # numbers too long, lists too deep
         return UserError(f"{where}: invalid JSON: {error}; take this row out")
 
@@ -310,9 +326,11 @@ def _read_json(path: Path, notes: Notes) -> Iterator[Row]:
             text = file.read().decode("utf-8-sig")
         if not text.strip():
             raise _empty(path)
-        content = json.loads(text)
+        content = json.loads(text, object_pairs_hook=_object)
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 text (byte {error.start}); save it as UTF-8") from None
+    except Twice as error:
+        raise UserError(f"{path}: {error}; leave one of them out") from None
     except (ValueError, RecursionError) as error:
         if text.lstrip().startswith("{") and "\n{" in text.strip():
             yield from _read_jsonl(path)  # one row a line, although the name says .json
@@ -368,6 +386,12 @@ def _read_csv(path: Path) -> Iterator[Row]:
                     raise UserError(
                         f"{where}: the column {twice[0]!r} stands there twice; rename one"
                     )
+                for other in (";", "\t"):
+                    if len(reader.fieldnames) == 1 and other in reader.fieldnames[0]:
+                        raise UserError(
+                            f"{where}: the columns are separated by {other!r}; save the table with "
+                            "commas between them"
+                        )
                 where = f"{path}, line {reader.line_num + 1}"
                 row = next(reader)
             except StopIteration:

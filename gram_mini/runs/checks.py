@@ -8,6 +8,7 @@ tokens when it is loaded:
     check_quantisation   how many weights are in 4 bits, and layers that cannot come back
     check_computation    our logits are the model's own; later tokens, padding and the rest of a
                          batch change nothing; shared beginnings give the same states
+    check_modes          changes between training and evaluation change nothing
     check_adapter        an adapter's file holds what the model wants, no less and no more
     check_sizes          the tokenizer fits the embedding, and --max-length the positions
 """
@@ -237,9 +238,39 @@ def check_computation(name: str, model) -> None:
     except UserError:
         raise
     except Exception as error:
-        raise UserError(f"{name}: its own code fails: {last_line(error)}") from error
+        advice = "; give --bits 16" if getattr(model, "is_loaded_in_4bit", False) else ""
+        raise UserError(f"{name}: its own code fails: {last_line(error)}{advice}") from error
     finally:
         model.train(training)
+
+
+@torch.no_grad()
+def check_modes(name: str, model) -> None:
+    """See that changes between training and evaluation leave what the model computes.
+
+    Raises:
+        UserError: if they do not (RWKV rewrites its weights), or its code fails after one.
+    """
+    size = model.get_input_embeddings().num_embeddings
+    ids = torch.arange(24, device=model.device)[None] * 7 % size  # (1, 24)
+    training, seen = model.training, []
+    try:
+        with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []):
+            for mode in (False, True, False, True, False):
+                model.train(mode)
+                states = hidden_states(model, ids)  # (1, 24, H)
+                if not mode:
+                    seen.append(states)
+        same = all(torch.equal(states, seen[0]) for states in seen)
+    except UserError:
+        same = False
+    finally:
+        model.train(training)
+    if not same:
+        raise UserError(
+            f"{name}: changes between training and evaluation change what it computes; give "
+            "--bits 16"
+        )
 
 
 def _shares(model, ids: torch.Tensor, same) -> bool:

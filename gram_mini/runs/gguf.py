@@ -1,8 +1,9 @@
 """A GGUF file as a model folder: unpacked once, into the cache, and then a model like any other.
 
-bitsandbytes cannot quantise what transformers reads from a GGUF file, and transformers cannot save
-it. So the file is dequantised, and saved as a folder with config, tokenizer and safetensors. The
-folder is named after a fingerprint of the file; it can be deleted at any time.
+A GGUF file names its config and tokenizer by keys of its own, and a key that goes unread changes
+the numbers without a word. So the tables below are closed: they hold what
+tests/wings/test_gguf.py shows to give the tokens and logits of the model's own folder, and a file
+with anything else is refused. Source: github.com/ggml-org/ggml, docs/gguf.md.
 """
 
 from __future__ import annotations
@@ -14,22 +15,61 @@ from collections import Counter
 from pathlib import Path
 
 from gram_mini.errors import UserError, last_line
-from gram_mini.runs.checks import check_weights
-from gram_mini.runs.output import check_place, hash_of_files, put_in_place
+from gram_mini.runs.output import check_place, put_in_place, sampled_hash
 
 import torch
-import transformers
 from filelock import FileLock
 from huggingface_hub.constants import HF_HOME
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from safetensors.torch import save_file
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, processors
+from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence, Split
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+FORMAT = 1  # raise it with every change to what is unpacked; older folders are then left alone
 CACHE = Path(HF_HOME) / "gram_mini"
 SUFFIX = ".gguf"
-# As what the weights are kept, by the type that most of them have in the file. Any other is a
-# quantised one: float16, whose rounding is far below that of 8 bits, takes half of float32.
-KEPT_AS = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 HEADER = 1 << 26  # bytes from the beginning that hold all but weights: config, vocabulary, template
-ELSE = "give the model that it was made from, as a folder with safetensors or a name on the hub"
+ELSE = "give the model's own folder or its name on the hub"
+# As what weights are kept. Any other type is a quantised one: float16, whose rounding is far below
+# that of 8 bits, takes half of float32.
+KEPT_AS = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+
+PROVEN = [  # general.architecture, tokenizer.ggml.model, tokenizer.ggml.pre
+    ("llama", "gpt2", "llama-bpe"),
+    ("llama", "gpt2", "smollm"),
+    ("qwen2", "gpt2", "qwen2"),
+    ("qwen3", "gpt2", "qwen2"),
+]
+KEYS = {  # keys of an architecture, each of which must be there, and their names in its config
+    "context_length": "max_position_embeddings", "embedding_length": "hidden_size",
+    "block_count": "num_hidden_layers", "feed_forward_length": "intermediate_size",
+    "attention.head_count": "num_attention_heads", "attention.head_count_kv": "num_key_value_heads",
+    "attention.layer_norm_rms_epsilon": "rms_norm_eps", "rope.freq_base": "rope_theta",
+}  # fmt: skip
+SAID_TWICE = {  # keys that may be there, and must then say what the config says anyway
+    "attention.key_length": "head_dim", "attention.value_length": "head_dim",
+    "rope.dimension_count": "head_dim", "vocab_size": "vocab_size",
+}  # fmt: skip
+LLAMA3 = {  # how Llama 3.1 stretches positions; a file holds what comes of it, which is compared
+    "rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}  # fmt: skip
+# How a text is split before the merges, by tokenizer.ggml.pre; source: each model's tokenizer.json.
+SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+BYTES = ByteLevel(add_prefix_space=False, use_regex=False)
+PRE_TOKENIZERS = {
+    "llama-bpe": Sequence([Split(Regex(SPLIT % "{1,3}"), "isolated"), BYTES]),
+    "qwen2": Sequence([Split(Regex(SPLIT % ""), "isolated"), BYTES]),
+    "smollm": Sequence([Digits(individual_digits=True), ByteLevel(add_prefix_space=False)]),
+}
+CONTROL, USER_DEFINED, UNUSED = 3, 4, 5  # types of tokens; 1 is plain text
+# Added tokens of Qwen that are not special, though a file types them CONTROL for their look.
+NOT_SPECIAL = re.compile(r"<\|(fim_(prefix|middle|suffix|pad)|repo_name|file_sep)\|>")
+
 _said: set[str] = set()  # what say_lost has said: once for each process
 
 
@@ -39,42 +79,32 @@ def is_gguf(path: Path) -> bool:
 
 
 def check_file(path: Path) -> None:
-    """See that a GGUF file can be read here, as far as its name and first bytes tell.
+    """See that a GGUF file is there, as far as its first bytes tell.
 
     Raises:
-        UserError: no such file, one part of a split file, or no GGUF.
+        UserError: no such file, or no GGUF.
     """
     if not path.is_file():
         raise UserError(f"{path}: no such file; give a GGUF file on this machine, or download it")
-    if re.search(r"-\d+-of-\d+$", path.stem) and not path.stem.endswith("-00001-of-00001"):
-        raise UserError(
-            f"{path}: is one part of a split GGUF file, which transformers cannot read; put the "
-            "parts together (llama.cpp: llama-gguf-split --merge), and give the whole"
-        )
     with open(path, "rb") as file:
         if file.read(4) != b"GGUF":
-            raise UserError(
-                f"{path}: is no GGUF file, as it does not begin with these letters; download it "
-                "again"
-            )
+            raise UserError(f"{path}: does not begin as a GGUF file does; download it again")
 
 
 def fingerprint(path: Path) -> str:
-    """What identifies a GGUF file: a hash of its header and samples of its weights."""
+    """What identifies a GGUF file: a hash of its header and of samples of its weights."""
     with open(path, "rb") as file:
-        header = file.read(HEADER)
-    return hash_of_files(header, [path])
+        return sampled_hash(file.read(HEADER), [path])
 
 
 def model_folder(path: Path) -> Path:
     """The model folder of a GGUF file; it is made where it is not in the cache yet.
 
     Raises:
-        UserError: the package gguf is missing, the file is not complete, transformers cannot read
-            it or only a part of it, or the cache cannot be written to.
+        UserError: the package gguf is missing, the file is not complete, it holds something that
+            is not in the tables above, or the cache cannot be written to.
     """
-    # Another version of transformers may read the same file in another way.
-    name = f"{path.stem[:100]}-{fingerprint(path)}-{transformers.__version__}"
+    name = f"{path.stem[:100]}-{fingerprint(path)}-format{FORMAT}"
     folder = CACHE / name
     if folder.is_dir():
         return folder
@@ -88,7 +118,8 @@ def model_folder(path: Path) -> Path:
                 _unpack(path, partial)
                 put_in_place(partial, folder)
                 size = sum(file.stat().st_size for file in folder.iterdir()) / 1e6
-                _say(f"{path}: unpacked into {folder} ({size:,.0f} MB), where it can be deleted")
+                line = f"{path}: unpacked into {folder} ({size:,.0f} MB), where it can be deleted"
+                print(line, file=sys.stderr)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
     return folder
@@ -96,99 +127,175 @@ def model_folder(path: Path) -> Path:
 
 def _unpack(path: Path, folder: Path) -> None:
     try:
-        from gguf import GGUFReader
+        import gguf  # an optional package
     except ImportError:
         raise UserError(f"{path}: a GGUF file takes one more package; pip install gguf") from None
     try:
-        reader = GGUFReader(path)
+        reader = gguf.GGUFReader(path)
+        keys = {key: field.contents() for key, field in reader.fields.items()}
     except Exception as error:  # whatever numpy makes of bytes that are not there
         raise UserError(
             f"{path}: cannot be read as GGUF ({last_line(error)}); it may not be complete: "
             "download it again"
         ) from error
-    sizes: Counter = Counter()  # weights of each type
-    for tensor in reader.tensors:
-        sizes[tensor.tensor_type.name] += int(tensor.n_elements)
-    kind = sizes.most_common(1)[0][0] if sizes else "F32"
-
-    source, options = str(path.parent), {"gguf_file": path.name}
-    _load(path, "config", AutoConfig, source, **options)
-    tokenizer = _load(path, "tokenizer", AutoTokenizer, source, **options)
-    if hasattr(transformers, "GgufConfig"):  # newer versions leave some weights packed
-        options["quantization_config"] = transformers.GgufConfig(dequantize=True)
-    model, report = _load(
-        path,
-        "model",
-        AutoModelForCausalLM,
-        source,
-        dtype=KEPT_AS.get(kind, torch.float16),
-        output_loading_info=True,
-        ignore_mismatched_sizes=True,  # they are reported, and refused just below
-        **options,
-    )
-    check_weights(str(path), model, report)
-    unread = _unread(path, reader, model)
-
-    model.hf_quantizer = None  # or save_pretrained refuses
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
-    model.config.gram_gguf = {"type": kind, "unread": unread}  # for say_lost
-    folder.mkdir()
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-
-
-def _load(path: Path, part: str, kind, source: str, **options):
     try:
-        return kind.from_pretrained(source, **options)
-    except Exception as error:  # as in models.py
+        tokenizer = _tokenizer(keys)
+        tensors = {tensor.name: tensor for tensor in reader.tensors}
+        config = _config(keys, tensors)
+        weights = _weights(gguf, config, tensors)
+    except Exception as error:  # ours, or of a library for which something is too odd
         if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
             raise
-        lines = [line for line in str(error).splitlines() if line.strip()]
-        reason = lines[0] if lines else type(error).__name__
+        raise UserError(f"{path}: {last_line(error)}; {ELSE}") from error
+    types = Counter(tensor.tensor_type.name for tensor in reader.tensors if len(tensor.shape) > 1)
+    config.gram_gguf = {  # for say_lost
+        "type": types.most_common(1)[0][0],
+        "template": bool(tokenizer.chat_template),
+    }
+    folder.mkdir()
+    config.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def _read(keys: dict, prefix: str, wanted, may_be) -> dict:
+    """The values under a prefix. Each key of ``wanted`` is there, each other one ``may_be``."""
+    values = {key[len(prefix) :]: keys[key] for key in keys if key.startswith(prefix)}
+    others = {key for key in values if not may_be(key, values[key])}
+    for key in sorted(set(wanted) ^ others):
+        what = f"({str(values[key])[:40]}) is not read" if key in values else "is missing"
+        raise UserError(f"its key {prefix}{key} {what}")
+    return values
+
+
+def _tokenizer(keys: dict) -> PreTrainedTokenizerFast:
+    """The tokenizer that the keys describe; first of all, whether the file is one of PROVEN."""
+    names = ("general.architecture", "tokenizer.ggml.model", "tokenizer.ggml.pre")
+    architecture, model, pre = (str(keys.get(name)) for name in names)
+    if (architecture, model, pre) not in PROVEN:
         raise UserError(
-            f"{path}: transformers makes no {part} of it: {reason.rstrip('.')}; {ELSE}"
-        ) from error
-
-
-def _unread(path: Path, reader, model) -> str:
-    """What the file says of stretched positions, where transformers has read nothing of it.
-
-    Raises:
-        UserError: if it has left out other weights (it says nothing of them).
-    """
-    tied = model.config.get_text_config().tie_word_embeddings
-    rotary = [tensor.name for tensor in reader.tensors if tensor.name.startswith("rope_")]
-    skipped = {*rotary, "output.weight" if tied else None}
-    given = sum(int(t.n_elements) for t in reader.tensors if t.name not in skipped)
-    taken = sum(parameter.numel() for parameter in model.parameters())
-    if given != taken:
-        raise UserError(
-            f"{path}: holds {given:,} weights, and transformers makes a model of {taken:,} of it; "
-            f"{ELSE}"
+            f"its architecture {architecture} with the tokenizer {model} (tokenizer.ggml.model) "
+            f"and {pre} (tokenizer.ggml.pre) is not one of those that are read: "
+            f"{', '.join(' '.join(proven) for proven in PROVEN)}"
         )
-    rope = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
-    keys = [key for key in reader.fields if key.endswith(".rope.scaling.factor")]
-    return ", ".join(rotary + keys) if rope.get("rope_type", "default") == "default" else ""
+    ggml = _read(
+        keys,
+        "tokenizer.ggml.",
+        ("model", "pre", "tokens", "token_type", "merges"),
+        lambda key, value: (
+            key in ("scores", "add_bos_token") or key.endswith("_token_id") or value is False
+        ),
+    )
+    tokens, types = ggml["tokens"], ggml["token_type"]
+    merges = [tuple(merge.split(" ")) for merge in ggml["merges"]]
+    vocabulary = {text: i for i, text in enumerate(tokens) if types[i] != UNUSED}
+    tokenizer = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=pre == "llama-bpe"))
+    tokenizer.pre_tokenizer, tokenizer.decoder = PRE_TOKENIZERS[pre], decoders.ByteLevel()
+    if pre == "qwen2":
+        tokenizer.normalizer = normalizers.NFC()
+    made = {first + second for first, second in merges}
+    for text, kind in zip(tokens, types, strict=True):
+        if kind in (CONTROL, USER_DEFINED):
+            plain = kind == USER_DEFINED or (pre == "qwen2" and NOT_SPECIAL.fullmatch(text))
+            add = tokenizer.add_tokens if plain else tokenizer.add_special_tokens
+            add([AddedToken(text, normalized=False)])
+        elif kind != UNUSED and len(text) > 1 and text not in made:
+            raise UserError(f"its token {text!r} is typed as plain text, which no merge makes")
+
+    template, bos = keys.get("tokenizer.chat_template"), ggml.get("bos_token_id")
+    written = "bos_token" in (template or "")  # by the template, so that the key has no effect
+    if bos is not None and "add_bos_token" not in ggml and not written:
+        raise UserError("its key tokenizer.ggml.add_bos_token is missing")
+    if bos is not None and ggml.get("add_bos_token"):
+        begin = {"id": "BOS", "ids": [bos], "tokens": [tokens[bos]]}
+        tokenizer.post_processor = processors.TemplateProcessing("BOS $A", special_tokens=[begin])
+
+    def marker(name: str) -> str | None:
+        i = ggml.get(f"{name}_token_id")
+        return tokens[i] if i is not None and types[i] in (CONTROL, USER_DEFINED) else None
+
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        chat_template=template,
+        bos_token=marker("bos"),
+        eos_token=marker("eos"),
+        unk_token=marker("unknown"),  # if there is none it must say so: some classes have their own
+        pad_token=marker("padding"),
+    )
+
+
+def _config(keys: dict, tensors: dict):
+    """The config that the keys describe. The factors of Llama 3.1's positions, which are in it
+    then, are taken out of ``tensors``.
+    """
+    architecture = keys["general.architecture"]
+    prefix = f"{architecture}."
+    values = _read(keys, prefix, KEYS, lambda key, value: key in SAID_TWICE)
+    rope = {"rope_type": "default", "rope_theta": values["rope.freq_base"]}
+    factors = tensors.pop("rope_freqs.weight", None) if architecture == "llama" else None
+    if factors is not None:
+        rope |= {**LLAMA3, "factor": float(factors.data.max())}
+    size = values["embedding_length"] // values["attention.head_count"]
+    config = AutoConfig.for_model(
+        architecture,
+        **{name: values[key] for key, name in KEYS.items() if name != "rope_theta"},
+        head_dim=values.get("attention.key_length", size),
+        vocab_size=len(keys["tokenizer.ggml.tokens"]),
+        rope_parameters=rope,
+        tie_word_embeddings="output.weight" not in tensors,
+        bos_token_id=keys.get("tokenizer.ggml.bos_token_id"),
+        eos_token_id=keys.get("tokenizer.ggml.eos_token_id"),
+    )
+    for key in values.keys() & SAID_TWICE.keys():
+        if values[key] != (ours := getattr(config, SAID_TWICE[key])):
+            raise UserError(f"its key {prefix}{key} ({values[key]}) is not read: {ours} is used")
+    if factors is not None:
+        places = torch.arange(0, config.head_dim, 2) / config.head_dim
+        theirs = rope["rope_theta"] ** -places / torch.tensor(factors.data)
+        if not torch.allclose(theirs, ROPE_INIT_FUNCTIONS["llama3"](config)[0], rtol=1e-5, atol=0):
+            raise UserError("its rope_freqs.weight is not what Llama 3.1 stretches positions by")
+    return config
+
+
+def _weights(gguf, config, tensors: dict) -> dict[str, torch.Tensor]:
+    """The weights by their names in a model folder, each of the shape that the config asks for."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    architecture = gguf.MODEL_ARCH[config.model_type.upper()]
+    names = gguf.get_tensor_name_map(architecture, config.num_hidden_layers)
+    weights, left = {}, dict(tensors)
+    for name, wanted in model.named_parameters():  # without the output matrix if it is tied
+        tensor = left.pop(names.get_name(name, (".weight", ".bias")), None)
+        if tensor is None:
+            raise UserError(f"its weight {name} is missing")
+        if (shape := tensor.shape.tolist()[::-1]) != list(wanted.shape):
+            raise UserError(f"its weight {name} has the shape {shape}, not {list(wanted.shape)}")
+        weight = torch.tensor(gguf.dequantize(tensor.data, tensor.tensor_type))
+        if config.model_type == "llama" and re.search(r"\.[qk]_proj\.", name):
+            # We turn one half of a head by the other. llama.cpp turns neighbours, and so writes
+            # the rows of queries and keys in another order.
+            pairs = weight.view(-1, config.head_dim // 2, 2, weight.shape[1])
+            weight = pairs.transpose(1, 2).reshape(weight.shape)
+        kept_as = KEPT_AS.get(tensor.tensor_type.name, torch.float16)
+        weights[name] = weight.to(kept_as).contiguous()
+    if left:
+        raise UserError(f"its weight {min(left)} is none of the model's")
+    return weights
 
 
 def say_lost(name: str, config, bits: int) -> None:
     """Say once a process what a GGUF file has lost of the model that it was made from."""
-    lost = getattr(config, "gram_gguf", {"type": "F32", "unread": ""})
+    lost = getattr(config, "gram_gguf", {})
     lines = []
-    if lost["type"] not in KEPT_AS:
+    if lost.get("type", "F32") not in KEPT_AS:
         again = ", and --bits 4 rounds them once more" if bits == 4 else ""
         lines.append(f"{name}: its weights were rounded to {lost['type']} in a GGUF file{again}")
-    if lost["unread"]:
+    if not lost.get("template", True):
         lines.append(
-            f"{name}: transformers does not read {lost['unread']} of a GGUF file: positions count "
-            "a little otherwise than in the model that it was made from"
+            f"{name}: the GGUF file has no chat template, so prompts are plain text; if the model "
+            f"has one, {ELSE}"
         )
     for line in lines:
         if line not in _said:
             _said.add(line)
-            _say(line)
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr)
+            print(line, file=sys.stderr)

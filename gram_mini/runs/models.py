@@ -13,11 +13,28 @@ from gram_mini.runs import checks, gguf
 
 import torch
 from peft import PeftModel
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from tokenizers import Tokenizer
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedTokenizerFast,
+)
+from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
 transformers_logging.disable_progress_bar()
 
+# Their tokens tell two tokenizers apart that have the same vocabulary and template.
+PROBE = "The Quick, brown fox: 12,345.67 (a+b)?\n\n\tnaïve 你好 😀 <|im_end|> [User Question] A B"
+PROBES = (
+    "\n\n1. First, 2024\n 2) x\r\n",
+    "  Two  blanks ",
+    "don't WE'LL",
+    "é ﬁ Å ½",
+    "a_b-c/d == 10**6;",
+)
 VILLAGE = "village"  # the name in --model of the backbone that the repository holds
 VILLAGE_FOLDER = Path(__file__).parents[1] / "village" / "backbone"
 
@@ -100,14 +117,46 @@ def compute_dtype(bits: int, device: torch.device, name: str = "") -> torch.dtyp
 def load_tokenizer(name: str):
     """The tokenizer of a model or a run folder. Without a padding token it takes its EOS token.
 
+    Some classes of transformers 5 build a tokenizer anew and leave out a part of tokenizer.json
+    (GPT2Tokenizer, which SmolLM2 names, splits no digits). Then the file is taken as it is.
+
     Raises:
-        UserError: if there is none under this name.
+        UserError: if there is none under this name, or not the one of the file.
     """
     folder = Path(name) if (Path(name) / "tokenizer_config.json").is_file() else local_model(name)
     tokenizer = from_pretrained(AutoTokenizer, name, folder)
+    if not as_in_file(tokenizer, name, folder):
+        tokenizer = from_pretrained(PreTrainedTokenizerFast, name, folder)
+        if not as_in_file(tokenizer, name, folder):
+            raise UserError(
+                f"{name}: transformers makes other tokens of a text than its tokenizer.json says; "
+                "another version of transformers may read it"
+            )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token  # padding is never attended to, any token will do
     return tokenizer
+
+
+def as_in_file(tokenizer, name: str, folder: Path | None) -> bool:
+    """Whether a tokenizer makes the tokens of its tokenizer.json; True if there is no such file."""
+    if folder and folder.is_file():  # a GGUF file
+        return True
+    source, _, commit = (str(folder), "", "") if folder else name.partition("@")
+    file = cached_file(
+        source,
+        "tokenizer.json",
+        revision=commit or "main",
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+    if file is None or not tokenizer.is_fast:
+        return True
+    of_file = Tokenizer.from_file(file)
+    return all(
+        tokenizer(text, add_special_tokens=False)["input_ids"]
+        == of_file.encode(text, add_special_tokens=False).ids
+        for text in (PROBE, *PROBES)
+    )
 
 
 def quantization(bits: int, dtype: torch.dtype) -> dict:
@@ -167,6 +216,7 @@ def load_model(
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
     checks.check_computation(name, model)
+    checks.check_modes(name, model)
     if checkpointing:
         checkpoint_gradients(model)
     return model.requires_grad_(False)

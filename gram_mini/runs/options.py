@@ -532,10 +532,18 @@ def add_model_options(
     )
 
 
+def address(text: str) -> str:
+    """argparse type of --server: an empty one would mean "compute it here"."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("give an address such as http://127.0.0.1:8000")
+    return text
+
+
 def add_server(group) -> None:
     """Options of every command that may have its judge computed by a server."""
     group.add_argument(
         "--server",
+        type=address,
         metavar="URL",
         help="a server that computes the judge, such as http://127.0.0.1:8000; --model then gives "
         "only tokenizer and prompt (default: it is computed here)",

@@ -80,9 +80,9 @@ def put_in_place(partial: Path, folder: Path) -> None:
         shutil.rmtree(aside.parent, ignore_errors=True)
 
 
-def hash_of_files(start: bytes, files: Iterable[Path]) -> str:
-    """A hash over ``start``, and the names, sizes and samples of files."""
-    digest = hashlib.sha256(start)
+def sampled_hash(head: bytes, files: list[Path]) -> str:
+    """A hash of some bytes, and of the names, sizes and samples of files."""
+    digest = hashlib.sha256(head)
     for file in files:
         size = file.stat().st_size
         digest.update(f"{file.name} {size} ".encode())

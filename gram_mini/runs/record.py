@@ -14,8 +14,8 @@ from gram_mini import prompts
 from gram_mini.errors import UserError
 from gram_mini.prompts import PromptPieces
 from gram_mini.runs import gguf, options
-from gram_mini.runs.models import VILLAGE, local_model
-from gram_mini.runs.output import hash_of_files
+from gram_mini.runs.models import PROBE, VILLAGE, local_model
+from gram_mini.runs.output import sampled_hash
 
 EXPORTED = "gram_run.json"  # the record of an exported run; run.json would mark a run folder
 HEAD = "head.safetensors"  # beside the adapter of a run that trained its own head
@@ -95,10 +95,6 @@ def make_record(
     }
 
 
-# Its tokens tell two tokenizers apart that have the same vocabulary and template.
-PROBE = "The Quick, brown fox: 12,345.67 (a+b)?\n\n\tnaïve 你好 😀 <|im_end|> [User Question] A B"
-
-
 def tokenizer_fingerprint(tokenizer) -> str:
     """What identifies a tokenizer: a hash over its vocabulary, its chat template and a probe."""
     parts = [
@@ -169,7 +165,7 @@ def fingerprint(name: str, model=None) -> str | None:
     if not place.is_dir():
         return gguf.fingerprint(place)
     config = (place / "config.json").read_bytes()
-    return hash_of_files(config, sorted(place.glob("*.safetensors")))
+    return sampled_hash(config, sorted(place.glob("*.safetensors")))
 
 
 def judge_fingerprint(name: str, model=None) -> str | None:

@@ -1,12 +1,13 @@
 """Is the server my judge? The same pairs scored by a server and here.
 
 Prints how far the log-odds are apart, how often the verdicts agree, and pairs per second of both.
-The local judge computes as score.py does; a plain model, which was not trained here, in bf16 where
-score.py would take NF4.
+Ends with status 1 where they are farther apart than rounding explains. The local judge computes as
+score.py does; a plain model, which was not trained here, in bf16 where score.py would take NF4.
 """
 
 from __future__ import annotations
 
+import sys
 import time
 from statistics import mean
 
@@ -63,6 +64,10 @@ def main(argv=None) -> None:
     print(f"log-odds apart: mean {mean(odds):.2g}, at most {max(odds):.2g}")
     print(f"P apart: mean {mean(p):.2g}, at most {max(p):.2g}")
     print(f"the same verdict on {alike} of {len(pairs)} pairs")
+    if max(odds) > there.rounding:
+        sys.exit(
+            f"the server is not this judge: rounding explains log-odds {there.rounding:.2g} apart"
+        )
 
 
 if __name__ == "__main__":

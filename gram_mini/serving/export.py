@@ -11,6 +11,7 @@ than bfloat16 (0.002 and 0.0005), but large models overflow in it.
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from gram_mini.runs.ending import clear_errors
 from gram_mini.runs.load import load_judge
 from gram_mini.runs.output import check_place, put_in_place
 from gram_mini.runs.record import EXPORTED, HEAD, read_record
+from gram_mini.serving.known import write_known
 
 import torch
 
@@ -71,17 +73,27 @@ def export(
         )
 
     judge = load_judge(run, device=device, merge=True)
-    model = judge.model.to(getattr(torch, dtype))
-
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         shutil.copy(run / "run.json", partial / EXPORTED)
-        model.save_pretrained(partial)
+        write_known(partial, judge, getattr(torch, dtype))
+        judge.model.to(getattr(torch, dtype)).save_pretrained(partial)
         judge.tokenizer.save_pretrained(partial)
+        make_readable(partial)
         put_in_place(partial, out)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def make_readable(folder: Path) -> None:
+    """Give the files of a folder the mode of any new file; safetensors lets only their owner read
+    them, and a server may run as another user.
+    """
+    umask = os.umask(0)
+    os.umask(umask)
+    for file in folder.iterdir():
+        file.chmod(0o666 & ~umask)
 
 
 def check_out(out: Path, partial: Path, overwrite: bool) -> None:

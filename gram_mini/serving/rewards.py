@@ -147,4 +147,4 @@ def judge_of_the_loop():
 
 @functools.cache
 def _load(name: str, server: str | None, served_name: str | None):
-    return served_judge(name, server, served_name) if server else load_judge(name)
+    return load_judge(name) if server is None else served_judge(name, server, served_name)

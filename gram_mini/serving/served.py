@@ -5,30 +5,29 @@ engine gets token ids and gives P(A) and P(B), so no weights are loaded. What it
 first of these that it answers is kept (:data:`ROUTES`):
 
     /v1/completions with logprob_token_ids    log P of both labels by their ids (vLLM 0.32)
-    /generative_scoring                       P of the first label; asked twice (vLLM)
-    /v1/score                                 P of both labels (SGLang)
+    /v1/score                                 P of both labels (SGLang; no adapters)
     /v1/completions                           log P of the likeliest 1,000 tokens (llama.cpp), or 20
 
-Read in vLLM 0.32.0 (entrypoints/openai/completion/protocol.py and
-entrypoints/generate/generative_scoring/serving.py), SGLang 0.5.23
+A score is right, or the command ends in one line. So before the first score the engine has to show
+that it reads prompts of --max-length whole (:func:`prove`), and that it has the weights of an
+exported run (known.py). Every answer is checked: its numbering, how many tokens were read, and
+whether its numbers are probabilities.
+
+Read in vLLM 0.32.0 (entrypoints/openai/completion/protocol.py), SGLang 0.5.23
 (srt/managers/tokenizer_manager_score_mixin.py) and llama.cpp (tools/server/server-task.cpp).
 """
 
 from __future__ import annotations
 
-import http.client
-import json
+import copy
 import math
 import os
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from gram_mini.batches import EncodedPair, Segments, pair_segments
+from gram_mini.batches import EncodedPair, join, pair_segments
 from gram_mini.errors import UserError
 from gram_mini.judge import Judge
 from gram_mini.pairs import Pair
@@ -37,6 +36,8 @@ from gram_mini.runs.load import check_trained, find_record
 from gram_mini.runs.models import load_tokenizer
 from gram_mini.runs.record import HEAD, PROBE
 from gram_mini.runs.report import say
+from gram_mini.serving.engine import Engine, Refused, TooMany, in_parallel
+from gram_mini.serving.known import KNOWN, read_known
 
 import torch
 from tqdm import tqdm
@@ -45,8 +46,17 @@ MANY, FEW = 1000, 20  # likeliest tokens; FEW is vLLM's limit unless --max-logpr
 ITEMS = 16  # judge prompts of one question in a request
 WAITS = (1, 2, 4)  # seconds before a failed request is sent again
 TIMEOUT = 300  # seconds for one request
-BUSY = (429, 500, 502, 503, 504)  # HTTP status with which trying again may help
-KEY = "GRAM_SERVER_KEY"  # environment variable: sent as the server's API key, if it is set
+NO_PROBABILITY = -100  # log P: what servers write for "none" is below, and so is float32's range
+ROUNDING = 0.25  # of log-odds, by bfloat16: logits of 16 to 32 come in steps of 1/8
+SAME = 1e-3  # of log P: another last token or another model changes it by more
+
+# Sampling that changes no probability; a server's own defaults may. (repeat_penalty and the last
+# are llama.cpp's.)
+NEUTRAL = {
+    "temperature": 1, "top_p": 1, "top_k": -1, "min_p": 0, "typical_p": 1,
+    "repetition_penalty": 1, "repeat_penalty": 1, "presence_penalty": 0, "frequency_penalty": 0,
+    "post_sampling_probs": False,
+}  # fmt: skip
 
 
 def served_judge(
@@ -62,7 +72,7 @@ def served_judge(
 
     Args:
         path: run folder, exported run, model folder or name, as for runs.load.load_judge; only its
-            tokenizer and record are read.
+            tokenizer, its record and the scores that export wrote are read.
         server: its address, for example http://127.0.0.1:8000.
         served_name: the name of the model there; may be left out where only one is served.
         max_length, template: as in load_judge.
@@ -70,8 +80,8 @@ def served_judge(
         route: one of ROUTES; by default the first that the server answers.
 
     Raises:
-        UserError: no such folder, an unfinished run, a run with a head of its own; and as
-            ServedJudge.
+        UserError: no such folder, an unfinished run, a run with a head of its own, a server that
+            does not give an exported run's own scores; and as ServedJudge.
     """
     record = find_record(path)
     if (Path(path) / HEAD).is_file():
@@ -84,6 +94,7 @@ def served_judge(
     given = max_length, batch_size or REQUESTS, template, route
     judge = ServedJudge(tokenizer, server, served_name, *given)
     check_trained(judge, path, record)
+    judge.check_weights(Path(path))
     return judge
 
 
@@ -115,10 +126,18 @@ class ServedJudge(Judge):
         timeout: float = TIMEOUT,
     ):
         super().__init__(None, tokenizer, max_length, batch_size, template)
-        self.engine = Engine(server, timeout)
-        self.engine.name = pick_model(self.engine, served_name, max_length)
-        compared = same_tokenizer(self.engine, tokenizer)
-        self.route = find_route(self, [route] if route else list(ROUTES))
+        self.engine = Engine(server, timeout, WAITS)
+        self.items = ITEMS  # in a request; fewer where the server cannot take so many
+        self.rounding = ROUNDING  # log-odds that are no farther apart count as equal
+
+        def begin(_) -> bool:
+            pick_model(self.engine, served_name, max_length)
+            compared = same_tokenizer(self.engine, tokenizer)
+            self.route = find_route(self, [route] if route else list(ROUTES))
+            return compared
+
+        ((_, compared),) = in_parallel(self.engine, begin, [None], 1)
+        self.root = self.engine.root
         say(
             f"{self.engine.url}: serves {self.engine.name!r}, asked by {self.route}; its tokenizer "
             + ("is ours" if compared else "could not be compared with ours (no /tokenize)")
@@ -129,6 +148,31 @@ class ServedJudge(Judge):
         """The name of the model there, and how it is asked."""
         return [self.engine.name or "", self.route]
 
+    def check_weights(self, folder: Path) -> None:
+        """See that the server gives the scores that export wrote beside the weights, if it did.
+
+        Raises:
+            UserError: it gives others.
+        """
+        known = read_known(folder) or {"prompts": [], "log_odds": [], "rounding": ROUNDING}
+        self.rounding = known["rounding"]
+        scored = zip(known["prompts"], known["log_odds"])
+        expected = {tuple(ids): odds for ids, odds in scored if len(ids) <= self.max_length}
+        if not expected:
+            say(
+                f"{folder}: holds no {KNOWN} that fits, so whether the server has its weights "
+                "cannot be seen; python -m gram_mini.serving.compare shows it"
+            )
+            return
+        ((_, logs),) = in_parallel(self.engine, self.ask, [[*map(list, expected)]], 1)
+        apart = max(abs(a - b - odds) for (a, b), odds in zip(logs, expected.values()))
+        if apart > self.rounding:
+            raise UserError(
+                f"{self.engine.url}: {self.engine.name!r} is not {folder} as it was exported: on "
+                f"the pairs of {KNOWN} log-odds are {apart:.2g} apart, and rounding explains "
+                f"{self.rounding:.2g}; serve that folder, with the --dtype of its export"
+            )
+
     def verdicts(
         self, orders: list[EncodedPair], progress: str | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -137,85 +181,108 @@ class ServedJudge(Judge):
         Raises:
             UserError: the server is gone, or answers with something else.
         """
-        sequences = [pair_segments(self.prompt, row) for row in orders]
         places: dict[tuple[int, ...], list[int]] = {}  # by what prompts begin with
-        for i, sequence in enumerate(sequences):
-            places.setdefault(sequence[0], []).append(i)
+        prompts = []
+        for i, row in enumerate(orders):
+            places.setdefault(pair_segments(self.prompt, row)[0], []).append(i)
+            prompts.append(join(self.prompt, row))
         requests = [
             of_one[start : start + ITEMS]
             for of_one in places.values()
             for start in range(0, len(of_one), ITEMS)
         ]
         logs = torch.zeros(len(orders), 2, dtype=torch.float64)
-        pool = ThreadPoolExecutor(self.batch_size)
-        try:
-            answers = pool.map(lambda these: self.ask([sequences[i] for i in these]), requests)
-            silent = progress is None
-            with tqdm(
-                total=len(orders), desc=progress, delay=2, disable=silent, leave=False
-            ) as bar:
-                for these, answer in zip(requests, answers):
-                    logs[these] = torch.tensor(answer, dtype=torch.float64)
-                    bar.update(len(these))
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+        ask = lambda these: self.ask([prompts[i] for i in these])
+        silent = progress is None
+        with tqdm(total=len(orders), desc=progress, delay=2, disable=silent, leave=False) as bar:
+            for place, answer in in_parallel(self.engine, ask, requests, self.batch_size):
+                logs[requests[place]] = torch.tensor(answer, dtype=torch.float64)
+                bar.update(len(answer))
         return logs.float(), logs.exp().sum(dim=1).float()
 
-    def ask(self, sequences: list[Segments]) -> list[tuple[float, float]]:
+    def ask(self, prompts: list[list[int]]) -> list[tuple[float, float]]:
         """log P(A) and log P(B) after each of the judge prompts of one question.
 
         Raises:
-            Refused: the engine does not answer this route, or with something else.
-            UserError: it is gone, or does not give one of the labels.
+            Refused: as :meth:`logs`; numbers that are no probabilities.
+            UserError: it does not give one of the labels.
         """
-        query, items = list(sequences[0][0]), [[*a, *b] for _, a, b in sequences]
+        answer = []
+        for logs in self.logs(prompts):
+            for label in self.labels:
+                if label not in logs:
+                    raise UserError(
+                        f"{self.engine.url}, {self.route}: token {label}, a label, is not among "
+                        f"the {len(logs)} likeliest; let the server give more (vLLM: "
+                        f"--max-logprobs {MANY}), or use an engine that gives tokens by their ids"
+                    )
+            a, b = (logs[label] for label in self.labels)
+            likely = NO_PROBABILITY < min(a, b) <= max(a, b) < 0.001
+            if not (likely and math.exp(a) + math.exp(b) < 1.001):
+                raise Refused(
+                    f"{self.engine.url}, {self.route}: gives log P(A) = {a} and log P(B) = {b}, "
+                    "which are no probabilities"
+                )
+            answer.append((a, b))
+        return answer
+
+    def logs(self, prompts: list[list[int]]) -> list[dict[int, float]]:
+        """{token id: log P} after each prompt, of the tokens that the engine names.
+
+        Raises:
+            Refused: the engine does not answer this route, or with something else.
+            UserError: it is gone.
+        """
+        if len(prompts) > self.items:
+            half = len(prompts) // 2
+            return [*self.logs(prompts[:half]), *self.logs(prompts[half:])]
         where = f"{self.engine.url}, {self.route}"
         try:
-            answer = ROUTES[self.route](self.engine, self.labels, query, items)
-            check_answer(answer, len(items))
-            return answer
+            answer = ROUTES[self.route](self.engine, self.labels, prompts)
+            if len(answer) != len(prompts):
+                raise Refused(f"gives {len(answer)} answers to {len(prompts)} prompts")
+            return [{token: float(value) for token, value in one.items()} for one in answer]
+        except TooMany as error:
+            if len(prompts) == 1:
+                raise Refused(f"{where}: {error}") from None
+            self.items = min(self.items, len(prompts) // 2)
         except Refused as error:
             raise Refused(f"{where}: {error}") from None
         except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
             raise Refused(f"{where}: answers with something else ({error!r})") from None
+        return self.logs(prompts)
 
 
 # ---- the routes ----------------------------------------------------------------------
 
-# Each takes the engine, the ids of the two labels, the tokens that all prompts begin with, and what
-# follows in each; gives log P of the two labels for each prompt.
-Route = Callable[["Engine", tuple[int, int], list[int], list[list[int]]], list[tuple[float, float]]]
+# Each takes the engine, the ids of the two labels and prompts; gives {token id: log P} for each.
+Route = Callable[["Engine", tuple[int, int], list[list[int]]], list[dict[int, float]]]
 
 
-def completions(engine, labels, query, items, top: int = FEW, named: bool = False):
+def completions(engine, labels, prompts, top: int = FEW, named: bool = False):
     """OpenAI's completions: one token, with the log-probabilities of the ``top`` likeliest.
 
     ``named`` insists on an engine that gives the tokens of ``logprob_token_ids`` instead. Others do
-    not know this field. A label that is not among the likeliest is an error.
+    not know this field.
     """
-    path = "/v1/completions"
     request = {
-        "prompt": [query + item for item in items],
+        **NEUTRAL,
+        "prompt": prompts,
         "max_tokens": 1,
-        "temperature": 0,
         "logprobs": top,
         "logprob_token_ids": list(labels),
         "return_tokens_as_token_ids": True,
     }
-    choices = sorted(engine.post(path, request)["choices"], key=lambda choice: choice["index"])
-    answer = []
-    for choice in choices:
-        logs = by_token_id(choice["logprobs"])
-        if named and len(logs) > len(labels) + 1:  # and the sampled one
-            raise Refused("does not know logprob_token_ids")
-        for label in labels:
-            if label not in logs:
-                raise UserError(
-                    f"{engine.url}{path}: token {label}, a label, is not among the {len(logs)} "
-                    f"likeliest; let the server give more (vLLM: --max-logprobs {MANY}), or use an "
-                    "engine that gives tokens by their ids"
-                )
-        answer.append((logs[labels[0]], logs[labels[1]]))
+    reply = engine.post("/v1/completions", request)
+    sent, read = sum(map(len, prompts)), (reply.get("usage") or {}).get("prompt_tokens")
+    if read not in (None, sent):
+        raise TooMany(f"reads {read} tokens of {sent} that were sent (usage.prompt_tokens)")
+    choices = {choice["index"]: choice for choice in reply["choices"]}
+    if sorted(choices) != list(range(len(reply["choices"]))):
+        raise TooMany(f"numbers its answers {[choice['index'] for choice in reply['choices']]}")
+    answer = [by_token_id(choices[i]["logprobs"]) for i in range(len(choices))]
+    if named and any(len(logs) > len(labels) + 1 for logs in answer):  # and the sampled one
+        raise Refused("does not know logprob_token_ids")
     return answer
 
 
@@ -229,166 +296,74 @@ def by_token_id(logprobs: dict) -> dict[int, float]:
     return {int(name.removeprefix("token_id:")): value for name, value in top.items()}
 
 
-def generative_scoring(engine, labels, query, items):
-    """vLLM: the probability of the first label; so it is asked with each label as the first.
-
-    The second time the engine has the prompt in its cache.
-    """
-    both = []
-    for first, second in (labels, labels[::-1]):
-        request = {
-            "query": query,
-            "items": items,
-            "label_token_ids": [first, second],
-            "apply_softmax": False,
-        }
-        data = sorted(
-            engine.post("/generative_scoring", request)["data"], key=lambda one: one["index"]
-        )
-        both.append([log(one["score"]) for one in data])
-    return list(zip(*both))
-
-
-def score(engine, labels, query, items):
-    """SGLang: the probabilities of both labels."""
+def score(engine, labels, prompts):
+    """SGLang: the probabilities of both labels. It takes no notice of the model's name."""
+    if engine.base:
+        raise Refused(f"would score {engine.base!r} without the adapter")
+    shared = len(os.path.commonprefix([prompt[:-1] for prompt in prompts]))
     request = {
-        "query": query,
-        "items": items,
+        "query": prompts[0][:shared],
+        "items": [prompt[shared:] for prompt in prompts],
         "label_token_ids": list(labels),
         "apply_softmax": False,
         "item_first": False,
     }
-    return [(log(a), log(b)) for a, b in engine.post("/v1/score", request)["scores"]]
+    scores = engine.post("/v1/score", request)["scores"]
+    log = lambda p: math.log(p) if p > 0 else -math.inf
+    return [dict(zip(labels, map(log, both), strict=True)) for both in scores]
 
 
 ROUTES: dict[str, Route] = {
     "/v1/completions with logprob_token_ids": partial(completions, named=True),
-    "/generative_scoring": generative_scoring,
     "/v1/score": score,
     f"/v1/completions, {MANY} likeliest tokens": partial(completions, top=MANY),
     f"/v1/completions, {FEW} likeliest tokens": completions,
 }
 
 
-def log(p: float) -> float:
-    """log p, -inf for 0."""
-    return math.log(p) if p > 0 else -math.inf
+# ---- before the first score ----------------------------------------------------------
 
 
-def check_answer(answer: list[tuple[float, float]], count: int) -> None:
-    """See that an answer holds log-probabilities of both labels for ``count`` prompts.
-
-    Raises:
-        Refused: if it does not.
-    """
-    if len(answer) != count:
-        raise Refused(f"gives {len(answer)} answers to {count} prompts")
-    for a, b in answer:
-        if not (math.isfinite(a) and math.isfinite(b) and math.exp(a) + math.exp(b) < 1.001):
-            raise Refused(f"gives log P(A) = {a} and log P(B) = {b}, which are no probabilities")
-
-
-# ---- the server ----------------------------------------------------------------------
-
-
-class Refused(UserError):
-    """The server answers, but not with what it was asked for."""
-
-
-class Engine:
-    """An HTTP server that speaks JSON. ``name`` is that of the model to ask for.
-
-    Raises:
-        UserError: an address that is not one; from get and post, no answer.
-    """
-
-    def __init__(self, server: str, timeout: float):
-        if not server.startswith(("http://", "https://")):
-            raise UserError(f"--server {server}: give an address such as http://127.0.0.1:8000")
-        self.url, self.timeout = server.rstrip("/").removesuffix("/v1"), timeout
-        self.name: str | None = None
-
-    def get(self, path: str) -> dict:
-        return self._send(path, None)
-
-    def post(self, path: str, body: dict) -> dict:
-        return self._send(path, json.dumps({"model": self.name, **body}).encode())
-
-    def _send(self, path: str, body: bytes | None) -> dict:
-        """Send a request, and again where that may help.
-
-        Raises:
-            Refused: the server does not want it, or its answer is not JSON.
-            UserError: no answer.
-        """
-        headers = {"Content-Type": "application/json"}
-        if os.environ.get(KEY):
-            headers["Authorization"] = f"Bearer {os.environ[KEY]}"
-        request = urllib.request.Request(self.url + path, body, headers)
-        for wait in (*WAITS, None):
-            try:
-                with urllib.request.urlopen(request, timeout=self.timeout) as reply:
-                    return json.load(reply)
-            except urllib.error.HTTPError as error:
-                what = f"HTTP {error.code}: {message(error)}"
-                if error.code not in BUSY:
-                    raise Refused(what) from None
-            except ValueError:
-                raise Refused("answers with something that is not JSON") from None
-            except (OSError, http.client.HTTPException) as error:
-                if isinstance(getattr(error, "reason", error), TimeoutError):
-                    raise UserError(
-                        f"{self.url}{path}: no answer within {self.timeout:g} s; ask for fewer at "
-                        "a time (--batch-size), or look whether the server hangs"
-                    ) from None
-                what = str(getattr(error, "reason", None) or error or type(error).__name__)
-            if wait is not None:
-                time.sleep(wait)
-        raise UserError(
-            f"{self.url}{path}: no answer after {len(WAITS) + 1} tries ({what}); look whether the "
-            "server runs and read its log"
-        )
-
-
-def message(error: urllib.error.HTTPError) -> str:
-    """What a server says is wrong, in one line."""
-    text = error.read(2000).decode(errors="replace")
-    try:
-        text = json.loads(text)["error"]["message"]
-    except (ValueError, KeyError, TypeError):
-        pass
-    return " ".join(str(text).split())[:200] or str(error.reason)
-
-
-def pick_model(engine: Engine, served_name: str | None, max_length: int) -> str:
-    """The name of the model to ask for.
+def pick_model(engine: Engine, served_name: str | None, max_length: int) -> None:
+    """Set the name of the model to ask for, and if it is an adapter the name of its base.
 
     Raises:
         UserError: no such model, several and no name, or one that reads less than ``max_length``.
     """
     try:
-        cards = engine.get("/v1/models")["data"]
-        names = [str(card["id"]) for card in cards]
+        cards = {str(card["id"]): card for card in engine.get("/v1/models")["data"]}
+        if not cards:
+            raise Refused("an empty list")
     except (Refused, KeyError, TypeError) as error:
-        raise UserError(f"{engine.url}/v1/models: names no models ({error})") from None
-    if served_name is None and len(names) == 1:
-        served_name = names[0]
-    if served_name not in names:
-        wanted = "several models" if served_name is None else f"no model {served_name!r}"
+        if not served_name:
+            raise UserError(
+                f"{engine.url}/v1/models: names no models ({error}); give --served-name"
+            ) from None
+        engine.name = served_name
+        return
+    if not served_name and len(cards) == 1:
+        (served_name,) = cards
+    name = served_name or ""
+    base, _, adapter = name.partition(":")  # as SGLang names an adapter
+    if name in cards:
+        base = cards[name].get("parent") or ""
+        if base and base not in cards:  # vLLM may give it another name there
+            base = next((other for other in cards if not cards[other].get("parent")), base)
+    elif not {base, adapter} <= cards.keys():
+        wanted = f"no model {name!r}" if name else "several models"
         raise UserError(
-            f"{engine.url}: serves {wanted}; give --served-name, one of {', '.join(names)}"
+            f"{engine.url}: serves {wanted}; give --served-name, one of {', '.join(cards)}"
         )
-    # vLLM's card of an adapter does not say it, that of its base does.
-    limit = min(
-        (card["max_model_len"] for card in cards if card.get("max_model_len")), default=None
-    )
+    card = cards.get(name, {})
+    engine.name, engine.base, engine.root = name, base, card.get("root")
+    # An adapter's card does not say its length, that of its base does.
+    limit = card.get("max_model_len") or cards.get(base, {}).get("max_model_len")
     if limit is not None and max_length >= limit:
         raise UserError(
             f"{engine.url}: reads {limit} tokens, its answer included, and --max-length is "
             f"{max_length}; it would cut the end, where the verdict stands: give --max-length "
             f"{limit - 1}, or serve it with more (vLLM: --max-model-len)"
         )
-    return served_name
 
 
 def same_tokenizer(engine: Engine, tokenizer) -> bool:
@@ -411,19 +386,67 @@ def same_tokenizer(engine: Engine, tokenizer) -> bool:
 
 
 def find_route(judge: ServedJudge, routes: list[str]) -> str:
-    """The first of these routes that the server answers, tried on a small pair.
+    """The first of these routes by which the server answers as it should.
 
     Raises:
-        UserError: it answers none.
+        UserError: there is none.
     """
-    row = judge.encode([Pair("Which?", "This.", "That.")])[0]
     reasons = []
     for judge.route in routes:
         try:
-            judge.ask(
-                [pair_segments(judge.prompt, row), pair_segments(judge.prompt, row.swapped())]
-            )
+            prove(judge)
             return judge.route
         except Refused as error:
             reasons.append(str(error).removeprefix(f"{judge.engine.url}, "))
     raise UserError(f"{judge.engine.url}: cannot be asked: {'; '.join(reasons)}")
+
+
+def prove(judge: ServedJudge) -> None:
+    """See that the server answers by ``judge.route``, reads whole prompts, and uses the adapter.
+
+    Prompts of ``max_length`` that differ in one token only, the last, one in the middle or the
+    first, must have different answers. An adapter must have other answers than its base.
+
+    Raises:
+        Refused: if it does not.
+    """
+    engine, where = judge.engine, f"{judge.engine.url}, {judge.route}"
+    row = judge.encode([Pair("Which?", "This.", "That.")])[0]
+    small = [join(judge.prompt, row), join(judge.prompt, row.swapped())]
+    judge.ask(small)
+
+    spare = max(0, judge.max_length - len(small[0]))
+    filler = (list(row.prompt) * spare)[:spare]
+    full = join(judge.prompt, replace(row, prompt=[*filler, *row.prompt]))
+    (whole,) = judge.logs([full])
+    for place, name in ((-1, "last"), (len(full) // 2, "middle"), (0, "first")):
+        other = [*full]
+        other[place] = judge.labels[full[place] == judge.labels[0]]
+        # A last token changes much, one before may change little.
+        least = SAME if place == -1 else 0
+        if apart(whole, judge.logs([other])[0]) <= least:
+            raise Refused(
+                f"{where}: gives the same for two prompts of {len(full)} tokens that differ in the "
+                f"{name} one, so it does not read all of them; let it read more, or give a smaller "
+                "--max-length"
+            )
+
+    if engine.base:
+        answer = judge.logs(small[:1])[0]
+        judge.engine = copy.copy(engine)
+        judge.engine.name = engine.base
+        try:
+            of_base = judge.logs(small[:1])[0]
+        finally:
+            judge.engine = engine
+        if apart(answer, of_base) <= SAME:
+            raise Refused(
+                f"{where}: gives the same for {engine.name!r} and its base {engine.base!r}, so it "
+                "does not use the adapter; export the run and serve that"
+            )
+
+
+def apart(one: dict[int, float], other: dict[int, float]) -> float:
+    """How far log P are apart at most, of the tokens that both name."""
+    shared = one.keys() & other.keys()
+    return max((abs(one[token] - other[token]) for token in shared), default=math.inf)

@@ -20,6 +20,8 @@ from gram_mini.runs.ending import clear_errors
 from gram_mini.runs.models import load_tokenizer
 from gram_mini.runs.output import check_place
 from gram_mini.runs.record import EXPORTED, read_record
+from gram_mini.serving.export import make_readable
+from gram_mini.serving.known import KNOWN
 
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
@@ -89,7 +91,10 @@ def main(argv=None) -> None:
     dtype = model.dtype
     widen(model).to(dtype).save_pretrained(args.out)
     load_tokenizer(str(args.exported)).save_pretrained(args.out)
-    shutil.copy(args.exported / EXPORTED, args.out / EXPORTED)
+    for name in (EXPORTED, KNOWN):
+        if (args.exported / name).is_file():
+            shutil.copy(args.exported / name, args.out / name)
+    make_readable(args.out)
     print(f"wrote {args.out}: the same model with heads of {WIDTH}")
 
 

@@ -21,6 +21,7 @@ from gram_mini.runs.ranking import rank
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, pre_tokenizers
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -103,6 +104,27 @@ def test_no_architecture_warns_of_how_its_cache_is_passed(llama, recwarn):
     judge = Judge(load_model(llama, 32), load_tokenizer(llama))
     rank(judge, PAIR[0] * 20, ["a", "b", "c", "d"])
     assert not [w for w in recwarn if "past_key_values" in str(w.message)]
+
+
+def test_a_model_that_rewrites_its_weights_is_refused(tmp_path):
+    """RWKV divides its weights for evaluation and multiplies them back, which NF4 cannot."""
+    folder = model_folder(tmp_path / "m", "rwkv", attention_hidden_size=64)
+    with pytest.raises(UserError, match="between training and evaluation .* give --bits 16"):
+        load_model(folder, 4)
+    load_model(folder, 16)
+
+
+def test_a_tokenizer_is_the_one_of_its_file(copy):
+    """SmolLM2 names GPT2Tokenizer, which transformers 5 builds anew, without the single digits."""
+    file = copy / "tokenizer.json"
+    raw = Tokenizer.from_file(str(file))
+    digits, bytes_ = pre_tokenizers.Digits(individual_digits=True), raw.pre_tokenizer
+    raw.pre_tokenizer = pre_tokenizers.Sequence([digits, bytes_])
+    raw.save(str(file))
+    (copy / "tokenizer_config.json").write_text('{"tokenizer_class": "GPT2Tokenizer"}')
+    text = "On line 1234:\n\n1. soup"
+    expected = raw.encode(text, add_special_tokens=False).ids
+    assert load_tokenizer(str(copy))(text, add_special_tokens=False)["input_ids"] == expected
 
 
 # ---- the loader's warnings are errors --------------------------------------------------

@@ -200,6 +200,13 @@ def test_responses_without_scores_are_for_stage_1(tmp_path):
     ({"prompt": "x", "response_a": "y", "response_b": "z", "winner": "model_a"},
      "--columns prompt=prompt,a=response_a,b=response_b,label=winner --labels"),
     ({"text": "x"}, "--columns prompt=COLUMN,chosen=COLUMN,rejected=COLUMN"),
+    ({"history": "x", "human_ref_A": "y", "human_ref_B": "zz", "labels": 1, "score_A": 2,
+      "score_B": 1, "c_root_id_A": "long, long", "c_root_id_B": "long, long"},  # stanfordnlp/SHP
+     "give --columns prompt=COLUMN,a=human_ref_A,b=human_ref_B,label=labels --labels"),
+    ({"prompt": "x", "story0": "y", "story1": "z", "best": 0}, "prompt=prompt,a=story0,b=story1"),
+    ({"prompt": "x", "0": "y", "1": "z", "winner": 0}, "a=0,b=1,label=winner --labels"),
+    ({"prompt": "x", "A": "y", "B": "z", "rating_A": 2, "rating_B": 1},
+     "give --columns prompt=prompt,a=A,b=B,score_a=rating_A,score_b=rating_B"),
 ])  # fmt: skip
 def test_a_row_of_no_known_format_says_what_would_read_it(tmp_path, row, said):
     with pytest.raises(UserError) as error:
@@ -212,6 +219,45 @@ def test_the_alpaca_layout_needs_no_option(tmp_path):
     data = load_pairs(write(tmp_path / "d.jsonl", row), True)
     assert triples(data) == [("Add.\n\n1 + 1", "2", "3", 0)]
     assert "columns not read: output" in data.summary()
+
+
+ARENA = {  # lmsys/lmsys-arena-human-preference-55k as a CSV
+    "prompt": '["What is 1 + 1?"]', "response_a": '["2"]', "response_b": '["3"]',
+    "model_a": "x", "model_b": "y", "winner_model_a": "0", "winner_model_b": "0", "winner_tie": "1",
+}  # fmt: skip
+
+
+def test_lists_of_texts_that_are_written_as_text(tmp_path):
+    for row in (
+        ARENA,
+        {**ARENA, "response_b": "[null]"},
+        {"prompt": "What is 1 + 1?", "chosen": "['2', 'Two.']", "rejected": '["3"]'},
+        {"prompt": '["Hi"]', "response": '["Hello"]', "helpfulness": 1},
+    ):
+        for columns in (None, "prompt=prompt,a=response_a,b=response_b"):
+            if columns is None or "response_a" in row:
+                with pytest.raises(UserError, match="line 1: .*a list of texts written as text"):
+                    load_pairs(write(tmp_path / "d.jsonl", row), False, columns=columns)
+    # one answer that is such a list is an answer
+    row = {"prompt": "As JSON?", "chosen": '["2"]', "rejected": "2"}
+    assert triples(load_pairs(write(tmp_path / "d.jsonl", row), True))[0][1] == '["2"]'
+
+
+def test_a_verdict_in_two_columns_tells_ties(tmp_path):
+    rows = [
+        {**ARENA, "winner_model_a": a, "winner_model_b": b, "winner_tie": tie}
+        for a, b, tie in ("100", "010", "001")
+    ]
+    source = write(tmp_path / "d.jsonl", *rows)
+    texts = "prompt=prompt.0,a=response_a.0,b=response_b.0"
+    with pytest.raises(UserError, match="one alone does not tell a tie; give score_a=winner_model"):
+        load_pairs(source, True, columns=f"{texts},label=winner_model_a", labels="a=1,b=0")
+    columns = f"{texts},score_a=winner_model_a,score_b=winner_model_b"
+    data = load_pairs(source, True, columns=columns)
+    assert [pair.label for pair in data.pairs] == [0, 1] and data.dropped == {"tied": 1}
+    assert triples(data)[0][:3] == ("What is 1 + 1?", "2", "3")
+    with pytest.raises(UserError, match="score_a=winner_model_a,score_b=winner_model_b"):
+        load_pairs(write(tmp_path / "e.jsonl", ARENA | {"response_a": "2"}), True)
 
 
 # ---- the scripts ---------------------------------------------------------------------
@@ -243,5 +289,3 @@ def test_score_takes_the_options(tmp_path, capsys):
     options = [*"--model village --bits 32 --overwrite --data".split(), source, "--out", str(out)]
     score.main([*options, "--columns", RESPONSE, "--pairs-per-prompt", "2"])
     assert "not scored: 1 not drawn by --pairs-per-prompt" in capsys.readouterr().out
-    with pytest.raises(SystemExit):
-        score.main([*options, "--columns", RESPONSE, "--benchmark", "judge-bench"])

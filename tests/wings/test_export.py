@@ -1,6 +1,7 @@
 """A merged model computes what the 4-bit backbone with its adapter computes, in any program."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from gram_mini.prompts import judge_prompt, label_tokens
 from gram_mini.runs.load import load_judge
 from gram_mini.runs.models import VILLAGE_FOLDER, load_tokenizer
 from gram_mini.serving import export
+from gram_mini.serving.known import read_known
 from gram_mini.village.table import method_of, records_of
 
 import pytest
@@ -165,6 +167,29 @@ def test_the_default_is_bfloat16(run, tmp_path, capsys):
         for folder in (tmp_path / "out", VILLAGE_FOLDER)
     )
     assert small < 0.55 * large
+
+
+def test_another_user_may_read_what_is_exported(run, tmp_path):
+    old = os.umask(0o022)
+    try:
+        export.export(run, tmp_path / "out")
+    finally:
+        os.umask(old)
+    modes = {file.name: file.stat().st_mode & 0o777 for file in (tmp_path / "out").iterdir()}
+    assert set(modes.values()) == {0o644}, modes
+
+
+def test_what_an_exported_run_knows_of_itself(run, tmp_path):
+    for dtype, least, most in (("float32", 0.01, 0.0101), ("bfloat16", 0.02, 0.3)):
+        export.export(run, tmp_path / dtype, dtype)
+        known = read_known(tmp_path / dtype)
+        assert len(known["prompts"]) == 16 and least <= known["rounding"] <= most
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / dtype).eval()
+        labels = list(label_tokens(load_tokenizer(str(tmp_path / dtype))))
+        for ids, odds in zip(known["prompts"], known["log_odds"]):
+            with torch.no_grad():
+                a, b = model(input_ids=torch.tensor([ids])).logits[0, -1][labels].tolist()
+            assert abs(a - b - odds) < known["rounding"]
 
 
 def test_only_an_exported_model_is_replaced_and_only_when_asked(run, exported, tmp_path):

@@ -1,18 +1,20 @@
-"""A GGUF file as --model: the same figures as the same weights in a folder, and clear refusals."""
+"""A GGUF file as --model: the tokens and figures of the model's own folder, and clear refusals."""
 
 import json
 import os
+import re
 import shutil
 import sys
+from itertools import product
 from pathlib import Path
 
 import score
 import train_pretrain
 import train_reward
+from gram_mini import prompts
 from gram_mini.errors import UserError
 from gram_mini.model import hidden_states
 from gram_mini.runs import gguf as unpacking
-from gram_mini.runs import run as runs_run
 from gram_mini.runs.defaults import SCORED
 from gram_mini.runs.load import load_judge
 from gram_mini.runs.models import VILLAGE_FOLDER, load_model, load_tokenizer
@@ -24,108 +26,171 @@ import numpy as np
 import pytest
 import torch
 from gguf import GGMLQuantizationType as Type
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from tokenizers import AddedToken
+from transformers import AutoConfig, AutoModelForCausalLM, Qwen2Tokenizer
 
-LAYERS, HEADS, KEY_VALUE_HEADS, HIDDEN, INNER = 2, 4, 2, 64, 128
-KINDS = {"blk.0.ffn_down.weight": Type.Q8_0}  # the one tensor of the file that is not F32
+LAYERS, HEADS, KEY_VALUE_HEADS, HIDDEN, INNER, HEAD = 2, 4, 2, 64, 128, 16
+ROWS = 730  # of the embedding; some of them belong to no token
 IDS = torch.arange(40).view(2, 20) + 20
 PAIR = ("What does Anna eat?", "Anna eats soup.", "Stop bothering me. Anna eats fish.")
 SHORT = "--limit 60 --steps 2 --batch-size 8 --lora-rank 4 --lr 5e-3 --bits 32".split()
-NAMES = {  # of a layer: in a folder, in GGUF
-    "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down", "input_layernorm": "attn_norm",
-    "post_attention_layernorm": "ffn_norm",
-}  # fmt: skip
 
 
 # ---- a tiny model, as a folder and as a file -----------------------------------------
 
+# Pieces that show how a text was split, and "zqx", which the merges alone never make of z, q, x.
+MERGES = ["Ċ Ċ", "Ġ Ġ", "1 2", "12 3", ". Ċ", "e Ì", "eÌ ģ", "Ã ©", "q x", "z q", "zq x"]
+BOS, EOS, PAD, PREFIX = "<｜begin of text｜>", "<|im_end|>", "<|pad|>", "<|fim_prefix|>"
+SPECIAL = [BOS, "<|im_start|>", EOS, PAD, "<｜User｜>"]
+ADDED = ["<tool call>", "</think>"]  # not special, as PREFIX
+CHAT = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+TEXTS = [
+    "What does Anna eat?", "\n\n1.", "  two blanks  ", " \n a\n\n\nb\r\n\r\n", "123 1234 a12\n\n34",
+    "zqx zqx", "It's I'LL.\n", "é e\u0301", "naïve 你好 😀", "｜a｜<｜ ｜>", "a\t\tb", "",
+    *(f"x{token} {token}\n" for token in (*SPECIAL, *ADDED, PREFIX)), "".join(SPECIAL + ADDED),
+    *re.findall(r"'([^']+)'", CHAT),
+]  # fmt: skip
+SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 
-def vocabulary() -> dict:
-    """The village's tokenizer without the tokens that were added to it: 711 pieces of bytes."""
-    tokenizer = json.loads((VILLAGE_FOLDER / "tokenizer.json").read_text())
-    tokenizer["added_tokens"] = [t for t in tokenizer["added_tokens"] if t["special"]]
-    return tokenizer
+
+def vocabulary() -> tuple[list[str], list[str], list[str]]:
+    """The pieces and merges of the village's tokenizer with those above, and the added tokens."""
+    model = json.loads((VILLAGE_FOLDER / "tokenizer.json").read_text())["model"]
+    pieces = sorted(model["vocab"], key=model["vocab"].get)[4:]  # after its own special tokens
+    new = [merge for merge in MERGES if merge.replace(" ", "") not in pieces]
+    pieces += [merge.replace(" ", "") for merge in new]
+    return pieces, [" ".join(pair) for pair in model["merges"]] + new, [*SPECIAL, *ADDED, PREFIX]
 
 
-def weights(model) -> dict[str, np.ndarray]:
-    """The weights of a Llama by their names in GGUF; llama.cpp turns pairs of a head's rows."""
+def make_tokenizer(folder: Path, pre: str) -> None:
+    """The tokenizer as the model's makers publish it: Qwen's by its class, others as a file."""
+    pieces, merges, added = vocabulary()
+    vocab, pairs = {piece: i for i, piece in enumerate(pieces)}, [tuple(m.split()) for m in merges]
+    if pre == "qwen2":
+        tokenizer = Qwen2Tokenizer(vocab, pairs, unk_token=None, eos_token=None, pad_token=None)
+        tokenizer.add_tokens([AddedToken(t, special=t in SPECIAL, normalized=False) for t in added])
+        tokenizer.add_special_tokens({"eos_token": EOS, "pad_token": PAD})
+        tokenizer.chat_template = CHAT
+        tokenizer.save_pretrained(folder)
+        return
+    llama = pre == "llama-bpe"
+    split = {"type": "Split", "pattern": {"Regex": SPLIT}, "behavior": "Isolated", "invert": False}
+    digits = {"type": "Digits", "individual_digits": True}
+    in_bytes = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+    begin = {
+        "type": "TemplateProcessing", "pair": [], "single": [
+            {"SpecialToken": {"id": BOS, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}
+        ],
+        "special_tokens": {BOS: {"id": BOS, "ids": [len(pieces)], "tokens": [BOS]}},
+    }  # fmt: skip
+    file = {
+        "added_tokens": [
+            {"id": len(pieces) + i, "content": token, "special": token in SPECIAL, "lstrip": False,
+             "rstrip": False, "single_word": False, "normalized": False}
+            for i, token in enumerate(added)
+        ],
+        "pre_tokenizer": {
+            "type": "Sequence",
+            "pretokenizers": [split if llama else digits, {**in_bytes, "use_regex": not llama}],
+        },
+        "post_processor": begin if llama else None, "decoder": {**in_bytes, "use_regex": True},
+        "model": {"type": "BPE", "vocab": vocab, "merges": pairs, "ignore_merges": llama},
+    }  # fmt: skip
+    (folder / "tokenizer.json").write_text(json.dumps(file))
+    config = {"bos_token": BOS, "eos_token": EOS, "pad_token": PAD, "chat_template": CHAT}
+    config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+
+
+def make_folder(folder: Path, architecture="llama", pre="llama-bpe", tied=True, rope=None) -> Path:
+    """A tiny model as a folder. None of its values is what a config would have by itself."""
+    folder.mkdir()
+    make_tokenizer(folder, pre)
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(
+        architecture, vocab_size=ROWS, hidden_size=HIDDEN, head_dim=HEAD,
+        intermediate_size=INNER, num_hidden_layers=LAYERS, num_attention_heads=HEADS,
+        num_key_value_heads=KEY_VALUE_HEADS, rms_norm_eps=1e-2, initializer_range=0.2,
+        tie_word_embeddings=tied, max_position_embeddings=16384,
+        rope_parameters=rope or {"rope_type": "default", "rope_theta": 300.0},
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config)
+    for weight in model.parameters():
+        if weight.ndim == 1:  # norms and biases, which begin as ones and zeros
+            weight.data += torch.randn_like(weight) / 4
+    model.save_pretrained(folder)
+    return folder
+
+
+def weights(folder: Path, architecture="llama") -> dict[str, np.ndarray]:
+    """The weights by llama.cpp's names; Llama's rows as llama.cpp turns them."""
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[architecture.upper()], LAYERS)
     named = {}
-    for name, value in model.state_dict().items():
-        array = value.float().numpy()
-        if name.startswith("model.layers."):
-            _, _, layer, rest = name.split(".", 3)
-            part = rest.removesuffix(".weight")
-            heads = {"self_attn.q_proj": HEADS, "self_attn.k_proj": KEY_VALUE_HEADS}.get(part)
-            if heads:
-                turned = array.reshape(heads, 2, len(array) // heads // 2, HIDDEN)
-                array = turned.swapaxes(1, 2).reshape(array.shape)
-            named[f"blk.{layer}.{NAMES[part]}.weight"] = array
-    named["token_embd.weight"] = model.model.embed_tokens.weight.detach().numpy()
-    named["output_norm.weight"] = model.model.norm.weight.detach().numpy()
+    for name, value in AutoModelForCausalLM.from_pretrained(folder).named_parameters():
+        array = value.detach().numpy()
+        heads = {"q_proj": HEADS, "k_proj": KEY_VALUE_HEADS}.get(name.split(".")[-2])
+        if heads and architecture == "llama":
+            turned = array.reshape(heads, 2, len(array) // heads // 2, HIDDEN)
+            array = turned.swapaxes(1, 2).reshape(array.shape)
+        named[names.get_name(name, (".weight", ".bias"))] = array
     return named
 
 
-def write(path, tensors, kinds=KINDS, architecture="llama", tokenizer="gpt2"):
-    """Write a GGUF file; tensors that ``kinds`` does not name are F32."""
-    pieces = vocabulary()["model"]
-    w = gguf.GGUFWriter(path, architecture)
-    w.add_name("tiny")
-    w.add_block_count(LAYERS)
-    w.add_context_length(2048)
-    w.add_embedding_length(HIDDEN)
-    w.add_feed_forward_length(INNER)
-    w.add_head_count(HEADS)
-    w.add_head_count_kv(KEY_VALUE_HEADS)
-    w.add_layer_norm_rms_eps(1e-5)
-    w.add_rope_freq_base(10000.0)
-    w.add_tokenizer_model(tokenizer)
-    w.add_tokenizer_pre("gpt-2")
-    w.add_token_list(sorted(pieces["vocab"], key=pieces["vocab"].get))
-    w.add_token_types([3 if i < 4 else 1 for i in range(len(pieces["vocab"]))])  # 3: control
-    w.add_token_merges([" ".join(pair) for pair in pieces["merges"]])
-    w.add_eos_token_id(3)
-    w.add_pad_token_id(0)
-    w.add_chat_template((VILLAGE_FOLDER / "chat_template.jinja").read_text())
+def write(path, tensors, architecture="llama", pre="llama-bpe", changed=None, kinds=None) -> Path:
+    """Write a GGUF file. Tensors that ``kinds`` does not name are F32. A key of ``changed`` has
+    another value, or is left out (None).
+    """
+    pieces, merges, added = vocabulary()
+    own = {
+        "block_count": LAYERS, "context_length": 16384, "embedding_length": HIDDEN,
+        "feed_forward_length": INNER, "attention.head_count": HEADS,
+        "attention.head_count_kv": KEY_VALUE_HEADS, "attention.layer_norm_rms_epsilon": 1e-2,
+        "rope.freq_base": 300.0,
+    }  # fmt: skip
+    unused = [f"[PAD{i}]" for i in range(len(pieces + added), ROWS)]
+    control = [*SPECIAL, PREFIX] if pre == "qwen2" else SPECIAL
+    types = [1] * len(pieces) + [3 if t in control else 4 for t in added] + [5] * len(unused)
+    keys = {
+        **{f"{architecture}.{key}": value for key, value in own.items()},
+        "tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": pre,
+        "tokenizer.ggml.tokens": pieces + added + unused, "tokenizer.ggml.token_type": types,
+        "tokenizer.ggml.merges": merges,
+        "tokenizer.ggml.bos_token_id": len(pieces), "tokenizer.ggml.add_space_prefix": False,
+        "tokenizer.ggml.eos_token_id": len(pieces) + added.index(EOS),
+        "tokenizer.ggml.padding_token_id": len(pieces) + added.index(PAD),
+        "tokenizer.ggml.add_bos_token": pre == "llama-bpe", "tokenizer.chat_template": CHAT,
+        **(changed or {}),
+    }  # fmt: skip
+    writer = gguf.GGUFWriter(path, architecture)
+    add = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32,
+           str: writer.add_string, list: writer.add_array}  # fmt: skip
+    for key, value in keys.items():
+        if value is not None:
+            add[type(value)](key, value)
     for name, array in tensors.items():
-        kind = kinds.get(name, Type.F32)
-        w.add_tensor(name, gguf.quantize(np.ascontiguousarray(array), kind), raw_dtype=kind)
-    w.write_header_to_file()
-    w.write_kv_data_to_file()
-    w.write_tensors_to_file()
-    w.close()
+        kind = (kinds or {}).get(name, Type.F32)
+        writer.add_tensor(name, gguf.quantize(np.ascontiguousarray(array), kind), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
     return path
 
 
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory):
-    """A tiny Llama as a folder, with one matrix rounded as the file has it."""
-    folder = tmp_path_factory.mktemp("models") / "folder"
-    folder.mkdir()
-    (folder / "tokenizer.json").write_text(json.dumps(vocabulary()))
-    for name in ("tokenizer_config.json", "chat_template.jinja"):
-        shutil.copy(VILLAGE_FOLDER / name, folder)
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=711, hidden_size=HIDDEN, intermediate_size=INNER, num_hidden_layers=LAYERS,
-        num_attention_heads=HEADS, num_key_value_heads=KEY_VALUE_HEADS, rms_norm_eps=1e-5,
-        initializer_range=0.2, tie_word_embeddings=True, max_position_embeddings=2048,
-        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
-    )  # fmt: skip
-    model = LlamaForCausalLM(config)
-    down = model.model.layers[0].mlp.down_proj.weight
-    blocks = gguf.quantize(down.detach().numpy(), Type.Q8_0)
-    rounded = torch.from_numpy(gguf.dequantize(blocks, Type.Q8_0))
-    assert (rounded - down).abs().max() > 1e-4
-    down.data = rounded
-    model.save_pretrained(folder)
-    return folder
+    return make_folder(tmp_path_factory.mktemp("models") / "folder")
 
 
 @pytest.fixture(scope="module")
 def tensors(llama):
-    return weights(LlamaForCausalLM.from_pretrained(llama))
+    return weights(llama)
 
 
 @pytest.fixture(scope="module")
@@ -154,21 +219,55 @@ def matrices(tensors, kind) -> dict:
 # ---- the same model ------------------------------------------------------------------
 
 
+def same_tokens(here, there) -> None:
+    for text, added, split in product(TEXTS, (False, True), (False, True)):
+        options = dict(add_special_tokens=added, split_special_tokens=split)
+        assert here(text, **options)["input_ids"] == there(text, **options)["input_ids"], text
+    assert here.get_vocab() == there.get_vocab() and here.chat_template == there.chat_template
+    assert here.eos_token == there.eos_token and here.pad_token == there.pad_token
+    for make in (prompts.pair_prompt, prompts.judge_prompt, prompts.label_tokens):
+        assert make(here) == make(there)
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("architecture, model, pre", unpacking.PROVEN)
+def test_tokens_and_logits_are_those_of_the_own_folder(tmp_path, architecture, model, pre, tied):
+    folder = make_folder(tmp_path / "folder", architecture, pre, tied)
+    changed = {"tokenizer.ggml.model": model}
+    file = write(
+        tmp_path / f"{tied}.gguf", weights(folder, architecture), architecture, pre, changed
+    )
+    same_tokens(*(load_tokenizer(str(path)) for path in (file, folder)))
+    here, own = (load_model(str(path), 32)(IDS).logits for path in (file, folder))
+    assert torch.equal(here, own) and own.std() > 0.1
+
+
 @pytest.mark.parametrize("bits", [4, 16, 32])
-def test_states_and_scores_are_those_of_the_same_weights_in_a_folder(file, llama, bits):
+def test_states_and_scores_are_those_of_the_own_folder(file, llama, bits):
     states = [hidden_states(load_model(str(path), bits), IDS) for path in (file, llama)]
     assert torch.equal(*states) and states[0].std() > 0.1
     here, there = (load_judge(path, bits).compare(*PAIR) for path in (file, llama))
     assert here == there and abs(here.log_odds_first) > 1e-3
 
 
-def test_the_tokenizer_is_the_one_in_the_file(file, llama):
-    here, there = (load_tokenizer(str(path)) for path in (file, llama))
-    direct = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-    text = "<|user|>\nWhat does Anna eat?  Soup, naïve 😀<|end|>"
-    ids = [tokenizer(text)["input_ids"] for tokenizer in (here, there, direct)]
-    assert ids[0] == ids[1] == ids[2] and ids[0][0] == 1
-    assert here.chat_template == there.chat_template and here.pad_token == there.pad_token
+def test_llama_31_stretches_its_positions(tmp_path):
+    rope = {**unpacking.LLAMA3, "rope_theta": 5e5, "factor": 8.0}
+    folder, base = make_folder(tmp_path / "folder", rope=rope), {"llama.rope.freq_base": 5e5}
+    tensors = weights(folder)
+    # As llama.cpp writes them: from 1 for short wavelengths to the whole factor for long ones.
+    lengths = 2 * np.pi * 5e5 ** (np.arange(0, HEAD, 2) / HEAD)
+    smooth = ((8192 / lengths - 1) / 3).clip(0, 1)
+    factors = (1 / ((1 - smooth) / 8 + smooth)).astype(np.float32)
+    assert len(set(factors.tolist())) == 3
+    plain = write(tmp_path / "plain.gguf", tensors, changed=base)
+    tensors["rope_freqs.weight"] = factors
+    file = write(tmp_path / "long.gguf", tensors, changed=base)
+    own, here, other = (load_model(str(path), 32)(IDS).logits for path in (folder, file, plain))
+    assert torch.equal(here, own) and not torch.equal(here, other)
+
+    tensors["rope_freqs.weight"] = np.full(HEAD // 2, 4, np.float32)
+    line = refused(write(tmp_path / "longer.gguf", tensors, changed=base))
+    assert "its rope_freqs.weight is not what Llama 3.1 stretches positions by" in line
 
 
 def test_a_file_is_unpacked_once_and_says_where(tensors, tmp_path, cache, monkeypatch, capsys):
@@ -176,59 +275,88 @@ def test_a_file_is_unpacked_once_and_says_where(tensors, tmp_path, cache, monkey
     load_model(str(file), 32)
     (folder,) = cache.glob("once-*")
     assert f"unpacked into {folder} (1 MB)" in capsys.readouterr().err
+    assert {path.suffix for path in folder.iterdir()} == {".json", ".safetensors", ".jinja"}
+    assert not list(cache.glob("*.partial"))
     monkeypatch.setattr(unpacking, "_unpack", None)  # a call would fail
     load_model(str(file), 32)
     assert capsys.readouterr().err == ""
-    assert {path.suffix for path in folder.iterdir()} == {".json", ".safetensors", ".jinja"}
-    assert not list(cache.glob("*.partial"))
+    monkeypatch.setattr(unpacking, "FORMAT", unpacking.FORMAT + 1)  # as after a correction
+    with pytest.raises(TypeError):
+        load_model(str(file), 32)
 
 
 def test_what_was_rounded_is_said_once_with_its_type(tensors, tmp_path, capsys):
-    file = write(tmp_path / "small.gguf", tensors, matrices(tensors, Type.Q8_0))
+    file = write(tmp_path / "small.gguf", tensors, kinds=matrices(tensors, Type.Q8_0))
     for _ in range(2):
         load_model(str(file), 4)
     line = f"{file}: its weights were rounded to Q8_0 in a GGUF file, and --bits 4 rounds them once"
     assert capsys.readouterr().err.count(line) == 1
-    load_model(str(file), 32)
+    model = load_model(str(file), 32)
     assert "Q8_0 in a GGUF file\n" in capsys.readouterr().err
+    array = gguf.dequantize(gguf.quantize(tensors["token_embd.weight"], Type.Q8_0), Type.Q8_0)
+    kept = model.get_input_embeddings().weight.numpy()
+    assert np.array_equal(kept, array.astype(np.float16).astype(np.float32))
 
 
 @pytest.mark.parametrize("kind", [Type.F32, Type.F16, Type.BF16], ids=lambda kind: kind.name)
 def test_a_file_that_is_not_quantised_loses_nothing(tensors, tmp_path, capsys, kind):
-    file = write(tmp_path / f"{kind.name}.gguf", tensors, matrices(tensors, kind))
+    file = write(tmp_path / f"{kind.name}.gguf", tensors, kinds=matrices(tensors, kind))
     model = load_model(str(file), 32)
     assert "rounded" not in capsys.readouterr().err
     array = gguf.dequantize(gguf.quantize(tensors["token_embd.weight"], kind), kind)
     assert torch.equal(model.get_input_embeddings().weight, torch.from_numpy(array))
     assert (kind == Type.F32) == np.array_equal(array, tensors["token_embd.weight"])
+    norm = model.model.norm.weight.numpy()  # F32 in each of the files
+    assert np.array_equal(norm, tensors["output_norm.weight"])
+
+
+def test_a_file_without_a_chat_template_says_so_once(tensors, tmp_path, capsys):
+    file = write(tmp_path / "bare.gguf", tensors, changed={"tokenizer.chat_template": None})
+    for _ in range(2):
+        load_judge(file, 32)
+    line = f"{file}: the GGUF file has no chat template, so prompts are plain text; "
+    assert capsys.readouterr().err.count(line) == 1
+
+
+def test_bos_need_not_be_said_where_the_chat_template_writes_it(tensors, tmp_path):
+    changed = {"tokenizer.chat_template": "{{ bos_token }}" + CHAT}
+    said = write(tmp_path / "said.gguf", tensors, changed=changed)
+    changed["tokenizer.ggml.add_bos_token"] = None
+    silent = write(tmp_path / "silent.gguf", tensors, changed=changed)
+    here, there = (prompts.judge_prompt(load_tokenizer(str(path))) for path in (said, silent))
+    assert here == there and here.start[0] == len(vocabulary()[0]) != here.start[1]
 
 
 # ---- runs ----------------------------------------------------------------------------
 
 
-def test_both_stages_scores_and_export(file, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(file.parent)
-    model = ["--model", file.name]
-    train_pretrain.main([*model, *SHORT, "--out", str(tmp_path / "one")])
-    options = [*model, *SHORT, "--init", str(tmp_path / "one")]
-    train_reward.main([*options, "--out", str(tmp_path / "two")])
+@pytest.mark.parametrize("architecture, pre", [("llama", "smollm"), ("qwen2", "qwen2")])
+def test_both_stages_scores_and_export(tmp_path, monkeypatch, capsys, architecture, pre):
+    folder = make_folder(tmp_path / "folder", architecture, pre)
+    file = write(tmp_path / "a.gguf", weights(folder, architecture), architecture, pre)
+    monkeypatch.chdir(tmp_path)
+    train_pretrain.main(["--model", file.name, *SHORT, "--out", "one"])
+    train_reward.main(["--model", file.name, *SHORT, "--init", "one", "--out", "two"])
     for run in ("one", "two"):
-        record = json.loads((tmp_path / run / "run.json").read_text())
+        record = json.loads(Path(run, "run.json").read_text())
         assert record["backbone"] == {"name": str(file), "fingerprint": fingerprint(str(file))}
 
-    monkeypatch.chdir(tmp_path)  # run.json has the whole path
-    run = load_judge("two").compare(*PAIR)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir("elsewhere")  # run.json has the whole path
+    run = load_judge("../two").compare(*PAIR)
     assert run.log_odds_first != load_judge(file, bits=32).compare(*PAIR).log_odds_first
     capsys.readouterr()
-    score.main(["--model", "two", "--prompt", PAIR[0], "--response", "a", "--response", "b"])
+    score.main(["--model", "../two", "--prompt", PAIR[0], "--response", "a", "--response", "b"])
     assert "P(A better) = " in capsys.readouterr().out
 
-    export.main(["two", "exported", "--dtype", "float32"])
+    export.main(["../two", "exported", "--dtype", "float32"])
     names = {path.suffix for path in Path("exported").iterdir()}
     assert names == {".json", ".safetensors", ".jinja"}
-    for path in (file, "two", "exported"):
-        assert load_judge(path).batch_size == SCORED[1]  # its backbone is not the village's
-    exported = load_judge("exported").compare(*PAIR)
+    for path in (file, "../two", "exported"):
+        judge = load_judge(path)
+        assert judge.batch_size == SCORED[1]  # its backbone is not the village's
+        same_tokens(judge.tokenizer, load_tokenizer(str(folder)))
+    exported = judge.compare(*PAIR)
     assert exported.log_odds_first == pytest.approx(run.log_odds_first, abs=1e-4)
     assert exported.log_odds_second == pytest.approx(run.log_odds_second, abs=1e-4)
 
@@ -253,45 +381,84 @@ def test_a_name_that_is_a_link_is_kept(file, tmp_path):
     assert load_judge(tmp_path / "run").compare(*PAIR)
 
 
-@pytest.mark.parametrize("changed", [False, True])
-def test_a_run_that_was_stopped_goes_on(file, tensors, tmp_path, monkeypatch, changed):
-    own = tmp_path / "own.gguf"
-    shutil.copy(file, own)
-    options = ["--model", str(own), *SHORT, "--save-every", "1"]
-    train_pretrain.main([*options, "--out", str(tmp_path / "whole")])
-    real, calls = runs_run.add_up, []
-
-    def add_up(*arguments):
-        calls.append(1)
-        if len(calls) == 2:
-            raise RuntimeError("stopped in step 2")
-        return real(*arguments)
-
-    monkeypatch.setattr(runs_run, "add_up", add_up)
-    with pytest.raises(RuntimeError, match="stopped in step 2"):
-        train_pretrain.main([*options, "--out", str(tmp_path / "run")])
-    again = [*options, "--out", str(tmp_path / "run"), "--resume"]
-    if changed:
-        write(own, {**tensors, "output_norm.weight": tensors["output_norm.weight"] * 2})
-        with pytest.raises(UserError, match="backbone"):
-            train_pretrain.main(again)
-        return
-    train_pretrain.main(again)
-    adapters = [tmp_path / run / "adapter_model.safetensors" for run in ("run", "whole")]
-    assert adapters[0].read_bytes() == adapters[1].read_bytes()
-
-
-# ---- what cannot be used -------------------------------------------------------------
+# ---- what is refused -----------------------------------------------------------------
 
 
 def refused(path) -> str:
     """The line that refuses it; nothing is left of it in the cache."""
     with pytest.raises(UserError) as error:
         load_judge(path)
-    assert not [name for name in unpacking.CACHE.glob(f"{path.stem}-*")]
+    assert not list(unpacking.CACHE.glob(f"{path.stem}-*"))
     line = str(error.value)
     assert "\n" not in line and line.startswith(str(path)) and "; " in line
     return line
+
+
+OTHERS = "starcoder2 stablelm phi3 gemma2 falcon mamba t5 rwkv7".split()
+NOT_PROVEN = [  # architecture, tokenizer.ggml.model, tokenizer.ggml.pre
+    *((architecture, "gpt2", "llama-bpe") for architecture in (*OTHERS, "qwen2", "Llama")),
+    *((architecture, "gpt2", "qwen2") for architecture in ("qwen2moe", "qwen3moe", "llama")),
+    *(("llama", model, "llama-bpe") for model in ("llama", "t5", "rwkv", None)),
+    *(("llama", "gpt2", pre) for pre in ("default", "smaug-bpe", "stablelm2", "gpt-2", None)),
+]
+
+
+@pytest.mark.parametrize("architecture, model, pre", NOT_PROVEN)
+def test_a_combination_that_is_not_proven(tensors, tmp_path, architecture, model, pre):
+    changed = {"tokenizer.ggml.model": model, "tokenizer.ggml.pre": pre}
+    line = refused(write(tmp_path / "other.gguf", tensors, architecture, changed=changed))
+    assert f"architecture {architecture} with the tokenizer {model} (tokenizer.ggml.model)" in line
+    assert f" and {pre} (tokenizer.ggml.pre) is not one of those that are read: llama gpt2 " in line
+    assert line.endswith("; give the model's own folder or its name on the hub")
+
+
+KEYS = {  # keys that are refused: their values, and how
+    "llama.rope.scaling.type": ("linear", "(linear) is not read"),
+    "llama.rope.scaling.factor": (4.0, "(4.0) is not read"),
+    "llama.rope.dimension_count": (HEAD // 2, "(8) is not read: 16 is used"),  # partial rotary
+    "llama.attention.value_length": (8, "(8) is not read: 16 is used"),
+    "llama.vocab_size": (9, "(9) is not read"),
+    "llama.attention.sliding_window": (512, "(512) is not read"),
+    "llama.attention.causal": (False, "(False) is not read"),
+    "llama.attn_logit_softcapping": (50.0, "(50.0) is not read"),
+    "llama.final_logit_softcapping": (30.0, "(30.0) is not read"),
+    "llama.logit_scale": (0.5, "(0.5) is not read"),
+    "llama.expert_count": (8, "(8) is not read"),
+    "llama.rope.freq_base": (None, "is missing"),
+    "tokenizer.ggml.add_space_prefix": (True, "(True) is not read"),
+    "tokenizer.ggml.add_eos_token": (True, "(True) is not read"),
+    "tokenizer.ggml.add_bos_token": (None, "is missing"),
+    "tokenizer.ggml.merges": (None, "is missing"),
+    "tokenizer.ggml.token_type": (None, "is missing"),
+    "tokenizer.ggml.precompiled_charsmap": ([1, 2], "([1, 2]) is not read"),
+}
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_a_key_that_is_not_read(tensors, tmp_path, key):
+    value, words = KEYS[key]
+    line = refused(write(tmp_path / "key.gguf", tensors, changed={key: value}))
+    assert f"its key {key} {words}" in line
+
+
+def test_a_marker_that_is_typed_as_plain_text(tensors, tmp_path):
+    pieces, _, added = vocabulary()
+    types = [1] * len(pieces) + [3 if token in (BOS, EOS, PAD) else 1 for token in added]
+    types += [5] * (ROWS - len(types))
+    path = write(tmp_path / "typed.gguf", tensors, changed={"tokenizer.ggml.token_type": types})
+    assert "its token '<|im_start|>' is typed as plain text, which no merge makes" in refused(path)
+
+
+def test_weights_that_do_not_fit(tensors, tmp_path):
+    less = {name: array for name, array in tensors.items() if "0.attn_q" not in name}
+    line = refused(write(tmp_path / "less.gguf", less))
+    assert "its weight model.layers.0.self_attn.q_proj.weight is missing" in line
+    other = {**tensors, "blk.0.attn_q.weight": np.ones((32, HIDDEN), np.float32)}
+    line = refused(write(tmp_path / "other.gguf", other))
+    assert "self_attn.q_proj.weight has the shape [32, 64], not [64, 64]" in line
+    for name in ("blk.0.attn_q.bias", "blk.0.attn_k.weight.lora_a", "cls.output.weight"):
+        line = refused(write(tmp_path / "more.gguf", {**tensors, name: np.ones(9, np.float32)}))
+        assert f"its weight {name} is none of the model's" in line
 
 
 def test_no_such_file(tmp_path):
@@ -300,7 +467,7 @@ def test_no_such_file(tmp_path):
 
 def test_no_gguf_file(tmp_path):
     (tmp_path / "page.gguf").write_text("<!doctype html>")
-    assert "is no GGUF file" in refused(tmp_path / "page.gguf")
+    assert "does not begin as a GGUF file does" in refused(tmp_path / "page.gguf")
 
 
 @pytest.mark.parametrize("share", [0.0001, 0.01, 0.5, 0.99])
@@ -308,45 +475,6 @@ def test_a_file_that_is_not_complete(file, tmp_path, share):
     whole = file.read_bytes()
     (tmp_path / "part.gguf").write_bytes(whole[: int(share * len(whole))])
     assert "may not be complete: download it again" in refused(tmp_path / "part.gguf")
-
-
-def test_an_architecture_that_transformers_does_not_know(tensors, tmp_path):
-    path = write(tmp_path / "rwkv.gguf", tensors, architecture="rwkv7")
-    assert "makes no config of it: GGUF model with architecture rwkv7" in refused(path)
-
-
-@pytest.mark.parametrize("architecture", ["t5", "bert"])
-def test_an_architecture_that_is_no_decoder(tensors, tmp_path, architecture):
-    assert "makes no " in refused(write(tmp_path / "x.gguf", tensors, architecture=architecture))
-
-
-def test_a_tokenizer_that_cannot_be_built(tensors, tmp_path):
-    path = write(tmp_path / "words.gguf", tensors, tokenizer="rwkv")
-    assert "makes no tokenizer of it: Cannot build a tokenizer" in refused(path)
-
-
-def test_a_weight_that_is_missing(tensors, tmp_path):
-    path = write(tmp_path / "less.gguf", {k: v for k, v in tensors.items() if "0.attn_q" not in k})
-    assert "layers.0.self_attn.q_proj.weight is missing" in refused(path)
-
-
-def test_a_weight_that_transformers_would_leave_out(tensors, tmp_path):
-    bias = {"blk.0.attn_q.bias": np.ones(HIDDEN, np.float32)}
-    line = refused(write(tmp_path / "more.gguf", {**tensors, **bias}))
-    total = sum(array.size for array in tensors.values())
-    assert f"holds {total + HIDDEN:,} weights, and transformers makes a model of {total:,}" in line
-
-
-def test_stretched_positions_that_transformers_does_not_read_are_said(tensors, tmp_path, capsys):
-    factors = {"rope_freqs.weight": np.ones(HIDDEN // HEADS // 2, np.float32)}
-    load_model(str(write(tmp_path / "long.gguf", {**tensors, **factors})), 32)
-    assert "does not read rope_freqs.weight of a GGUF file" in capsys.readouterr().err
-
-
-def test_a_part_of_a_split_file(file, tmp_path):
-    part = tmp_path / "tiny-00001-of-00002.gguf"
-    shutil.copy(file, part)
-    assert "one part of a split GGUF file" in refused(part)
 
 
 def test_a_folder_of_gguf_files(file, tmp_path):

@@ -114,7 +114,7 @@ def commands() -> list[tuple[str, str]]:
 def help_of(*program: str) -> str:
     """What a program says to --help, run in this process: starting one takes seconds each."""
     said, arguments = io.StringIO(), sys.argv
-    sys.argv = [program[-1], "--help"]
+    sys.argv = [program[1] if program[0] == "-m" else program[0], *program[2:], "--help"]
     try:
         with contextlib.redirect_stdout(said), pytest.raises(SystemExit) as end:
             if program[0] == "-m":
@@ -151,6 +151,8 @@ def test_every_command_in_a_readme_is_real(readme, command):
     if program[0].startswith("tests/"):
         assert (ROOT / program[0]).is_file(), f"{readme}: {command}"
         return
+    if program[-1] == "gram_mini.studies.speed":  # each of its studies has its own options
+        program.append(words[3])
     text = help_of(*program)
     for option in [word for word in words if word.startswith("--")]:
         assert re.search(rf"{option.split('=')[0]}\b", text), (

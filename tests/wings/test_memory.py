@@ -6,20 +6,20 @@ import re
 from types import SimpleNamespace
 
 import train_reward
+from gram_mini.batches import trained_tokens
 from gram_mini.errors import UserError
 from gram_mini.model import hidden_states
 from gram_mini.runs import chunked
 from gram_mini.runs import memory as foresee
 from gram_mini.runs.models import checkpoint_gradients
 from gram_mini.studies.speed import common, memory
-from gram_mini.studies.speed.common import MODELS, Shape, held_bytes, random_rows
+from gram_mini.studies.speed.common import MODELS, PIECES, held_bytes, shape
 from gram_mini.studies.speed.memory import (
     adapter_parameters,
-    build_fused,
-    compute,
     kept_bytes,
+    largest_pass,
     layer_bytes,
-    measure,
+    peak,
     weight_bytes,
 )
 from gram_mini.training import optimizer_and_schedule
@@ -27,24 +27,40 @@ from gram_mini.training import optimizer_and_schedule
 import psutil
 import pytest
 import torch
+from peaks import built_fused, measured_peak
 
 RANK, BATCH, LENGTH = 16, 2, 256
 SHAPES = {
-    kind: Shape(kind, 256, 4, 8, 4, 32, 768, 2048, kind != "llama")
+    kind: shape(kind, 256, 4, 8, 4, 32, 768, 2048, kind != "llama")
     for kind in ("qwen2", "qwen3", "llama")
 }
+
+
+def rows_and_trained(stage, config):
+    """A batch, and how many of its tokens have logits."""
+    rows = common.full_rows(BATCH, stage, config.vocab_size, LENGTH)
+    return rows, trained_tokens(PIECES[stage], rows) if stage == "pretrain" else 0
+
+
+def ratio_of_peaks(model, stage, bits, checkpointing):
+    """The measured peak of a step as a share of the computed one, and the computed one."""
+    rows, trained = rows_and_trained(stage, model.config)
+    computed = peak(model.config, bits, checkpointing, BATCH * LENGTH, RANK, trained)
+    return measured_peak(model, stage, checkpointing, rows) / computed, computed
 
 
 @pytest.fixture(
     scope="module", params=[(kind, bits) for kind in SHAPES for bits in (4, 16)], ids=str
 )
 def built(request):
-    """(shape, bits, adapted model) in bfloat16, as on a GPU."""
+    """(config, bits, adapted model) in bfloat16, as on a GPU."""
     kind, bits = request.param
     torch.manual_seed(0)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("gram_mini.model.compute_dtype", lambda bits, device, name="": torch.bfloat16)
-        yield SHAPES[kind], bits, build_fused(SHAPES[kind], bits, RANK, torch.device("cpu"))
+        patch.setattr(
+            "gram_mini.runs.models.compute_dtype", lambda bits, device, name="": torch.bfloat16
+        )
+        yield SHAPES[kind], bits, built_fused(SHAPES[kind], bits, RANK)
 
 
 def test_sizes_are_those_of_the_public_models():
@@ -112,88 +128,53 @@ def test_checkpointing_keeps_a_layer_s_input_only(built):
     kept = saved_bytes(model)
     # The last hidden states, 2 H, are held by the loss and not by the backward pass.
     assert kept == pytest.approx(
-        kept_bytes(s, RANK, BATCH * LENGTH, checkpointing=True) - 2 * BATCH * LENGTH * s.hidden,
+        kept_bytes(s, RANK, BATCH * LENGTH, checkpointing=True)
+        - 2 * BATCH * LENGTH * s.hidden_size,
         rel=0.03,
     )
-    assert kept < 0.1 * s.layers * BATCH * LENGTH * layer_bytes(s, RANK)
+    assert kept < 0.1 * s.num_hidden_layers * BATCH * LENGTH * layer_bytes(s, RANK)
 
 
-@pytest.mark.parametrize(
-    ("stage", "checkpointing"),
-    [(stage, on) for stage in ("pretrain", "reward") for on in (False, True)] + [("score", False)],
-)
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("stage", ["pretrain", "reward"])
 def test_peak_is_between_85_and_105_percent_of_the_computed_one(built, stage, checkpointing):
-    s, bits, model = built
-    if stage == "score" and bits == 16:
-        pytest.skip("to add float32 to bfloat16 a CPU casts into an extra buffer, a GPU does not")
-    peak, _ = measure(model, stage, checkpointing, BATCH, LENGTH, steps=1)
-    assert 0.85 < peak / compute(s, stage, bits, checkpointing, BATCH, LENGTH, RANK)["peak"] < 1.05
+    _, bits, model = built
+    ratio, _ = ratio_of_peaks(model, stage, bits, checkpointing)
+    assert 0.85 < ratio < 1.05
 
 
-def test_peak_where_the_logits_are_most_of_it(fast_bfloat16):
-    s = Shape("llama", 64, 2, 4, 2, 16, 128, 30_000, True)
-    model = build_fused(s, 16, RANK, torch.device("cpu"))
-    terms = compute(s, "pretrain", 16, True, BATCH, LENGTH, RANK)
-    assert 12 * s.vocabulary * memory.trained_tokens(BATCH, LENGTH) > 0.9 * terms["peak"]
-    assert measure(model, "pretrain", True, BATCH, LENGTH, steps=1)[0] == pytest.approx(
-        terms["peak"], rel=0.05
-    )
-
-
-def test_chunks_bound_the_logits(monkeypatch, fast_bfloat16):
-    s = Shape("llama", 64, 2, 4, 2, 16, 128, 30_000, True)
-    model = build_fused(s, 16, RANK, torch.device("cpu"))
-    whole = measure(model, "pretrain", True, BATCH, LENGTH, steps=1)[0]
+def test_where_the_logits_are_most_of_the_peak_chunks_bound_them(monkeypatch, fast_bfloat16):
+    config = shape("llama", 64, 2, 4, 2, 16, 128, 30_000, True)
+    model = built_fused(config, 16, RANK)
+    _, trained = rows_and_trained("pretrain", config)
+    ratio, whole = ratio_of_peaks(model, "pretrain", 16, True)
+    assert 12 * config.vocab_size * trained > 0.9 * whole
+    assert ratio == pytest.approx(1, rel=0.05)
     for module in (chunked, memory):
         monkeypatch.setattr(module, "LOGITS_AT_ONCE", 2**20)
-    in_chunks = measure(model, "pretrain", True, BATCH, LENGTH, steps=1)[0]
-    assert in_chunks < 1.05 * compute(s, "pretrain", 16, True, BATCH, LENGTH, RANK)["peak"]
-    assert in_chunks < 0.3 * whole
-
-
-def test_random_rows_fill_the_length_and_train_what_the_formula_counts():
-    from gram_mini.batches import IGNORED, pair_batch
-
-    for length in (16, 17, 255):
-        ids, targets = pair_batch(random_rows(3, length, 99), memory.PIECES)
-        assert ids.shape == (3, length)
-        assert (targets != IGNORED).sum() == memory.trained_tokens(3, length)
+    ratio, in_chunks = ratio_of_peaks(model, "pretrain", 16, True)
+    assert ratio < 1.05 and ratio * in_chunks < 0.3 * whole
 
 
 def test_the_computed_table(capsys):
-    models = "--models Qwen2.5-0.5B Qwen3-8B --lengths 1024 --cards 8 24"
-    memory.main(["--device", "cpu", *models.split()])
+    memory.main("--cards 8 24 --bits 4".split())
     lines = capsys.readouterr().out.splitlines()
-    rows = [line for line in lines if "computed |" in line]
-    assert len(rows) == 2 * 2 * 5 and len({len(line) for line in rows}) == 1
-    assert not any("measured" in line for line in lines)
-    assert any(line.startswith("| Qwen3-8B     | 1024   | does not fit") for line in lines)
+    assert len(lines) == 2 + len(MODELS) and len({len(line) for line in lines}) == 1
+    assert "| Qwen2.5-0.5B | 32,768 (4.99) |" in lines[2]
+    assert "| Qwen3-8B     | does not fit  |" in lines[-1]
 
 
-def test_the_largest_batches_leave_a_tenth_of_the_card():
-    for s in MODELS.values():
+def test_the_largest_passes_leave_a_tenth_of_the_card():
+    for config in MODELS.values():
         for card in (8, 12, 24):
-            if found := memory.largest_batch(s, card, 1024, 32):
-                batch, peak = found
-                assert peak <= 0.9 * card * common.GIB and batch <= memory.EFFECTIVE_BATCH
-                assert compute(s, "pretrain", 4, True, batch, 1024, 32)["peak"] <= peak
-    assert memory.largest_batch(MODELS["Qwen3-8B"], 4, 1024, 32) is None
+            tokens, most = largest_pass(config, card, 4, 32)
+            if tokens:
+                assert most <= 0.9 * card * common.GIB
+                assert peak(config, 4, True, 2 * tokens, 32, tokens) > 0.9 * card * common.GIB
+    assert largest_pass(MODELS["Qwen3-8B"], 4, 4, 32) == (0, 0)
 
 
-def test_a_small_shape_is_measured(capsys, monkeypatch):
-    monkeypatch.setattr(memory, "TINY", {"tiny": Shape("qwen3", 64, 2, 4, 2, 16, 128, 500, True)})
-    memory.main(
-        [*"--device cpu --tiny --lengths 32 --bits 4 --steps 1".split(), *"--batch-size 2".split()]
-    )
-    out = capsys.readouterr().out
-    assert (
-        out.count("measured |") == 5 and "computed |" not in out and "measured on this CPU" in out
-    )
-
-
-@pytest.mark.parametrize(
-    "arguments", [["--models", "GPT-5"], ["--lengths", "8"], ["--bits", "8"], ["--steps", "0"]]
-)
+@pytest.mark.parametrize("arguments", [["--bits", "32"], ["--cards", "0"], ["--lora-rank", "0"]])
 def test_usage_errors(arguments, capsys):
     with pytest.raises(SystemExit) as error:
         memory.main(arguments)
@@ -213,13 +194,13 @@ def test_a_step_is_foreseen(built, stage, checkpointing, attention):
         pytest.skip("bits and attention do not meet")
     model.get_base_model().set_attn_implementation(attention)
     try:
-        peak, _ = measure(model, stage, checkpointing, BATCH, LENGTH, steps=1)
-        share = memory.trained_tokens(BATCH, LENGTH) / (BATCH * LENGTH)
-        logits = share if stage == "pretrain" else 0
+        rows, trained = rows_and_trained(stage, model.config)
+        most = measured_peak(model, stage, checkpointing, rows)
+        logits = trained / (BATCH * LENGTH)
         step = foresee.measure(model, LENGTH).step(BATCH * LENGTH, LENGTH, logits)
     finally:
         model.get_base_model().set_attn_implementation("sdpa")
-    ratio = step / (peak - held_bytes(model, None))
+    ratio = step / (most - held_bytes(model, None))
     assert 0.9 < ratio < 1.2, ratio
 
 

@@ -30,8 +30,8 @@ from safetensors.torch import load_file
 ROOT = Path(__file__).parents[2]
 SCRIPTS = {"train_pretrain": train_pretrain, "train_reward": train_reward}
 OPTIONS = [
-    *"--limit 200 --held-out 0.1 --batch-size 8 --steps 20 --lora-rank 4".split(),
-    *"--log-every 4 --save-every 6 --grad-accum 2".split(),
+    *"--limit 200 --held-out 0.1 --batch-size 16 --steps 20 --lora-rank 4".split(),
+    *"--log-every 4 --save-every 6 --batch-tokens 500".split(),
 ]
 SHORT = "--limit 100 --held-out 0.2 --steps 3 --lora-rank 4 --log-every 1".split()
 
@@ -39,13 +39,13 @@ SHORT = "--limit 100 --held-out 0.2 --steps 3 --lora-rank 4 --log-every 1".split
 KILL_IN_STEP = """
 import os, signal, sys, {script} as script
 from gram_mini.runs import run
-real, calls = run.add_up, []
-def add_up(*arguments):
+real, calls = run.sum_over_processes, []
+def sum_over_processes(*arguments):
     calls.append(1)
     if len(calls) == 16:
         os.kill(os.getpid(), signal.SIGKILL)
     return real(*arguments)
-run.add_up = add_up
+run.sum_over_processes = sum_over_processes
 script.main(sys.argv[1:])
 """
 # Ends it when half of the checkpoint of step 12 is written. That of step 6 is whole.
@@ -141,8 +141,8 @@ def test_random_state_and_skipped_steps_go_on(tmp_path, monkeypatch):
     model = shutil.copytree(VILLAGE_FOLDER, tmp_path / "model")
     config = json.loads((model / "config.json").read_text()) | {"attention_dropout": 0.2}
     (model / "config.json").write_text(json.dumps(config))
-    options = [*OPTIONS, "--model", str(model), "--steps", "8", "--grad-accum", "1"]
-    real_loss, real_sum = train_reward.reward_loss, runs_run.add_up
+    options = [*OPTIONS, "--model", str(model), "--steps", "8"]
+    real_loss, real_sum = train_reward.reward_loss, runs_run.sum_over_processes
 
     def run(out, stop_in_step, *more):
         losses, steps = [], []
@@ -151,14 +151,14 @@ def test_random_state_and_skipped_steps_go_on(tmp_path, monkeypatch):
             losses.append(1)
             return real_loss(*arguments) * (float("nan") if len(losses) == 2 and not more else 1.0)
 
-        def add_up(*arguments):
+        def sum_over_processes(*arguments):
             steps.append(1)
             if len(steps) == stop_in_step:
                 os.kill(os.getpid(), signal.SIGINT)
             return real_sum(*arguments)
 
         monkeypatch.setattr(train_reward, "reward_loss", loss)
-        monkeypatch.setattr(runs_run, "add_up", add_up)
+        monkeypatch.setattr(runs_run, "sum_over_processes", sum_over_processes)
         train_reward.main([*options, "--out", str(out), *more])
 
     run(tmp_path / "whole", None)
@@ -185,8 +185,7 @@ def test_how_a_step_is_split_may_change_and_what_is_learned_may_not(tmp_path):
     with pytest.raises(UserError, match="judge prompt was .* A or B"):
         train_reward.main([*options, "--resume"])
     template.write_text("{prompt} {response_a} {response_b} A or B?")
-    for option in ("--batch-size", "--grad-accum"):
-        options[options.index(option) + 1] = "4"
+    options[options.index("--batch-tokens") + 1] = "200"
     train_reward.main([*options, "--resume", "--gradient-checkpointing"])
     assert (tmp_path / "run" / "run.json").is_file()
 
@@ -251,7 +250,7 @@ def test_twice_the_passes_are_twice_the_batch(name, tmp_path):
     """In stage 1 the loss is divided by the tokens of the step, as passes hold unequally many."""
     one, adapter_one = step_by_step(SCRIPTS[name], tmp_path / "one", "--batch-size", "14")
     two, adapter_two = step_by_step(
-        SCRIPTS[name], tmp_path / "two", "--batch-size", "7", "--grad-accum", "2"
+        SCRIPTS[name], tmp_path / "two", "--batch-size", "14", "--batch-tokens", "400"
     )
     assert close(one, two)
     assert max((adapter_one[k] - adapter_two[k]).abs().max() for k in adapter_one) < 1e-4
@@ -333,7 +332,11 @@ def test_only_broken_steps_in_a_row_count(tmp_path):
 
     def finite(loss, norm):
         run._loss = loss
-        return run.finite(norm)
+        if not run.is_finite(norm):
+            run.count_skipped_step(norm)
+            return False
+        run._skipped_in_a_row = 0  # as steps() does after a step that was applied
+        return True
 
     steps = ((1.0, 1.0), (float("nan"), 1.0), (1.0, 2.0), (1.0, float("inf")))
     assert [finite(*step) for step in steps] == [True, False, True, False] and run.skipped == 2
@@ -343,7 +346,7 @@ def test_only_broken_steps_in_a_row_count(tmp_path):
 
 def ends_with_one_line(code, *arguments, before=""):
     """What a script says last when it cannot go on; exit status 2 and no traceback."""
-    code = "import sys, train_reward\nfrom gram_mini.errors import clear_errors\n" + before + (
+    code = "import sys, train_reward\nfrom gram_mini.runs.ending import clear_errors\n" + before + (
         "\nwith clear_errors():\n    train_reward.main(sys.argv[1:])"
     )  # fmt: skip
     process = start(code, *arguments)
@@ -360,7 +363,7 @@ def test_out_of_gpu_memory_names_the_options_that_help(tmp_path):
     )
     line = ends_with_one_line("", *OPTIONS, "--out", str(tmp_path / "run"), before=before)
     assert line.startswith("error: out of GPU memory")
-    assert "--gradient-checkpointing" in line and "--grad-accum" in line
+    assert "--gradient-checkpointing" in line and "--batch-tokens" in line
 
 
 def test_a_read_only_folder_is_one_line(tmp_path, monkeypatch):
@@ -393,7 +396,7 @@ def test_held_out_pairs_are_judged_five_times_and_not_twice_at_the_end(steps):
     run = object.__new__(Run)
     run._total, due = steps, []
     for run._step in range(1, steps + 1):
-        due += [run._step] * run.evaluation_due()
+        due += [run._step] * run.evaluation_is_due()
     assert len(due) == min(steps, 5) and due[-1] == steps
     assert all(b - a >= steps // 5 for a, b in zip(due, due[1:]))
 
@@ -448,13 +451,13 @@ def test_a_run_does_not_go_on_from_another_init(tmp_path, monkeypatch):
     train_pretrain.main(began)
     run = "--limit 100 --held-out 0 --steps 3 --save-every 1".split()
     run += ["--init", str(tmp_path / "began"), "--out", str(tmp_path / "run")]
-    real_sum = runs_run.add_up
+    real_sum = runs_run.sum_over_processes
 
-    def add_up(*arguments):
+    def sum_over_processes(*arguments):
         os.kill(os.getpid(), signal.SIGINT)
         return real_sum(*arguments)
 
-    monkeypatch.setattr(runs_run, "add_up", add_up)
+    monkeypatch.setattr(runs_run, "sum_over_processes", sum_over_processes)
     with pytest.raises(Interrupted):
         train_reward.main(run)
     monkeypatch.undo()

@@ -92,6 +92,18 @@ def test_openrlhf_with_plain_prompts_and_several_queries(loop, capsys):
         assert message in capsys.readouterr().err
 
 
+def test_openrlhf_with_the_queries_of_llama_2(loop):
+    """Its tokenizer puts a first token before a text, and a blank after that."""
+    expected = loop.reward(QUESTION, SOUP, FISH)
+    label = {"prompt": QUESTION, "reference": FISH}
+    for prompt, query in (
+        (f"<s>[INST] {QUESTION} [/INST]", f"<s> [INST] {QUESTION} [/INST] {SOUP} </s>"),
+        (f"[INST]  {QUESTION}\n[/INST] ", f"<s> [INST] {QUESTION} [/INST]{SOUP}</s>"),
+    ):
+        found = openrlhf.reward_func([query], [prompt], [label])["rewards"].item()
+        assert found == pytest.approx(expected, abs=1e-5)
+
+
 def test_ms_swift_calls_an_object(loop):
     # as compute_rewards_per_func: the dialogue holds the completion, and columns come as lists
     messages = [
@@ -122,6 +134,11 @@ def test_the_judge_is_loaded_once_and_may_be_a_served_one(monkeypatch):
     assert rewards.judge_of_the_loop() == ("village", "http://127.0.0.1:8000", None)
     monkeypatch.setenv("GRAM_SERVED_NAME", "reward")
     assert rewards.judge_of_the_loop()[2] == "reward"
+    monkeypatch.undo()
+    monkeypatch.setenv("GRAM_JUDGE", "village")
+    monkeypatch.setenv("GRAM_SERVER", "")  # not a judge that is computed here, silently
+    with pytest.raises(UserError, match="give an address"):
+        rewards.judge_of_the_loop()
 
 
 # ---- the real callers, where their packages are installed (gram_mini/serving/rewards.md) ----

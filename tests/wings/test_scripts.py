@@ -12,6 +12,7 @@ import score
 import train_pretrain
 import train_reward
 from gram_mini.baselines import __main__ as baselines
+from gram_mini.errors import UserError
 from gram_mini.judge import Judge
 from gram_mini.losses import smoothed
 from gram_mini.model import OutputHead
@@ -167,11 +168,23 @@ def test_one_seed_gives_one_adapter(script, tmp_path):
     assert a == b != c
 
 
-def test_gradient_accumulation_takes_as_many_rows_per_step(tmp_path, data):
-    options = "--held-out 0 --epochs 2 --log-every 1 --batch-size 8 --grad-accum 2".split()
+def test_a_step_is_of_as_many_rows_as_batch_size_says(tmp_path, data):
+    options = "--held-out 0 --epochs 2 --log-every 1 --batch-size 16 --batch-tokens 200".split()
     train_reward.main(["--data", data, "--out", str(tmp_path / "run"), *options, *SMALL[2:4]])
-    log = log_of(tmp_path / "run")
-    assert len(log) == 4  # 30 rows twice, 2 x 8 at a time
+    assert len(log_of(tmp_path / "run")) == 4  # 30 rows twice, 16 at a time
+
+
+@pytest.mark.parametrize(
+    ("script", "option", "instead"),
+    [
+        (train_pretrain, "--grad-accum", "a step is --batch-size pairs"),
+        (train_reward, "--grad-accum", "--batch-tokens splits it"),
+        (score, "--benchmark", "python -m gram_mini.studies.benchmarks"),
+    ],
+)
+def test_an_option_that_is_gone_names_what_to_give_instead(script, option, instead):
+    with pytest.raises(UserError, match=f"{option}: is no option any more; .*{instead}"):
+        script.main([option, "2"])
 
 
 def test_the_first_step_moves_the_adapter_and_the_log_tells_its_rate(tmp_path, data):
@@ -471,15 +484,16 @@ def other_backbone(path):
     return str(path)
 
 
-def splitting_backbone(path):
-    """The village's backbone with a template after which no label is one token."""
+def melting_backbone(path):
+    """The village's backbone with a template after which the label A melts into the text."""
     for file in VILLAGE_FOLDER.iterdir():
         (path / file.name).write_bytes(file.read_bytes())
-    template = (path / "chat_template.jinja").read_text()
-    # The template writes two spaces before the assistant's text: with the label, two tokens.
+    tokenizer = load_tokenizer("village")
     content = "{{ message.content }}"
-    marked = "{% if message.role == 'assistant' %}  {% endif %}" + content
-    (path / "chat_template.jinja").write_text(template.replace(content, marked))
+    marked = "{% if message.role == 'assistant' %}x{% endif %}" + content
+    tokenizer.chat_template = tokenizer.chat_template.replace(content, marked)
+    tokenizer.add_tokens(["xA"])
+    tokenizer.save_pretrained(path)
     return str(path)
 
 
@@ -533,7 +547,6 @@ def test_user_error_ends_the_script_with_one_line_and_status_2(tmp_path):
     (score, ["--data", "x.jsonl"], "needs --out"),
     (score, [*PAIR, "--rank", "reference"], "needs --reference"),
     (score, [*PAIR, "--resume"], "--overwrite, --resume and --limit go with --data"),
-    (score, "--data x --benchmark llmbar --out x.json --resume".split(), "not go with --bench"),
 ])  # fmt: skip
 def test_usage_errors(script, arguments, message, capsys):
     with pytest.raises(SystemExit) as error:
@@ -616,13 +629,13 @@ def test_init_of_another_length_is_named(pretrain, tmp_path, capsys):
     assert "was trained with --max-length 512, this run: 256" in capsys.readouterr().out
 
 
-def test_labels_that_split(tmp_path):
+def test_a_label_that_melts_into_the_template(tmp_path):
     (tmp_path / "model").mkdir()
-    model = splitting_backbone(tmp_path / "model")
+    model = melting_backbone(tmp_path / "model")
     fails(
         train_reward,
         ["--model", model, "--out", str(tmp_path / "x"), "--limit", "50"],
-        r"label '  A' is not one token .* \['Ġ', 'ĠA'\]",
+        r"label 'A' is not one token .* ends it with \[.*'xA'\]",
     )
 
 

@@ -7,8 +7,10 @@ import json
 import math
 import os
 import re
+import signal
 import threading
 import time
+from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import score
@@ -16,12 +18,14 @@ import train_reward
 from gram_mini.errors import UserError
 from gram_mini.judge import Judge
 from gram_mini.pairs import Pair
+from gram_mini.runs import scores
 from gram_mini.runs.defaults import REQUESTS
 from gram_mini.runs.load import load_judge
 from gram_mini.runs.models import VILLAGE
 from gram_mini.runs.ranking import rank
-from gram_mini.serving import compare, served
+from gram_mini.serving import compare, engine, served
 from gram_mini.serving.export import export
+from gram_mini.serving.known import KNOWN, read_known
 from gram_mini.serving.served import ROUTES, ServedJudge, served_judge
 from gram_mini.serving.trl import as_trl_reward
 from gram_mini.village import table, wide_heads
@@ -33,8 +37,7 @@ import torch
 PAIRS = village_pairs("out-of-distribution")[:8]
 PAIR = ("What does Anna eat?", "Anna eats soup.", "Stop bothering me. Anna eats fish.")
 SPEAKS = {  # what a server of each kind speaks, by our name of the route
-    "/v1/completions with logprob_token_ids": {"named", "/generative_scoring"},
-    "/generative_scoring": {"/generative_scoring", "/v1/completions"},
+    "/v1/completions with logprob_token_ids": {"named", "/v1/score"},
     "/v1/score": {"/v1/score", "/v1/completions"},
     "/v1/completions, 1000 likeliest tokens": {"/v1/completions"},
     "/v1/completions, 20 likeliest tokens": {"/v1/completions", "few"},
@@ -46,24 +49,41 @@ class TooMany(Exception):
 
 
 class StandIn(ThreadingHTTPServer):
-    """Speaks the protocols of ``speaks``. ``fault(path, body)`` may give (status, text) instead."""
+    """Speaks the protocols of ``speaks``.
+
+    ``fault(path, body)`` may give (status, text), or (status, text, headers), instead. ``adapters``
+    are judges by the names of their models. ``cut`` is what the server makes of a prompt, and
+    ``number`` of the index of an answer. ``defaults`` are its own settings of sampling.
+    """
 
     def __init__(self, judge, speaks):
         super().__init__(("127.0.0.1", 0), Handler)
         self.judge, self.speaks = judge, speaks
         self.fault = lambda path, body: None
+        self.adapters: dict[str, Judge] = {}
+        self.cut = lambda ids: ids
+        self.number = lambda k: k
+        self.defaults: dict[str, float] = {}
+        self.usage = True
         self.cards = [{"id": "judge", "max_model_len": 2048}]
         self.seen: list[tuple[str, dict]] = []
         self.keys: list[str | None] = []
         self.active = self.most = 0
         self.lock = threading.Lock()
         self.url = f"http://127.0.0.1:{self.server_port}"
-        threading.Thread(target=self.serve_forever, daemon=True).start()
+        threading.Thread(target=self.serve_forever, args=(0.05,), daemon=True).start()
 
     @torch.no_grad()
-    def logs(self, ids: list[int]) -> torch.Tensor:
+    def logs(self, ids: list[int], body: dict) -> torch.Tensor:
+        judge = self.judge
+        if "/v1/score" not in self.speaks:  # SGLang takes no notice of the name there
+            judge = self.adapters.get(body["model"], judge)
+        neutral = {"temperature": 1, "top_p": 1, "top_k": -1, "repetition_penalty": 1}
+        sampling = self.defaults | {k: v for k, v in body.items() if k in self.defaults}
         with self.lock:
-            return self.judge.model(input_ids=torch.tensor([ids])).logits[0, -1].log_softmax(0)
+            z = judge.model(input_ids=torch.tensor([self.cut(ids)])).logits[0, -1]
+        wrong = sum(value != neutral.get(name, 0) for name, value in sampling.items())
+        return (z * (1 + wrong)).log_softmax(0)
 
     def answer(self, path: str, body: dict):
         """The reply, None for an unknown route."""
@@ -75,18 +95,20 @@ class StandIn(ThreadingHTTPServer):
         if path == "/v1/completions" and self.speaks & {"named", path}:
             if "few" in self.speaks and body["logprobs"] > 20:
                 raise TooMany
-            return {"choices": [self.choice(k, ids, body) for k, ids in enumerate(body["prompt"])]}
+            prompts = body["prompt"]
+            reply: dict = {"choices": [self.choice(k, ids, body) for k, ids in enumerate(prompts)]}
+            if self.usage:
+                reply["usage"] = {"prompt_tokens": sum(len(self.cut(ids)) for ids in prompts)}
+            return reply
         if path not in self.speaks:
             return None
         labels = body["label_token_ids"]
         assert body["apply_softmax"] is False
-        scores = [self.logs(body["query"] + item)[labels].exp().tolist() for item in body["items"]]
-        if path == "/v1/score":
-            return {"scores": scores}
-        return {"data": [{"index": k, "score": one[0]} for k, one in enumerate(scores)]}
+        prompts = [body["query"] + item for item in body["items"]]
+        return {"scores": [self.logs(ids, body)[labels].exp().tolist() for ids in prompts]}
 
     def choice(self, index: int, ids: list[int], body: dict) -> dict:
-        logs = self.logs(ids)
+        logs, index = self.logs(ids, body), self.number(index)
         top = logs.topk(min(body["logprobs"], len(logs))).indices.tolist()
         if "named" in self.speaks:
             top = {top[0], *body["logprob_token_ids"]}
@@ -111,16 +133,18 @@ class Handler(BaseHTTPRequestHandler):
             server.active += 1
             server.most = max(server.most, server.active)
         try:
-            status, reply = server.fault(self.path, body) or (200, None)
+            status, reply, *headers = server.fault(self.path, body) or (200, None)
             if reply is None:
                 answer = server.answer(self.path, body)
                 status, reply = (404, "") if answer is None else (200, json.dumps(answer))
         except TooMany:
-            status, reply = 400, "too many logprobs"
+            status, reply, headers = 400, "too many logprobs", []
         finally:
             with server.lock:
                 server.active -= 1
         self.send_response(status)
+        for name, value in headers[0].items() if headers else ():
+            self.send_header(name, value)
         self.end_headers()
         self.wfile.write(reply.encode())
 
@@ -152,7 +176,7 @@ def test_scores_are_those_of_the_local_judge(route, serve, tokenizer, village_ju
     rows = judge.encode(PAIRS)
     for ours, theirs in zip(judge.log_odds(rows), village_judge.log_odds(rows)):
         assert torch.allclose(ours.float(), theirs.float(), atol=1e-4)
-    assert torch.allclose(judge.plain_log_odds(rows), village_judge.plain_log_odds(rows), atol=1e-4)
+    assert torch.allclose(judge.log_odds(rows)[0], village_judge.log_odds(rows)[0], atol=1e-4)
 
 
 def test_everything_that_a_judge_does(serve, tokenizer, village_judge):
@@ -264,9 +288,10 @@ def test_compare_finds_nothing_between_a_judge_and_itself(run, serve, tmp_path, 
     assert float(apart) < 1e-4
     # The untrained backbone is another judge; only the tokenizer and the prompt are the same.
     server.judge = load_judge(VILLAGE, bits=32)
-    compare.main(["--model", str(run), *there])
+    with pytest.raises(SystemExit, match="the server is not this judge"):
+        compare.main(["--model", str(run), *there])
     (apart,) = re.findall("log-odds apart: mean .*, at most (.*)", capsys.readouterr().out)
-    assert float(apart) > 0.01
+    assert float(apart) > 0.25
 
 
 def test_the_table_of_the_village(run, serve, monkeypatch):
@@ -287,7 +312,12 @@ def test_a_served_run_keeps_its_prompt_and_length(run, serve):
 
 @pytest.mark.parametrize(
     "options",
-    ["--served-name x", "--server http://x --bits 4", "--server http://x --device cpu"],
+    [
+        "--served-name x",
+        "--server http://x --bits 4",
+        "--server http://x --device cpu",
+        "--server=",
+    ],
 )
 def test_options_that_do_not_go_together(options, run):
     texts = "--prompt x --response a --response b".split()
@@ -390,6 +420,10 @@ def test_tokens_named_by_their_text_are_not_guessed(tokenizer, serve):
     server.fault = lambda path, body: (200, reply) if path == "/v1/completions" else None
     said = line(lambda: ServedJudge(tokenizer, server.url))
     assert "names tokens by their text" in said and "/v1/score: HTTP 404" in said
+    # 5xx on one route means the next one
+    server.speaks.add("/v1/score")
+    server.fault = lambda path, body: (500, "") if path == "/v1/completions" else None
+    assert ServedJudge(tokenizer, server.url).route == "/v1/score"
 
 
 def test_another_model(tokenizer, serve, run):
@@ -401,9 +435,12 @@ def test_another_model(tokenizer, serve, run):
     server.cards = [{"id": "judge", "max_model_len": 512}]
     said = line(lambda: ServedJudge(tokenizer, server.url, max_length=512))
     assert "reads 512 tokens" in said and "give --max-length 511" in said
-    server.cards = []
-    server.fault = lambda path, body: (200, "{}") if path == "/v1/models" else None
-    assert "names no models" in line(lambda: ServedJudge(tokenizer, server.url))
+    for cards, reply in (([], None), (server.cards, (200, "{}")), (server.cards, (404, ""))):
+        server.cards = cards
+        server.fault = lambda path, body, reply=reply: reply if path == "/v1/models" else None
+        said = line(lambda: ServedJudge(tokenizer, server.url))
+        assert "names no models" in said and "give --served-name" in said
+        assert ServedJudge(tokenizer, server.url, "judge").served_as[0] == "judge"
 
 
 def test_another_tokenizer(tokenizer, serve):
@@ -420,6 +457,237 @@ def test_a_head_cannot_be_served(run, tmp_path):
     assert "has a head of its own" in line(lambda: served_judge(tmp_path / "run", "http://x"))
 
 
+# ---- a figure is right, or one line says why not --------------------------------------
+
+
+@pytest.mark.parametrize("usage", [True, False], ids=["counted", "not counted"])
+@pytest.mark.parametrize(
+    "cut",
+    [lambda ids: ids[:200], lambda ids: ids[:-1], lambda ids: ids[1:], lambda ids: ids[-200:]],
+    ids=["end", "last", "first", "beginning"],
+)
+def test_a_server_that_cuts_prompts(cut, usage, tokenizer, serve):
+    server = serve("named")
+    server.cut = lambda ids: cut(ids) if len(ids) > 200 else ids
+    server.usage = usage
+    said = line(lambda: ServedJudge(tokenizer, server.url, max_length=256))
+    assert ("tokens of 256" in said) == usage and ("does not read all of them" in said) != usage
+    judge = ServedJudge(tokenizer, server.url, max_length=200)
+    judge.compare(*PAIR)
+    server.cut = lambda ids: ids[:-1]  # cuts from now on
+    if usage:
+        assert "(usage.prompt_tokens)" in line(lambda: judge.compare(*PAIR))
+
+
+@pytest.mark.parametrize("number", [lambda k: 0, lambda k: k % 2], ids=["0 0 0 0", "0 1 0 1"])
+def test_answers_without_their_numbers_are_asked_for_one_by_one(
+    number, tokenizer, serve, village_judge
+):
+    server = serve("named")
+    judge = ServedJudge(tokenizer, server.url)
+    server.number = number
+    texts = ["Anna eats soup.", "Anna eats fish.", "Go away."]
+    ours, theirs = (rank(one, PAIR[0], texts) for one in (judge, village_judge))
+    assert ours.scores == pytest.approx(theirs.scores, abs=1e-5)
+    server.number = lambda k: 1
+    assert "numbers its answers [1]" in line(lambda: judge.compare(*PAIR))
+
+
+@pytest.mark.parametrize("none", [(-9999, -9999), (-3.4e38, -3.4e38), (0, -3.4e38), (900, -1)])
+def test_no_probability_is_none(none, tokenizer, serve):
+    server = serve("named")
+    judge = ServedJudge(tokenizer, server.url)
+    values = dict(zip(judge.labels, none))
+    server.fault = lambda path, body: (200, choices(*[values] * len(body["prompt"])))
+    assert "which are no probabilities" in line(lambda: judge.compare(*PAIR))
+
+
+def test_the_sampling_of_the_server_changes_nothing(tokenizer, serve, village_judge):
+    server = serve("named")
+    server.defaults = {
+        "repetition_penalty": 1.3, "presence_penalty": 1.0, "frequency_penalty": 0.5,
+        "temperature": 0.6, "top_p": 0.9, "top_k": 20, "min_p": 0.1,
+    }  # fmt: skip
+    expected = village_judge.compare(*PAIR).probability
+    found = ServedJudge(tokenizer, server.url).compare(*PAIR).probability
+    assert found == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("name", ["reward", "base:reward"])  # vLLM's way and SGLang's
+def test_adapters(name, tokenizer, serve, run):
+    trained, server = load_judge(run), serve("named")
+    base = {"id": "base", "root": "village", "parent": None, "max_model_len": 2048}
+    server.cards = [
+        base,
+        {"id": "reward", "root": "runs/reward", "parent": "base", "max_model_len": None},
+        {"id": "other", "max_model_len": 60},
+    ]
+    server.adapters = {name: trained}
+    judge = lambda: served_judge(run, server.url, name)
+    expected = trained.compare(*PAIR).probability
+    assert judge().compare(*PAIR).probability == pytest.approx(expected, abs=1e-5)
+    base["max_model_len"] = 64
+    assert "give --max-length 63" in line(judge)
+    base["max_model_len"] = 2048
+    server.adapters = {}
+    assert "does not use the adapter" in line(judge)
+    server.speaks = {"/v1/score"}
+    assert "without the adapter" in line(judge)
+    assert "no model 'base:x'" in line(lambda: served_judge(run, server.url, "base:x"))
+    assert served_judge(run, server.url, "base").route == "/v1/score"
+
+
+def test_an_exported_run_knows_its_scores(run, serve, tmp_path, capsys):
+    exported = tmp_path / "exported"
+    export(run, exported, "bfloat16")
+    server = serve("named", judge=load_judge(exported, bits=16))  # rounds as bfloat16 does
+    judge = served_judge(exported, server.url)
+    assert KNOWN not in capsys.readouterr().err and 0.01 < judge.rounding < 0.2
+    server.judge = load_judge(VILLAGE, bits=32)
+    said = line(lambda: served_judge(exported, server.url))
+    assert "'judge' is not" in said and "serve that folder" in said
+    known = json.loads((exported / KNOWN).read_text())
+    known["prompts"] = [ids * 9 for ids in known["prompts"]]  # longer than --max-length
+    (exported / KNOWN).write_text(json.dumps(known))
+    for _ in range(2):
+        served_judge(exported, server.url)
+        assert f"holds no {KNOWN} that fits" in capsys.readouterr().err
+        (exported / KNOWN).unlink(missing_ok=True)
+    (exported / KNOWN).write_text("{}")
+    assert "export the run anew" in line(lambda: served_judge(exported, server.url))
+
+
+@pytest.mark.parametrize("kind", ["pairs", "rankings"])
+def test_resuming_with_another_model_under_the_same_name(
+    kind, run, serve, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(scores, "CHUNK", 2)
+    data = tmp_path / "rows.jsonl"
+    texts = [(p.prompt, p.response_a, p.response_b) for p in PAIRS]
+    rows = [dict(prompt=p, chosen=a, rejected=b) for p, a, b in texts]
+    if kind == "rankings":
+        rows = [dict(prompt=p, responses=[a, b, "Go away."]) for p, a, b in texts]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    server = serve("named", judge=load_judge(run))
+    common = ["--model", str(run), "--data", str(data), "--server", server.url]
+    score.main([*common, "--out", str(tmp_path / "whole.jsonl")])
+
+    out = tmp_path / "scores.jsonl"
+    monkeypatch.setattr(scores.Scores, "write", self_stopping(scores.Scores.write, after=2))
+    with pytest.raises(KeyError):
+        score.main([*common, "--out", str(out)])
+    monkeypatch.undo()
+    monkeypatch.setattr(scores, "CHUNK", 2)
+    server.judge, trained = load_judge(VILLAGE, bits=32), server.judge
+    said = line(lambda: score.main([*common, "--out", str(out), "--resume"]))
+    assert "serves another model than before" in said and not out.exists()
+    server.judge, server.cards = trained, [{"id": "judge", "root": "elsewhere"}]
+    score.main([*common, "--out", str(out), "--resume"])
+    assert out.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+    assert "root was None and is 'elsewhere'" in capsys.readouterr().out
+
+
+def self_stopping(write, after: int):
+    calls = []
+
+    def stopping(*arguments):
+        calls.append(write(*arguments))
+        if len(calls) == after:
+            raise KeyError("stop")
+
+    return stopping
+
+
+# ---- what a server says ---------------------------------------------------------------
+
+
+def test_an_error_with_status_200(tokenizer, serve, village_judge):
+    server = serve("named")
+    judge = ServedJudge(tokenizer, server.url)
+    faults = iter([(200, '{"error": {"message": "loading"}}')])
+    server.fault = lambda path, body: next(faults, None)
+    expected = village_judge.compare(*PAIR).probability
+    assert judge.compare(*PAIR).probability == pytest.approx(expected, abs=1e-5)
+    server.fault = lambda path, body: (200, '{"error": "out\\nof memory"}')
+    assert "after 3 tries (error: out of memory)" in line(lambda: judge.compare(*PAIR))
+
+
+def test_retry_after(tokenizer, serve, monkeypatch):
+    server = serve("named")
+    judge = ServedJudge(tokenizer, server.url)
+    slept: list[float] = []
+    monkeypatch.setattr(engine.time, "sleep", slept.append)
+    dates = iter([{"Retry-After": "7"}, {"Retry-After": formatdate(time.time() + 50, usegmt=True)}])
+    server.fault = lambda path, body: (429, "", header) if (header := next(dates, None)) else None
+    judge.compare(*PAIR)
+    assert slept[0] == 7 and 40 < slept[1] <= 50
+    server.fault = lambda path, body: (503, "", {"Retry-After": "9000"})
+    assert "asks to wait 9000 s" in line(lambda: judge.compare(*PAIR))
+
+
+def test_too_large_a_request_is_halved(tokenizer, serve, village_judge):
+    server = serve("named")
+    judge = ServedJudge(tokenizer, server.url)
+    server.fault = lambda path, body: (413, "") if len(body["prompt"]) > 3 else None
+    texts = ["Anna eats soup.", "Anna eats fish.", "Go away.", "Soup."]
+    ours, theirs = (rank(one, PAIR[0], texts) for one in (judge, village_judge))
+    assert ours.scores == pytest.approx(theirs.scores, abs=1e-5)
+    server.fault = lambda path, body: (413, "")
+    assert "HTTP 413" in line(lambda: judge.compare(*PAIR))
+
+
+def test_keys_redirects_and_proxies(tokenizer, serve, monkeypatch):
+    server = serve("named")
+    judge = lambda: ServedJudge(tokenizer, server.url)
+    server.fault = lambda path, body: (401, '{"error": "no key"}')
+    assert "HTTP 401: no key; put its API key into the variable GRAM_SERVER_KEY" in line(judge)
+    server.fault = lambda path, body: (307, "", {"Location": "https://there/v1"})
+    assert "redirects to https://there/v1" in line(judge)
+    server.fault = lambda path, body: None
+    monkeypatch.setenv("GRAM_SERVER_KEY", " secret\n")
+    server.keys.clear()
+    judge()
+    assert set(server.keys) == {"Bearer secret"}
+    monkeypatch.setenv("GRAM_SERVER_KEY", "se\ncret")
+    assert "GRAM_SERVER_KEY: holds blanks" in line(judge)
+    monkeypatch.delenv("GRAM_SERVER_KEY")
+    monkeypatch.setenv("http_proxy", "http://me:mine@127.0.0.1:9")  # nothing listens there
+    monkeypatch.delenv("no_proxy", raising=False)
+    judge()  # no proxy leads to this machine
+    said = line(lambda: ServedJudge(tokenizer, "http://judge.example"))
+    assert "(through the proxy 127.0.0.1:9): no answer after 3 tries" in said
+
+
+def test_a_server_that_stops_while_a_request_waits(tokenizer, serve, monkeypatch):
+    monkeypatch.setattr(engine, "LOOK", 0.1)
+    server = serve("named")
+    judge = ServedJudge(tokenizer, server.url)
+
+    def stop(path, body):
+        server.server_close()  # the port, not the request
+        time.sleep(2)
+
+    server.fault = stop
+    begun = time.monotonic()
+    assert "is gone" in line(lambda: judge.compare(*PAIR))
+    assert time.monotonic() - begun < 1.5
+
+
+def test_ctrl_c_ends_at_once_beside_a_server_that_hangs(tokenizer, serve):
+    server = serve("named")
+    judge = ServedJudge(tokenizer, server.url)
+    server.fault = lambda path, body: time.sleep(3)
+    main = threading.main_thread()
+    before = set(threading.enumerate())
+    threading.Timer(0.3, lambda: signal.pthread_kill(main.ident, signal.SIGINT)).start()
+    begun = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        judge.compare(*PAIR)
+    assert time.monotonic() - begun < 2
+    # What still waits keeps no process from its end.
+    assert all(thread.daemon for thread in set(threading.enumerate()) - before)
+
+
 # ---- a real server -------------------------------------------------------------------
 
 
@@ -434,6 +702,7 @@ def test_wide_heads_compute_the_same(run, tmp_path):
         lambda: wide_heads.main([str(tmp_path / "narrow"), str(tmp_path / "wide")])
     )
     assert "is for the village's model" in line(lambda: wide_heads.widen(wide.model))
+    assert read_known(tmp_path / "wide") == read_known(tmp_path / "narrow") is not None
 
 
 @pytest.mark.server

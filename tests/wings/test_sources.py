@@ -235,3 +235,23 @@ def test_what_is_not_read_in_a_folder_is_named(tmp_path):
     assert len(prompts(str(tmp_path), notes=notes)) == len(ROWS)
     left = "more/, test.jsonl, third.ndjson, train_more.jsonl"
     assert notes.source == [f"not read in this folder: {left}"]
+
+
+def test_a_key_that_stands_twice_is_not_one_of_its_values(tmp_path):
+    good = '{"prompt": "q", "chosen": "a", "rejected": "b"}'
+    twice = '{"prompt": "q", "chosen": "a", "chosen": "c", "rejected": "b"}'
+    (tmp_path / "d.jsonl").write_text(f"{good}\n{twice}\n")
+    (tmp_path / "d.json").write_text(f"[{good}, {twice}]")
+    for name in ("d.jsonl", "d.json"):
+        with pytest.raises(UserError, match="the key 'chosen' stands twice in one object"):
+            load_pairs(str(tmp_path / name), True)
+    data = load_pairs(str(tmp_path / "d.jsonl"), True, on_bad_row="skip")
+    assert len(data.pairs) == 1 and "line 2: the key 'chosen' stands twice" in data.unreadable
+
+
+@pytest.mark.parametrize("between", [";", "\t"])
+def test_a_csv_without_commas(between, tmp_path):
+    rows = ["prompt", "chosen", "rejected"], ["Hi, you", "a", "b"]
+    (tmp_path / "d.csv").write_text("".join(between.join(row) + "\n" for row in rows))
+    with pytest.raises(UserError, match="line 1: the columns are separated by .*with commas"):
+        load_pairs(str(tmp_path / "d.csv"), True)

@@ -19,7 +19,7 @@ from gram_mini.judge import Comparison, Judge
 from gram_mini.runs import scores
 from gram_mini.runs.models import VILLAGE
 from gram_mini.runs.partial import PartialFile, partial_names
-from gram_mini.studies.speed import stream
+from gram_mini.studies.speed.__main__ import main as study
 from gram_mini.village.pairs import village_pairs
 
 import pytest
@@ -408,10 +408,8 @@ def test_data_that_changes_or_can_be_read_only_once(data, tmp_path, monkeypatch,
 
 @pytest.mark.slow
 def test_the_study_kills_and_compares(tmp_path, capsys):
-    options = (
-        f"--model village --rows 40 --kills 1 --every 1 --folder {tmp_path}/s --out {tmp_path}"
-    )
-    stream.main(options.split())
-    record = json.loads((tmp_path / "stream.json").read_text())
-    assert len(record["kills"]) == 1 and record["points"] and (tmp_path / "stream.png").is_file()
-    assert "1 kills, all files equal byte for byte" in capsys.readouterr().out
+    options = f"stream --model village --device cpu --rows 40 --kills 1 --folder {tmp_path}/s"
+    study(options.split())
+    assert "1 times, every file equal byte for byte" in capsys.readouterr().out
+    with pytest.raises(UserError, match="is there already"):
+        study(options.split())
