@@ -120,11 +120,9 @@ def try_one(folder: Path, place: Path, bits: int) -> str:
             z = own(input_ids=ids, use_cache=False).logits[0, -1, list(judge.labels)]
             difference = abs(float(z[0] - z[1]) - float(odds["exported"][pair, 0]))
             assert difference < 1e-4, f"exported: log-odds {difference:.1g} off its own forward"
-    in_bfloat16 = bits == 4 and models.fast_bfloat16()  # then NF4 computes in it, too
-    close = CLOSE[16 if in_bfloat16 else bits]
     for name in ("merged", "exported"):
         difference = float((odds[name] - odds["apart"]).abs().max())
-        assert difference < close, f"{bits} bits: {name} {difference:.1g} off the adapter"
+        assert difference < CLOSE[bits], f"{bits} bits: {name} {difference:.1g} off the adapter"
     return ""
 
 
@@ -184,6 +182,7 @@ def cells(answers: list[str]) -> list[str]:
 
 
 def main() -> None:
+    models.fast_bfloat16 = lambda: False  # every CPU alike, as in conftest.py
     results = sweep(sys.argv[1:] or sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES))
     right = [kind for kind, answers in results.items() if answers == ["", "", ""]]
     refused = {kind: a for kind, a in results.items() if len(a) == 3 and kind not in right}
