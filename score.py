@@ -1,9 +1,9 @@
 """Score responses with a judge: which is better, rewards against a reference, rankings.
 
-Every comparison is made in both orders. On the command line two responses give a comparison, more
-(or --rank) a ranking, --reference the reward of each. With --data, a file's rows become lines of
-JSON, each with "row" and the row's "id". A row with several pairs gives a line for each, numbered
-by "pair". A row with none gives a line with "skipped", the reason. After a stop --resume goes on.
+Every comparison is made in both orders. On the command line two responses are compared, more of
+them are ranked, and with --reference each gets a reward. With --data each row of a file gives a
+line of JSON with its number, "row", and its "id", if it has one. A row with several pairs gives a
+line for each, numbered by "pair". A row without a pair gives a line that says why, "skipped".
 
   prompt, chosen, rejected (or any other format of gram_mini/reading/README.md)    -> a comparison
       probability    P(the first response, A, is better), the average of both orders
@@ -14,9 +14,9 @@ by "pair". A row with none gives a line with "skipped", the reason. After a stop
       better         "A", "B", or null for a draw
   prompt, responses (a list) and perhaps reference                 -> a ranking
       order          numbers of the responses, from 0, best first
-      scores         one for each response, as given
+      scores         one for each response, in the order of the row
       comparisons    how many pairs were compared; truncated: how many of them were cut
-      label_mass     as above, the mean over the comparisons
+      label_mass     the mean over the comparisons
 """
 
 from gram_mini.judge import Comparison, preferred
@@ -104,7 +104,7 @@ def score_responses(judge, args):
 
 
 def score_rows(judge, args):
-    """The rows of a file, chunk by chunk: one call for all pairs of a chunk shares beginnings."""
+    """The rows of a file, chunk by chunk. In one call the pairs of a chunk share beginnings."""
     with Scores(args, judge) as scores:
         for chunk in scores.chunks():
             pairs = [pair for question in chunk for pair in question.pairs]

@@ -52,7 +52,7 @@ def main(argv=None):
             # -log pi(y_a, y_b | x) per token: losses.pair_loss, with less memory
             loss = chunked_pair_loss(states, following, output_head(model))
             weight = trained_tokens(prompt, rows) / trained_tokens(prompt, batch)
-            (loss * weight).backward()  # in sum the mean over the tokens of the step
+            (loss * weight).backward()  # the passes add up to the mean over the step's tokens
             run.note(weight, ids.numel(), loss=loss)
         run.sum_over_processes()
         gradient_norm = clip_gradients(model)

@@ -61,7 +61,7 @@ def main(argv=None):
             if args.both_orders:
                 c = args.both_orders * run.fraction_left  # from C down to nearly 0
                 loss = (1 - c) * loss + c * averaged_loss(z, right, args.label_smoothing)
-            (loss * weight).backward()  # in sum the mean over the pairs of the step
+            (loss * weight).backward()  # the passes add up to the mean over the step's pairs
             m = margins(z, right)  # (B,): Z_w - Z_l
             accuracy = (m > 0).float().mean()
             run.note(weight, ids.numel(), loss=loss, accuracy=accuracy, margin=m.mean())

@@ -4,18 +4,15 @@ The lesson is the three scripts at the top level and the files in this folder. R
 
     pairs -> prompts -> batches -> model -> losses -> training -> judge -> evaluation
 
-chat is what prompts knows of chat templates, errors is how a user is told what is wrong. These
-files import each other and nothing else of ours.
-
-What is not the lesson has a folder, a wing, with a README in it: village/ (the tiny world whose
-truth is known), everyday/ (pairs in plain English), reading/ (files and formats), runs/ (what
-surrounds a run), baselines/, serving/, studies/.
+chat.py knows chat templates for prompts.py, and errors.py has the errors that a user can put right.
+These files import each other and nothing else of ours. Everything else is in a folder with a
+README, a wing: village, everyday, reading, runs, baselines, serving, studies.
 """
 
 import os
 
-# OpenMP's threads wait for each other by spinning. Beside a busy process one of them has no core,
-# and the others burn theirs. So they spin briefly and then sleep: see studies/speed/README.md.
-# libgomp reads this when torch is imported, and therefore we are imported before torch.
+# OpenMP's threads wait for each other by spinning. Beside a busy process one of them may have no
+# core, and the others spin in vain. So they spin briefly and then sleep (studies/speed/README.md).
+# libgomp reads this when torch is imported, so we must be imported before torch.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")

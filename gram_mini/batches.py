@@ -1,7 +1,7 @@
 """From pairs of text to padded tensors: encode, cut to length, put in order, collate.
 
-One row is one pair in one order: y_a stands in the place of assistant A, y_b in the place of
-assistant B. ``row.swapped()`` is the other order, with the label turned round.
+A row is a pair in one order: y_a stands in the place of assistant A, and y_b in that of assistant
+B. ``row.swapped()`` is the pair in the other order, with the label exchanged.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from gram_mini.prompts import MARKERS, PromptPieces
 import torch
 from tqdm import tqdm
 
-IGNORED = -100  # target where the next token is given, not learned; torch's default ignore_index
+IGNORED = -100  # the target if the next token is not learned; torch's default ignore_index
 
-Segments = tuple[tuple[int, ...], ...]  # tokens, cut where other sequences may part from them
+Segments = tuple[tuple[int, ...], ...]  # a sequence, split where others may begin to differ
 
 
 @dataclass(frozen=True)
 class EncodedPair:
-    """The three texts of a pair as token ids, cut to length; label and row number as in Pair."""
+    """The three texts of a pair as token ids, cut to length; label and row as in Pair."""
 
     prompt: Sequence[int]
     response_a: Sequence[int]
@@ -102,9 +102,9 @@ def truncate(
 ) -> tuple[list[int], list[int], list[int]]:
     """Cut three token lists to ``budget`` tokens in all, without favour to either response.
 
-    The prompt gives way first, from its beginning (its end holds the question), down to a third of
-    the budget. Then both responses lose the same share of their tokens, from their ends. Exchanging
-    a and b exchanges the results.
+    The prompt is cut first, at its beginning because its end holds the question, down to a third of
+    the budget. Then both responses lose the same fraction of their tokens, at their ends.
+    Exchanging a and b exchanges the results.
     """
     if len(prompt) + len(a) + len(b) <= budget:
         return prompt, a, b
@@ -125,8 +125,8 @@ def truncate(
 def batch_order(lengths: list[int], batch_size: int, rng: random.Random) -> list[list[int]]:
     """One epoch as lists of row numbers: random order, but rows of similar length together.
 
-    Rows are shuffled, sorted by length within blocks of 16 batches, and the batches shuffled again.
-    So little is padded and no epoch resembles another.
+    Rows are shuffled and sorted by length within blocks of 16 batches, then the batches are
+    shuffled. So little is padded, and every epoch has another order.
     """
     order = rng.sample(range(len(lengths)), len(lengths))
     block = 16 * batch_size
@@ -139,10 +139,9 @@ def batch_order(lengths: list[int], batch_size: int, rng: random.Random) -> list
 
 
 def passes(lengths: list[int], tokens: float) -> Iterator[list[int]]:
-    """Yield positions of sequences by forward passes: the longest sequences come first.
+    """Yield the positions of the sequences of each forward pass, the longest sequences first.
 
-    Padded, the sequences of a pass take ``tokens`` tokens at most. A sequence that is longer than
-    that comes by itself.
+    A pass takes at most ``tokens`` tokens with its padding. A longer sequence has one of its own.
     """
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     while order:
@@ -160,7 +159,7 @@ def join(pieces: PromptPieces, row: EncodedPair) -> list[int]:
 
 
 def pair_segments(pieces: PromptPieces, row: EncodedPair) -> Segments:
-    """The sequence of :func:`join`, cut before either response, where other rows part from it."""
+    """The sequence of :func:`join`, split before each response, where others begin to differ."""
     question = (*pieces.start, *row.prompt, *pieces.after_prompt)
     return question, (*row.response_a, *pieces.between), (*row.response_b, *pieces.end)
 
@@ -168,8 +167,8 @@ def pair_segments(pieces: PromptPieces, row: EncodedPair) -> Segments:
 def pad(rows: Sequence[Sequence[int]], value: int = 0) -> torch.Tensor:
     """Right-pad token lists to a tensor (B, T).
 
-    Which token pads does not matter, and no attention mask is needed: attention is causal, so what
-    stands to the right of a token cannot change it.
+    Any token may pad and no attention mask is needed, because attention is causal: what stands to
+    the right of a token cannot change it.
     """
     length = max(map(len, rows))
     return torch.tensor([[*row, *[value] * (length - len(row))] for row in rows])  # (B, T)
@@ -182,17 +181,17 @@ def trained_tokens(pieces: PromptPieces, rows: Sequence[EncodedPair]) -> int:
 
 
 def next_tokens(ids: list[int], given: int) -> list[int]:
-    """The target of each position: the token after it; IGNORED among the ``given`` first tokens."""
+    """The target of each position: the token after it, or IGNORED if that is one of the ``given``
+    first tokens.
+    """
     return [IGNORED] * (given - 1) + ids[given:] + [IGNORED]
 
 
 def pair_batch(
     rows: list[EncodedPair], pieces: PromptPieces, device="cpu"
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Stage 1: sequences, and as targets the next token where it is part of the assistant's turn.
-
-    Returns ids (B, T) and targets (B, T): the next token where it belongs to the responses or the
-    markers around them, IGNORED elsewhere.
+    """Stage 1: ids (B, T) and targets (B, T). A target is the next token if that belongs to the
+    responses or the markers around them, else IGNORED.
     """
     sequences, targets = [], []
     for row in rows:
@@ -206,10 +205,8 @@ def pair_batch(
 def judge_batch(
     rows: list[EncodedPair], pieces: PromptPieces, device="cpu"
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Stage 2 and scoring: judge prompts, where each ends, and which label is right.
-
-    Returns ids (B, T); last (B,), the position of the last token, after which the verdict stands;
-    and right (B,), 0 where A is the better response, 1 where B is, -1 where there is no label.
+    """Stage 2 and scoring: judge prompts (B, T), the position (B,) of the last token of each, after
+    which the verdict stands, and which label is right (B,), as in :func:`right_labels`.
     """
     sequences = [join(pieces, row) for row in rows]
     last = torch.tensor([len(ids) - 1 for ids in sequences])
@@ -217,5 +214,5 @@ def judge_batch(
 
 
 def right_labels(rows: list[EncodedPair]) -> torch.Tensor:
-    """Which label is right, (B,): 0 for A, 1 for B, -1 where there is no label."""
+    """Which label is right, (B,): 0 for A, 1 for B, -1 if there is no label."""
     return torch.tensor([-1 if row.label is None else row.label for row in rows])  # (B,)

@@ -1,8 +1,8 @@
 """What a tokenizer's chat template and special tokens do to a prompt.
 
 A chat template is a program that writes the turns of a conversation in the form in which a model
-was trained. Templates have quirks: some print today's date, some write an empty thought before an
-answer, some trim the text. prompts.py asks this file and need not know of them.
+was trained. Some templates print today's date, some write an empty thought before an answer, some
+trim the text. This file deals with all that, so that prompts.py need not know of it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from gram_mini.errors import UserError, last_line
 
 # Private-use characters stand for the three texts while a chat template is rendered around them.
 SLOTS = {"prompt": "\ue000", "response_a": "\ue001", "response_b": "\ue002"}
-ANSWER = "\ue003"  # and for the assistant's answer
+ANSWER = "\ue003"  # stands for the assistant's answer
 
 TODAY = date(2024, 7, 26)  # the date that Llama 3's template falls back on
 DATES = "{%- macro strftime_now(format) -%}{{ dates[format] }}{%- endmacro +%}"
@@ -27,8 +27,8 @@ DATES = "{%- macro strftime_now(format) -%}{{ dates[format] }}{%- endmacro +%}"
 def render(tokenizer, messages: list[dict], **options) -> str:
     """Messages as text by the tokenizer's own chat template, with thinking switched off.
 
-    Some templates print today's date (Llama 3). For them it is always TODAY, or a run would be
-    trained on one prompt, resumed on another and scored with a third.
+    Some templates print today's date (Llama 3). For them it is always TODAY, because otherwise a
+    run would be trained with one prompt and scored with another.
 
     Raises:
         UserError: if the template fails.
@@ -48,10 +48,10 @@ def render(tokenizer, messages: list[dict], **options) -> str:
 def up_to_answer(tokenizer, content: str, plain_end: str = "") -> tuple[str, str]:
     """One user turn up to where the assistant's text begins, and the space before that text.
 
-    The place is the one at which the template puts an answer, so whatever it writes before each
-    answer is written too: an empty thought, or <|channel|>final. Most tokenizers hold a space with
-    the word after it (" A" is one token), so a space at the very end is given back apart: " " or
-    "". ``plain_end`` ends the turn where there is no chat template.
+    The turn ends where the template puts an answer, so it holds what the template writes before
+    each answer, such as an empty thought or <|channel|>final. Most tokenizers join a space to the
+    word after it (" A" is one token), so a space at the very end is returned apart, as " " or "".
+    ``plain_end`` ends the turn if there is no chat template.
 
     Raises:
         UserError: if the template fails, or shows no answer.
@@ -69,8 +69,7 @@ def up_to_answer(tokenizer, content: str, plain_end: str = "") -> tuple[str, str
 
 
 def split_at_slots(text: str, slots: list[str]) -> list[str]:
-    """The texts around the SLOTS of these names, which must stand in ``text`` once each and in this
-    order.
+    """The texts around the SLOTS of these names, each of which stands once in ``text``, in order.
 
     Raises:
         UserError: if one does not.
@@ -98,13 +97,13 @@ def encode_all(tokenizer, texts: list[str], **options) -> list[list[int]]:
     """:func:`encode` for several texts; the options are the tokenizer's.
 
     Some tokenizers put a blank before every text (Llama 2), which is right only where a text
-    begins. They get a character before each text, and its tokens are cut off again. It must not
-    melt into the text, so it is a line break, else a digit, else a letter.
+    begins. For them a character is put before each text, and its tokens are cut off again. It is a
+    line break, else a digit, else a letter: the first of these that does not merge with the text.
     """
     options = dict(add_special_tokens=False, verbose=False, **options)
     ids = tokenizer(texts, **options)["input_ids"]
     if adds_a_blank(tokenizer):
-        for first in ("a", "0", "\n"):  # the last one that fits
+        for first in ("a", "0", "\n"):  # the last one that fits stays
             before = tokenizer(first, **options)["input_ids"]
             for n, text in enumerate(texts):
                 after = tokenizer(first + text, **options)["input_ids"]
@@ -122,7 +121,7 @@ def adds_a_blank(tokenizer) -> bool:
 def encode_beginning(tokenizer, text: str) -> list[int]:
     """Token ids of the text with which a sequence begins.
 
-    They begin with BOS where the tokenizer itself would, unless the chat template has written it.
+    They begin with BOS if the tokenizer begins texts with it, unless the template has written it.
     """
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     bos = tokenizer.bos_token_id
@@ -134,8 +133,8 @@ def encode_beginning(tokenizer, text: str) -> list[int]:
 def reserved_tokens(tokenizer, prompt_ids: Container[int], markers: tuple[str, ...]):
     """Tokens that belong to the prompt alone, as {id: what it spells}.
 
-    They are the special tokens, the ``markers``, and the tokens of the prompt's own words
-    (``prompt_ids``), as far as they were added to the tokenizer's vocabulary.
+    Of the tokens that were added to the tokenizer's vocabulary these are the special ones, the
+    ``markers``, and those of the prompt's own words (``prompt_ids``).
     """
     reserved = {}
     for i, token in tokenizer.added_tokens_decoder.items():
@@ -147,10 +146,8 @@ def reserved_tokens(tokenizer, prompt_ids: Container[int], markers: tuple[str, .
 
 
 def encode_texts(texts: list[str], tokenizer, reserved: dict[int, str]) -> list[list[int]]:
-    """Token ids of texts, none of them a reserved one: a response that spells out "<|im_end|>" must
-    not end the user's turn. It is only text.
-
-    A text out of which a reserved token comes is encoded in parts, cut within what spells it out.
+    """Token ids of texts without any reserved token: a response that spells out "<|im_end|>" must
+    not end the user's turn. A text that gives one is cut within it, and encoded in parts.
     """
     encoded = encode_all(tokenizer, texts, split_special_tokens=True)
     for n, (text, ids) in enumerate(zip(texts, encoded)):

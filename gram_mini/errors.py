@@ -1,15 +1,12 @@
-"""How a user is told what is wrong: raise UserError, and the script ends with one clear line.
-
-gram_mini/runs/ending.py turns these exceptions into that line.
-"""
+"""Errors that a user can put right: gram_mini/runs/ending.py turns them into one clear line."""
 
 
 class UserError(Exception):
-    """Something the user can put right. The message says what is wrong, where, and what to do."""
+    """The message says what is wrong, where, and what to do."""
 
 
 class Interrupted(Exception):
-    """A run was asked to stop and has stopped in good order. The message says how to go on."""
+    """A run has stopped because it was asked to. The message says how to go on."""
 
 
 def last_line(error: Exception) -> str:

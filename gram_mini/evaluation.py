@@ -16,7 +16,7 @@ from gram_mini.prompts import PromptPieces
 import torch
 import torch.nn.functional as F
 
-LOGITS_OF = 256  # tokens at a time: the logits of all would fill the memory
+LOGITS_OF = 256  # tokens at a time, because the logits of all would fill the memory
 
 # ---- stage 1 -------------------------------------------------------------------------
 
@@ -42,7 +42,7 @@ def pair_losses(
 
 
 def _token_losses(model, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Negative log-likelihood (N,) of tokens (N,) in nats, of the states (N, H) before them."""
+    """Negative log-likelihood (N,) of tokens (N,) in nats, given the states (N, H) before them."""
     losses = []
     for states, following in zip(hidden.split(LOGITS_OF), targets.split(LOGITS_OF)):
         logits = at_least_float32(output_logits(model, states))  # (n, V)
@@ -89,11 +89,11 @@ def evaluate(
 
 
 def summarise(pairs: list[Pair], results: list[Comparison]) -> Evaluation:
-    """The figures of pairs that have been compared already."""
+    """The figures of labelled pairs and their comparisons."""
     hits, margins, entropies = defaultdict(list), [], []
     for pair, result in zip(pairs, results):
         p = result.probability
-        preference = preferred(p) if pair.label == 0 else -preferred(p)  # 1 where it is the label's
+        preference = preferred(p) if pair.label == 0 else -preferred(p)  # 1 if it is the label's
         hits[pair.prompt].append((1 + preference) / 2)
         margins += [
             m if pair.label == 0 else -m for m in (result.log_odds_first, result.log_odds_second)
@@ -102,7 +102,7 @@ def summarise(pairs: list[Pair], results: list[Comparison]) -> Evaluation:
             p, q = min(max(p, 1e-12), 1 - 1e-12), pair.probability
             entropies.append(-q * math.log(p) - (1 - q) * math.log(1 - p))
     accuracy = sum(map(sum, hits.values())) / len(pairs)
-    # Pairs of one prompt stand or fall together, so the interval counts prompts (cluster-robust).
+    # Pairs of one prompt are not independent, so the interval counts prompts (cluster-robust).
     residuals = sum((sum(h) - accuracy * len(h)) ** 2 for h in hits.values())
     prompts = len(hits)
     widen = student_t(prompts - 1) * math.sqrt(prompts / (prompts - 1)) if prompts > 1 else 0.0

@@ -1,6 +1,6 @@
-"""From label logits to preferences and rewards. (gram_mini/runs/ranking.py ranks by them.)
+"""From label logits to preferences and rewards.
 
-A judge prompt shows two responses in one order, and a judge may favour a place. So every pair is
+A judge prompt shows two responses in one order, and a judge may favour one place. So every pair is
 judged in both orders. With Z_A and Z_B for the logits of the two labels, the log-odds that response
 a is better are
 
@@ -10,8 +10,8 @@ a is better are
 The sigmoid of each is P(a better) in that order, and their mean is the judge's P(a better). The
 reward of a response is P(better than a reference response).
 
-The scripts that score use gram_mini/runs/sharing.py, a Judge that computes what prompts have in
-common once. A test holds both equal.
+Rankings are in gram_mini/runs/ranking.py. score.py takes the judge of gram_mini/runs/sharing.py,
+which computes what prompts have in common only once; a test holds both judges equal.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def preferred(p: float) -> int:
 
 
 def check_finite(odds: torch.Tensor, rows: list[EncodedPair]) -> None:
-    """See that all log-odds (N, 2) of ``rows`` are numbers: what is not a number is no verdict.
+    """Check that all log-odds (N, 2) of ``rows`` are numbers.
 
     Raises:
         UserError: if one is not; names its row.
@@ -59,7 +59,7 @@ def check_finite(odds: torch.Tensor, rows: list[EncodedPair]) -> None:
 
 @dataclass(frozen=True)
 class Comparison:
-    """How response a fares against response b; every field is about a."""
+    """The comparison of response a with response b; every field is about a."""
 
     probability: float  # P(a better), averaged over both orders
     a_first: float  # P(a better) with a shown as assistant A
@@ -85,9 +85,9 @@ class Judge:
         batch_size: a forward pass holds at most batch_size x max_length tokens.
         template: the judge prompt, with placeholders as in prompts.JUDGE; by default
             prompts.default_judge.
-        batch_tokens: and at most this many tokens, if given.
+        batch_tokens: if given, a forward pass also holds at most this many tokens.
 
-    runs.load.load_judge makes one from a run folder, a model folder or a name on the hub.
+    runs.load.load_judge makes a judge from a run folder, a model folder or a name on the hub.
     """
 
     def __init__(
@@ -117,9 +117,9 @@ class Judge:
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Judge encoded pairs in both orders.
 
-        Returns log-odds (N, 2) that a is better, with a shown as A and with a shown as B; the mass
-        (N, 2) on the two labels; and which pairs (N,) were cut. ``progress`` names a progress bar,
-        if there is to be one.
+        Returns the log-odds (N, 2) that a is better, with a shown as A and with a shown as B; the
+        mass (N, 2) on the two labels; and which pairs (N,) were cut. ``progress`` is the name of a
+        progress bar, or None for no bar.
 
         Raises:
             UserError: if a log-odds is not a number; names its row.
@@ -137,7 +137,7 @@ class Judge:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Z_A and Z_B (M, 2) of M judge prompts, and the mass (M,) on the two labels.
 
-        log P(A) and log P(B) will do as well: they differ from Z_A and Z_B by the same amount.
+        A judge may give log P(A) and log P(B) instead: they differ from Z_A and Z_B by one amount.
         """
         z, mass = torch.zeros(len(orders), 2), torch.ones(len(orders))
         with evaluating(self.model):
@@ -149,7 +149,7 @@ class Judge:
     def verdict_states(
         self, orders: list[EncodedPair], progress: str | None = None
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Yield (places (B,) in ``orders``, hidden states (B, H) of their verdicts) by passes."""
+        """Yield for each pass (places (B,) in ``orders``, hidden states (B, H) of the verdicts)."""
         lengths = [row.length + self.prompt.fixed_tokens for row in orders]
         with tqdm(total=len(orders), desc=progress, delay=2, disable=not progress) as bar:
             for places in passes(lengths, self.pass_tokens):
@@ -181,9 +181,9 @@ class Judge:
 
         Args:
             average: "probabilities" takes the mean of the two probabilities, as the official
-                evaluation does (NiuTrans/GRAM, evaluation/gram_eval.py); "logits" the sigmoid of
-                the mean of the log-odds.
-            progress: the name of a progress bar, if there is to be one.
+                evaluation does (NiuTrans/GRAM, evaluation/gram_eval.py); "logits" takes the sigmoid
+                of the mean log-odds.
+            progress: as in :meth:`log_odds`.
 
         Raises:
             ValueError: for another ``average``.
@@ -216,7 +216,7 @@ class Judge:
     def compare(
         self, prompt: str, response_a: str, response_b: str, average: str = "probabilities"
     ) -> Comparison:
-        """How ``response_a`` fares against ``response_b``."""
+        """Compare ``response_a`` with ``response_b``."""
         return self.compare_many([Pair(prompt, response_a, response_b)], average)[0]
 
     def reward(

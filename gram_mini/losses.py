@@ -63,8 +63,8 @@ token t after it, w for the label of the preferred response (A or B), l for the 
    without it, and log M to see what becomes of it.
 
 8. Ours, not the paper's. A judge that favours a place adds a bias b to the margin of one order and
-   takes it from the other: m_1 = d + b and m_2 = d - b. Show each pair in both orders, and take one
-   loss on the mean of the two margins beside the plain loss on each:
+   takes it from the other: m_1 = d + b and m_2 = d - b. So show each pair in both orders, and add a
+   loss on the mean of the two margins to the plain loss on each:
 
        L_both = (1 - c) (L_eps(m_1) + L_eps(m_2)) / 2  +  c L_eps((m_1 + m_2) / 2).
 
@@ -78,9 +78,9 @@ token t after it, w for the label of the preferred response (A or B), l for the 
    so it adds up over a batch, and it is a part of the gradient that is clipped and of Adam's second
    moments until b is small. The second part has no such derivative. (That this is why a judge
    learns to compare from the second part where it does not from the first has not been measured.)
-   But the second part never asks for a small b either: a judge that reads only the response in one
-   place can make it small, and then m_1 and m_2 disagree. The plain part closes that gap. So c
-   begins at C and falls to nearly 0 in a straight line.
+   But the second part does not ask for a small b either: a judge that reads only the response in
+   one place can make this loss small while m_1 and m_2 disagree. The plain part brings them
+   together. So c begins at C and falls to nearly 0 in a straight line.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ import torch.nn.functional as F
 def pair_loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """Stage 1: mean negative log-likelihood per trained token, in nats.
 
-    It needs all logits at once; gram_mini/runs/chunked.py does the same with less memory.
+    It needs all logits at once; gram_mini/runs/chunked.py computes the same with less memory.
 
     Args:
         logits: (N, V), what is predicted before each of N trained tokens.
@@ -108,7 +108,7 @@ def margins(label_logits: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
 
     Args:
         label_logits: (B, 2), the logits of A and B.
-        right: (B,), 0 where A is the better response, 1 where B is.
+        right: (B,), 0 if A is the better response, 1 if B is.
     """
     z_a, z_b = at_least_float32(label_logits).unbind(dim=1)  # (B,), (B,)
     return torch.where(right == 0, z_a - z_b, z_b - z_a)  # (B,)
@@ -135,8 +135,7 @@ def averaged_loss(
     Args:
         label_logits: (2N, 2), the logits of A and B; rows 2 i and 2 i + 1 show pair i in its two
             orders.
-        right: (2N,), as in :func:`margins`.
-        eps: as in :func:`reward_loss`.
+        right: (2N,); eps: as in :func:`reward_loss`.
 
     Raises:
         ValueError: if eps is outside [0, 1/2).
@@ -157,10 +156,8 @@ def smoothed(m: torch.Tensor, eps: float) -> torch.Tensor:
 
 
 def best_margin(eps: float, q: float = 1.0) -> float:
-    """The margin at which the smoothed loss is least (step 5), where a share ``q`` of the labels
-    says w.
-
-    log((1 - eps) / eps) for certain labels; infinite where neither smoothing nor noise bounds it.
+    """The margin at which the smoothed loss is least (step 5) if a fraction ``q`` of the labels is
+    w: log((1 - eps) / eps) for certain labels, infinite if neither smoothing nor noise bounds it.
     """
     target = q * (1 - eps) + (1 - q) * eps
     if target in (0, 1):

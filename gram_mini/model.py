@@ -8,7 +8,7 @@ turned back into floating point. The rounding is never undone and the stored wei
 trained. Source: Dettmers et al., QLoRA, arXiv 2305.14314, sections 2 and 3. bitsandbytes does this
 when gram_mini/runs/models.py loads a model.
 
-LoRA. Beside each frozen matrix W (out, in) stand two thin ones, A (r, in) and B (out, r), and the
+LoRA. Each frozen matrix W (out, in) gets two thin ones beside it, A (r, in) and B (out, r), and the
 layer computes
 
     y = W x + (alpha / r) B A x,        here alpha = 2 r.
@@ -106,12 +106,12 @@ def decoder(model):
 
 
 def without_adapter(model):
-    """The transformers model that an adapter is put on; the model itself where it has none."""
+    """The transformers model that an adapter is put on, or the model itself if it has none."""
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
 def model_name(model) -> str:
-    """What an error calls a model: where it was loaded from, else its class."""
+    """The name of a model in errors: where it was loaded from, else its class."""
     return getattr(model.config, "_name_or_path", "") or type(model).__name__
 
 
@@ -120,7 +120,7 @@ def model_name(model) -> str:
 
 @dataclass(frozen=True)
 class OutputHead:
-    """What makes logits of hidden states: the output matrix, and what some models do after it."""
+    """How logits are made of hidden states: by the output matrix, and in some models by more."""
 
     weight: torch.Tensor  # (V, H)
     bias: torch.Tensor | None  # (V,)
@@ -130,8 +130,8 @@ class OutputHead:
     def __call__(self, hidden: torch.Tensor, tokens: tuple[int, ...] | None = None) -> torch.Tensor:
         """Next-token logits (..., V) of hidden states (..., H), or of ``tokens`` alone.
 
-        Then only their rows of the matrix are used, and their logits (..., len(tokens)) are at
-        least float32: bfloat16 would round a logit of 10 to the next sixteenth.
+        For ``tokens`` only their rows of the matrix are used, and the logits (..., len(tokens)) are
+        at least float32, because bfloat16 would round a logit of 10 to the next sixteenth.
         """
         weight, bias = self.weight, self.bias
         if tokens is not None:
@@ -146,8 +146,8 @@ class OutputHead:
         return logits
 
 
-# What models call the scale and the cap of their logits. gram_mini/runs/checks.py refuses a model
-# whose own logits are others than ours.
+# The names of the scale and the cap of the logits in the configs of models.
+# gram_mini/runs/checks.py refuses a model whose own logits differ from ours.
 FACTORS = ("logit_scale", "lm_head_multiplier")
 DIVISORS = ("logits_scaling", "logits_mup_width_multiplier")
 CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")

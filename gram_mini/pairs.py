@@ -10,10 +10,10 @@ from dataclasses import dataclass, field
 class Pair:
     """A prompt x with two responses y_a and y_b.
 
-    ``label`` is 0 where y_a is preferred, 1 where y_b is, None where nobody said. ``probability``
-    is the true P(y_a preferred) and ``differs`` names what the responses differ in; only the
-    village knows them. ``tied`` says that both responses are equally good. ``row`` is the number of
-    the row in the source, from 1.
+    ``label`` is 0 if y_a is preferred, 1 if y_b is, and None if nobody said. ``probability`` is the
+    true P(y_a preferred) and ``differs`` names the qualities in which the responses differ; both
+    are known in the village only. ``tied`` says that both responses are equally good. ``row`` is
+    the number of the row in the source, from 1.
     """
 
     prompt: str
@@ -30,7 +30,7 @@ def split_by_prompt(pairs: list[Pair], fraction: float, seed: int) -> tuple[list
     """Hold out a ``fraction`` of the prompts; all pairs of one prompt fall on the same side.
 
     Returns (training pairs, held-out pairs), each in the order of ``pairs``. Nothing is held out
-    where ``fraction`` is 0 or there is one prompt only.
+    if ``fraction`` is 0 or there is only one prompt.
     """
     prompts = sorted({pair.prompt for pair in pairs})
     if fraction <= 0 or len(prompts) < 2:

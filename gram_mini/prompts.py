@@ -1,4 +1,4 @@
-"""Every prompt of the project, written once, and what a tokenizer makes of it.
+"""Every prompt of the project, written once, and its tokens.
 
 Two texts wrap a prompt x and its two responses y_a, y_b:
 
@@ -7,9 +7,8 @@ Two texts wrap a prompt x and its two responses y_a, y_b:
 
 The markers are those of the official data (NiuTrans/GRAM, README.md, "Datasets"), so files in the
 official format can be read. The judge's instruction is our own wording: a general one, and one for
-the village, whose language model knows no other. Another judge prompt, for example that of a
-released checkpoint, can take their place: a template with the same three placeholders
-(gram_mini/reading/template.py).
+the village, whose language model knows no other. A template with the same three placeholders can
+take its place, such as that of a released checkpoint (gram_mini/reading/template.py).
 """
 
 from __future__ import annotations
@@ -68,13 +67,12 @@ class PromptPieces:
         end           \\n[The End of Assistant B's Answer]\\n\\n#Preferred:<|im_end|>\\n
                       <|im_start|>assistant\\n
 
-    Only the gaps are ever truncated, so no marker and no verdict suffix can get lost.
-    ``given`` counts the leading tokens of after_prompt that belong to the user's turn: stage 1
-    trains on everything after them (the markers and the two responses).
+    Only the texts in the gaps are ever cut, so no marker gets lost. ``given`` counts the tokens at
+    the start of after_prompt that belong to the user's turn; stage 1 trains on everything after
+    them (the markers and the two responses).
 
-    Pieces and texts are tokenised one by one. A tokenizer that would merge across their seams (a
-    full stop with the line break after it, for example) splits there instead, alike in training and
-    scoring.
+    Pieces and texts are tokenised one by one, in training and in scoring alike. So no token reaches
+    across a seam, such as one of a full stop and the line break after it.
     """
 
     start: list[int]
@@ -85,17 +83,17 @@ class PromptPieces:
 
     @property
     def tokens(self) -> list[int]:
-        """The tokens that every example of this prompt holds besides x, y_a and y_b."""
+        """The tokens that every sequence of this prompt holds besides x, y_a and y_b."""
         return [*self.start, *self.after_prompt, *self.between, *self.end]
 
     @property
     def fixed_tokens(self) -> int:
-        """How many they are."""
+        """The number of these tokens."""
         return len(self.tokens)
 
 
 def fill(template: str, **texts: str) -> str:
-    """The template with a text for each placeholder; unlike in str.format other braces stay."""
+    """The template with a text for each placeholder. Unlike in str.format, other braces stay."""
     return PLACEHOLDER.sub(lambda match: texts[match[1]], template)
 
 
@@ -115,8 +113,8 @@ def pair_prompt(tokenizer) -> PromptPieces:
 
 
 def default_judge(tokenizer) -> str:
-    """The judge prompt where none is given: VILLAGE_JUDGE for the village's tokenizer, which holds
-    its instruction as one token, and JUDGE for all others.
+    """The judge prompt if none is given: VILLAGE_JUDGE for the village's tokenizer, which holds its
+    instruction as one token, and JUDGE for all others.
     """
     village = tokenizer.convert_tokens_to_ids(VILLAGE_INSTRUCTION)
     return JUDGE if village in (None, tokenizer.unk_token_id) else VILLAGE_JUDGE
@@ -137,11 +135,11 @@ def judge_prompt(tokenizer, template: str | None = None) -> PromptPieces:
 def label_tokens(tokenizer, template: str | None = None) -> tuple[int, int]:
     """Token ids of the verdicts A and B, exactly as they stand after the judge prompt.
 
-    Whether that is "A" or " A" depends on the chat template, so it is read off the rendered prompt.
-    Without a chat template it is "A" where the judge prompt ends in a line break, else " A".
+    Whether that is "A" or " A" depends on the chat template, so the rendered prompt decides.
+    Without a chat template it is "A" if the judge prompt ends in a line break, else " A".
 
     Raises:
-        UserError: if a label is not one token there (names what the end is split into).
+        UserError: if a label is not one token there; names the tokens of the end.
     """
     template = template or default_judge(tokenizer)
     _, endings = _judge_texts(tokenizer, template)

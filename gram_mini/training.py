@@ -11,14 +11,14 @@ from gram_mini.batches import EncodedPair, batch_order
 
 import torch
 
-# a first step may be skipped
+# It warns if the first step is skipped, which may happen here.
 warnings.filterwarnings("ignore", message=".*lr_scheduler.step.. before .optimizer.step")
 
 
 def draw_batches(
     rows: list[EncodedPair], rows_per_step: int, seed: int
 ) -> Iterator[list[EncodedPair]]:
-    """Yield the rows of one optimiser step after the other, epoch after epoch, without end.
+    """Yield the rows of each optimiser step, epoch after epoch, without end.
 
     The responses of a pair change places with probability 1/2, drawn anew each time the pair is
     seen. So their order says nothing about which is better.
@@ -31,7 +31,7 @@ def draw_batches(
 
 
 def number_of_steps(rows: int, rows_per_step: int, epochs: float, steps: int | None) -> int:
-    """Optimiser steps: ``steps`` where given, else what ``epochs`` passes over the rows take."""
+    """The number of optimiser steps: ``steps`` if given, else that of ``epochs`` over the rows."""
     return steps or max(1, math.ceil(epochs * math.ceil(rows / rows_per_step)))
 
 

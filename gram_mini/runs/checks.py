@@ -1,11 +1,11 @@
-"""Whether a model computes what we take it to compute. What is not so is refused in one line.
+"""Checks that a model computes what we assume. A model that does not is refused in one line.
 
-Architectures differ in what they do after the last hidden state, in how they count positions, in
-what bitsandbytes can quantise. No list of names would stay true, so each model is tried on a few
+Architectures differ in what they do after the last hidden state, in how they count positions, and
+in what bitsandbytes can quantise. No list of names would stay true, so each model is tried on a few
 tokens when it is loaded:
 
     check_weights        every weight comes from the file, and no adapter is dropped
-    check_quantisation   the share of the weights in 4 bits, and layers that cannot come back
+    check_quantisation   how many weights are in 4 bits, and layers that cannot come back
     check_computation    our logits are the model's own; later tokens, padding and the rest of a
                          batch change nothing; shared beginnings give the same states
     check_modes          changes between training and evaluation change nothing
@@ -27,8 +27,8 @@ import torch
 from peft import get_peft_model_state_dict
 from safetensors import safe_open
 
-NEARLY_ALL = 0.95  # share of the weights in 4 bits above which nothing is said
-warned: list[str] = []  # the model with which wrong scales were told: once for each process
+NEARLY_ALL = 0.95  # fraction of the weights in 4 bits above which nothing is said
+warned: list[str] = []  # the model whose wrong scales were reported, once in each process
 CLOSE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2}  # of the largest logit
 
 
@@ -64,10 +64,10 @@ def check_weights(name: str, model, report: dict) -> None:
 
 
 def check_stored(name: str, config, bits: int) -> None:
-    """A checkpoint in few bits already: NF4, FP4 and what was GGUF can be used, others cannot.
+    """See that a checkpoint that is stored in few bits is in NF4 or FP4; say that it stays rounded.
 
     Raises:
-        UserError: for any other method.
+        UserError: for any other format.
     """
     stored = getattr(config, "quantization_config", None)
     if not stored:
@@ -84,12 +84,12 @@ def check_stored(name: str, config, bits: int) -> None:
 
 
 def check_quantisation(name: str, model) -> None:
-    """Say which share of the weights is in 4 bits, where it is not nearly all.
+    """Say how many of the weights are in 4 bits, if they are not nearly all.
 
     Embeddings, output matrix, norms and biases are never quantised and do not count.
 
     Raises:
-        UserError: where no layer is, or where layers cannot be turned back (GPT-2's Conv1D).
+        UserError: if no layer is, or if layers cannot be turned back (GPT-2's Conv1D).
     """
     in_four, others = 0, 0
     ends = {id(model.get_input_embeddings()), id(model.get_output_embeddings())}
@@ -118,10 +118,10 @@ def check_quantisation(name: str, model) -> None:
 
 
 def _check_dequantisation(name: str, model) -> None:
-    """Say so where bitsandbytes reads a matrix back with the scales of other blocks.
+    """Say so if bitsandbytes reads a matrix back with the scales of other blocks.
 
-    Its CPU kernel does (0.50.2, AVX-512) where a row is not a whole number of blocks of 64. Then
-    another machine computes other numbers with the same files.
+    Its CPU kernel does (0.50.2, AVX-512) if a row is not a whole number of blocks of 64. Then
+    another machine computes other numbers from the same files.
     """
     from bitsandbytes.functional import dequantize_4bit
 
@@ -158,10 +158,10 @@ def read_by_blocks(parameter) -> torch.Tensor:
 
 
 def check_adapter(name: str, model, file: Path) -> None:
-    """See that an adapter's file holds what the adapted model wants, neither less nor more.
+    """See that an adapter's file holds the weights that the adapted model wants, and no others.
 
     Raises:
-        UserError: if not; peft would go on with fresh weights, which change nothing.
+        UserError: if not, because peft would go on with fresh weights, which change nothing.
     """
     with safe_open(file, "pt") as stored:
         there = set(stored.keys())
@@ -184,7 +184,7 @@ def check_computation(name: str, model) -> None:
     """Try the model on a few tokens, and note on it whether shared beginnings give the same states.
 
     Raises:
-        UserError: if its own code fails; if its logits are others than output_head makes; if later
+        UserError: if its own code fails; if its logits differ from those of output_head; if later
             tokens, padding or the rest of a batch change what stands before or beside them.
     """
     base, training = without_adapter(model), model.training

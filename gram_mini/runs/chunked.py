@@ -1,10 +1,10 @@
-"""The fast twin of losses.pair_loss: the same number and the same gradient, with little memory.
+"""losses.pair_loss with little memory: the same number and the same gradient.
 
-Logits are what fills the memory in stage 1. With 151,936 tokens in the vocabulary they take 0.6 MB
-for each trained token, more than all layers keep for it. Here the logits of a few hundred tokens
-are made, turned into their gradient in place, and dropped, before the next ones are made. That
-works because the output matrix is frozen: only the gradient of the hidden states, (N, H), has to be
-kept. tests/lesson/test_losses.py holds both twins together.
+The logits fill the memory in stage 1. With 151,936 tokens in the vocabulary they take 0.6 MB for
+each trained token, more than all layers keep for it. Here the logits of a few hundred tokens are
+made, turned into their gradient in place, and dropped before the next ones are made. This works
+because the output matrix is frozen: only the gradient of the hidden states, (N, H), has to be kept.
+tests/lesson/test_losses.py holds both functions equal.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ def chunked_pair_loss(hidden: torch.Tensor, targets: torch.Tensor, head) -> torc
 
 
 class _InChunks(torch.autograd.Function):
-    """Makes the gradient of each chunk right after its loss, so that the logits of one chunk are
-    all that is ever there.
+    """Computes the gradient of each chunk right after its loss, so that never more than the logits
+    of one chunk exist.
 
     torch 2.13 has F.linear_cross_entropy, which does the same, but in bfloat16 it adds up the loss
     in bfloat16 (with 100 chunks it was off by 2%), and it knows no cap.

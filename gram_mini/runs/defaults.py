@@ -1,9 +1,9 @@
-"""Defaults that depend on the backbone: the village's, and those of any other model.
+"""Defaults that depend on the model: those of the village's backbone, and those of any other.
 
-The village's were chosen on its seed 0. For other models the rates come from trials with
-SmolLM2-135M, seed 0 (gram_mini/studies/README.md): stage 2's by accuracy, stage 1's by its own
-loss, which is lower still at twice the rate, but judges from there were not all tried. The batches
-were not searched: they are what a laptop holds.
+The village's were chosen on its seed 0. The rates of other models were chosen on SmolLM2-135M, seed
+0: that of stage 2 by accuracy, that of stage 1 by its own loss. This loss is still lower at twice
+the rate, but not all judges were trained from there. The batches were not searched; they are what a
+laptop holds.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def for_model(values: tuple, model: str):
 
 
 def choose(args, stage: str) -> None:
-    """Give each option of ``args`` that was left out its default for this stage and backbone."""
+    """Give each option of ``args`` that was left out the default of this stage and model."""
     for name, values in DEFAULTS[stage].items():
         if getattr(args, name) is None:
             setattr(args, name, for_model(values, args.model))

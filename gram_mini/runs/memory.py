@@ -1,24 +1,23 @@
-"""How much memory a training step will take, and how much is free: foreseen before the first step.
+"""How much memory a training step will take and how much is free, estimated before the first step.
 
-A model's layers tell little about what they keep for the backward pass, and no formula fits them
-all. So the loaded model takes three tiny steps, of one row, two rows and one row of twice the
-length, and after each operation the bytes of all tensors that live are noted. With R rows of T
-tokens each of these figures is c + a R T + b R T^2: adapters in half precision and dequantised
-matrices are in c, activations in a, attention without a fused kernel in b. Three steps give c, a
-and b, and the peak of the longest pass is the largest figure there. To it come
+No formula fits what the layers of all models keep for the backward pass. So the loaded model takes
+three tiny steps, and after each operation the bytes of all tensors that exist are noted. With R
+rows of T tokens each of these figures is c + a R T + b R T^2: adapters in half precision and
+dequantised matrices are in c, activations in a, attention without a fused kernel in b. Three steps
+give c, a and b, and the peak of the longest pass is the largest figure there. Added to it are
 
   logits         of stage 1, 12 bytes each, or 8 for as many as are made at once (chunked.py)
   the adapter's  gradients and Adam's two moments, 12 bytes for each number
 
-Of a model whose operations depend on the length (a mixture of experts, a scan) only the peaks of
-the three steps are used. Not in the figure: what a kernel takes within one operation, and the
-judging of held-out pairs, which keeps nothing for a backward pass. Otherwise between 90% and 120%
-of what torch allocates (tests/wings/test_memory.py).
+If the operations of a model depend on the length (a mixture of experts, a scan), only the peaks of
+the three steps are used. The estimate leaves out what a kernel takes within one operation, and the
+judging of held-out pairs, which keeps nothing for a backward pass. It is between 90% and 120% of
+what torch allocates (tests/wings/test_memory.py).
 
-glibc's malloc may take much more from the system than is allocated: memory that is freed lies
-scattered between what is kept. Measured with glibc 2.36: up to 1.9 times as much, with gradient
-checkpointing 5 times. Where that may not fit, blocks of 1 MiB and more are given back at once, and
-then the figure is what the system sees. A step took 1.8 times the time so (SmolLM2-135M).
+glibc's malloc may take much more from the system than is allocated, because freed memory lies
+scattered between what is kept: with glibc 2.36 up to 1.9 times as much, and 5 times with gradient
+checkpointing. If that may not fit, blocks of 1 MiB and more are given back at once. Then the
+estimate is what the system sees, but a step takes longer (1.8 times with SmolLM2-135M).
 """
 
 from __future__ import annotations
@@ -52,7 +51,7 @@ SKIP = "GRAM_MEMORY_CHECK"  # the environment variable; 0 turns the refusal into
 
 
 class _Live(TorchDispatchMode):
-    """Counts the bytes of the tensors that live, and notes them whenever there are more."""
+    """Counts the bytes of the tensors that exist, and notes them whenever they grow."""
 
     def __init__(self):
         super().__init__()
@@ -91,7 +90,7 @@ def _storages(values) -> Iterator:
 
 
 def _tiny_step(model, rows: int, length: int) -> tuple[list[int], int]:
-    """Bytes that live after each operation of a step, and how many the forward pass keeps.
+    """Bytes that are held after each operation of a step, and how many the forward pass keeps.
 
     The gradients of the adapter are not among them. The model comes out as it was.
     """

@@ -1,6 +1,6 @@
 """Loading: where a model comes from, the type that it computes in, its tokenizer and its adapter.
 
-Whatever is loaded is tried on a few tokens before it is used (checks.py).
+Each model is tried on a few tokens before it is used (checks.py).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from transformers.utils import logging as transformers_logging
 
 transformers_logging.disable_progress_bar()
 
-# What a tokenizer does to it tells two tokenizers apart, beside their vocabularies and templates.
+# Their tokens tell two tokenizers apart that have the same vocabulary and template.
 PROBE = "The Quick, brown fox: 12,345.67 (a+b)?\n\n\tnaïve 你好 😀 <|im_end|> [User Question] A B"
 PROBES = (
     "\n\n1. First, 2024\n 2) x\r\n",
@@ -95,11 +95,11 @@ def fast_bfloat16() -> bool:
 
 
 def compute_dtype(bits: int, device: torch.device, name: str = "") -> torch.dtype:
-    """Type of activations and unquantised weights: bf16 where the device is fast at it.
+    """Type of activations and unquantised weights: bf16 if the device is fast at it.
 
-    On a GPU without bf16 ``bits=16`` is float16. NF4 computes in float32 there, which is slower,
-    but never overflows. On a CPU without it everything is float32. So is the village's model in
-    NF4 on any CPU: it is too small to gain from bf16, and its figures are compared across machines.
+    On a GPU without bf16 ``bits=16`` is float16, and NF4 computes in float32, which is slower but
+    never overflows. On a CPU without it everything is float32. So is the village's model in NF4 on
+    any CPU, because it is too small to gain from bf16 and its figures are compared across machines.
     """
     if bits == 32:
         return torch.float32
@@ -115,13 +115,13 @@ def compute_dtype(bits: int, device: torch.device, name: str = "") -> torch.dtyp
 
 
 def load_tokenizer(name: str):
-    """The tokenizer of a model or a run folder, with a padding token where it has one to give.
+    """The tokenizer of a model or a run folder. Without a padding token it takes its EOS token.
 
     Some classes of transformers 5 build a tokenizer anew and leave out a part of tokenizer.json
     (GPT2Tokenizer, which SmolLM2 names, splits no digits). Then the file is taken as it is.
 
     Raises:
-        UserError: if there is none under this name.
+        UserError: if there is none under this name, or not the one of the file.
     """
     folder = Path(name) if (Path(name) / "tokenizer_config.json").is_file() else local_model(name)
     tokenizer = from_pretrained(AutoTokenizer, name, folder)
@@ -138,7 +138,7 @@ def load_tokenizer(name: str):
 
 
 def as_in_file(tokenizer, name: str, folder: Path | None) -> bool:
-    """Whether a tokenizer makes the tokens of its tokenizer.json; True where there is no file."""
+    """Whether a tokenizer makes the tokens of its tokenizer.json; True if there is no such file."""
     if folder and folder.is_file():  # a GGUF file
         return True
     source, _, commit = (str(folder), "", "") if folder else name.partition("@")

@@ -43,7 +43,7 @@ class PartialFile:
     """A file whose lines are written as they come, as NAME.partial until it is complete.
 
     NAME.partial.json holds the settings that the lines were made with. ``settings`` must be equal
-    to them for the file to go on. What of ``noted`` has changed is only said.
+    to them for the file to go on; a change of ``noted`` is only said.
 
     Lines are kept or dropped a chunk at a time: :meth:`kept` gives those of the next chunk as long
     as they are there, then :meth:`add` appends.

@@ -140,9 +140,8 @@ class Run:
     def load_checked_model(self):
         """The model of ``--model`` with frozen weights, and its tokenizer.
 
-        Before any work it is seen that the model computes what we take it to compute, that tokens
-        and positions fit, that A and B are one token each, and that the tokenizer is that of
-        ``--init``.
+        This checks that the model computes what we assume, that tokens and positions fit, that A
+        and B are one token each, and that the tokenizer is that of ``--init``.
 
         Raises:
             UserError: if one of these is not so, or there is no such model.
@@ -166,8 +165,7 @@ class Run:
         return self._template or default_judge(tokenizer)
 
     def without_cut_alike(self, rows: list[EncodedPair]) -> list[EncodedPair]:
-        """The rows without those that cutting has made alike: nothing but length tells their
-        responses apart.
+        """The rows without those whose responses differ in nothing but length since they were cut.
 
         Raises:
             UserError: if none is left.

@@ -61,7 +61,7 @@ class Question:
 
     @property
     def unusable(self) -> Counter:
-        """What is scored and yet says nothing, by reason."""
+        """What is scored but says nothing about the judge, by reason."""
         texts = self.prompt, *(self.responses or ()), self.reference
         empty = self.responses is not None and any(x is not None and is_blank(x) for x in texts)
         return Counter(filter(None, map(unusable, self.pairs))) + Counter(

@@ -1,8 +1,8 @@
 """A judge that computes what its prompts begin with once, and uses the keys and values again.
 
 The two orders of a pair share the instruction and the question. The comparisons of a ranking share
-these too, and those with the same first response share that as well. Scores are those of the plain
-Judge, to rounding: tests/wings/test_sharing.py holds both together.
+these too, and those with the same first response share that as well. The scores are those of the
+plain Judge up to rounding (tests/wings/test_sharing.py).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import torch
 from tqdm import tqdm
 from transformers import DynamicCache
 
-# More and smaller matrix products cost time of their own, so a fifth of the tokens must be spared.
+# More and smaller matrix products cost time of their own, so a fifth of the tokens must be saved.
 SPARED = 0.2
 
 
@@ -96,10 +96,10 @@ def tree(sequences: list[Segments]) -> tuple[list[Level], list[int]]:
 
 
 def can_share(model) -> bool:
-    """Whether the keys and values of a right-padded beginning can be gone on from.
+    """Whether a sequence can go on from the keys and values of a right-padded beginning.
 
-    They can where all layers attend to everything before them, in a way that torch's attention
-    kernel knows (others, like MPT's, may count the padding).
+    It can if all layers attend to everything before them, in a way that torch's attention kernel
+    knows (others, like MPT's, may count the padding).
     """
     base = without_adapter(model)
     if not getattr(base, "sharing_is_exact", True):
@@ -121,14 +121,14 @@ def cache_argument(model) -> str:
 
 
 def spares_enough(levels: list[Level], whole: Level) -> bool:
-    """Whether levels spare enough of the work, without holding many more keys and values."""
+    """Whether levels save enough work without holding many more keys and values."""
     computed = sum(level.tokens for level in levels)
     held = len(levels[-1].ids) * sum(max(map(len, level.ids)) for level in levels)
     return computed <= (1 - SPARED) * whole.tokens and held <= 1.25 * whole.tokens
 
 
 def end_states(model, sequences: list[Segments]) -> torch.Tensor:
-    """The last hidden states (B, H) of B sequences, shared beginnings once where that pays."""
+    """The last hidden states (B, H) of B sequences; shared beginnings once if that pays."""
     whole = Level([sum(s, ()) for s in sequences], [0] * len(sequences))
     levels, places = tree(sequences)
     nothing_left = any(not s[-1] for s in sequences)  # no token of its own to read a state from

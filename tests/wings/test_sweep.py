@@ -1,6 +1,6 @@
 """Every causal architecture of the installed transformers: right, or refused in one line (slow).
 
-    python tests/wings/test_sweep.py            # 5 minutes on one core; writes the list of both
+    python tests/wings/test_sweep.py            # 5 minutes on one core; prints the list of both
 
 Each is built small, with the village's tokenizer, trained for two steps in 32, 16 and 4 bits,
 reloaded, merged and exported, and its log-odds are held against transformers' own forward pass of
@@ -24,6 +24,7 @@ import train_reward  # noqa: E402
 from gram_mini.batches import join  # noqa: E402
 from gram_mini.errors import UserError  # noqa: E402
 from gram_mini.pairs import Pair  # noqa: E402
+from gram_mini.runs import models  # noqa: E402
 from gram_mini.runs.load import load_judge  # noqa: E402
 from gram_mini.runs.models import load_tokenizer  # noqa: E402
 from gram_mini.serving import export  # noqa: E402
@@ -32,7 +33,6 @@ from transformers import AutoConfig, AutoModelForCausalLM  # noqa: E402
 from transformers import __version__ as VERSION  # noqa: E402
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES  # noqa: E402
 
-LIST = Path(__file__).parents[2] / "gram_mini" / "runs" / "architectures.md"
 SMALL = {
     "hidden_size": 64, "d_model": 64, "n_embd": 64, "dim": 64, "embedding_size": 64,
     "word_embed_proj_dim": 64, "intermediate_size": 128, "ffn_dim": 128, "d_ff": 128, "d_inner":
@@ -176,30 +176,25 @@ def test_all_architectures_are_right_or_refused_in_one_line():
 
 
 def cells(answers: list[str]) -> list[str]:
-    """What the table says in 32, 16 and 4 bits."""
+    """What the list says of 32, 16 and 4 bits."""
     said = [answer or "right" for answer in answers]
     return [said[0], *("the same" if answer == said[0] else answer for answer in said[1:])]
 
 
 def main() -> None:
+    models.fast_bfloat16 = lambda: False  # every CPU alike, as in conftest.py
     results = sweep(sys.argv[1:] or sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES))
     right = [kind for kind, answers in results.items() if answers == ["", "", ""]]
     refused = {kind: a for kind, a in results.items() if len(a) == 3 and kind not in right}
     unbuilt = {kind: a[0] for kind, a in results.items() if len(a) == 1}
-    lines = [
-        "# Architectures\n",
-        f"`python tests/wings/test_sweep.py` wrote this, with transformers {VERSION}. Each",
-        "architecture was built small, trained for two steps, reloaded, merged and exported.\n",
-        f"## Right in 32, 16 and 4 bits: {len(right)}\n",
-        ", ".join(right) + "\n",
-        f"## Right or refused in one line: {len(refused)}\n",
-        "| architecture | 32 bits | 16 bits | 4 bits |",
-        "| --- | --- | --- | --- |",
-        *(f"| {kind} | {' | '.join(cells(answers))} |" for kind, answers in refused.items()),
-        f"\n## Not built small from its default config: {len(unbuilt)}\n",
-        *(f"- {kind}: {why}" for kind, why in unbuilt.items()),
-    ]
-    LIST.write_text("\n".join(lines) + "\n")
+    print(f"\ntransformers {VERSION}")
+    print(f"\nright in 32, 16 and 4 bits: {len(right)}\n{', '.join(right)}")
+    print(f"\nright or refused in one line: {len(refused)}")
+    for kind, answers in refused.items():
+        print(f"{kind}: {'; '.join(cells(answers))}")
+    print(f"\nnot built small from the default config: {len(unbuilt)}")
+    for kind, why in unbuilt.items():
+        print(f"{kind}: {why}")
 
 
 if __name__ == "__main__":
