@@ -61,7 +61,9 @@ def test_no_file_of_the_lesson_imports_a_wing():
 
 def test_the_lesson_is_a_dozen_files():
     assert len(LESSON) <= 12
-    lines = sum(len(path.read_text().splitlines()) for path in (*LESSON, *map(ROOT.joinpath, SCRIPTS)))
+    lines = sum(
+        len(path.read_text().splitlines()) for path in (*LESSON, *map(ROOT.joinpath, SCRIPTS))
+    )
     assert lines <= 1700
     assert WINGS == ["baselines", "everyday", "reading", "runs", "serving", "studies", "village"]
     assert all((PACKAGE / wing / "README.md").is_file() for wing in WINGS)
