@@ -72,7 +72,7 @@ $(SMOLLM2): .venv/.installed
 	touch $@
 
 test: check
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n 2 --dist loadgroup
 
 test-lesson: .venv/.installed
 	$(BIN)/python -m pytest -q tests/lesson
@@ -81,7 +81,7 @@ test-latest:
 	test -x .venv-latest/bin/python || $(PYTHON) -m venv .venv-latest
 	.venv-latest/bin/python -m pip install -q --upgrade -r requirements.txt -r tests/requirements.txt
 	.venv-latest/bin/python -m pip list
-	.venv-latest/bin/python -m pytest -q
+	.venv-latest/bin/python -m pytest -q -n 2 --dist loadgroup
 
 check: .venv/.installed-tests
 	$(BIN)/ruff check .

@@ -13,15 +13,14 @@ from collections.abc import Iterable, Sequence
 from gram_mini.errors import UserError
 from gram_mini.studies.figures import average
 from gram_mini.studies.seeds import RESULTS
+from gram_mini.studies.speed.tables import tables as speed_tables
 
 # Figures that are not written with three decimals.
 TWO_DECIMALS = (
     *("true reward", "highest", "last", "KL of the highest", "KL of the last", "own margin"),
     *("true reward of the first, GRAM", "true reward of the first, votes", "commonest claims"),
 )
-AS_IS = ("pairs", "same verdict", "log-odds apart, mean", "log-odds apart, most")
-FORMATS = dict.fromkeys(TWO_DECIMALS, ".2f") | dict.fromkeys(AS_IS, "g")
-FORMATS |= {"comparisons": ",.0f", "pairs/s here": ".1f", "pairs/s there": ".1f"}
+FORMATS = dict.fromkeys(TWO_DECIMALS, ".2f") | {"pairs": "g", "comparisons": ",.0f"}
 
 # Figures that have another name in the heading of a column.
 HEADINGS = {
@@ -39,10 +38,6 @@ HEADINGS = {
 }
 DEMO = ("in distribution", "out of distribution", "fact pairs", "cross-entropy", "position gap")
 EVERYDAY = ("labelled topics", "unlabelled topics", "fact", "relevance", "courtesy", "length")
-SERVED = (
-    *("way", "pairs", "log-odds apart, mean", "log-odds apart, most", "same verdict"),
-    *("accuracy here", "accuracy there", "pairs/s here", "pairs/s there"),
-)
 CERTAINTY = ("cross-entropy", "calibration error", "position gap")
 TABLE = ("in-distribution", "out-of-distribution", "fact only", *CERTAINTY)
 ORDERS = ("out-of-distribution", "fact only", "position gap", "calibration error")
@@ -54,7 +49,7 @@ REAL = (
 )
 JUDGED = ("accuracy", "agreement", "longer preferred")
 SHARES = {0.0: "none", 0.0625: "1/16", 0.25: "1/4", 0.5: "1/2", 1.0: "all 24,000"}
-WEAK = "writing-weak-D-from-stage-1-GRAM"
+WEAK = "writing-weak"
 REWARD = "judge's reward"
 
 
@@ -63,8 +58,6 @@ def tables() -> dict[str, str]:
     return {
         "demo": listed("demo", *DEMO),
         "everyday": listed("everyday", *EVERYDAY, "position gap"),
-        "served": listed("served", *DEMO),
-        "served-real": listed("served-real", *SERVED),
         "table": listed("table", *TABLE),
         "unlabelled": crossed("unlabelled", "share", SHARES, "out-of-distribution"),
         "adapt": crossed("adapt", "labels", (0, 50, 200, 2000), "out-of-distribution"),
@@ -86,7 +79,7 @@ def tables() -> dict[str, str]:
         "rm-bench": listed(
             "benchmarks", *JUDGED, "hard", "normal", "easy", benchmark="rm-bench, chat"
         ),
-        # The tables of speed go here: **speed.tables.tables(),
+        **speed_tables(),
     }
 
 
@@ -220,10 +213,8 @@ COSTS = {  # comparisons of n responses
     "reference": "n",
     "knock-out": "n - 1",
     "circle": "n",
-    "circle, fitted": "n",
     "part of all": HALF_OF_ALL,
     "Swiss": HALF_OF_ALL,
-    "Swiss, fitted": HALF_OF_ALL,
     "all": "n (n - 1) / 2",
 }
 
@@ -233,17 +224,10 @@ def rewards() -> str:
     means = results("rewards")["means"]
     lines = []
     for way, cost in COSTS.items():
-        few, some, many = (select(means, method=way, n=n)[0] for n in ("8", "16", "64"))
-        line = [way, cost, center(many, "comparisons")]
-        for rater in ("GRAM", "votes"):
-            agreement, first = f"agreement, {rater}", f"true reward of the first, {rater}"
-            line += [center(few, agreement), center(many, agreement), center(some, first)]
-        # The seeds move all ways together, so only differences have intervals.
-        lines.append([*line, cell(many, "below all, GRAM")])
-    figures = ("agreement, n = 8", "n = 64", "first place, n = 16")
-    head = ["way", "comparisons", "n = 64", f"GRAM: {figures[0]}", *figures[1:]]
-    head += [f"votes: {figures[0]}", *figures[1:], "GRAM: below all, n = 64"]
-    return markdown(head, lines)
+        row = select(means, method=way, n="64")[0]
+        agreement = [center(row, f"agreement, {rater}") for rater in ("GRAM", "votes")]
+        lines.append([way, cost, *agreement])
+    return markdown(["way", "comparisons", "GRAM", "votes"], lines)
 
 
 def real_helpful() -> str:

@@ -36,7 +36,7 @@ from bitsandbytes.nn import Linear4bit
 from peaks import built_fused, measured_peak
 from safetensors.torch import load_file
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.xdist_group("gpu")]  # one process has the card
 
 DEVICE = pick_device("auto")
 ON_GPU = DEVICE.type == "cuda"
