@@ -280,7 +280,7 @@ def test_a_recipe_says_what_a_judge_goes_on_with(tmp_path, monkeypatch):
 
     monkeypatch.setattr(lab, "train", train)
     monkeypatch.setattr(lab, "method", lambda name, seed: tmp_path / name)
-    for name in few.STARTS:
+    for name in few.ADAPT:
         few.adapted(lab, 1, name, few.ADAPT[name], 50)
     script, init, options, rows = given["few-GRAM-50-lr 3e-4, 4 epochs of 32"]
     assert (script, init) == ("train_reward", tmp_path / "GRAM")
