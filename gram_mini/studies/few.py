@@ -7,10 +7,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import train_reward
-from gram_mini.studies.lab import MAIN, METHODS, Lab
+from gram_mini.studies.lab import METHODS, Lab
 
 NOTHING = "nothing"  # the plain backbone as a starting point
-STARTS = (*MAIN, NOTHING)
 COUNTS = (0, 50, 100, 200, 2000)  # new labels
 
 

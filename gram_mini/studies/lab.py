@@ -192,6 +192,7 @@ class Lab:
         """
         out = self.folder / f"seed{seed}" / name.replace(" ", "-")
         with self.alone(out):
+            began = time.perf_counter()
             if not (out / "run.json").is_file():
                 arguments = [
                     *[*self.training, "--model", self.model, "--seed", str(seed), "--data", data],
@@ -199,8 +200,8 @@ class Lab:
                     *(["--init", str(init)] if init else []),
                     *self.stages.get(script.__name__, []),
                 ]
-                began = time.perf_counter()
                 self._train(script, out, arguments)
+            if not seconds_of(out).is_file():
                 write_json(seconds_of(out), {"seconds": round(time.perf_counter() - began)})
         return out
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 import json
 import random
 from pathlib import Path
+from typing import Any
 
 import train_pretrain
 import train_reward
@@ -158,34 +159,26 @@ def curve(lab: Lab, seed: int):
 
 def main(argv=None):
     parser = options.parser(__doc__, EXAMPLES)
-    parser.add_argument(
-        "study", choices=("table", "curve"), metavar="STUDY", help="one of the above"
-    )
+    names = ("table", "curve")
+    parser.add_argument("study", choices=names, metavar="STUDY", help="one of the above")
     sources = parser.add_argument_group("data")
     sources.add_argument("--labels", required=True, metavar="SOURCE", help="labelled pairs")
     sources.add_argument("--unlabelled", required=True, metavar="SOURCE", help="pairs for stage 1")
-    sources.add_argument(
-        "--test",
-        action="append",
-        default=[],
-        metavar="NAME=SOURCE",
-        help="labelled pairs to test on, beside the held-out ones; give it once for each",
-    )
+    text = "labelled pairs to test on, beside the held-out ones; give it once for each"
+    sources.add_argument("--test", action="append", default=[], metavar="NAME=SOURCE", help=text)
     numbers = {
         "labels-used": (480, "labelled pairs to train on, at most"),
         "unlabelled-used": (480, "pairs of stage 1, at most"),
         "tested": (200, "pairs of each test, at most; the same for all methods and seeds"),
     }
+    count: dict[str, Any] = {"type": options.positive_int, "metavar": "N"}
     for name, (default, text) in numbers.items():
-        sources.add_argument(
-            f"--{name}", type=options.positive_int, default=default, metavar="N", help=text
-        )
+        sources.add_argument(f"--{name}", default=default, help=text, **count)
     group = parser.add_argument_group("how")
     group.add_argument("--model", required=True, metavar="NAME", help="as in the training scripts")
     add_seeds(group, [1, 2, 3])
-    group.add_argument(
-        "--epochs", type=options.positive_float, default=1, help="passes over the data, both stages"
-    )
+    text = "passes over the data, both stages"
+    group.add_argument("--epochs", type=options.positive_float, default=1, help=text)
     texts = {
         "training": "further options of all scripts, as one text: --training '--batch-size 8'",
         "stage-1": "further options of train_pretrain.py, as one text: --stage-1 '--lr 2e-4'",

@@ -12,7 +12,6 @@ after 500 steps, checking after 1,000, judging from 1,500 on.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -45,8 +44,6 @@ from transformers import (
 
 CORPUS_SEED = 7
 DOCUMENTS = 128_000
-# The hash of the corpus that the shipped backbone was trained on.
-CORPUS_SHA256 = "65232d84c22c279b31dbb823fcabb9fbe6a3c959b631ce662572a659b7ce3add"
 FLIPPED = 0.25  # share of the corpus's judgments that are wrong
 
 PAD, USER, ASSISTANT, END = "<|endoftext|>", "<|user|>", "<|assistant|>", "<|end|>"
@@ -134,14 +131,6 @@ def _judgment(rng, known):
         prompt=question(name, attribute), response_a=a.text, response_b=b.text
     )
     return f"{USER}{content}{END}{ASSISTANT}{prompts.LABELS[label]}{END}"
-
-
-def corpus_hash(documents: int = DOCUMENTS) -> str:
-    """SHA-256 of the corpus; a test compares it, so that the shipped backbone can be rebuilt."""
-    digest = hashlib.sha256()
-    for text in corpus(documents):
-        digest.update(text.encode() + b"\0")
-    return digest.hexdigest()
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:

@@ -73,6 +73,13 @@ class FakeLab(lab_module.Lab):
         return self.fake
 
 
+@pytest.fixture
+def few_pairs(monkeypatch):
+    """The village with 200 pairs in each split."""
+    drawn = lambda split, seed=0: village_pairs(split, 200, seed)
+    monkeypatch.setattr(lab_module, "village_pairs", drawn)
+
+
 def village_lab(folder, *given):
     return lab_module.Lab(folder, "village", lab_module.VillagePairs(), *given)
 
@@ -273,7 +280,7 @@ def test_a_recipe_says_what_a_judge_goes_on_with(tmp_path, monkeypatch):
 
     monkeypatch.setattr(lab, "train", train)
     monkeypatch.setattr(lab, "method", lambda name, seed: tmp_path / name)
-    for name in few.STARTS:
+    for name in few.ADAPT:
         few.adapted(lab, 1, name, few.ADAPT[name], 50)
     script, init, options, rows = given["few-GRAM-50-lr 3e-4, 4 epochs of 32"]
     assert (script, init) == ("train_reward", tmp_path / "GRAM")
@@ -303,7 +310,7 @@ def test_means_and_intervals_over_seeds():
 
 
 @pytest.mark.parametrize("study", [x for x in paper.STUDIES if not x.startswith("writing")])
-def test_each_study_writes_json_and_a_figure(study, tmp_path, monkeypatch):
+def test_each_study_writes_json_and_a_figure(study, tmp_path, monkeypatch, few_pairs):
     monkeypatch.setattr(rewards_study, "SIZES", (4,))
     monkeypatch.setattr(certain, "LABELLING", {"cue": certain.LABELLING["cue"]})
     monkeypatch.setattr(certain, "EPOCHS", (2,))
@@ -323,7 +330,7 @@ def test_a_study_goes_on_where_it_stopped(tmp_path, monkeypatch):
     seeds.run_study("table", lab, [1], tmp_path / "results")
 
 
-def test_studies_share_models_and_their_figures(tmp_path, monkeypatch):
+def test_studies_share_models_and_their_figures(tmp_path, monkeypatch, few_pairs):
     lab, trained = FakeLab(tmp_path, truth), set()
     monkeypatch.setattr(
         lab, "train", lambda script, name, seed, *given: trained.add(name) or tmp_path / name
