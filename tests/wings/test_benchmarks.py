@@ -8,7 +8,6 @@ import re
 from collections import Counter
 
 from gram_mini.errors import UserError
-from gram_mini.evaluation import consistency
 from gram_mini.judge import Judge
 from gram_mini.pairs import Pair
 from gram_mini.reading.sources import Notes
@@ -18,7 +17,7 @@ from gram_mini.studies.benchmarks import figures as benchmarks
 from gram_mini.studies.benchmarks.base import Row
 from gram_mini.studies.benchmarks.reward_bench import EXAMPLE_COUNTS
 from gram_mini.studies.benchmarks.reward_bench_2 import ties
-from gram_mini.studies.metrics import bootstrap, brier, calibration
+from gram_mini.studies.metrics import bootstrap, brier, calibration, orders_agree
 
 import pytest
 import torch
@@ -603,9 +602,10 @@ def test_brier_by_hand():
     assert brier([0.1, 0.6], [0, 1]) == pytest.approx(brier([0.9, 0.4], [1, 0]))
 
 
-def test_consistency_is_agreement_of_the_orders():
+def test_orders_agree_where_both_prefer_the_same():
     pairs = [Pair("x", asked, "no") for asked in ("0.9 0.6", "0.9 0.4", "0.1 0.4", "0.5 0.5")]
-    assert consistency(Judge().compare_many(pairs)) == 2 / 4
+    agree = [orders_agree(result) for result in Judge().compare_many(pairs)]
+    assert sum(agree) == 2 and len(agree) == 4
 
 
 def test_length_and_the_yardstick(tmp_path):

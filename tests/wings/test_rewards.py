@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from gram_mini.errors import UserError
+from gram_mini.runs.ranking import rank
 from gram_mini.serving import ms_swift, openrlhf, rewards, verl
 
 import numpy as np
@@ -40,7 +41,7 @@ def test_verl_hands_over_a_whole_group(loop):
     }
     by_first = [0.5, loop.reward(QUESTION, FISH, SOUP), loop.reward(QUESTION, CAKE, SOUP)]
     assert verl.compute_score(**call) == pytest.approx(by_first, abs=1e-5)
-    by_all = loop.rank(QUESTION, [SOUP, FISH, CAKE]).scores
+    by_all = rank(loop, QUESTION, [SOUP, FISH, CAKE]).scores
     assert verl.compute_score(**call, against="all") == pytest.approx(by_all, abs=1e-5)
     call["ground_truths"] = [CAKE, CAKE, CAKE]
     by_truth = [loop.reward(QUESTION, SOUP, CAKE), loop.reward(QUESTION, FISH, CAKE), 0.5]
