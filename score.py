@@ -60,13 +60,13 @@ def score_pair(judge, args):
     a, b = args.response
     rows = judge.encode([Pair(args.prompt, a, b)])  # token ids, cut to --max-length
     # Z_a - Z_b in both orders, (1, 2): where a is shown as A, and where a is shown as B
-    odds, mass, cut = judge.log_odds(rows)
+    log_odds, mass, cut = judge.log_odds(rows)
     # P(a better) in each order: of two labels the softmax is the sigmoid of their difference
-    first, second = odds[0].sigmoid().tolist()
+    first, second = log_odds[0].sigmoid().tolist()
     if args.average == "probabilities":
         p = (first + second) / 2
     else:
-        p = odds.mean().sigmoid().item()
+        p = log_odds.mean().sigmoid().item()
 
     print(f"prompt  {args.prompt}")
     print(f"  A     {a}")

@@ -37,7 +37,7 @@ def main(argv=None):
     train = encode_pairs(train_pairs, prompt, tokenizer, args.max_length)
     train = run.without_cut_alike(train)
     held_out = encode_pairs(held_out_pairs, prompt, tokenizer, args.max_length)
-    run.describe(train, held_out, prompt)
+    run.prepare(train, held_out, prompt)
 
     # Loop
     steps = run.number_of_steps(train)
@@ -56,10 +56,10 @@ def main(argv=None):
             run.note(weight, ids.numel(), loss=loss)
         run.sum_over_processes()
         gradient_norm = clip_gradients(model)
-        if run.is_finite(gradient_norm):
+        if run.step_is_finite(gradient_norm):
             optimizer.step()
         else:
-            run.count_skipped_step(gradient_norm)
+            run.skip_step(gradient_norm)
         optimizer.zero_grad()
         schedule.step()
         if held_out and run.evaluation_is_due():

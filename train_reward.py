@@ -39,10 +39,10 @@ def main(argv=None):
     )
 
     # Token ids
-    prompt, labels = judge.prompt, judge.labels  # the words around x, y_a and y_b; A and B
+    prompt, label_ids = judge.prompt, judge.labels  # the words around x, y_a and y_b; A and B
     train = run.without_cut_alike(judge.encode(train_pairs))
     held_out = judge.encode(held_out_pairs)
-    run.describe(train, held_out, prompt, sequences=2 if args.both_orders else 1)  # of a pair
+    run.prepare(train, held_out, prompt, sequences=2 if args.both_orders else 1)  # of a pair
 
     # Loop
     steps = run.number_of_steps(train)
@@ -56,7 +56,7 @@ def main(argv=None):
             ids, last, right = judge_batch(rows, prompt, run.device)  # (B, T), (B,), (B,)
             hidden = hidden_states(model, ids)  # (B, T, H)
             verdict = hidden[torch.arange(len(rows)), last]  # (B, H), where A or B would come next
-            z = output_logits(model, verdict, labels)  # (B, 2): Z_A, Z_B
+            z = output_logits(model, verdict, label_ids)  # (B, 2): Z_A, Z_B
             loss = reward_loss(z, right, args.label_smoothing)  # -log sigmoid(m) + eps m
             if args.both_orders:
                 c = args.both_orders * run.fraction_left  # from C down to nearly 0
@@ -69,10 +69,10 @@ def main(argv=None):
                 run.note(weight, label_mass=judge.label_mass(verdict.detach()).mean())
         run.sum_over_processes()
         gradient_norm = clip_gradients(model)
-        if run.is_finite(gradient_norm):
+        if run.step_is_finite(gradient_norm):
             optimizer.step()
         else:
-            run.count_skipped_step(gradient_norm)
+            run.skip_step(gradient_norm)
         optimizer.zero_grad()
         schedule.step()
         if held_out and run.evaluation_is_due():
@@ -82,7 +82,7 @@ def main(argv=None):
 
     if run.evaluation:
         best = best_margin(args.label_smoothing)
-        run.say(f"held out: {evaluation} (best for certain labels: {best:.2f})")
+        run.say(f"held out: {evaluation} (best margin for certain labels: {best:.2f})")
     run.finish(model, tokenizer)
 
 

@@ -103,12 +103,13 @@ def encode_all(tokenizer, texts: list[str], **options) -> list[list[int]]:
     options = dict(add_special_tokens=False, verbose=False, **options)
     ids = tokenizer(texts, **options)["input_ids"]
     if adds_a_blank(tokenizer):
-        for first in ("a", "0", "\n"):  # the last one that fits stays
-            before = tokenizer(first, **options)["input_ids"]
-            for n, text in enumerate(texts):
+        for n, text in enumerate(texts):
+            for first in ("\n", "0", "a"):
+                before = tokenizer(first, **options)["input_ids"]
                 after = tokenizer(first + text, **options)["input_ids"]
                 if after[: len(before)] == before:
                     ids[n] = after[len(before) :]
+                    break
     return ids
 
 

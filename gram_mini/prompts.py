@@ -67,9 +67,9 @@ class PromptPieces:
         end           \\n[The End of Assistant B's Answer]\\n\\n#Preferred:<|im_end|>\\n
                       <|im_start|>assistant\\n
 
-    Only the texts in the gaps are ever cut, so no marker gets lost. ``given`` counts the tokens at
-    the start of after_prompt that belong to the user's turn; stage 1 trains on everything after
-    them (the markers and the two responses).
+    Only the texts in the gaps are ever cut, so no marker gets lost. ``given`` counts the tokens of
+    after_prompt up to where the assistant's text begins; stage 1 trains on everything after them
+    (the markers and the two responses).
 
     Pieces and texts are tokenised one by one, in training and in scoring alike. So no token reaches
     across a seam, such as one of a full stop and the line break after it.

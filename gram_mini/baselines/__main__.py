@@ -123,7 +123,7 @@ def main(argv=None):
     sequences = 1
     if args.head == "scalar":
         sequences = 3 if args.text_weight else 2
-    run.describe(train, held_out, prompt, length, sequences)
+    run.prepare(train, held_out, prompt, length, sequences)
 
     # Loop
     steps = run.number_of_steps(train)
@@ -155,10 +155,10 @@ def main(argv=None):
                 run.note(weight, label_mass=judge.label_mass(states.detach()).mean())
         run.sum_over_processes()
         gradient_norm = clip_gradients(model)
-        if run.is_finite(gradient_norm):
+        if run.step_is_finite(gradient_norm):
             optimizer.step()
         else:
-            run.count_skipped_step(gradient_norm)
+            run.skip_step(gradient_norm)
         optimizer.zero_grad()
         schedule.step()
         if held_out and run.evaluation_is_due():

@@ -5,7 +5,7 @@
         for rows in run.passes(batch):      this process's pairs of the step, as many as fit at once
             run.note(...)                   figures for the log
         run.sum_over_processes()            gradients and loss
-        if run.is_finite(norm): ...         else run.count_skipped_step(norm)
+        if run.step_is_finite(norm): ...    else run.skip_step(norm)
         if run.evaluation_is_due(): run.log_held_out(...)
     run.finish(...)                         adapter, tokenizer, run.json, log.csv, plot.png
 
@@ -113,8 +113,9 @@ class Run:
 
     @property
     def pass_tokens(self) -> int:
-        """Tokens that a forward pass may hold, padding included."""
-        return self.args.batch_tokens or self.args.batch_size * self.args.max_length
+        """Tokens that a forward pass holds at most, padding included."""
+        tokens = self.args.batch_size * self.args.max_length
+        return min(tokens, self.args.batch_tokens) if self.args.batch_tokens else tokens
 
     def load_pairs(self, labelled: bool) -> list[Pair]:
         """The pairs of ``--data``; prints what was read and dropped, and run.json keeps it.
@@ -178,7 +179,7 @@ class Run:
         """Optimiser steps: ``--steps``, or as many as ``--epochs`` passes over the rows take."""
         return number_of_steps(len(train), self.rows_per_step, self.args.epochs, self.args.steps)
 
-    def describe(
+    def prepare(
         self,
         train: list[EncodedPair],
         held_out: list[EncodedPair],
@@ -186,9 +187,9 @@ class Run:
         length: Callable[[EncodedPair], int] | None = None,
         sequences: int = 1,
     ) -> None:
-        """Say how many pairs there are, how long they are and how many were cut or dropped.
+        """Keep what the steps and run.json need of the pairs, and say how many and how long they are.
 
-        run.json keeps it. In training a row takes ``sequences`` sequences of ``length`` tokens, by
+        In training a row takes ``sequences`` sequences of ``length`` tokens, by
         default the one sequence of its pair.
         """
         self._train, self._prompt, self._sequences = train, prompt, sequences
@@ -292,7 +293,7 @@ class Run:
     def note(self, weight: float, tokens: int = 0, **figures: torch.Tensor) -> None:
         """Note the figures of a forward pass, which has this ``weight`` in the means of its step.
 
-        ``tokens`` counts its tokens with padding. The figures are scalars, ``loss`` among them.
+        ``tokens`` counts its tokens with padding. The figures are scalars.
         """
         if "loss" in figures:
             self._loss += figures["loss"].detach() * weight
@@ -307,11 +308,11 @@ class Run:
         """Fraction of the steps still to be done, this one included: 1 at the first step."""
         return (self._total - self._step + 1) / self._total
 
-    def is_finite(self, gradient_norm: float) -> bool:
+    def step_is_finite(self, gradient_norm: float) -> bool:
         """Whether loss and gradient of the step are finite."""
         return math.isfinite(self._loss) and math.isfinite(gradient_norm)
 
-    def count_skipped_step(self, gradient_norm: float) -> None:
+    def skip_step(self, gradient_norm: float) -> None:
         """Count a step whose loss or gradient is not finite; it changes nothing.
 
         Raises:
@@ -331,17 +332,21 @@ class Run:
 
     def evaluation_is_due(self) -> bool:
         """Whether to judge the held-out pairs now: five times a run, at last at its end."""
-        self._began = time.perf_counter()
         return self._step * 5 // self._total > (self._step - 1) * 5 // self._total
 
     def in_parallel(self, work: Callable[[list], list], items: list) -> list:
-        """``work(items)``, one result per item; each process does some, and all get all results."""
-        return in_parallel(self._accelerator, work, items)
+        """``work(items)``, one result per item; each process does some, and all get all results.
+
+        The time that it takes is not counted in the log's tokens per second.
+        """
+        began = time.perf_counter()
+        results = in_parallel(self._accelerator, work, items)
+        self._log.exclude(time.perf_counter() - began)
+        return results
 
     def log_held_out(self, figures: dict) -> None:
         """Log the figures of the held-out pairs; run.json keeps the last ones."""
         self.evaluation, self._evaluated = figures, True
-        self._log.exclude(time.perf_counter() - self._began)
 
     def _foresee_memory(self, model) -> None:
         """Say what a step will take and what is free.

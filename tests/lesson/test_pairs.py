@@ -210,7 +210,11 @@ BAD = {
         gzip.compress((json.dumps(ROW) + "\n").encode() * 50, mtime=0)[:-12],
         "cannot be read",
     ),
-    "broken gzip": ("d.jsonl.gz", gzip.compress(b"x" * 500, mtime=0)[:12] + b"\xff" * 30, "cannot be read"),
+    "broken gzip": (
+        "d.jsonl.gz",
+        gzip.compress(b"x" * 500, mtime=0)[:12] + b"\xff" * 30,
+        "cannot be read",
+    ),
     "gzip": ("d.jsonl.gz", "not gzip", "cannot be read"),
     "parquet": ("d.parquet", "not parquet", "cannot be read as Parquet"),
     "suffix": ("d.txt", "x", "unknown kind of file"),

@@ -332,8 +332,8 @@ def test_only_broken_steps_in_a_row_count(tmp_path):
 
     def finite(loss, norm):
         run._loss = loss
-        if not run.is_finite(norm):
-            run.count_skipped_step(norm)
+        if not run.step_is_finite(norm):
+            run.skip_step(norm)
             return False
         run._skipped_in_a_row = 0  # as steps() does after a step that was applied
         return True
