@@ -187,7 +187,7 @@ class Run:
         length: Callable[[EncodedPair], int] | None = None,
         sequences: int = 1,
     ) -> None:
-        """Keep what the steps and run.json need of the pairs, and say how many and how long they are.
+        """Keep what steps and run.json need of the pairs, and say how many and how long they are.
 
         In training a row takes ``sequences`` sequences of ``length`` tokens, by
         default the one sequence of its pair.

@@ -17,6 +17,7 @@ from gram_mini.runs.report import say_doubts
 from gram_mini.runs.table import aligned
 from gram_mini.studies.figures import on_part
 from gram_mini.studies.metrics import pick_the_longer, with_interval
+from gram_mini.studies.recorded import add_record_option, record_table
 from gram_mini.studies.village_table import method_of, records_of
 
 EXAMPLES = """\
@@ -30,8 +31,8 @@ on. Position gap: mean |P(a better, a shown first) - P(a better, a shown second)
 pairs."""
 
 
-def everyday_table(models: list[str], **settings) -> str:
-    """Judge the test pairs with each model, and return the table.
+def everyday_table(models: list[str], **settings) -> list[list[str]]:
+    """Judge the test pairs with each model, and return the lines of the table.
 
     Args:
         models: run folders, or any models that load_judge takes.
@@ -65,7 +66,7 @@ def everyday_table(models: list[str], **settings) -> str:
         seconds = f"{time.perf_counter() - start:.0f}"
         say_doubts(model, judge, results)
         lines.append(line(method_of(record)[0], results, seconds, Path(model).name))
-    return aligned(lines)
+    return lines
 
 
 def main(argv=None) -> None:
@@ -78,10 +79,14 @@ def main(argv=None) -> None:
         "'village'",
     )
     options.add_model_options(parser)
+    add_record_option(parser)
     args = parser.parse_args(argv)
     sizes = {"bits": args.bits, "max_length": args.max_length, "device": args.device}
-    print(everyday_table(args.models, **sizes))
+    lines = everyday_table(args.models, **sizes)
+    print(aligned(lines))
     print(CAPTION)
+    if args.record:
+        record_table(args.record, lines)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from gram_mini.runs.table import aligned
 from gram_mini.serving.served import served_judge
 from gram_mini.studies.figures import on_part
 from gram_mini.studies.metrics import with_interval
+from gram_mini.studies.recorded import add_record_option, record_table
 from gram_mini.village.pairs import village_pairs
 from gram_mini.village.writer import TrueJudge
 
@@ -69,8 +70,8 @@ def village_table(
     device: str = "auto",
     server: str | None = None,
     served_name: str | None = None,
-) -> str:
-    """Judge both test sets of the village with each model, and return the table of the results.
+) -> list[list[str]]:
+    """Judge both test sets of the village with each model, and return the lines of the table.
 
     With a ``server`` it computes the judge (gram_mini/serving/served.py).
 
@@ -103,7 +104,7 @@ def village_table(
         ]
 
     columns = ("in distribution", "out of distribution", "fact pairs", "cross-entropy")
-    lines: list[tuple[str, ...]] = [("", *columns, "position gap", "run")]
+    lines = [["", *columns, "position gap", "run"]]
     for method, by_seed in rows.items():
         runs = list(by_seed.values())
         name = method[0] + (f" ({len(runs)} seeds)" if len(runs) > 1 else "")
@@ -112,11 +113,11 @@ def village_table(
         entropies = [run[1].cross_entropy for run in runs if run[1].cross_entropy is not None]
         entropy = statistics.mean(entropies)
         gap = statistics.mean(run[1].position_gap for run in runs)
-        lines.append((name, *accuracies, f"{entropy:.3f}", f"{gap:.3f}", folders[method]))
+        lines.append([name, *accuracies, f"{entropy:.3f}", f"{gap:.3f}", folders[method]])
     truth = summarise(out_of_distribution, TrueJudge().compare_many(out_of_distribution))
     ideal = f"{truth.cross_entropy:.3f}"
-    lines.append(("the true rewards", "1.000", "1.000", "1.000", ideal, "0.000", ""))
-    return aligned(lines)
+    lines.append(["the true rewards", "1.000", "1.000", "1.000", ideal, "0.000", ""])
+    return lines
 
 
 def records_of(models: list[str]) -> list[dict | None]:
@@ -144,13 +145,17 @@ def main(argv=None) -> None:
     )
     parser.add_argument("--device", default="auto", help="cpu, cuda, ...")
     options.add_server(parser)
+    add_record_option(parser)
     args = parser.parse_args(argv)
     if args.server and len(args.models) > 1:
         parser.error("--server goes with one model")
     if args.server and args.device != "auto":
         parser.error("--device does not go with --server, which has its own")
-    print(village_table(args.models, args.device, args.server, args.served_name))
+    lines = village_table(args.models, args.device, args.server, args.served_name)
+    print(aligned(lines))
     print(CAPTION)
+    if args.record:
+        record_table(args.record, lines)
 
 
 if __name__ == "__main__":

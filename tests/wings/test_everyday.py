@@ -11,6 +11,7 @@ from gram_mini.everyday.build import COUNTS, FOLDER, QUALITIES, SIDES, Answer, d
 from gram_mini.judge import Comparison
 from gram_mini.reading.load import load_pairs
 from gram_mini.studies import everyday_table as table
+from gram_mini.studies.recorded import record_table
 
 import pytest
 import torch
@@ -240,7 +241,7 @@ def test_the_reader_takes_all_rows(split):
         assert pair.label == (None if split == "unlabelled" else "AB".index(row["label"]))
 
 
-def test_table(monkeypatch):
+def test_table(monkeypatch, tmp_path):
     """A judge that knows the truth is always right; one that always errs never is."""
     truth = {tuple(row.values())[:3]: row["label"] == "A" for row in ROWS["test"]}
 
@@ -256,7 +257,13 @@ def test_table(monkeypatch):
         return SimpleNamespace(compare_many=compare_many, trained=False)
 
     monkeypatch.setattr(table, "load_judge", load_judge)
-    text = table.everyday_table(["village", "some/model"], bits=32)
+    lines = table.everyday_table(["village", "some/model"], bits=32)
+    text = table.aligned(lines)
+    record_table(tmp_path / "everyday.json", lines)
+    record = json.loads((tmp_path / "everyday.json").read_text())
+    first = record["means"][0]
+    assert first["method"] == "pick the longer" and first["fact"][0] == pytest.approx(0.5, abs=0.5)
+    assert [row["method"] for row in record["means"]] == [line[0] for line in lines[1:]]
     head, longer, right, wrong = [re.split(r"  +", line.strip()) for line in text.splitlines()]
     assert head[:6] == ["labelled topics", "unlabelled topics", *QUALITIES]
     assert longer[0] == "pick the longer" and longer[7] == "0.000"

@@ -398,7 +398,7 @@ def test_the_table_tells_the_recipes_apart(reward, pretrain, monkeypatch, tmp_pa
         record["options"][option] = 1 if option == "seed" else 0.2
         (path / "run.json").write_text(json.dumps(record))
     other_stage_1 = shutil.copytree(reward, tmp_path / "another")
-    text = table.village_table(
+    lines = table.village_table(
         [
             "village",
             str(pretrain),
@@ -409,8 +409,7 @@ def test_the_table_tells_the_recipes_apart(reward, pretrain, monkeypatch, tmp_pa
             str(other_stage_1),
         ]  # fmt: skip
     )
-    names = [line[: line.index("  ")] for line in text.splitlines()[1:]]
-    assert names == [
+    assert [line[0] for line in lines[1:]] == [
         "zero-shot judge",
         "stage 1 alone",
         "stage 1 + labels, smoothed = GRAM (2 seeds)",
@@ -418,7 +417,7 @@ def test_the_table_tells_the_recipes_apart(reward, pretrain, monkeypatch, tmp_pa
         "stage 1 + labels, smoothed = GRAM",
         "the true rewards",
     ]
-    assert len({len(line) for line in text.splitlines()}) == 1  # columns are aligned
+    assert len({len(line) for line in table.aligned(lines).splitlines()}) == 1
 
 
 # ---- another judge prompt ------------------------------------------------------------

@@ -90,7 +90,7 @@ def test_rows_that_cannot_be_read_are_skipped_when_asked(tmp_path):
 
 @pytest.mark.parametrize(("name", "content", "message"), [
     ("d.json", b'[{"prompt": "x"', "invalid JSON"),
-    ("d.jsonl.gz", gzip.compress(json.dumps(ROWS[0]).encode() * 99, mtime=0)[:-9], "cannot be read"),
+    ("d.jsonl.gz", gzip.compress(json.dumps(ROWS).encode() * 99, mtime=0)[:-9], "cannot be read"),
     ("d.parquet", b"x", "cannot be read as Parquet"),
     ("d.csv", b"prompt,chosen,rejected\na,b,\xff\n", "not UTF-8"),
     ("d.jsonl", b"\n\n", "the file is empty"),
