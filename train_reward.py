@@ -1,7 +1,7 @@
 """Stage 2 of GRAM: learn to say which response is better, A or B, from a little labelled data.
 
 The loss on the two label logits is Bradley-Terry plus a regulariser, -log sigmoid(m) + eps m with
-m = Z_w - Z_l; gram_mini/losses.py derives it step by step. --both-orders adds a loss of ours.
+m = Z_w - Z_l; gram_mini/losses.py derives it. --both-orders replaces a part of it by our own loss.
 """
 
 from dataclasses import asdict

@@ -63,8 +63,8 @@ token t after it, w for the label of the preferred response (A or B), l for the 
    without it, and log M to see what becomes of it.
 
 8. Ours, not the paper's. A judge that favours a place adds a bias b to the margin of one order and
-   takes it from the other: m_1 = d + b and m_2 = d - b. So show each pair in both orders, and add a
-   loss on the mean of the two margins to the plain loss on each:
+   takes it from the other: m_1 = d + b and m_2 = d - b. So show each pair in both orders, and
+   replace a part c of the plain loss on each by a loss on the mean of the two margins:
 
        L_both = (1 - c) (L_eps(m_1) + L_eps(m_2)) / 2  +  c L_eps((m_1 + m_2) / 2).
 
@@ -75,9 +75,9 @@ token t after it, w for the label of the preferred response (A or B), l for the 
 
    Where nothing is learned yet, d = 0, both parts have the same derivative in d, eps - 1/2, however
    large b is. What differs is the plain part's derivative in b. It has the sign of b in every pair,
-   so it adds up over a batch, and it is a part of the gradient that is clipped and of Adam's second
-   moments until b is small. The second part has no such derivative. (That this is why a judge
-   learns to compare from the second part where it does not from the first has not been measured.)
+   so over a batch it adds up. Until b is small, this sum takes part in the norm by which gradients
+   are clipped and in Adam's second moments. The second part has no such derivative. (Whether this
+   is why a judge learns to compare from the second part but not from the first was not measured.)
    But the second part does not ask for a small b either: a judge that reads only the response in
    one place can make this loss small while m_1 and m_2 disagree. The plain part brings them
    together. So c begins at C and falls to nearly 0 in a straight line.

@@ -1,4 +1,8 @@
-"""The command-line options of all scripts, so that a name means the same everywhere."""
+"""The command-line options of all scripts, so that a name means the same everywhere.
+
+The exception is --batch-size: pairs of an optimiser step in training, judge prompts of a forward
+pass in scoring, and requests at a time with --server.
+"""
 
 from __future__ import annotations
 
@@ -21,13 +25,15 @@ from gram_mini.village import VILLAGE
 
 PRETRAIN_EXAMPLES = """\
   python train_pretrain.py                         # the village, 2 minutes on 2 CPU cores
-  python train_pretrain.py --model Qwen/Qwen2.5-0.5B-Instruct --data pairs.jsonl \\
-      --out runs/mine"""
+  python train_pretrain.py --model Qwen/Qwen3-0.6B --data pairs.jsonl --lr 1e-4 \\
+      --batch-size 32 --batch-tokens 16384 --gradient-checkpointing \\
+      --out runs/mine/pretrain                     # on a GPU"""
 
 REWARD_EXAMPLES = """\
   python train_reward.py --init runs/pretrain      # the village, 40 seconds on 2 CPU cores
-  python train_reward.py --model Qwen/Qwen2.5-0.5B-Instruct --data pairs.jsonl \\
-      --init runs/mine --out runs/judge
+  python train_reward.py --model Qwen/Qwen3-0.6B --data labels.jsonl --lr 1e-4 --both-orders 1 \\
+      --batch-size 32 --batch-tokens 16384 --gradient-checkpointing \\
+      --init runs/mine/pretrain --out runs/mine/reward     # on a GPU
   python train_reward.py --init runs/reward --data new.jsonl --lr 3e-4 --epochs 4 \\
       --batch-size 32 --held-out 0 --out runs/adapted      # go on with a few new labels"""
 

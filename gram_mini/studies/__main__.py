@@ -43,7 +43,7 @@ import torch
 
 EXAMPLES = """\
   python -m gram_mini.studies table          # seeds 1 to 5
-  python -m gram_mini.studies all --quick    # every study with one seed"""
+  python -m gram_mini.studies all --quick    # the paper's seven studies with one seed"""
 
 # The studies of the paper's claims; the others are ours.
 PAPERS = ("table", "bon", "adapt", "smoothing", "noise", "unlabelled", "rl")
