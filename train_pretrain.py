@@ -37,10 +37,9 @@ def main(argv=None):
     train = encode_pairs(train_pairs, prompt, tokenizer, args.max_length)
     train = run.without_cut_alike(train)
     held_out = encode_pairs(held_out_pairs, prompt, tokenizer, args.max_length)
-    run.prepare(train, held_out, prompt)
+    steps = run.plan(train, held_out, prompt)  # says how many pairs there are, and how long
 
     # Loop
-    steps = run.number_of_steps(train)
     optimizer, schedule = optimizer_and_schedule(model, args.lr, steps)
     batches = draw_batches(train, run.rows_per_step, args.seed)  # y_a or y_b first, at random
     for batch in run.steps(batches, steps, model, optimizer, schedule):

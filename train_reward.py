@@ -42,10 +42,10 @@ def main(argv=None):
     prompt, label_ids = judge.prompt, judge.labels  # the words around x, y_a and y_b; A and B
     train = run.without_cut_alike(judge.encode(train_pairs))
     held_out = judge.encode(held_out_pairs)
-    run.prepare(train, held_out, prompt, sequences=2 if args.both_orders else 1)  # of a pair
+    sequences = 2 if args.both_orders else 1  # of a pair
+    steps = run.plan(train, held_out, prompt, sequences=sequences)
 
     # Loop
-    steps = run.number_of_steps(train)
     optimizer, schedule = optimizer_and_schedule(model, args.lr, steps)
     batches = draw_batches(train, run.rows_per_step, args.seed)  # y_a or y_b first, at random
     for batch in run.steps(batches, steps, model, optimizer, schedule):

@@ -123,10 +123,9 @@ def main(argv=None):
     sequences = 1
     if args.head == "scalar":
         sequences = 3 if args.text_weight else 2
-    run.prepare(train, held_out, prompt, length, sequences)
+    steps = run.plan(train, held_out, prompt, length, sequences)
 
     # Loop
-    steps = run.number_of_steps(train)
     optimizer, schedule = optimizer_and_schedule(model, args.lr, steps)
     batches = draw_batches(train, run.rows_per_step, args.seed)
     for batch in run.steps(batches, steps, model, optimizer, schedule):

@@ -175,22 +175,18 @@ class Run:
         self._dropped = len(rows) - len(kept)
         return kept
 
-    def number_of_steps(self, train: list[EncodedPair]) -> int:
-        """Optimiser steps: ``--steps``, or as many as ``--epochs`` passes over the rows take."""
-        return number_of_steps(len(train), self.rows_per_step, self.args.epochs, self.args.steps)
-
-    def prepare(
+    def plan(
         self,
         train: list[EncodedPair],
         held_out: list[EncodedPair],
         prompt: PromptPieces,
         length: Callable[[EncodedPair], int] | None = None,
         sequences: int = 1,
-    ) -> None:
-        """Keep what steps and run.json need of the pairs, and say how many and how long they are.
+    ) -> int:
+        """Say how many pairs there are and how long; returns the number of optimiser steps.
 
-        In training a row takes ``sequences`` sequences of ``length`` tokens, by
-        default the one sequence of its pair.
+        The steps and run.json get what they need of them. In training a row takes ``sequences``
+        sequences of ``length`` tokens, by default the one sequence of its pair.
         """
         self._train, self._prompt, self._sequences = train, prompt, sequences
         self._length = length or (lambda row: row.length + prompt.fixed_tokens)
@@ -198,6 +194,7 @@ class Run:
         self.lengths = {**lengths(train + held_out, prompt), "dropped_cut_alike": dropped}
         counts = f"{len(train)} pairs to train on, {len(held_out)} held out"
         self.say(f"{counts}; {describe(self.lengths, self.args.max_length, dropped)}")
+        return number_of_steps(len(train), self.rows_per_step, self.args.epochs, self.args.steps)
 
     # ---- the loop --------------------------------------------------------------------
 
