@@ -20,7 +20,8 @@ TWO_DECIMALS = (
     *("true reward", "highest", "last", "KL of the highest", "KL of the last", "own margin"),
     *("true reward of the first, GRAM", "true reward of the first, votes", "commonest claims"),
 )
-FORMATS = dict.fromkeys(TWO_DECIMALS, ".2f") | {"pairs": "g", "comparisons": ",.0f"}
+FORMATS = dict.fromkeys(TWO_DECIMALS, ".2f") | {"pairs": "g", "same verdict": "g"}
+FORMATS |= {"comparisons": ",.0f", "log-odds apart, most": ".1g"}
 
 # Figures that have another name in the heading of a column.
 HEADINGS = {
@@ -57,6 +58,7 @@ def tables() -> dict[str, str]:
     """Marker on a page -> the Markdown between it and its end."""
     return {
         "demo": listed("demo", *DEMO),
+        "served": listed("served", "pairs", "log-odds apart, most", "same verdict"),
         "everyday": listed("everyday", *EVERYDAY, "position gap"),
         "table": listed("table", *TABLE),
         "unlabelled": crossed("unlabelled", "share", SHARES, "out-of-distribution"),
