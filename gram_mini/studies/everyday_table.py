@@ -14,10 +14,9 @@ from gram_mini.runs import options
 from gram_mini.runs.ending import clear_errors
 from gram_mini.runs.load import load_judge
 from gram_mini.runs.report import say_doubts
-from gram_mini.runs.table import aligned
 from gram_mini.studies.figures import on_part
 from gram_mini.studies.metrics import pick_the_longer, with_interval
-from gram_mini.studies.recorded import add_record_option, record_table
+from gram_mini.studies.recorded import add_record_option, show_table
 from gram_mini.studies.village_table import method_of, records_of
 
 EXAMPLES = """\
@@ -83,10 +82,7 @@ def main(argv=None) -> None:
     args = parser.parse_args(argv)
     sizes = {"bits": args.bits, "max_length": args.max_length, "device": args.device}
     lines = everyday_table(args.models, **sizes)
-    print(aligned(lines))
-    print(CAPTION)
-    if args.record:
-        record_table(args.record, lines)
+    show_table(lines, CAPTION, args.record)
 
 
 if __name__ == "__main__":

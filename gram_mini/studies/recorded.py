@@ -9,6 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from gram_mini.runs.record import PACKAGES
+from gram_mini.runs.table import aligned
 from gram_mini.studies.lab import write_json
 
 
@@ -17,6 +18,14 @@ def add_record_option(parser) -> None:
     parser.add_argument(
         "--record", type=Path, metavar="FILE.json", help="write the table to this file, too"
     )
+
+
+def show_table(lines: list[list[str]], caption: str, record: Path | None) -> None:
+    """Print a table, its heading first, and write it to the file ``record`` if one is given."""
+    print(aligned(lines))
+    print(caption)
+    if record:
+        record_table(record, lines)
 
 
 def record_table(path: Path, lines: list[list[str]]) -> None:

@@ -17,11 +17,10 @@ from gram_mini.runs.ending import clear_errors
 from gram_mini.runs.load import find_record, load_judge
 from gram_mini.runs.models import local_model
 from gram_mini.runs.report import say_doubts
-from gram_mini.runs.table import aligned
 from gram_mini.serving.served import served_judge
 from gram_mini.studies.figures import on_part
 from gram_mini.studies.metrics import with_interval
-from gram_mini.studies.recorded import add_record_option, record_table
+from gram_mini.studies.recorded import add_record_option, show_table
 from gram_mini.village.pairs import village_pairs
 from gram_mini.village.writer import TrueJudge
 
@@ -152,10 +151,7 @@ def main(argv=None) -> None:
     if args.server and args.device != "auto":
         parser.error("--device does not go with --server, which has its own")
     lines = village_table(args.models, args.device, args.server, args.served_name)
-    print(aligned(lines))
-    print(CAPTION)
-    if args.record:
-        record_table(args.record, lines)
+    show_table(lines, CAPTION, args.record)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from gram_mini.everyday import build, phrases
 from gram_mini.everyday.build import COUNTS, FOLDER, QUALITIES, SIDES, Answer, differing, goodness
 from gram_mini.judge import Comparison
 from gram_mini.reading.load import load_pairs
+from gram_mini.runs.table import aligned
 from gram_mini.studies import everyday_table as table
 from gram_mini.studies.recorded import record_table
 
@@ -258,7 +259,7 @@ def test_table(monkeypatch, tmp_path):
 
     monkeypatch.setattr(table, "load_judge", load_judge)
     lines = table.everyday_table(["village", "some/model"], bits=32)
-    text = table.aligned(lines)
+    text = aligned(lines)
     record_table(tmp_path / "everyday.json", lines)
     record = json.loads((tmp_path / "everyday.json").read_text())
     first = record["means"][0]

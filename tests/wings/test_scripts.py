@@ -23,6 +23,7 @@ from gram_mini.runs.defaults import SCORED
 from gram_mini.runs.load import load_judge
 from gram_mini.runs.models import VILLAGE_FOLDER, load_tokenizer
 from gram_mini.runs.sharing import SharingJudge
+from gram_mini.runs.table import aligned
 from gram_mini.studies import village_table as table
 
 import pytest
@@ -417,7 +418,7 @@ def test_the_table_tells_the_recipes_apart(reward, pretrain, monkeypatch, tmp_pa
         "stage 1 + labels, smoothed = GRAM",
         "the true rewards",
     ]
-    assert len({len(line) for line in table.aligned(lines).splitlines()}) == 1
+    assert len({len(line) for line in aligned(lines).splitlines()}) == 1
 
 
 # ---- another judge prompt ------------------------------------------------------------
