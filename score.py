@@ -44,7 +44,9 @@ def main(argv=None):
     template = read_template(args.judge_template) if args.judge_template else None
     sizes = args.max_length, args.batch_size
     if not args.server:
-        judge = load_judge(args.model, args.bits, args.device, *sizes, template)
+        judge = load_judge(
+            args.model, args.bits, args.device, *sizes, template, likelihood=args.likelihood
+        )
     else:
         judge = served_judge(args.model, args.server, args.served_name, *sizes, template)
     if args.data:

@@ -35,8 +35,11 @@ def number_of_steps(rows: int, rows_per_step: int, epochs: float, steps: int | N
     return steps or max(1, math.ceil(epochs * math.ceil(rows / rows_per_step)))
 
 
-def optimizer_and_schedule(model, lr: float, steps: int):
-    """AdamW on what is trainable; the rate warms up over 5% of the steps and falls as a cosine."""
+def optimizer_and_schedule(model, lr: float, steps: int, own: dict[str, float] | None = None):
+    """AdamW on what is trainable; the rate warms up over 5% of the steps and falls as a cosine.
+
+    ``own`` gives parameters a rate of their own, by their names.
+    """
     warmup = math.ceil(0.05 * steps)
 
     def share_of_peak(step: int) -> float:  # steps count from 0; the first one moves already
@@ -48,7 +51,10 @@ def optimizer_and_schedule(model, lr: float, steps: int):
             else 0.0
         )
 
-    optimizer = torch.optim.AdamW(trainable(model), lr=lr, weight_decay=0.0, fused=True)
+    others = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    groups = [{"params": [others.pop(name)], "lr": rate} for name, rate in (own or {}).items()]
+    groups.insert(0, {"params": list(others.values())})  # the adapter's
+    optimizer = torch.optim.AdamW(groups, lr=lr, weight_decay=0.0, fused=True)
     return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, share_of_peak)
 
 

@@ -157,15 +157,19 @@ def read_by_blocks(parameter) -> torch.Tensor:
 # ---- adapters ------------------------------------------------------------------------
 
 
-def check_adapter(name: str, model, file: Path) -> None:
+def check_adapter(name: str, model, file: Path, adapter: str = "default") -> None:
     """See that an adapter's file holds the weights that the adapted model wants, and no others.
+
+    ``adapter`` is what peft calls it.
 
     Raises:
         UserError: if not, because peft would go on with fresh weights, which change nothing.
     """
     with safe_open(file, "pt") as stored:
         there = set(stored.keys())
-    wanted = set(get_peft_model_state_dict(model, save_embedding_layers=False))
+    wanted = set(
+        get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
+    )
     if there != wanted:
         odd = min(there ^ wanted)
         raise UserError(

@@ -12,8 +12,9 @@ from pathlib import Path
 from gram_mini.errors import UserError
 from gram_mini.runs.log import plot
 from gram_mini.runs.output import check_place, put_in_place
-from gram_mini.runs.record import HEAD
+from gram_mini.runs.record import BETA, HEAD, LIKELIHOOD
 
+import torch
 from filelock import FileLock, Timeout
 from safetensors.torch import save_file
 
@@ -157,10 +158,14 @@ class RunFolder:
 
 
 def save_adapter(model, tokenizer, backbone: str, folder: Path) -> None:
-    """Write adapter, head (if a baseline trained one) and tokenizer, as safetensors and JSON."""
-    model.peft_config["default"].base_model_name_or_path = backbone
+    """Write adapters, head (if one was trained) and tokenizer, as safetensors and JSON."""
+    for config in model.peft_config.values():
+        config.base_model_name_or_path = backbone
     model.save_pretrained(str(folder), save_embedding_layers=False)
     if hasattr(model, "trained_head"):
         save_file({"weight": model.trained_head.weight.detach().contiguous()}, folder / HEAD)
+    if hasattr(model, "beta"):  # peft has put the frozen adapter into this folder
+        beta = {"beta": model.beta.detach(), "unit": torch.tensor([model.beta_unit])}
+        save_file(beta, folder / LIKELIHOOD / BETA)
     (folder / "README.md").unlink(missing_ok=True)  # an empty model card
     tokenizer.save_pretrained(str(folder))

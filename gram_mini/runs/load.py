@@ -9,11 +9,19 @@ from gram_mini.judge import Judge
 from gram_mini.runs.checks import check_sizes
 from gram_mini.runs.defaults import MAX_LENGTH, SCORED, for_model
 from gram_mini.runs.heads import judge_with_head, load_head
+from gram_mini.runs.likelihood import (
+    JointJudge,
+    LikelihoodJudge,
+    Likelihoods,
+    add_stage_1,
+    stored_beta,
+)
 from gram_mini.runs.models import load_lora, load_model, load_tokenizer, local_model
 from gram_mini.runs.processes import pick_device
 from gram_mini.runs.record import (
     EXPORTED,
     HEAD,
+    LIKELIHOOD,
     check_prompt,
     fingerprint,
     pinned,
@@ -35,6 +43,7 @@ def load_judge(
     batch_size: int | None = None,
     template: str | None = None,
     merge: bool | None = None,
+    likelihood: str | None = None,
 ) -> Judge:
     """Load a run of a training script or baseline, an exported run, or any model as a judge.
 
@@ -53,13 +62,23 @@ def load_judge(
             products and the unpacking of NF4, and changes no score by more than 1e-5. By default
             this is done on a CPU if the float32 weights take at most 1 GiB. (On a GPU, export the
             run and score with that: gram_mini/serving/export.py.)
+        likelihood: one of options.LIKELIHOODS asks how likely the responses are under the model
+            of a stage-1 run, instead of for a verdict.
 
     Raises:
-        UserError: no such model or device, an unfinished run, or a backbone that is not the one the
-            run was trained on.
+        UserError: no such model or device, an unfinished run, a backbone that is not the one the
+            run was trained on, or a likelihood of a run that is not of stage 1.
     """
     place, folder = pick_device(device), Path(path).resolve()
     record, head = find_record(path), None
+    joint = (folder / LIKELIHOOD).is_dir()
+    if likelihood and not (record and record["stage"] == "pretrain"):
+        raise UserError(
+            f"--likelihood: {path} is no run of stage 1, which learns how likely a response is; "
+            "give a run of train_pretrain.py"
+        )
+    if joint or likelihood == "over-backbone":
+        merge = False  # its adapters are asked one by one
     given = template
     if record:
         max_length = max_length or record["options"]["max_length"]
@@ -81,6 +100,8 @@ def load_judge(
         model = load_merged(model, folder) if merge else load_lora(model, folder, trainable=False)
         tokenizer = load_tokenizer(str(folder))
         head = load_head(model, folder / HEAD) if (folder / HEAD).is_file() else None
+        if joint:
+            add_stage_1(model, folder / LIKELIHOOD)
     else:
         if record:
             bits = bits or (32 if AutoConfig.from_pretrained(folder).dtype == torch.float32 else 16)
@@ -94,7 +115,17 @@ def load_judge(
         raise UserError(
             f"--judge-template: {path} has a scalar head, which reads no judge prompt; leave it out"
         )
-    judge = judge_with_head(model, tokenizer, max_length, batch_size, template)
+    arguments = model, tokenizer, max_length, batch_size, template
+    judge: Judge
+    if likelihood:
+        judge = LikelihoodJudge(*arguments, kind=likelihood)
+    elif joint:
+        model.beta, unit = stored_beta(folder)
+        tokens = batch_size * max_length
+        likelihoods = Likelihoods(model, tokenizer, tokens, adapter=LIKELIHOOD, unit=unit)
+        judge = JointJudge(*arguments, likelihoods=likelihoods)
+    else:
+        judge = judge_with_head(*arguments)
     check_trained(judge, path, record)
     return judge
 

@@ -83,7 +83,15 @@ def reward_options(description: str, argv=None) -> argparse.Namespace:
     """The options of train_reward.py."""
     p = parser(description, REWARD_EXAMPLES)
     add_reward_options(p, out="runs/reward")
-    p.add_argument_group("ours, not the paper's").add_argument(
+    add_both_orders(p.add_argument_group("ours, not the paper's"))
+    args = p.parse_args(argv)
+    defaults.choose(args, "reward")
+    return args
+
+
+def add_both_orders(group) -> None:
+    """The weight of our loss on both orders of a pair."""
+    group.add_argument(
         "--both-orders",
         type=weight_up_to_one,
         default=0.0,
@@ -92,9 +100,6 @@ def reward_options(description: str, argv=None) -> argparse.Namespace:
         "of gram_mini/losses.py): its weight falls from C to nearly 0, and the plain "
         "loss has the rest; 0 is the paper's way",
     )
-    args = p.parse_args(argv)
-    defaults.choose(args, "reward")
-    return args
 
 
 def score_options(description: str, argv=None) -> argparse.Namespace:
@@ -150,6 +155,13 @@ def score_options(description: str, argv=None) -> argparse.Namespace:
         "--rank",
         choices=METHODS,
         help="how to rank (default: reference if there is one, else round-robin)",
+    )
+    g.add_argument(
+        "--likelihood",
+        choices=LIKELIHOODS,
+        help="of a stage-1 run: ask which response it finds likelier, instead of for a verdict; by "
+        "the log-probability of the whole response, its mean over the tokens, or what it is beyond "
+        "that of the backbone",
     )
     g.add_argument(
         "--average",
@@ -225,6 +237,8 @@ def _check_scoring(p: argparse.ArgumentParser, args: argparse.Namespace) -> None
         p.error("--served-name goes with --server")
     if args.server and (args.bits or args.device != "auto"):
         p.error("--bits and --device do not go with --server, which has its own")
+    if args.likelihood and (args.server or args.judge_template):
+        p.error("--likelihood goes with neither --server nor --judge-template; it asks no judge")
     if args.columns and args.labels:
         Columns(args.columns, args.labels)
     if args.reference is not None and args.rank not in (None, "reference"):
@@ -430,6 +444,7 @@ def add_reward_options(p: argparse.ArgumentParser, out: str) -> None:
     add_judge_template(g, default="that of --init, else one of the two in gram_mini/prompts.py")
 
 
+LIKELIHOODS = ("sum", "per-token", "over-backbone")  # of gram_mini/runs/likelihood.py
 READING = (
     "split",
     "subset",

@@ -20,6 +20,7 @@ from gram_mini.village import VILLAGE
 
 EXPORTED = "gram_run.json"  # the record of an exported run; run.json would mark a run folder
 HEAD = "head.safetensors"  # beside the adapter of a run that trained its own head
+LIKELIHOOD, BETA = "likelihood", "beta.safetensors"  # in a run of gram_mini.likelihood
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "datasets")
 # The village's backbone and pairs in a run.json that is older than version 0.2.
 FORMER_NAMES = {"embedded": VILLAGE, "world": VILLAGE}
@@ -178,7 +179,7 @@ def judge_fingerprint(name: str, model=None) -> str | None:
     if not (run / "run.json").is_file():
         return fingerprint(name, model)
     digest = hashlib.sha256((run / "run.json").read_bytes())
-    for file in sorted(run.glob("*.safetensors")):
+    for file in sorted(run.glob("**/*.safetensors")):
         digest.update(file.read_bytes())
     return digest.hexdigest()[:16]
 
@@ -189,7 +190,9 @@ def pinned(name: str, commit: str | None) -> str:
     return f"{name}@{commit}" if commit and not named else name
 
 
-def check_init(init: Path, backbone: str, rank: int | None, head: str | None = None) -> dict:
+def check_init(
+    init: Path, backbone: str, rank: int | None, head: str | None = None, joint: bool = False
+) -> dict:
     """The record of a run, if training can start from it on this backbone.
 
     Args:
@@ -198,9 +201,11 @@ def check_init(init: Path, backbone: str, rank: int | None, head: str | None = N
         rank: the rank of the adapter, or None for that of the run.
         head: the kind of head that a baseline trains, "labels" or "scalar"; None for
             train_reward.py, which trains no head.
+        joint: whether python -m gram_mini.likelihood goes on.
 
     Raises:
-        UserError: no finished run, another backbone, another rank or another kind of head.
+        UserError: no finished run, another backbone, another rank or another kind of head; with a
+            likelihood, where none is wanted, or none that stage 1 learned, where one is.
     """
     if not init.is_dir():
         raise UserError(f"--init {init}: no such folder; run train_pretrain.py --out {init} first")
@@ -229,4 +234,14 @@ def check_init(init: Path, backbone: str, rank: int | None, head: str | None = N
             )
         if kind != head:
             raise UserError(f"--head {head}: {init} was trained with --head {kind}; give the same")
+    has_likelihood = (init / LIKELIHOOD).is_dir()
+    if has_likelihood and not joint:
+        raise UserError(
+            f"--init {init}: was trained by python -m gram_mini.likelihood; go on with that command"
+        )
+    if joint and not has_likelihood and record["stage"] != "pretrain":
+        raise UserError(
+            f"--init {init}: was trained to judge, so its likelihoods are not those of stage 1; "
+            "give the run of train_pretrain.py"
+        )
     return record

@@ -82,7 +82,8 @@ class Run:
                 raise UserError(
                     f"--out {args.out}: is the run given as --init; give another folder"
                 )
-            record = check_init(init, args.model, args.lora_rank, getattr(args, "head", None))
+            kind = getattr(args, "head", None), hasattr(args, "beta_lr")
+            record = check_init(init, args.model, args.lora_rank, *kind)
             args.lora_rank = record["options"]["lora_rank"]
             for name in ("bits", "max_length"):  # the adapter fits, but it has seen something else
                 before, now = record["options"].get(name), getattr(args, name)

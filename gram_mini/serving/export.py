@@ -20,7 +20,7 @@ from gram_mini.runs import options
 from gram_mini.runs.ending import clear_errors
 from gram_mini.runs.load import load_judge
 from gram_mini.runs.output import check_place, put_in_place
-from gram_mini.runs.record import EXPORTED, HEAD, read_record
+from gram_mini.runs.record import EXPORTED, HEAD, LIKELIHOOD, read_record
 from gram_mini.serving.known import write_known
 
 import torch
@@ -59,8 +59,8 @@ def export(
     """Write the merged model of ``run`` to ``out``, under another name until it is complete.
 
     Raises:
-        UserError: no finished run, a run with its own head, a backbone that is missing or has
-            changed, or something else at ``out``.
+        UserError: no finished run, a run with a head or a likelihood of its own, a backbone that is
+            missing or has changed, or something else at ``out``.
     """
     out = out.resolve()
     partial = out.with_name(out.name + ".partial")
@@ -70,6 +70,12 @@ def export(
         raise UserError(
             f"{run}: has a head of its own, which an ordinary model cannot hold; export a run of "
             "train_reward.py"
+        )
+
+    if (run / LIKELIHOOD).is_dir():
+        raise UserError(
+            f"{run}: asks one adapter for a verdict and another for a likelihood, and an ordinary "
+            "model holds but one; score with the run itself"
         )
 
     judge = load_judge(run, device=device, merge=True)

@@ -34,7 +34,7 @@ from gram_mini.pairs import Pair
 from gram_mini.runs.defaults import MAX_LENGTH, REQUESTS, for_model
 from gram_mini.runs.load import check_trained, find_record
 from gram_mini.runs.models import load_tokenizer
-from gram_mini.runs.record import HEAD, PROBE
+from gram_mini.runs.record import HEAD, LIKELIHOOD, PROBE
 from gram_mini.runs.report import say
 from gram_mini.serving.engine import Engine, Refused, TooMany, in_parallel
 from gram_mini.serving.known import KNOWN, read_known
@@ -84,8 +84,8 @@ def served_judge(
             does not give an exported run's own scores; and as ServedJudge.
     """
     record = find_record(path)
-    if (Path(path) / HEAD).is_file():
-        raise UserError(f"{path}: has a head of its own, which an engine does not know")
+    if (Path(path) / HEAD).is_file() or (Path(path) / LIKELIHOOD).is_dir():
+        raise UserError(f"{path}: has a head or a likelihood of its own, which no engine knows")
     if record:
         max_length = max_length or record["options"]["max_length"]
         template = template or record["prompt"]["judge"]

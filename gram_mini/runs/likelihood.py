@@ -1,0 +1,166 @@
+"""How likely the model of stage 1 finds a response: a judge without labels, and a part of another.
+
+    log pi_1(y | x)        in nats, a sum over the tokens of y and of the marker of its end
+
+Here pi_1 is the model after stage 1, and y stands in the place of answer A. So this is the part of
+stage 1's loss that is about the first response, with its sign turned.
+
+LikelihoodJudge   prefers the likelier response. It needs no labels
+JointJudge        adds beta times the difference of both log-likelihoods to the log-odds of the
+                  verdict. gram_mini/likelihood trains it
+"""
+
+from __future__ import annotations
+
+from array import array
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+from gram_mini.batches import EncodedPair
+from gram_mini.errors import UserError, last_line
+from gram_mini.evaluation import pair_losses
+from gram_mini.judge import Judge
+from gram_mini.prompts import pair_prompt
+from gram_mini.runs import checks
+from gram_mini.runs.record import BETA, LIKELIHOOD
+from gram_mini.runs.sharing import SharingJudge
+
+import torch
+from safetensors.torch import load_file
+
+Key = tuple[bytes, bytes]  # the tokens of a prompt and of a response to it
+
+
+class Likelihoods:
+    """Log-likelihoods of responses.
+
+    Args:
+        model: the model of stage 1, or one that holds its adapter under the name ``adapter``.
+        tokenizer: its tokenizer.
+        pass_tokens: tokens that a forward pass holds at most, padding included.
+        kind: one of options.LIKELIHOODS. "sum" is log pi_1 itself, "per-token" its mean over the
+            tokens, and "over-backbone" takes off the model's own without the adapter.
+        adapter: None if the model's only adapter is that of stage 1.
+        unit: nats in which the log-likelihoods are given.
+    """
+
+    def __init__(
+        self,
+        model,
+        tokenizer,
+        pass_tokens: int,
+        kind: str = "sum",
+        adapter: str | None = None,
+        unit: float = 1.0,
+    ):
+        self.model, self.pass_tokens, self.kind = model, pass_tokens, kind
+        self.adapter, self.unit = adapter, unit
+        pair = pair_prompt(tokenizer)
+        # start x after_prompt y end: the marker before y is given, the one after it is not
+        self.prompt = replace(pair, between=[], end=pair.between, given=len(pair.after_prompt))
+        self.kept: dict[Key, float] = {}  # in nats
+
+    def keep(self, rows: list[EncodedPair]) -> None:
+        """Compute what these rows need and keep it, before the model is trained on."""
+        self.kept.update(self._compute(rows))
+
+    def of(self, rows: list[EncodedPair]) -> torch.Tensor:
+        """Those of the responses in the places A and B, (N, 2); computed unless they were kept."""
+        new = self._compute([row for row in rows if not self.kept.keys() >= set(keys(row))])
+        found = [[new[k] if k in new else self.kept[k] for k in keys(row)] for row in rows]
+        return torch.tensor(found).view(-1, 2) / self.unit  # (N, 2)
+
+    def _compute(self, rows: list[EncodedPair]) -> dict[Key, float]:
+        alone: dict[Key, EncodedPair] = {}  # each response once, without the other one
+        for row in rows:
+            for key, order in zip(keys(row), (row, row.swapped())):
+                alone[key] = replace(order, response_b=array("i"))
+        with self._stage_1():
+            after = self._losses(list(alone.values()))
+            if self.kind == "over-backbone":
+                with self.model.disable_adapter():
+                    before = self._losses(list(alone.values()))
+                return {k: y - x for k, (x, _), (y, _) in zip(alone, after, before)}
+        if self.kind == "per-token":
+            return {key: -nats / tokens for key, (nats, tokens) in zip(alone, after)}
+        return {key: -nats for key, (nats, _) in zip(alone, after)}
+
+    def _losses(self, rows: list[EncodedPair]) -> list[tuple[float, int]]:
+        return pair_losses(self.model, rows, self.prompt, self.pass_tokens)
+
+    @contextmanager
+    def _stage_1(self):
+        """The model with the adapter of stage 1; afterwards with the one that judges."""
+        if self.adapter is None:
+            yield
+            return
+        self.model.set_adapter(self.adapter)
+        try:
+            yield
+        finally:
+            self.model.set_adapter("default")
+
+
+def keys(row: EncodedPair) -> tuple[Key, Key]:
+    """What identifies the responses of a row in the places A and B."""
+    x = bytes(array("i", row.prompt))
+    return (x, bytes(array("i", row.response_a))), (x, bytes(array("i", row.response_b)))
+
+
+class LikelihoodJudge(Judge):
+    """Prefers the likelier response. Its log-odds are the difference in nats, in both orders alike.
+
+    Its probabilities are not calibrated, since nothing ties a nat to how sure a rater is. The label
+    mass is 1.
+    """
+
+    def __init__(self, *arguments, kind: str = "sum"):
+        super().__init__(*arguments)
+        self.prompt = pair_prompt(self.tokenizer)  # pairs are cut as in stage 1
+        self.likelihoods = Likelihoods(self.model, self.tokenizer, self.pass_tokens, kind)
+
+    def verdicts(
+        self, orders: list[EncodedPair], progress: str | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Log-likelihoods in the places A and B (M, 2), and the label mass (M,), which is 1."""
+        return self.likelihoods.of(orders), torch.ones(len(orders))
+
+
+class JointJudge(SharingJudge):
+    """A judge with the log-odds Z_A - Z_B + beta (log pi_1(y_A | x) - log pi_1(y_B | x)).
+
+    Args:
+        arguments: as for Judge; the model has a parameter ``beta`` (1,).
+        likelihoods: gives log pi_1, in the unit for which beta was trained.
+    """
+
+    def __init__(self, *arguments, likelihoods: Likelihoods):
+        super().__init__(*arguments)
+        self.likelihoods = likelihoods
+
+    def verdicts(
+        self, orders: list[EncodedPair], progress: str | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Z + beta log pi_1 in the places A and B (M, 2), and the mass (M,) on the two labels."""
+        z, mass = super().verdicts(orders, progress)  # (M, 2), (M,)
+        return z + self.model.beta.detach().cpu() * self.likelihoods.of(orders), mass
+
+
+def add_stage_1(model, folder: Path) -> None:
+    """Put the adapter in ``folder`` on a model that has another one, under the name LIKELIHOOD.
+
+    Raises:
+        UserError: as runs.models.load_lora.
+    """
+    try:
+        model.load_adapter(str(folder), LIKELIHOOD)
+    except Exception as error:  # of any kind, as in load_lora
+        raise UserError(f"{folder}: the adapter cannot be loaded: {last_line(error)}") from None
+    checks.check_adapter(str(folder), model, folder / "adapter_model.safetensors", LIKELIHOOD)
+
+
+def stored_beta(run: Path) -> tuple[torch.Tensor, float]:
+    """beta (1,) of a run of gram_mini.likelihood, and the nats that its unit has."""
+    stored = load_file(run / LIKELIHOOD / BETA)
+    return stored["beta"], stored["unit"].item()
