@@ -7,23 +7,25 @@
   noise       flipped labels, at random or by an adversary, with and without smoothing
   unlabelled  more or less stage 1, on the topics of the test or on others
   rl          a policy trained against the judge: the judge's reward and the true one, over KL
-  all         these seven
   orders      ours, not the paper's: each pair in both orders, and one loss on their mean margin
   rewards     ours: from pairs to the rewards of n responses, by the number of comparisons
   certain     ours: where smoothing matters (noise of the labels x epochs x eps)
   beside      ours: does comparing help where a difference is plain side by side?
   writing-rl, writing-weak, writing-bon
-              ours: the village's language model as a policy that writes (needs TRL)
+              ours: the village's language model as a policy that writes (rl and weak need TRL)
+  all         all of these, seed by seed
 
-Each study writes STUDY.json and STUDY.png to gram_mini/studies/results (--quick to runs/quick).
-Trained models stay in runs/studies and are used again, by other studies too, so a study goes on
-where it stopped. If you change a study, delete its files in runs/studies/rows. For pairs of your
-own there is python -m gram_mini.studies.real.
+Each study writes STUDY.json and STUDY.png to gram_mini/studies/results (--quick to runs/quick),
+anew after each seed. The same command goes on where it stopped: a seed that is in STUDY.json is not
+run again, if it was made with this backbone, these options, methods and versions of the packages.
+If you change what a study does, delete its STUDY.json. Trained models stay in runs/studies, and
+other studies use them too. For pairs of your own there is python -m gram_mini.studies.real.
 """
 
 import argparse
 from pathlib import Path
 
+from gram_mini.errors import UserError
 from gram_mini.runs import options
 from gram_mini.runs.ending import clear_errors
 from gram_mini.runs.output import check_place
@@ -33,26 +35,23 @@ from gram_mini.studies.seeds import (
     RESULTS,
     add_folders,
     add_seeds,
-    run_side_by_side,
-    run_study,
+    run,
     words,
 )
 from gram_mini.village import VILLAGE
+from gram_mini.village.writer import require_trl
 
 import torch
 
 EXAMPLES = """\
   python -m gram_mini.studies table          # seeds 1 to 5
-  python -m gram_mini.studies all --quick    # the paper's seven studies with one seed"""
-
-# The studies of the paper's claims; the others are ours.
-PAPERS = ("table", "bon", "adapt", "smoothing", "noise", "unlabelled", "rl")
+  python -m gram_mini.studies all --quick    # every study with one seed"""
 
 
 def main(argv=None):
     parser = options.parser(__doc__, EXAMPLES)
-    names = (*STUDIES, "all")
-    parser.add_argument("study", choices=names, metavar="STUDY", help="one of the above")
+    choices = (*STUDIES, "all")
+    parser.add_argument("study", choices=choices, metavar="STUDY", help="one of the above")
     quick = "one seed, 1, instead of --seeds; results go to runs/quick"
     parser.add_argument("--quick", action="store_true", help=quick)
     add_seeds(parser, [1, 2, 3, 4, 5])
@@ -60,8 +59,8 @@ def main(argv=None):
         "--jobs",
         type=options.positive_int,
         metavar="N",
-        help="studies and seeds at a time, which share the cores (default: 2 on a CPU, 1 on a "
-        "GPU); the number of cores each has changes the last digits",
+        help="studies and seeds at a time (default: 2 on a CPU, 1 on a GPU); if there are several, "
+        "each has one thread: the number of threads changes the last digits",
     )
     backbone = "backbone, as in the training scripts"
     parser.add_argument("--model", default=VILLAGE, metavar="NAME", help=backbone)
@@ -89,13 +88,18 @@ def main(argv=None):
     check_place(results, "--results")
     loading = {"bits": args.bits, "max_length": args.max_length, "device": args.device}
     lab = Lab(args.runs, args.model, VillagePairs(), args.training, loading)
-    all_of_them = [name for name in STUDIES if name in PAPERS]
-    studies = all_of_them if args.study == "all" else [args.study]
+    names: list[str] = list(STUDIES) if args.study == "all" else [args.study]
+    with_trl = [name for name in names if "trl" in STUDIES[name].packages]
+    try:
+        if with_trl:
+            require_trl()
+    except UserError as error:
+        if args.study != "all":
+            raise
+        print(f"{len(with_trl)} studies are left out ({', '.join(with_trl)}): {error}", flush=True)
+        names = [name for name in names if name not in with_trl]
     jobs = args.jobs or (1 if torch.cuda.is_available() else 2)
-    if jobs > 1 and len(studies) * len(seeds) > 1:
-        run_side_by_side(studies, lab, seeds, jobs)
-    for name in studies:
-        run_study(name, lab, seeds, results)
+    run(names, lab, seeds, results, min(jobs, len(names) * len(seeds)))
 
 
 if __name__ == "__main__":

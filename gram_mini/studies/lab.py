@@ -9,6 +9,7 @@ import re
 import shlex
 import time
 from collections.abc import Callable, Sequence
+from importlib.metadata import version
 from pathlib import Path
 
 import train_pretrain
@@ -22,7 +23,7 @@ from gram_mini.prompts import LABELS
 from gram_mini.runs.defaults import DEFAULTS, for_model
 from gram_mini.runs.load import load_judge
 from gram_mini.runs.output import write_whole
-from gram_mini.runs.record import fingerprint
+from gram_mini.runs.record import PACKAGES, fingerprint
 from gram_mini.runs.report import say_doubts
 from gram_mini.studies.figures import on_part
 from gram_mini.studies.metrics import calibration
@@ -116,6 +117,7 @@ class Lab:
                 name: [from_stage_1, script.__name__, options]
                 for name, (from_stage_1, script, options) in METHODS.items()
             },
+            "versions": {name: version(name) for name in PACKAGES},
         }
         self.about = json.loads(json.dumps(about))  # lists, as they come back
         self._check_folder()
@@ -123,13 +125,22 @@ class Lab:
     def _check_folder(self) -> None:
         """See that the folder is new, or that of this model, these data and options.
 
+        Methods that are new to the folder are noted there.
+
         Raises:
             UserError: if it is that of others.
         """
+        about = self.folder / "about.json"
         try:
-            before = json.loads((self.folder / "about.json").read_text())
+            before = json.loads(about.read_text())
+            if "methods" in before:
+                self.about["methods"] = before["methods"] | self.about["methods"]
+                new = self.about["methods"].keys() - before["methods"].keys()
+                before["methods"] = self.about["methods"] | before["methods"]
             other = [name for name in self.about if before.get(name) != self.about[name]]
             other = [name if name in before else f"{name} (not noted there)" for name in other]
+            if new and not other:
+                write_json(about, self.about)
         except FileNotFoundError:
             other = []
         except (ValueError, TypeError, AttributeError):
@@ -304,6 +315,20 @@ def figures_of(judge: Judge, pairs: list[Pair], name: str) -> dict[str, float]:
 def seconds_of(run: Path) -> Path:
     """The file beside a run that says how long its training took."""
     return run.with_name(f"{run.name}.seconds.json")
+
+
+def read_json(path: Path) -> dict:
+    """What :func:`write_json` wrote; empty if there is no such file.
+
+    Raises:
+        UserError: if it cannot be read.
+    """
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        raise UserError(f"{path}: cannot be read ({error}); mend it, or delete it") from None
 
 
 def write_json(path: Path, record: dict) -> None:

@@ -22,10 +22,13 @@ from gram_mini.studies.rewards import rewards
 from gram_mini.village.pairs import topics
 from gram_mini.village.policy import best_of_n_curve, best_of_n_kl, train_policy
 
+PAPERS = tuple(name for name in METHODS if "(ours)" not in name)
+PLAIN = "G from stage 1, eps = 0"
+
 
 def table(lab: Lab, seed: int):
     """The paper's Table 1 and Figure 2: every method, in and out of distribution."""
-    for name in ("zero-shot", *(name for name in METHODS if "(ours)" not in name)):
+    for name in ("zero-shot", *PAPERS):
         run = lab.method(name, seed) if name in METHODS else lab.model
         yield {"method": name, **lab.row(run, "in-distribution"), **lab.row(run)}
 
@@ -50,7 +53,7 @@ def smoothing(lab: Lab, seed: int):
 
 def smoothed(lab: Lab, seed: int, eps: float) -> Path:
     """GRAM with another eps."""
-    known = {0.0: "G from stage 1, eps = 0", 0.05: "GRAM"}
+    known = {0.0: PLAIN, 0.05: "GRAM"}
     if eps in known:
         return lab.method(known[eps], seed)
     return on_labels(lab, f"smoothing-{eps}", seed, "--label-smoothing", str(eps))
@@ -151,12 +154,15 @@ class Study(NamedTuple):
     keys: tuple[str, ...]  # the columns that tell rows apart
     x: str | None  # x axis of the figure; None for bars
     shown: tuple[str, ...] | dict[str, bool]  # panels of the figure, or what draw_changes takes
-    after: Callable[[str, Lab, list[int], Path], None] | None = None  # writes more results
+    methods: tuple[str, ...]  # of METHODS, those that the rows depend on
+    after: Callable[[str, Lab, int, list, set[int], Path], None] | None = None  # writes more
+    packages: tuple[str, ...] = ()  # that it needs beside requirements.txt
 
 
-def of_writing(rows, key: str, x: str, *shown: str) -> Study:
+def of_writing(kind: str, rows, key: str, x: str, *shown: str, packages=()) -> Study:
     panels = (*shown, "true reward", "no answer")
-    return Study(rows, ("method", key), x, panels, writing.write_answers)
+    judges = tuple(name for name in writing.JUDGES_OF[kind] if name in METHODS)
+    return Study(rows, ("method", key), x, panels, judges, writing.write_answers, packages)
 
 
 FACT = (TEST, "fact only")
@@ -166,19 +172,26 @@ REWARDS = (
     *("agreement, votes", "true reward of the first, votes"),
 )
 TABLE = ("in-distribution", *FACT, "courtesy only", "length only")
+GRPO = ("step", "step", "KL", "judge's reward")
 STUDIES = {  # the longest first
-    "table": Study(table, ("method",), None, TABLE),
-    "unlabelled": Study(unlabelled, ("method", "share"), "share", FACT),
-    "writing-rl": of_writing(writing.rl, "step", "step", "KL", "judge's reward"),
-    "adapt": Study(adapt, ("method", "labels"), "labels", FACT),
-    "noise": Study(noise, ("method", "flipped"), "flipped", (TEST, "calibration error")),
-    "writing-weak": of_writing(writing.weak, "step", "step", "KL", "judge's reward"),
-    "smoothing": Study(smoothing, ("method", "eps"), "eps", (TEST, "margin", "calibration error")),
-    "certain": Study(certain, ("method", "eps"), "eps", MEASURES),
-    "beside": Study(beside, ("method",), None, BESIDE),
-    "orders": Study(orders, ("method",), None, (*FACT, "position gap")),
-    "bon": Study(bon, ("method", "n"), "KL", ("proxy score", "true reward")),
-    "rl": Study(rl, ("method", "step"), "KL", ("proxy reward", "true reward")),
-    "writing-bon": of_writing(writing.bon, "n", "KL", "judge's score"),
-    "rewards": Study(rewards, ("method", "n"), "comparisons", REWARDS),
+    "table": Study(table, ("method",), None, TABLE, PAPERS),
+    "unlabelled": Study(
+        unlabelled, ("method", "share"), "share", FACT, ("G-Label-Smoothing", "GRAM")
+    ),
+    "writing-rl": of_writing("rl", writing.rl, *GRPO, packages=("trl",)),
+    "adapt": Study(adapt, ("method", "labels"), "labels", FACT, MAIN),
+    "noise": Study(noise, ("method", "flipped"), "flipped", (TEST, "calibration error"), (PLAIN,)),
+    "writing-weak": of_writing("weak", writing.weak, *GRPO, packages=("trl",)),
+    "smoothing": Study(
+        smoothing, ("method", "eps"), "eps", (TEST, "margin", "calibration error"), (PLAIN, "GRAM")
+    ),
+    "certain": Study(certain, ("method", "eps"), "eps", MEASURES, ()),
+    "beside": Study(beside, ("method",), None, BESIDE, ("D from stage 1", "GRAM")),
+    "orders": Study(
+        orders, ("method",), None, (*FACT, "position gap"), ("GRAM", "GRAM, both orders (ours)")
+    ),
+    "bon": Study(bon, ("method", "n"), "KL", ("proxy score", "true reward"), MAIN),
+    "rl": Study(rl, ("method", "step"), "KL", ("proxy reward", "true reward"), MAIN),
+    "writing-bon": of_writing("bon", writing.bon, "n", "KL", "judge's score"),
+    "rewards": Study(rewards, ("method", "n"), "comparisons", REWARDS, ("GRAM",)),
 }

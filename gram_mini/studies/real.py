@@ -32,7 +32,7 @@ from gram_mini.runs.output import check_place
 from gram_mini.studies.lab import ITS_OWN, Lab, check_handed_on, seconds_of
 from gram_mini.studies.metrics import pick_the_longer
 from gram_mini.studies.paper import Study
-from gram_mini.studies.seeds import add_folders, add_seeds, run_study, words
+from gram_mini.studies.seeds import add_folders, add_seeds, run, words
 
 EXAMPLES = """\
   python -m gram_mini.studies.real table --model HuggingFaceTB/SmolLM2-135M-Instruct --bits 16 \\
@@ -222,10 +222,10 @@ def main(argv=None):
     }
     lab = Lab(args.runs, args.model, files, training, loading, stages)
     studies = {
-        f"{args.name}-table": Study(table, ("method",), None, (HELD_OUT, *tests)),
-        f"{args.name}-curve": Study(curve, ("method", "labels"), "labels", (HELD_OUT,)),
+        f"{args.name}-table": Study(table, ("method",), None, (HELD_OUT, *tests), COMPARED),
+        f"{args.name}-curve": Study(curve, ("method", "labels"), "labels", (HELD_OUT,), CURVE),
     }
-    run_study(f"{args.name}-{args.study}", lab, args.seeds, results, studies)
+    run([f"{args.name}-{args.study}"], lab, args.seeds, results, studies=studies)
 
 
 if __name__ == "__main__":

@@ -1,24 +1,27 @@
-"""Studies over seeds: what is missing is run, side by side if wanted; the rest is used again."""
+"""Studies over seeds: what the results lack is run, seed by seed; the rest is used again."""
 
 from __future__ import annotations
 
 import argparse
-import json
 import multiprocessing
 import os
 import shlex
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from gram_mini.errors import Interrupted, UserError
 from gram_mini.runs import options
+from gram_mini.runs.processes import pick_device
 from gram_mini.studies.figures import average, draw, draw_changes, table
-from gram_mini.studies.lab import Lab, write_json
+from gram_mini.studies.lab import Lab, read_json, write_json
 from gram_mini.studies.paper import STUDIES, Study
+from gram_mini.studies.recorded import processor
 
 import torch
 from tqdm import tqdm
@@ -54,24 +57,77 @@ def words(text: str) -> list[str]:
 # ---- running -------------------------------------------------------------------------
 
 
-def run_seed(name: str, lab: Lab, seed: int, studies: dict[str, Study] = STUDIES) -> Path:
-    """The rows of a study for one seed, as a file; made unless it is there already."""
-    done = lab.folder / "rows" / f"{name}-{seed}.json"
-    with lab.alone(done):
-        if not done.is_file():
-            began = time.perf_counter()
-            rows = [{"seed": seed, **row} for row in studies[name].rows(lab, seed)]
-            write_json(done, {"seconds": round(time.perf_counter() - began), "rows": rows})
-    return done
+def run(
+    names: list[str],
+    lab: Lab,
+    seeds: list[int],
+    results: Path,
+    jobs: int = 1,
+    studies: dict[str, Study] = STUDIES,
+) -> None:
+    """Run each study for each seed that its results lack: all studies of a seed, then the next one.
+
+    The results of a study are written anew after each seed. What is there is used again, if all
+    agrees that basis() names.
+
+    Raises:
+        UserError: if results that are there cannot be read.
+    """
+    asked = [(name, seed) for seed in seeds for name in names]
+    found = {name: reusable(name, lab, results, studies[name]) for name in names}
+    missing = [(name, seed) for name, seed in asked if seed not in found[name][0]]
+    again = [name for name in names if found[name][0].intersection(seeds)]
+    print(f"{len(asked) - len(missing)} of {len(asked)} seeds of studies are there", *again)
+    other = {key: None for _, _, differs in found.values() for key in differs}
+    old = [(name, seed) for name in names for seed in found[name][1]]
+    if old:
+        dropped = len(set(old) - set(asked))
+        print(
+            f"{len(old)} more were made with other {', '.join(other)}: {len(old) - dropped} are "
+            f"run anew, {dropped} dropped from the results, of",
+            *dict.fromkeys(name for name, _ in old),
+        )
+    sys.stdout.flush()
+
+    def add(name: str, seed: int, made: dict) -> None:
+        add_seed(name, seed, made, lab, results, studies[name])
+
+    if jobs == 1:
+        for name, seed in missing:
+            add(name, seed, make_seed(studies[name].rows, lab, seed))
+    elif missing:
+        side_by_side(missing, lab, jobs, studies, add)
+    for name in names:
+        print(f"\n{name}: {studies[name].rows.__doc__}")
+        print(table(read_json(results / f"{name}.json")["means"], studies[name].keys))
+        print(f"see {results / name}.json and .png")
 
 
-def run_side_by_side(names: list[str], lab: Lab, seeds: list[int], jobs: int) -> None:
-    """Do run_seed for all of them, ``jobs`` at a time, each with an equal share of the cores."""
-    waiting = [(name, seed) for name in names for seed in seeds]
-    running: set[Future] = set()
-    threads = max(1, (os.cpu_count() or 1) // jobs)
+def make_seed(rows: Callable, lab: Lab, seed: int) -> dict[str, Any]:
+    """The rows of a study for one seed, and what they were made on and in what time."""
+    began = time.perf_counter()
+    made = [{"seed": seed, **row} for row in rows(lab, seed)]
+    device = pick_device(lab.loading.get("device", "auto"))
+    on = {
+        "processor": processor(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),  # those that torch uses
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
+    }
+    return {"seconds": round(time.perf_counter() - began), "processor": on, "rows": made}
+
+
+def side_by_side(
+    waiting: list[tuple[str, int]], lab: Lab, jobs: int, studies: dict[str, Study], add: Callable
+) -> None:
+    """Do make_seed for all of them, ``jobs`` at a time with a thread each, and ``add`` as they end.
+
+    One thread each, whatever the machine: the number of threads changes the last digits.
+    """
+    waiting = list(waiting)
+    running: dict[Future, tuple[str, int]] = {}
     with ProcessPoolExecutor(
-        jobs, multiprocessing.get_context("spawn"), _begin_worker, (threads,)
+        jobs, multiprocessing.get_context("spawn"), initializer=_begin_worker
     ) as pool:
         progress = tqdm(total=len(waiting), desc="studies x seeds")
         try:
@@ -79,10 +135,10 @@ def run_side_by_side(names: list[str], lab: Lab, seeds: list[int], jobs: int) ->
                 # None is handed over early: after an error no other may begin.
                 while waiting and len(running) < jobs:
                     name, seed = waiting.pop(0)
-                    running.add(pool.submit(run_seed, name, lab, seed))
-                done, running = wait(running, return_when=FIRST_COMPLETED)
-                for task in done:
-                    task.result()
+                    task = pool.submit(make_seed, studies[name].rows, lab, seed)
+                    running[task] = name, seed
+                for task in wait(running, return_when=FIRST_COMPLETED).done:
+                    add(*running.pop(task), task.result())
                     progress.update()
         except KeyboardInterrupt:
             raise Interrupted("the same command goes on where it stopped") from None
@@ -97,42 +153,66 @@ def run_side_by_side(names: list[str], lab: Lab, seeds: list[int], jobs: int) ->
             raise
 
 
-def _begin_worker(threads: int) -> None:
-    torch.set_num_threads(threads)
+def _begin_worker() -> None:
+    torch.set_num_threads(1)
     # Progress bars would write over each other. Errors go to the parent.
     sys.stderr = open(os.devnull, "w")
 
 
-def run_study(
-    name: str, lab: Lab, seeds: list[int], results: Path, studies: dict[str, Study] = STUDIES
-) -> None:
-    """Run a study for each seed that is missing, and write its table and figure."""
-    study, keys, x, shown, after = studies[name]
-    rows: list[dict[str, Any]] = []
-    seconds = {}
-    for seed in seeds:
-        of_seed = json.loads(run_seed(name, lab, seed, studies).read_text())
-        rows += of_seed["rows"]
-        seconds[seed] = of_seed["seconds"]
-    results.mkdir(parents=True, exist_ok=True)
-    means = average(rows, keys)
-    record = {
-        "study": name,
-        "model": lab.model,
-        "data": lab.about["data"],
-        "seeds": seeds,
-        "seconds": seconds,  # of each seed; models that were there already took no time
-        "means": means,
-        "rows": rows,
-    }
-    title = f"{name} ({len(seeds)} seed{'s' * (len(seeds) > 1)})"
-    if isinstance(shown, dict):
-        draw_changes(means, shown, results / f"{name}.png", title)
-    else:
-        draw(means, x, shown, results / f"{name}.png", title)
-    write_json(results / f"{name}.json", record)
-    print(f"\n{name}: {study.__doc__}")
-    print(table(means, keys))
-    print(f"wrote {results / name}.json and .png")
-    if after:
-        after(name, lab, seeds, results)
+# ---- results -------------------------------------------------------------------------
+
+
+def basis(lab: Lab, study: Study) -> dict[str, Any]:
+    """What the rows of a study depend on: backbone, data, options, its methods, and versions."""
+    about = {name: value for name, value in lab.about.items() if name != "versions"}
+    methods = {name: about["methods"][name] for name in study.methods}
+    versions = lab.about["versions"] | {name: version(name) for name in study.packages}
+    return {"versions": versions, "about": about | {"methods": methods}}
+
+
+def reusable(
+    name: str, lab: Lab, results: Path, study: Study
+) -> tuple[set[int], list[int], list[str]]:
+    """The seeds in a study's results that can be used again; those that cannot; what differs."""
+    record = read_json(results / f"{name}.json")
+    seeds = {row["seed"] for row in record.get("rows", [])}
+    made_with, now = record.get("about", {}), basis(lab, study)
+    other = [key for key in now["about"] if made_with.get(key) != now["about"][key]]
+    if record.get("versions") != now["versions"]:
+        other.append("versions")
+    if other:
+        return set(), sorted(seeds), other
+    if study.after:
+        told = [read_json(results / f"{name}-{part}.json") for part in ("summary", "answers")]
+        kept = {row["seed"] for row in told[0].get("rows", [])} if all(told) else set()
+        return seeds & kept, sorted(seeds - kept), ["answers (not there)"]
+    return seeds, [], []
+
+
+def add_seed(name: str, seed: int, made: dict, lab: Lab, results: Path, study: Study) -> None:
+    """Write the results of a study anew, with one more seed, beside those that can be used again.
+
+    The record is written last: a seed that is in it has all else.
+    """
+    place = results / f"{name}.json"
+    with lab.alone(place):  # two commands may add to it
+        kept = reusable(name, lab, results, study)[0] - {seed}
+        before = read_json(place) if kept else {}
+        if study.after:
+            study.after(name, lab, seed, made["rows"], kept, results)
+        rows = [row for row in before.get("rows", []) if row["seed"] in kept] + made["rows"]
+        rows.sort(key=lambda row: row["seed"])
+        means, seeds = average(rows, study.keys), sorted({seed, *kept})
+        by_seed = {
+            key: {str(s): made[key] if s == seed else before[key][str(s)] for s in seeds}
+            for key in ("seconds", "processor")
+        }
+        title = f"{name} ({len(seeds)} seed{'s' * (len(seeds) > 1)})"
+        if isinstance(study.shown, dict):
+            draw_changes(means, study.shown, results / f"{name}.png", title)
+        else:
+            draw(means, study.x, study.shown, results / f"{name}.png", title)
+        # Of the seconds: models that were there already took no time.
+        record = {"study": name, "seeds": seeds, **by_seed, **basis(lab, study)}
+        write_json(place, {**record, "means": means, "rows": rows})
+    print(f"{name}, seed {seed}: {made['seconds']} seconds; wrote {place}", flush=True)

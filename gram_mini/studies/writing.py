@@ -15,8 +15,8 @@ from pathlib import Path
 
 from gram_mini.pairs import Pair
 from gram_mini.serving.trl import as_trl_reward
-from gram_mini.studies.figures import average, table
-from gram_mini.studies.lab import MAIN, TEST, Lab, write_json
+from gram_mini.studies.figures import average
+from gram_mini.studies.lab import MAIN, TEST, Lab, read_json, write_json
 from gram_mini.village import GROUPS, question, statement
 from gram_mini.village.pairs import topics
 from gram_mini.village.policy import best_of_n, best_of_n_kl
@@ -188,29 +188,30 @@ def drawn_texts(lab: Lab, seed: int) -> dict[str, dict]:
     return json.loads(known.read_text())
 
 
-def write_answers(name: str, lab: Lab, seeds: list[int], results: Path) -> None:
-    """Write what was said in the end, and the summary, beside the results of one of these studies.
+def write_answers(
+    name: str, lab: Lab, seed: int, rows: list[dict], kept: set[int], results: Path
+) -> None:
+    """Add what was said in the end of a seed, and its summary, to those of the seeds ``kept``.
 
-    ``name`` is that of the study, such as "writing-rl".
+    ``name`` is that of the study, such as "writing-rl", and ``rows`` are its rows of the seed.
     """
     kind = name.removeprefix("writing-")
-    made = {
-        judge: {seed: against(kind, judge, lab, seed) for seed in seeds}
-        for judge in JUDGES_OF[kind]
-    }
-    seconds = {judge: [of["seconds"] for of in by_seed.values()] for judge, by_seed in made.items()}
+    made = {judge: against(kind, judge, lab, seed) for judge in JUDGES_OF[kind]}
+    said = {judge: {seed: of["answers"]} for judge, of in made.items()}
+    files = [results / f"{name}-{part}.json" for part in ("answers", "summary")]
+    answers, before = map(read_json, files) if kept else ({}, {"rows": []})
+    found = [row for row in before["rows"] if row["seed"] in kept]
+    for row in summary(rows, said):
+        found.append({**row, "seconds": made[row["method"]]["seconds"]})
+    found.sort(key=lambda row: row["seed"])
     answers = {
-        judge: {seed: of["answers"] for seed, of in by_seed.items()}
-        for judge, by_seed in made.items()
+        judge: {s: (answers[judge][str(s)] if s in kept else of[s]) for s in sorted({*kept, seed})}
+        for judge, of in said.items()
     }
-    rows = json.loads((results / f"{name}.json").read_text())["rows"]
-    found = summary(rows, answers)
+    seconds = {judge: [row["seconds"] for row in found if row["method"] == judge] for judge in made}
+    write_json(files[0], answers)
     means = average(found, ("method",))
-    print(table(means, ("method",)))
-    write_json(results / f"{name}-answers.json", answers)
-    write_json(
-        results / f"{name}-summary.json", {"seconds": seconds, "means": means, "rows": found}
-    )
+    write_json(files[1], {"seconds": seconds, "means": means, "rows": found})
 
 
 def summary(rows: list[dict], answers: dict) -> list[dict]:

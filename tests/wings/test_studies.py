@@ -4,6 +4,7 @@ import json
 import math
 import random
 import re
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeout
 
@@ -316,18 +317,176 @@ def test_each_study_writes_json_and_a_figure(study, tmp_path, monkeypatch, few_p
     monkeypatch.setattr(certain, "EPOCHS", (2,))
     monkeypatch.setattr(beside, "PAIRS", {"context": beside.context})
     monkeypatch.setattr(few, "COUNTS", (0, 50))
+    used = Noting(lab_module.METHODS)
+    for module in (lab_module, beside, few):
+        monkeypatch.setattr(module, "METHODS", used)
     lab = FakeLab(tmp_path, truth)
-    seeds.run_study(study, lab, [1, 2], tmp_path / "results")
+    used.asked.clear()
+    seeds.run([study], lab, [1, 2], tmp_path / "results")
+    # what makes its results stale
+    assert used.asked == set(paper.STUDIES[study].methods)
     record = json.loads((tmp_path / "results" / f"{study}.json").read_text())
     assert {row["seed"] for row in record["rows"]} == {1, 2} and record["means"]
     assert (tmp_path / "results" / f"{study}.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_study_goes_on_where_it_stopped(tmp_path, monkeypatch):
-    lab = FakeLab(tmp_path, truth)
-    seeds.run_study("table", lab, [1], tmp_path / "results")
-    monkeypatch.setattr(lab, "judge", lambda model: pytest.fail("seed 1 was done"))
-    seeds.run_study("table", lab, [1], tmp_path / "results")
+class Noting(dict):
+    """METHODS, noting which of them are asked for."""
+
+    def __init__(self, methods):
+        super().__init__(methods)
+        self.asked = set()
+
+    def __getitem__(self, name):
+        self.asked.add(name)
+        return super().__getitem__(name)
+
+    def get(self, name, default=None):
+        return self[name] if name in self else default
+
+
+# ---- what the results lack is run ----------------------------------------------------
+
+
+def first(lab, seed):
+    """A study of one figure."""
+    RAN.append(("first", seed))
+    yield {"method": "GRAM", "accuracy": seed / 10}
+
+
+def second(lab, seed):
+    """Another one."""
+    RAN.append(("second", seed))
+    yield {"method": "D-Baseline", "accuracy": seed / 10}
+
+
+def stops(lab, seed):
+    """A study that stops at seed 2."""
+    if seed == 2:
+        raise UserError("stopped")
+    yield from first(lab, seed)
+
+
+RAN: list = []
+TINY = {
+    "first": paper.Study(first, ("method",), None, ("accuracy",), ("GRAM",)),
+    "second": paper.Study(second, ("method",), None, ("accuracy",), ("D-Baseline",)),
+}
+
+
+@pytest.fixture
+def tiny(tmp_path):
+    """Runs the two tiny studies as on a new machine: only the results are there."""
+    RAN.clear()
+
+    def run(*asked, lab=None, studies=TINY, jobs=1):
+        RAN.clear()
+        lab = lab or FakeLab(tmp_path / f"machine {len(list(tmp_path.iterdir()))}", truth)
+        seeds.run(list(studies), lab, list(asked), tmp_path / "results", jobs, studies)
+        return [json.loads((tmp_path / "results" / f"{x}.json").read_text()) for x in TINY]
+
+    return run
+
+
+def test_all_studies_of_a_seed_then_the_next_and_none_twice(tiny, capsys):
+    tiny(1, 2)
+    assert RAN == [("first", 1), ("second", 1), ("first", 2), ("second", 2)]
+    assert "0 of 4 seeds of studies are there\n" in capsys.readouterr().out
+    record, _ = tiny(3, 2)
+    assert RAN == [("first", 3), ("second", 3)]
+    assert "2 of 4 seeds of studies are there first second\n" in capsys.readouterr().out
+    assert record["seeds"] == [1, 2, 3] == [row["seed"] for row in record["rows"]]
+    assert record["means"][0]["accuracy"][0] == pytest.approx(0.2)
+    assert list(record["seconds"]) == list(record["processor"]) == ["1", "2", "3"]
+    assert record["processor"]["3"]["threads"] > 0 and "torch" in record["versions"]
+
+
+def test_a_run_that_was_stopped_has_written_what_it_made(tiny, tmp_path):
+    with pytest.raises(UserError, match="stopped"):
+        tiny(1, 2, studies={**TINY, "second": TINY["second"]._replace(rows=stops)})
+    first_record, second_record = tiny()
+    assert first_record["seeds"] == [1, 2] and second_record["seeds"] == [1]
+    tiny(1, 2)
+    assert RAN == [("second", 2)]
+
+
+@pytest.mark.parametrize("other", ["backbone", "data", "training", "defaults", "versions"])
+def test_seeds_of_another_backbone_options_or_versions_are_run_anew(other, tiny, tmp_path, capsys):
+    tiny(1, 2, 3)
+    lab = FakeLab(tmp_path / "new", truth)
+    lab.about[other] = {"other": "1"}
+    capsys.readouterr()
+    record, _ = tiny(1, 2, lab=lab)
+    assert len(RAN) == 4 and record["seeds"] == [1, 2]
+    said = f"6 more were made with other {other}: 4 are run anew, 2 dropped from the results, of"
+    assert f"0 of 4 seeds of studies are there\n{said} first second\n" in capsys.readouterr().out
+    tiny(1, 2, lab=lab)
+    assert not RAN
+
+
+def test_a_method_that_changed_or_came_runs_its_studies_again(tiny, monkeypatch):
+    tiny(1)
+    monkeypatch.setitem(lab_module.METHODS, "new", lab_module.METHODS["GRAM"])
+    tiny(1)
+    assert not RAN  # neither has it
+    tiny(1, studies={**TINY, "first": TINY["first"]._replace(methods=("GRAM", "new"))})
+    assert RAN == [("first", 1)]
+    monkeypatch.setitem(lab_module.METHODS, "D-Baseline", lab_module.METHODS["GRAM"])
+    tiny(1, studies={"second": TINY["second"]})
+    assert RAN == [("second", 1)]
+
+
+def test_results_without_what_made_them_are_not_used(tiny, tmp_path, capsys):
+    (tmp_path / "results").mkdir()
+    old = {"rows": [{"seed": 1, "method": "GRAM", "accuracy": 0.0}]}
+    (tmp_path / "results" / "first.json").write_text(json.dumps(old))
+    assert tiny(1)[0]["rows"][0]["accuracy"] == 0.1
+    assert "1 more were made with other model" in capsys.readouterr().out
+    (tmp_path / "results" / "first.json").write_text("<<<<<<< ours")
+    with pytest.raises(UserError, match="first.json: cannot be read"):
+        tiny(1)
+
+
+def test_side_by_side_gives_the_same_rows_on_one_thread_each(tiny):
+    one = tiny(1, 2)
+    two = tiny(3, 4, jobs=2)
+    assert not RAN  # in this process
+    for record, before in zip(two, one):
+        assert record["rows"][:2] == before["rows"] and record["seeds"] == [1, 2, 3, 4]
+        assert record["processor"]["4"]["threads"] == 1
+
+
+def test_a_folder_learns_of_new_methods_and_refuses_changed_ones(tmp_path, monkeypatch):
+    village_lab(tmp_path).file("some", [])
+    monkeypatch.setitem(lab_module.METHODS, "new", (False, train_reward, []))
+    village_lab(tmp_path)
+    noted = json.loads((tmp_path / "about.json").read_text())
+    assert noted["methods"]["new"] == [False, "train_reward", []]
+    monkeypatch.delitem(lab_module.METHODS, "new")
+    village_lab(tmp_path)
+    monkeypatch.setitem(lab_module.METHODS, "new", (True, train_reward, []))
+    with pytest.raises(UserError, match="made with other methods; give another folder"):
+        village_lab(tmp_path)
+
+
+def mixed(records: dict[str, dict]) -> dict[str, dict]:
+    """The packages of which the results have several versions: {package: {study: version}}."""
+    of: dict = {}
+    for study, record in records.items():
+        for package, version in record["versions"].items():
+            of.setdefault(package, {})[study] = version
+    return {package: by for package, by in of.items() if len(set(by.values())) > 1}
+
+
+def test_the_committed_results_are_of_the_same_versions():
+    one, two = {"versions": {"torch": "2", "peft": "1"}}, {"versions": {"torch": "3", "peft": "1"}}
+    assert mixed({"a": one, "b": one}) == {}
+    assert mixed({"a": one, "b": two}) == {"torch": {"a": "2", "b": "3"}}
+    records = {x: json.loads((seeds.RESULTS / f"{x}.json").read_text()) for x in paper.STUDIES}
+    known = {study: record for study, record in records.items() if "versions" in record}
+    assert mixed(known) == {}
+    if unknown := records.keys() - known.keys():
+        pytest.skip(f"{len(unknown)} results do not say their versions: {sorted(unknown)}")
 
 
 def test_studies_share_models_and_their_figures(tmp_path, monkeypatch, few_pairs):
@@ -344,16 +503,6 @@ def test_studies_share_models_and_their_figures(tmp_path, monkeypatch, few_pairs
     assert last["eps"] == 0.4 and last["bound"] == pytest.approx(math.log(1.5))
     monkeypatch.setattr(lab, "judge", lambda model: pytest.fail("all were judged"))
     assert list(paper.unlabelled(lab, 1)) == rows["unlabelled"]
-
-
-def test_side_by_side_gives_the_same_rows(tmp_path):
-    one, two = FakeLab(tmp_path / "one", truth), FakeLab(tmp_path / "two", truth)
-    seeds.run_side_by_side(["smoothing", "unlabelled"], two, [1, 2], 2)
-    for name in ("smoothing", "unlabelled"):
-        for seed in (1, 2):
-            side_by_side = tmp_path / "two" / "rows" / f"{name}-{seed}.json"
-            rows = json.loads(side_by_side.read_text())["rows"]
-            assert rows == json.loads(seeds.run_seed(name, one, seed).read_text())["rows"]
 
 
 def test_an_error_in_a_process_is_the_users_one_line(tmp_path, capfd):
@@ -391,14 +540,28 @@ def test_a_folder_of_other_models_is_not_used(tmp_path):
 def test_one_seed_does_not_replace_the_figures_of_five(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     asked = []
-    monkeypatch.setattr(
-        studies,
-        "run_study",
-        lambda name, lab, seeds, results: asked.append((name, seeds, str(results))),
-    )
+    monkeypatch.setattr(studies, "run", lambda names, lab, *given: asked.append((names, *given)))
     studies.main(["bon", "--quick"])
-    studies.main(["bon", "--seeds", "3", "--jobs", "1"])
-    assert asked == [("bon", [1], "runs/quick"), ("bon", [3], str(studies.RESULTS))]
+    studies.main(["bon", "--seeds", "3", "4", "--jobs", "3"])
+    studies.main(["all", "--quick"])
+    assert [(str(x), jobs) for *_, x, jobs in asked] == [
+        ("runs/quick", 1), (str(studies.RESULTS), 2), ("runs/quick", 2),
+    ]  # fmt: skip
+    assert [given for *_, given, _, _ in asked] == [[1], [3, 4], [1]]
+    assert asked[2][0] == list(paper.STUDIES)
+
+
+def test_without_trl_all_leaves_two_studies_out_and_says_so(monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "trl", None)
+    asked = []
+    monkeypatch.setattr(studies, "run", lambda names, *given: asked.extend(names))
+    studies.main(["all", "--quick"])
+    assert set(paper.STUDIES) - set(asked) == {"writing-rl", "writing-weak"}
+    said = "2 studies are left out (writing-rl, writing-weak): "
+    assert capsys.readouterr().out.startswith(said)
+    with pytest.raises(UserError, match="pip install trl"):
+        studies.main(["writing-weak", "--quick"])
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,8 @@ import sys
 from gram_mini.errors import UserError
 from gram_mini.serving.trl import as_trl_reward
 from gram_mini.studies import __main__ as studies
-from gram_mini.studies import writing
+from gram_mini.studies import seeds, writing
+from gram_mini.studies.lab import Lab, VillagePairs
 from gram_mini.village import question
 from gram_mini.village.pairs import topics, village_pairs
 from gram_mini.village.writer import (
@@ -122,7 +123,7 @@ def test_studies_write_tables_pictures_and_answers_and_go_on(start, tmp_path, mo
     folders = ["--runs", str(tmp_path / "runs"), "--results", str(tmp_path / "results")]
     for kind in ("rl", "bon"):
         monkeypatch.setitem(writing.JUDGES_OF, kind, ("true reward",))
-        arguments = [f"writing-{kind}", "--seeds", "3", *folders]
+        arguments = [f"writing-{kind}", "--seeds", "3", "--jobs", "1", *folders]
         studies.main(arguments)
         result = tmp_path / "results" / f"writing-{kind}"
         record = json.loads(result.with_suffix(".json").read_text())
@@ -145,6 +146,37 @@ def test_studies_write_tables_pictures_and_answers_and_go_on(start, tmp_path, mo
                 sum(row["true reward"] for row in said.values()) / len(said)
             )
             assert record["rows"][3]["KL"] == pytest.approx(math.log(8) - 7 / 8)
+
+
+def test_answers_of_seeds_that_are_there_are_kept(tmp_path, monkeypatch):
+    asked = []
+
+    def against(kind, name, lab, seed):
+        asked.append(seed)
+        figures = {"KL": 0.0, "true reward": float(seed), "no answer": 0.0, "judge's score": 0.0}
+        answers = {PROMPTS[0]: {"answer": f"said with seed {seed}"}}
+        return {"rows": [{"method": name, "n": 1, **figures}], "answers": answers, "seconds": seed}
+
+    monkeypatch.setattr(writing, "against", against)
+    monkeypatch.setitem(writing.JUDGES_OF, "bon", (writing.TRUTH,))
+    results = tmp_path / "results"
+
+    def run(machine, *given):
+        asked.clear()
+        lab = Lab(tmp_path / machine, "village", VillagePairs())
+        seeds.run(["writing-bon"], lab, list(given), results)
+        parts = ("answers", "summary")
+        return [json.loads((results / f"writing-bon-{part}.json").read_text()) for part in parts]
+
+    run("one", 2)
+    answers, summary = run("another", 1, 2)
+    assert set(asked) == {1}
+    for seed in ("1", "2"):
+        assert answers[writing.TRUTH][seed][PROMPTS[0]]["answer"] == f"said with seed {seed}"
+    assert [row["last"] for row in summary["rows"]] == [1.0, 2.0]
+    assert summary["seconds"] == {writing.TRUTH: [1, 2]}
+    (results / "writing-bon-answers.json").unlink()
+    assert run("another", 1, 2)[0] == answers and set(asked) == {1, 2}
 
 
 def test_summary_has_the_peak_and_counts_answers_to_other_questions():
