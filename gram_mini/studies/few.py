@@ -7,7 +7,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import train_reward
-from gram_mini.studies.lab import METHODS, Lab
+from gram_mini.studies.lab import JOINT, LIKELIHOOD, METHODS, Lab
 
 NOTHING = "nothing"  # the plain backbone as a starting point
 COUNTS = (0, 50, 100, 200, 2000)  # new labels
@@ -40,6 +40,7 @@ ADAPT = {
     "D from stage 1": SLOW_SCALAR,
     "G-Baseline": FULL,
     "GRAM": SLOW,
+    JOINT: SLOW,
     NOTHING: FULL,
 }
 
@@ -51,6 +52,7 @@ def adapt(lab: Lab, seed: int):
     oracle = lab.row(lab.train(train_reward, "oracle", seed, data, lab.stage1(seed)))
     for count in COUNTS:
         yield {"method": "oracle", "labels": count, **oracle}
+        yield {"method": LIKELIHOOD, "labels": count, **lab.row_of(LIKELIHOOD, seed)}
         for name, recipe in ADAPT.items():
             yield {"method": name, "labels": count, **adapted(lab, seed, name, recipe, count)}
         if count:  # for comparison: as it was trained

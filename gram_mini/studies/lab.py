@@ -18,6 +18,7 @@ from gram_mini.baselines import __main__ as baselines
 from gram_mini.errors import Interrupted, UserError
 from gram_mini.evaluation import summarise
 from gram_mini.judge import Judge
+from gram_mini.likelihood import __main__ as joint
 from gram_mini.pairs import Pair
 from gram_mini.prompts import LABELS
 from gram_mini.runs.defaults import DEFAULTS, for_model
@@ -36,6 +37,7 @@ PLAIN = ["--label-smoothing", "0"]
 BOTH = ["--both-orders", "1"]
 # Learning rates and the weight of the text loss were chosen on seed 0.
 SCALAR = ["--head", "scalar", "--lr", "3e-4"]
+LIKELIHOOD, JOINT = "likelihood", "GRAM + likelihood (ours)"
 METHODS = {  # name: (whether it starts from stage 1, script, options of the script)
     "D-Baseline": (False, baselines, SCALAR + PLAIN),
     "D-Freeze": (False, baselines, ["--head", "scalar", "--freeze", "--lr", "0.1", *PLAIN]),
@@ -49,9 +51,16 @@ METHODS = {  # name: (whether it starts from stage 1, script, options of the scr
     "GRAM": (True, train_reward, []),
     "G, both orders (ours)": (False, train_reward, BOTH),
     "GRAM, both orders (ours)": (True, train_reward, BOTH),
+    JOINT: (True, joint, []),
+}
+# Judges that need no labels: kinds of the likelihood under stage 1.
+LIKELIHOODS = {
+    LIKELIHOOD: "sum",
+    "likelihood per token": "per-token",
+    "likelihood over the backbone": "over-backbone",
 }
 # The methods of those studies that do not compare all of them.
-MAIN = ("D-Baseline", "D from stage 1", "G-Baseline", "GRAM")
+MAIN = ("D-Baseline", "D from stage 1", "G-Baseline", "GRAM", LIKELIHOOD, JOINT)
 CUT = re.compile(r"[1-9]\d* cut to |dropped, since cutting|cutting made")  # of runs/report.py
 # What a study gives to the scripts itself.
 ITS_OWN = ("model", "data", "out", "init", "seed", "held-out", "bits", "max-length", "device")
@@ -245,21 +254,39 @@ class Lab:
 
     # ---- figures ---------------------------------------------------------------------
 
-    def judge(self, model: str | Path) -> Judge:
-        return load_judge(model, **self.loading)
+    def judge(self, model: str | Path, likelihood: str | None = None) -> Judge:
+        return load_judge(model, **self.loading, likelihood=likelihood)
 
-    def evaluate(self, model: str | Path, split: str) -> dict[str, float]:
+    def judge_of(self, name: str, seed: int) -> Judge:
+        """The judge of one of METHODS or LIKELIHOODS."""
+        if name in LIKELIHOODS:
+            return self.judge(self.stage1(seed), LIKELIHOODS[name])
+        return self.judge(self.method(name, seed))
+
+    def evaluate(
+        self, model: str | Path, split: str, likelihood: str | None = None
+    ) -> dict[str, float]:
         """The figures of a judge on a test set; see :func:`figures_of`."""
         place = self.folder / "zero-shot" if model == self.model else Path(model)
-        name = f"{Path(model).name}, {split}"
+        if likelihood:
+            place = place.with_name(f"{place.name}-likelihood-{likelihood}")
+        name = f"{place.name}, {split}"
         return self.keep(
             place.with_name(f"{place.name}.{split}.figures.json"),
-            lambda: figures_of(self.judge(model), self.pairs(split, 0), name),
+            lambda: figures_of(self.judge(model, likelihood), self.pairs(split, 0), name),
         )
 
-    def row(self, model: str | Path, split: str = TEST) -> dict[str, float]:
+    def row(
+        self, model: str | Path, split: str = TEST, likelihood: str | None = None
+    ) -> dict[str, float]:
         """The same as a row of a study on the village, with the accuracy under the split's name."""
-        return shown(self.evaluate(model, split), split)
+        return shown(self.evaluate(model, split, likelihood), split)
+
+    def row_of(self, name: str, seed: int, split: str = TEST) -> dict[str, float]:
+        """The row of one of METHODS or LIKELIHOODS."""
+        if name in LIKELIHOODS:
+            return self.row(self.stage1(seed), split, LIKELIHOODS[name])
+        return self.row(self.method(name, seed), split)
 
 
 def shown(figures: dict[str, float], accuracy: str = "accuracy") -> dict[str, float]:

@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 import train_reward
+from gram_mini.likelihood import __main__ as joint
 from gram_mini.pairs import Pair
 from gram_mini.studies import writing
 from gram_mini.studies.beside import beside
 from gram_mini.studies.certain import MEASURES, certain
 from gram_mini.studies.few import adapt
-from gram_mini.studies.lab import MAIN, METHODS, TEST, Lab
+from gram_mini.studies.lab import JOINT, LIKELIHOODS, MAIN, METHODS, TEST, Lab
 from gram_mini.studies.rewards import rewards
 from gram_mini.village.pairs import topics
 from gram_mini.village.policy import best_of_n_curve, best_of_n_kl, train_policy
@@ -28,16 +29,18 @@ PLAIN = "G from stage 1, eps = 0"
 
 def table(lab: Lab, seed: int):
     """The paper's Table 1 and Figure 2: every method, in and out of distribution."""
-    for name in ("zero-shot", *PAPERS):
-        run = lab.method(name, seed) if name in METHODS else lab.model
-        yield {"method": name, **lab.row(run, "in-distribution"), **lab.row(run)}
+    zero_shot = {**lab.row(lab.model, "in-distribution"), **lab.row(lab.model)}
+    yield {"method": "zero-shot", **zero_shot}
+    for name in (*PAPERS, *LIKELIHOODS, JOINT):
+        row = {**lab.row_of(name, seed, "in-distribution"), **lab.row_of(name, seed)}
+        yield {"method": name, **row}
 
 
 def bon(lab: Lab, seed: int):
     """Figure 4: best of n by the judge; its score (log-odds against one response) and the truth."""
     sizes = (1, 2, 4, 8, 16, 32, 64, 128, 256)
     for name in MAIN:
-        judge, draws = lab.judge(lab.method(name, seed)), random.Random(f"bon/{seed}")
+        judge, draws = lab.judge_of(name, seed), random.Random(f"bon/{seed}")
         test_topics = topics(TEST)[:40]
         for n, proxy, true in best_of_n_curve(judge, test_topics, sizes, draws, progress=name):
             means = {"proxy score": proxy, "true reward": true}
@@ -73,11 +76,15 @@ def noise(lab: Lab, seed: int):
             method, options = f"{side}, eps {eps}", ["--label-smoothing", str(eps)]
             yield {"method": method, "flipped": 0.0, **lab.row(smoothed(lab, seed, eps))}
             for share in shares[side]:
-                name = f"noise-{side}-{share}"
-                data = lab.file(f"{name}-{seed}", flipped(clean, share, side, seed))
-                start = lab.stage1(seed)
-                run = lab.train(train_reward, f"{name}-{eps}", seed, data, start, options)
+                data = lab.file(f"noise-{side}-{share}-{seed}", flipped(clean, share, side, seed))
+                name = f"noise-{side}-{share}-{eps}"
+                run = lab.train(train_reward, name, seed, data, lab.stage1(seed), options)
                 yield {"method": method, "flipped": share, **lab.row(run)}
+    yield {"method": f"random, {JOINT}", "flipped": 0.0, **lab.row_of(JOINT, seed)}
+    for share in shares["random"]:
+        data = lab.file(f"noise-random-{share}-{seed}", flipped(clean, share, "random", seed))
+        run = lab.train(joint, f"noise-joint-{share}", seed, data, lab.stage1(seed))
+        yield {"method": f"random, {JOINT}", "flipped": share, **lab.row(run)}
 
 
 def flipped(pairs: list[Pair], share: float, side: str, seed: int) -> list[Pair]:
@@ -105,7 +112,10 @@ def flipped(pairs: list[Pair], share: float, side: str, seed: int) -> list[Pair]
 
 
 def unlabelled(lab: Lab, seed: int):
-    """Stage 1 on more or fewer pairs and steps, about the villagers of the test or about others."""
+    """Stage 1 on more or fewer pairs and steps, about the villagers of the test or about others.
+
+    The likelihood is that of the same stage 1; GRAM + likelihood is trained in domain only.
+    """
     everything = lab.pairs("unlabelled", seed)
     tested = {pair.prompt for pair in lab.pairs(TEST, 0)}
     # They are half of all pairs, within half a percent.
@@ -123,13 +133,19 @@ def unlabelled(lab: Lab, seed: int):
         name = f"unlabelled-{domain}-{share}"
         run = lab.train(train_reward, name, seed, lab.labelled(seed), start)
         yield {"method": domain, "share": share, **lab.row(run)}
-    yield {"method": "in domain", "share": 1.0, **lab.row(lab.method("GRAM", seed))}
+        likelihood = lab.row(start, likelihood=LIKELIHOODS["likelihood"])
+        yield {"method": f"likelihood, {domain}", "share": share, **likelihood}
+        if domain == "in domain":
+            both = lab.train(joint, f"joint {name}", seed, lab.labelled(seed), start)
+            yield {"method": f"{JOINT}, {domain}", "share": share, **lab.row(both)}
+    for name, row in {"GRAM": "", "likelihood": "likelihood, ", JOINT: f"{JOINT}, "}.items():
+        yield {"method": f"{row}in domain", "share": 1.0, **lab.row_of(name, seed)}
 
 
 def rl(lab: Lab, seed: int):
     """A policy trained against the judge: what the judge thinks of it, and what it is worth."""
     for name in MAIN:
-        judge = lab.judge(lab.method(name, seed))
+        judge = lab.judge_of(name, seed)
         for step, kl, proxy, true in train_policy(judge, topics(TEST)[:40], seed):
             rewards = {"proxy reward": proxy, "true reward": true}
             yield {"method": name, "step": step, "KL": kl, **rewards}
@@ -172,15 +188,18 @@ REWARDS = (
     *("agreement, votes", "true reward of the first, votes"),
 )
 TABLE = ("in-distribution", *FACT, "courtesy only", "length only")
+TRAINED = tuple(name for name in MAIN if name in METHODS)
 GRPO = ("step", "step", "KL", "judge's reward")
 STUDIES = {  # the longest first
-    "table": Study(table, ("method",), None, TABLE, PAPERS),
+    "table": Study(table, ("method",), None, TABLE, (*PAPERS, JOINT)),
     "unlabelled": Study(
-        unlabelled, ("method", "share"), "share", FACT, ("G-Label-Smoothing", "GRAM")
+        unlabelled, ("method", "share"), "share", FACT, ("G-Label-Smoothing", "GRAM", JOINT)
     ),
     "writing-rl": of_writing("rl", writing.rl, *GRPO, packages=("trl",)),
-    "adapt": Study(adapt, ("method", "labels"), "labels", FACT, MAIN),
-    "noise": Study(noise, ("method", "flipped"), "flipped", (TEST, "calibration error"), (PLAIN,)),
+    "adapt": Study(adapt, ("method", "labels"), "labels", FACT, TRAINED),
+    "noise": Study(
+        noise, ("method", "flipped"), "flipped", (TEST, "calibration error"), (PLAIN, JOINT)
+    ),
     "writing-weak": of_writing("weak", writing.weak, *GRPO, packages=("trl",)),
     "smoothing": Study(
         smoothing, ("method", "eps"), "eps", (TEST, "margin", "calibration error"), (PLAIN, "GRAM")
@@ -190,8 +209,8 @@ STUDIES = {  # the longest first
     "orders": Study(
         orders, ("method",), None, (*FACT, "position gap"), ("GRAM", "GRAM, both orders (ours)")
     ),
-    "bon": Study(bon, ("method", "n"), "KL", ("proxy score", "true reward"), MAIN),
-    "rl": Study(rl, ("method", "step"), "KL", ("proxy reward", "true reward"), MAIN),
+    "bon": Study(bon, ("method", "n"), "KL", ("proxy score", "true reward"), TRAINED),
+    "rl": Study(rl, ("method", "step"), "KL", ("proxy reward", "true reward"), TRAINED),
     "writing-bon": of_writing("bon", writing.bon, "n", "KL", "judge's score"),
     "rewards": Study(rewards, ("method", "n"), "comparisons", REWARDS, ("GRAM",)),
 }

@@ -16,7 +16,7 @@ from pathlib import Path
 from gram_mini.pairs import Pair
 from gram_mini.serving.trl import as_trl_reward
 from gram_mini.studies.figures import average
-from gram_mini.studies.lab import MAIN, TEST, Lab, read_json, write_json
+from gram_mini.studies.lab import JOINT, LIKELIHOOD, MAIN, TEST, Lab, read_json, write_json
 from gram_mini.village import GROUPS, question, statement
 from gram_mini.village.pairs import topics
 from gram_mini.village.policy import best_of_n, best_of_n_kl
@@ -39,7 +39,7 @@ from tqdm import tqdm
 
 TRUTH = "true reward"
 JUDGES = (*MAIN, TRUTH)
-JUDGES_OF = {"rl": JUDGES, "weak": ("D from stage 1", "GRAM"), "bon": JUDGES}
+JUDGES_OF = {"rl": JUDGES, "weak": ("D from stage 1", "GRAM", LIKELIHOOD, JOINT), "bon": JUDGES}
 TRAINED = {"rl": (0.2, 60), "weak": (0.05, 100)}  # weight of the penalty on the KL, steps of GRPO
 EACH = 4  # texts for each of the 80 questions when the policy in training is measured
 TEMPERATURE = 1.5  # of best of n: two texts in five are no answers
@@ -77,7 +77,7 @@ def against(kind: str, name: str, lab: Lab, seed: int) -> dict:
 
     def make() -> dict:
         began = time.perf_counter()
-        judge = TrueJudge() if name == TRUTH else lab.judge(lab.method(name, seed))
+        judge = TrueJudge() if name == TRUTH else lab.judge_of(name, seed)
         if kind == "bon":
             rows, answers = best_of(judge, name, drawn_texts(lab, seed))
         else:

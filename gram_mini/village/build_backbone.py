@@ -284,7 +284,7 @@ def main():
         "--batch-size", type=int, default=64, help="documents per step (default: 64)"
     )
     parser.add_argument("--lr", type=float, default=2e-3, help="peak learning rate (default: 2e-3)")
-    parser.add_argument("--width", type=int, default=96, help="width of the model (default: 96)")
+    parser.add_argument("--width", type=int, default=128, help="width of the model (default: 128)")
     parser.add_argument("--layers", type=int, default=4, help="number of layers (default: 4)")
     parser.add_argument(
         "--seed", type=int, default=0, help="initial weights and order of documents (default: 0)"

@@ -24,11 +24,11 @@ from gram_mini.runs.load import load_judge
 from gram_mini.runs.ranking import rank
 from gram_mini.serving import compare, engine, served
 from gram_mini.serving.export import export
-from gram_mini.serving.known import KNOWN, read_known
+from gram_mini.serving.known import KNOWN
 from gram_mini.serving.served import ROUTES, ServedJudge, served_judge
 from gram_mini.serving.trl import as_trl_reward
 from gram_mini.studies import village_table as table
-from gram_mini.village import VILLAGE, wide_heads
+from gram_mini.village import VILLAGE
 from gram_mini.village.pairs import village_pairs
 
 import pytest
@@ -688,20 +688,6 @@ def test_ctrl_c_ends_at_once_beside_a_server_that_hangs(tokenizer, serve):
 
 
 # ---- a real server -------------------------------------------------------------------
-
-
-def test_wide_heads_compute_the_same(run, tmp_path):
-    export(run, tmp_path / "narrow", "float32")
-    wide_heads.main([str(tmp_path / "narrow"), str(tmp_path / "wide")])
-    narrow, wide = (load_judge(tmp_path / name) for name in ("narrow", "wide"))
-    assert wide.model.config.head_dim == 32 and wide.max_length == narrow.max_length == 64
-    rows = narrow.encode(PAIRS)
-    assert torch.allclose(wide.log_odds(rows)[0], narrow.log_odds(rows)[0], atol=1e-4)
-    assert "is there already" in line(
-        lambda: wide_heads.main([str(tmp_path / "narrow"), str(tmp_path / "wide")])
-    )
-    assert "is for the village's model" in line(lambda: wide_heads.widen(wide.model))
-    assert read_known(tmp_path / "wide") == read_known(tmp_path / "narrow") is not None
 
 
 @pytest.mark.server

@@ -9,7 +9,7 @@ import re
 import train_reward
 from gram_mini.chat import encode
 from gram_mini.runs.load import load_judge
-from gram_mini.runs.models import VILLAGE_FOLDER
+from gram_mini.runs.models import VILLAGE_FOLDER, load_model
 from gram_mini.village import (
     ATTRIBUTES,
     COURTEOUS,
@@ -19,6 +19,7 @@ from gram_mini.village import (
     NAMES,
     RAMBLING,
     SPURIOUS,
+    VILLAGE,
     draw_response,
     question,
     true_probability,
@@ -27,6 +28,8 @@ from gram_mini.village.build_backbone import corpus, probes
 from gram_mini.village.pairs import SPLITS, topics, village_pairs
 
 import pytest
+import torch
+from bitsandbytes.functional import create_dynamic_map, dequantize_4bit
 
 
 def read(text):
@@ -167,7 +170,43 @@ def test_shipped_backbone_is_small_and_ordinary():
         "tokenizer_config.json",
         "chat_template.jinja",
     }
-    assert sum(files.values()) < 8_000_000
+    assert sum(files.values()) < 4_000_000
+    config = json.loads((VILLAGE_FOLDER / "config.json").read_text())
+    assert config["hidden_size"] // config["num_attention_heads"] == 32  # which engines know
+
+
+def test_four_bits_are_those_of_the_paper_on_every_machine():
+    """NF4 with double quantisation (QLoRA, section 3) in plain torch, against what is computed."""
+    plain = dict(load_model(VILLAGE, bits=32).named_parameters())
+    for name, parameter in load_model(VILLAGE, bits=4).named_parameters():
+        state = getattr(parameter, "quant_state", None)
+        if state is None:
+            continue
+        assert state.shape[-1] % state.blocksize == 0, name  # else CPUs with AVX-512 are off
+        found = dequantize_4bit(parameter.data, state).float()
+        expected, weight = nf4_and_back(plain[name]), plain[name]
+        # a scale half way between two levels of its own 8 bits may go to either
+        assert (found - expected).norm() / weight.norm() < 5e-3, name
+        assert ((found - expected).abs() > 1e-6).float().mean() < 0.05, name
+        assert 0.085 < (found - weight).norm() / weight.norm() < 0.1, name
+
+
+def nf4_and_back(weight: torch.Tensor) -> torch.Tensor:
+    """A matrix of whole blocks of 64, rounded to NF4 with scales of 8 bits, and turned back."""
+    half = torch.special.ndtri(torch.linspace(0.9677083, 0.5, 9, dtype=torch.float64))[:-1]
+    other = torch.special.ndtri(torch.linspace(0.9677083, 0.5, 8, dtype=torch.float64))[:-1]
+    levels = torch.cat([-other, torch.zeros(1), half.flip(0)])  # (16,), an exact zero among them
+    levels = (levels / levels.abs().max()).float()
+    blocks = weight.view(-1, 64)  # (N, 64)
+    scales = blocks.abs().amax(dim=1)  # (N,)
+    nearest = (blocks / scales[:, None]).unsqueeze(-1).sub(levels).abs().argmin(dim=-1)  # (N, 64)
+    # double quantisation: scales less their mean, in blocks of 256, by a map of 256 numbers
+    mean, numbers = scales.mean(), create_dynamic_map().float()
+    groups = torch.nn.functional.pad(scales - mean, (0, -len(scales) % 256)).view(-1, 256)
+    largest = groups.abs().amax(dim=1, keepdim=True)
+    rounded = numbers[(groups / largest).unsqueeze(-1).sub(numbers).abs().argmin(dim=-1)] * largest
+    scales = rounded.flatten()[: len(scales)] + mean
+    return (levels[nearest] * scales[:, None]).view_as(weight)
 
 
 def test_what_the_demo_says_of_its_example_is_true():
