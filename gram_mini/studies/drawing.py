@@ -63,7 +63,7 @@ X_LABELS = {
     "step": "step of training",
 }
 PATHS = ("KL", "step")  # the x of which a seed is a thin line; over another x it is dots
-BOUND = "best margin, mean\nover noisy labels"
+BOUND = "mean best margin, noisy labels"  # of paper.smoothing
 
 
 def draw(name: str, study: Study, rows: list[dict], picture: Path) -> None:
@@ -73,6 +73,7 @@ def draw(name: str, study: Study, rows: list[dict], picture: Path) -> None:
 
 @matplotlib.rc_context(FONT)
 def picture_of(name: str, study: Study, rows: list[dict]) -> Figure:
+    """The picture of a study; what it is of, ``study.x`` and ``study.shown`` say."""
     means = average(rows, study.keys)
     counts = Counter(tuple(row[key] for key in study.keys) for row in rows).values()
     seeds = " to ".join(str(count) for count in sorted({min(counts), max(counts)}))
@@ -93,7 +94,7 @@ def picture_of(name: str, study: Study, rows: list[dict]) -> Figure:
     with_chance = False
     for axis, panel in zip(axes, panels):
         shown = [row for row in rows if _has(row, panel)]
-        if dots:
+        if study.x is None:
             begin = _dots(axis, panel, shown, means, methods)
         else:
             begin = _lines(axis, panel, shown, means, study.x)

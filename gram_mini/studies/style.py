@@ -62,18 +62,25 @@ def name_lines(figure) -> None:
     names = []
     for axis in figure.axes:
         for line in axis.lines:
-            if not line.get_label().startswith("_"):  # matplotlib's mark of a line without one
-                dark = [0.65 * part for part in to_rgb(line.get_color())]  # legible on white
-                stroke = {"arrowstyle": "-", "color": dark, "lw": 0.4, "relpos": (0, 0.5)}
-                stroke |= {"shrinkA": 0, "shrinkB": 0}
-                place = {"xytext": (1.04, 0.5), "textcoords": "axes fraction", "va": "center"}
-                end, text = line.get_xydata()[-1], line.get_label()
-                names.append(axis.annotate(text, end, color=dark, arrowprops=stroke, **place))
+            if line.get_label().startswith("_"):  # matplotlib's mark of a line without a label
+                continue
+            dark = [0.65 * part for part in to_rgb(line.get_color())]  # legible on white
+            stroke = {"arrowstyle": "-", "color": line.get_color(), "alpha": 0.6, "lw": 0.5}
+            name = axis.annotate(
+                line.get_label(),
+                line.get_xydata()[-1],
+                xytext=(1.04, 0.5),
+                textcoords="axes fraction",
+                annotation_clip=False,  # a line may end on the edge of its panel
+                arrowprops={**stroke, "relpos": (0, 0.5), "shrinkA": 0, "shrinkB": 0},
+                color=dark,
+                va="center",
+            )
+            names.append(name)
     figure.draw_without_rendering()  # now the panels have their sizes
     for axis in figure.axes:
         of_axis, box = [name for name in names if name.axes is axis], axis.get_window_extent()
-        gap = max((1 + name.get_text().count("\n") for name in of_axis), default=0)  # in lines
-        gap *= 1.25 * figure.dpi / 72 * max((name.get_size() for name in of_axis), default=0)
+        gap = max((1.25 * name.get_size() * figure.dpi / 72 for name in of_axis), default=0)
         ends = [axis.transData.transform(name.xy)[1] for name in of_axis]
         for name, y in zip(of_axis, apart(ends, gap, box.y0 + gap / 2, box.y1 - gap / 2)):
             name.xyann = name.xyann[0], (y - box.y0) / box.height

@@ -105,7 +105,8 @@ def test_every_axis_has_its_unit_and_holds_all_points(path):
         # A line for chance stands where it says something, and never on a position gap.
         chance = [line for line in axis.lines if line.get_color() == drawing.GREY]
         chance = [line for line in chance if line.get_label() != drawing.BOUND]
-        assert len(chance) == (scale.chance is not None and begin < 0.5)
+        of_choices = scale.unit in ("share judged right", "share of pairs in true order")
+        assert len(chance) == (of_choices and begin < 0.5)
 
 
 @each("lines")
