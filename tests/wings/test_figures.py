@@ -42,7 +42,7 @@ def small(shown, rows, x="eps"):
     """A picture of rows (method, x, seed, figure, ...), the figures in the order of ``shown``."""
     names = ("method", x or "x", "seed", *shown)
     keys = ("method", x) if x else ("method",)
-    study = paper.Study(None, keys, x, shown)
+    study = paper.Study(None, keys, x, shown, ())
     return drawing.picture_of("small", study, [dict(zip(names, row)) for row in rows])
 
 
@@ -218,7 +218,7 @@ def test_the_mean_of_a_path_is_of_its_steps():
         for seed in (1, 2)
         for step, kl in enumerate((0.0, 2.0, 1.0))
     ]
-    study = paper.Study(None, ("method", "step"), "KL", ("true reward",))
+    study = paper.Study(None, ("method", "step"), "KL", ("true reward",), ())
     figure = drawing.picture_of("small", study, rows)
     assert list(figure.axes[0].lines[-1].get_xdata()) == [1.5, 3.5, 2.5]
 
@@ -249,7 +249,7 @@ def test_a_table_of_changes():
         for seed, a, b in changes
         for eps in (0.0, 1.0)
     ]
-    study = paper.Study(None, ("method", "eps"), "eps", {"loss": False, "gain": True})
+    study = paper.Study(None, ("method", "eps"), "eps", {"loss": False, "gain": True}, ())
     (axis,) = drawing.picture_of("small", study, rows).axes
     assert [text.get_text() for text in axis.texts] == ["-0.500", "+0.000"]
     colors = [cell.get_facecolor()[0][:3] for cell in axis.collections]
@@ -289,8 +289,8 @@ def test_the_command_draws_what_is_named(tmp_path, monkeypatch, capsys):
         {"seed": 1, "method": "GRAM", "labels": 100, "held out": 0.8, "other": 0.7},
         {"seed": 1, "method": "GRAM", "labels": 200, "held out": 0.9, "other": 0.7},
     ]
-    record = json.dumps({"rows": rows[:1], "data": {"tests": {"other": ["other.jsonl", "0f"]}}})
-    (tmp_path / "helpful-table.json").write_text(record)
+    about = {"data": {"tests": {"other": ["other.jsonl", "0f"]}}}
+    (tmp_path / "helpful-table.json").write_text(json.dumps({"rows": rows[:1], "about": about}))
     (tmp_path / "real-curve.json").write_text(json.dumps({"rows": rows}))
     (tmp_path / "speed-score.json").write_text("{}")
     monkeypatch.setattr(redraw, "RESULTS", tmp_path)
