@@ -4,8 +4,8 @@ shown.
 
 from __future__ import annotations
 
-import math
 import random
+import statistics
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import train_reward
 from gram_mini.likelihood import __main__ as joint
+from gram_mini.losses import best_margin
 from gram_mini.pairs import Pair
 from gram_mini.studies import writing
 from gram_mini.studies.beside import beside
@@ -50,8 +51,20 @@ def bon(lab: Lab, seed: int):
 def smoothing(lab: Lab, seed: int):
     """What eps does to accuracy, margin and calibration, from stage 1."""
     for eps in (0.0, 0.05, 0.1, 0.2, 0.4):
-        bound = math.log((1 - eps) / eps) if eps else None
+        bound = best_mean_margin(lab.pairs("labelled", seed), eps)
         yield {"method": "GRAM", "eps": eps, "bound": bound, **lab.row(smoothed(lab, seed, eps))}
+
+
+def best_mean_margin(pairs: list[Pair], eps: float) -> float:
+    """Mean of the best margins of labelled pairs, for the better response (step 5 of losses.py).
+
+    A pair's probability says which share of the raters agrees with it, so noise counts, too.
+    """
+    margins = []
+    for pair in pairs:
+        assert pair.probability is not None  # the village knows it of all labelled pairs
+        margins.append(best_margin(eps, max(pair.probability, 1 - pair.probability)))
+    return statistics.mean(margins)
 
 
 def smoothed(lab: Lab, seed: int, eps: float) -> Path:
@@ -168,8 +181,8 @@ class Study(NamedTuple):
 
     rows: Callable[[Lab, int], Iterable[dict]]  # its docstring is printed above the table
     keys: tuple[str, ...]  # the columns that tell rows apart
-    x: str | None  # x axis of the figure; None for bars
-    shown: tuple[str, ...] | dict[str, bool]  # panels of the figure, or what draw_changes takes
+    x: str | None  # x axis of the figure; None for dots side by side
+    shown: tuple[str, ...] | dict[str, bool]  # panels, or measures of a table of changes
     methods: tuple[str, ...]  # of METHODS, those that the rows depend on
     after: Callable[[str, Lab, int, list, set[int], Path], None] | None = None  # writes more
     packages: tuple[str, ...] = ()  # that it needs beside requirements.txt
@@ -187,7 +200,8 @@ REWARDS = (
     *("agreement, GRAM", "true reward of the first, GRAM"),
     *("agreement, votes", "true reward of the first, votes"),
 )
-TABLE = ("in-distribution", *FACT, "courtesy only", "length only")
+TABLE = ("in-distribution", *FACT, "courtesy only")
+ORDERS = (*FACT, "position gap", "calibration error")
 TRAINED = tuple(name for name in MAIN if name in METHODS)
 GRPO = ("step", "step", "KL", "judge's reward")
 STUDIES = {  # the longest first
@@ -206,9 +220,7 @@ STUDIES = {  # the longest first
     ),
     "certain": Study(certain, ("method", "eps"), "eps", MEASURES, ()),
     "beside": Study(beside, ("method",), None, BESIDE, ("D from stage 1", "GRAM")),
-    "orders": Study(
-        orders, ("method",), None, (*FACT, "position gap"), ("GRAM", "GRAM, both orders (ours)")
-    ),
+    "orders": Study(orders, ("method",), None, ORDERS, ("GRAM", "GRAM, both orders (ours)")),
     "bon": Study(bon, ("method", "n"), "KL", ("proxy score", "true reward"), TRAINED),
     "rl": Study(rl, ("method", "step"), "KL", ("proxy reward", "true reward"), TRAINED),
     "writing-bon": of_writing("bon", writing.bon, "n", "KL", "judge's score"),

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -157,6 +158,14 @@ def curve(lab: Lab, seed: int):
             yield {"method": name, "labels": count or whole, **columns(lab, run, HELD_OUT)}
 
 
+def studies(name: str, tests: Iterable[str]) -> dict[str, Study]:
+    """The two studies under a name, whose judges are tested on these, too."""
+    return {
+        f"{name}-table": Study(table, ("method",), None, (HELD_OUT, *tests), COMPARED),
+        f"{name}-curve": Study(curve, ("method", "labels"), "labels", (HELD_OUT,), CURVE),
+    }
+
+
 def main(argv=None):
     parser = options.parser(__doc__, EXAMPLES)
     names = ("table", "curve")
@@ -221,11 +230,8 @@ def main(argv=None):
         baselines.__name__: args.scalar,
     }
     lab = Lab(args.runs, args.model, files, training, loading, stages)
-    studies = {
-        f"{args.name}-table": Study(table, ("method",), None, (HELD_OUT, *tests), COMPARED),
-        f"{args.name}-curve": Study(curve, ("method", "labels"), "labels", (HELD_OUT,), CURVE),
-    }
-    run([f"{args.name}-{args.study}"], lab, args.seeds, results, studies=studies)
+    known = studies(args.name, tests)
+    run([f"{args.name}-{args.study}"], lab, args.seeds, results, studies=known)
 
 
 if __name__ == "__main__":

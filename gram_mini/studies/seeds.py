@@ -18,7 +18,8 @@ from typing import Any
 from gram_mini.errors import Interrupted, UserError
 from gram_mini.runs import options
 from gram_mini.runs.processes import pick_device
-from gram_mini.studies.figures import average, draw, draw_changes, table
+from gram_mini.studies.drawing import draw
+from gram_mini.studies.figures import average, table
 from gram_mini.studies.lab import Lab, read_json, write_json
 from gram_mini.studies.paper import STUDIES, Study
 from gram_mini.studies.recorded import processor
@@ -207,11 +208,7 @@ def add_seed(name: str, seed: int, made: dict, lab: Lab, results: Path, study: S
             key: {str(s): made[key] if s == seed else before[key][str(s)] for s in seeds}
             for key in ("seconds", "processor")
         }
-        title = f"{name} ({len(seeds)} seed{'s' * (len(seeds) > 1)})"
-        if isinstance(study.shown, dict):
-            draw_changes(means, study.shown, results / f"{name}.png", title)
-        else:
-            draw(means, study.x, study.shown, results / f"{name}.png", title)
+        draw(name, study, rows, results / f"{name}.png")
         # Of the seconds: models that were there already took no time.
         record = {"study": name, "seeds": seeds, **by_seed, **basis(lab, study)}
         write_json(place, {**record, "means": means, "rows": rows})

@@ -500,7 +500,7 @@ def test_studies_share_models_and_their_figures(tmp_path, monkeypatch, few_pairs
     }
     assert "smoothing-0.1" in trained and "smoothing-0.05" not in trained  # eps 0.05 is GRAM
     last = rows["smoothing"][-1]
-    assert last["eps"] == 0.4 and last["bound"] == pytest.approx(math.log(1.5))
+    assert last["eps"] == 0.4 and 0 < last["bound"] < math.log(1.5)  # by the noise of the labels
     monkeypatch.setattr(lab, "judge", lambda model: pytest.fail("all were judged"))
     assert list(paper.unlabelled(lab, 1)) == rows["unlabelled"]
 

@@ -145,7 +145,7 @@ def plot_reliability(result: dict, picture: Path) -> None:
     bins = result["reliability"]
     figure = Figure(figsize=(5, 5))
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
-    above.plot((0.5, 1), (0.5, 1), "--", color="grey", label="calibrated")
+    above.plot((0.5, 1), (0.5, 1), color="grey", label="calibrated")
     points = [(one["probability"], one["share_right"]) for one in bins if one["pairs"]]
     above.plot(*zip(*points), "o-", label=f"ECE {result['judge']['ECE']['value']:.3f}")
     above.set(ylabel="share right", ylim=(0, 1.02), title=result["benchmark"])

@@ -1,0 +1,219 @@
+"""The pictures of the studies: methods side by side, methods over an x, and a table of changes.
+
+Seeds are small dots or thin lines, and what stands out is their mean.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from pathlib import Path
+from textwrap import fill
+from typing import NamedTuple
+
+from gram_mini.runs.output import save_figure
+from gram_mini.studies.figures import average, figure_text
+from gram_mini.studies.paper import Study
+from gram_mini.studies.style import color_of, dash_of, name_lines, without_stage_1
+
+import matplotlib
+from matplotlib.figure import Figure  # not pyplot: its state belongs to the notebook that calls us
+
+WIDTH = 8.0  # inches; a page shows them in about 800 pixels
+FONT = {"font.size": 9, "axes.titlesize": 10, "figure.titlesize": 11, "axes.titlelocation": "left"}
+GREY, PALE = "#777777", "#DDDDDD"
+BETTER, WORSE = "#0072B2", "#D55E00"  # red and green look alike to many
+
+
+class Scale(NamedTuple):
+    """The axis of a figure: its unit, where it begins and ends at most, and what chance gives."""
+
+    unit: str
+    begin: float | None = None
+    end: float | None = None
+    chance: float | None = None
+
+
+ACCURACY = Scale("share judged right", 0.5, 1.0, 0.5)  # of all figures that SCALES does not name
+BETTER_THAN_START, REWARD = Scale("P(better than the start)"), Scale("points, at most 3")
+SCALES = {
+    "KL": Scale("KL to the start, nats", 0.0),
+    "agreement": Scale("share of pairs in true order", 0.5, 1.0, 0.5),
+    "best of 16": REWARD,
+    "calibration error": Scale("mean error of P", 0.0, 1.0),
+    "cross-entropy": Scale("nats"),
+    "judge's reward": BETTER_THAN_START,
+    "judge's score": Scale("log-odds, nats"),
+    "margin": Scale("log-odds, nats", 0.0),
+    "no answer": Scale("share of the texts", 0.0, 1.0),
+    "policy": REWARD,
+    "position gap": Scale("mean change of P", 0.0, 1.0),
+    "proxy reward": BETTER_THAN_START,
+    "proxy score": Scale("log-odds, nats"),
+    "true reward": REWARD,
+    "true reward of the first": REWARD,
+}
+X_LABELS = {
+    "KL": "KL to the start, nats",
+    "comparisons": "number of comparisons",
+    "eps": "eps, the share of the target that smoothing gives to the other label",
+    "flipped": "share of the labels flipped",
+    "labels": "number of labels",
+    "share": "share of the unlabelled pairs in stage 1",
+    "step": "step of training",
+}
+PATHS = ("KL", "step")  # the x of which a seed is a thin line; over another x it is dots
+BOUND = "mean best margin, noisy labels"  # of paper.smoothing
+
+
+def draw(name: str, study: Study, rows: list[dict], picture: Path) -> None:
+    """Write the picture of a study, from the rows of all seeds, as PNG."""
+    save_figure(picture_of(name, study, rows), picture)
+
+
+@matplotlib.rc_context(FONT)
+def picture_of(name: str, study: Study, rows: list[dict]) -> Figure:
+    """The picture of a study; what it is of, ``study.x`` and ``study.shown`` say."""
+    means = average(rows, study.keys)
+    counts = Counter(tuple(row[key] for key in study.keys) for row in rows).values()
+    seeds = " to ".join(str(count) for count in sorted({min(counts), max(counts)}))
+    title = f"{name} ({seeds} seed{'s' * (max(counts) > 1)})"
+    if isinstance(study.shown, dict):
+        return _changes(means, study.shown, title)
+    panels = [panel for panel in study.shown if any(_has(row, panel) for row in rows)]
+    methods = list(dict.fromkeys(row["method"] for row in rows))
+    dots = study.x is None
+    # Each panel of lines needs room for names; a row of panels of dots shares them.
+    columns = min(len(panels), 2 if dots or len(panels) > 3 else 1)
+    lines = math.ceil(len(panels) / columns)
+    height = 0.7 + 0.19 * len(methods) if dots else 2.4
+    figure = Figure((WIDTH, 0.8 + lines * height), layout="constrained")
+    axes = list(figure.subplots(lines, columns, squeeze=False, sharey=dots).flat)
+    for axis in axes[len(panels) :]:
+        axis.remove()
+    with_chance = False
+    for axis, panel in zip(axes, panels):
+        shown = [row for row in rows if _has(row, panel)]
+        if study.x is None:
+            begin = _dots(axis, panel, shown, means, methods)
+        else:
+            begin = _lines(axis, panel, shown, means, study.x)
+        axis.grid(color=PALE, lw=0.6)
+        axis.set_title(panel.replace("-", " "))
+        chance = _scale(panel).chance
+        if chance is not None and begin < chance:
+            (axis.axvline if dots else axis.axhline)(chance, color=GREY, lw=0.8, zorder=1.9)
+            with_chance = True
+    if dots:
+        said = ["small dots: seeds; large dots and numbers: mean ± 95% interval"]
+    else:
+        said = [f"{'thin lines' if study.x in PATHS else 'dots'}: seeds; thick lines: their mean"]
+    if any(map(without_stage_1, methods)):
+        said.append(f"{'hollow' if dots else 'dashed'}: without stage 1")
+    if with_chance:
+        said.append("grey line at 0.5: chance")
+    _head_and_foot(figure, title, "; ".join(said))
+    if not dots:
+        name_lines(figure)
+    return figure
+
+
+def _has(row: dict, name: str) -> bool:
+    return row.get(name) is not None
+
+
+def _scale(panel: str) -> Scale:
+    """The scale of a figure, such as "agreement" for "agreement, GRAM"."""
+    return SCALES.get(panel) or SCALES.get(panel.partition(", ")[0], ACCURACY)
+
+
+def _limits(scale: Scale, values: list[float]) -> tuple[float, float]:
+    """Where an axis begins and ends: where its scale says, or at a tenth below if a value is."""
+    low, high = min(values), max(values)
+    room = 0.05 * (high - low) or 0.05
+    begin = low - room if scale.begin is None else min(scale.begin, math.floor(10 * low) / 10)
+    if scale.end is None:
+        return begin, high + room
+    return begin, scale.end if scale.chance else min(scale.end, high + room)
+
+
+def _dots(axis, panel: str, rows: list[dict], means: list[dict], methods: list[str]) -> float:
+    """A line for each method: its seeds, and their mean with figures. Returns where x begins."""
+    for place, method in enumerate(methods):
+        values = [row[panel] for row in rows if row["method"] == method]
+        if not values:
+            continue
+        color, (mean,) = color_of(method), [m[panel] for m in means if m["method"] == method]
+        face = "white" if without_stage_1(method) else color
+        axis.plot(values, [place] * len(values), ".", color=color, alpha=0.5, clip_on=False)
+        axis.plot(mean[0], place, "o", color=color, mfc=face, ms=7, label=method, clip_on=False)
+        at_the_right = axis.get_yaxis_transform()
+        axis.text(1.06, place, figure_text(mean), transform=at_the_right, va="center")
+    axis.set(xlabel=_scale(panel).unit, ylim=(len(methods) - 0.5, -0.5))
+    axis.set_xlim(_limits(_scale(panel), [row[panel] for row in rows]))
+    axis.set_yticks(range(len(methods)), methods)
+    axis.tick_params(length=0)
+    return axis.get_xlim()[0]
+
+
+def _lines(axis, panel: str, rows: list[dict], means: list[dict], x: str) -> float:
+    """Each method over x: its seeds, and a line of their means. Returns where y begins."""
+    seen = [row[panel] for row in rows]
+    for method in dict.fromkeys(row["method"] for row in rows):
+        style = {"color": color_of(method), "ls": dash_of(method), "clip_on": False}
+        thin = {"lw": 0.6} if x in PATHS else {"ls": "", "marker": "."}
+        of_method = [row for row in rows if row["method"] == method]
+        for seed in dict.fromkeys(row["seed"] for row in of_method):
+            path = [(row[x], row[panel]) for row in of_method if row["seed"] == seed]
+            axis.plot(*zip(*path), **{**style, **thin}, alpha=0.45)
+        mean = [row for row in means if row["method"] == method and panel in row]
+        places = [row[x][0] if isinstance(row[x], list) else row[x] for row in mean]
+        axis.plot(places, [row[panel][0] for row in mean], lw=1.8, label=method, **style)
+    bounds = {row[x]: row["bound"][0] for row in means if panel == "margin" and "bound" in row}
+    if bounds:
+        axis.plot(bounds.keys(), bounds.values(), color=GREY, lw=1.2, label=BOUND)
+    axis.set(xlabel=X_LABELS.get(x, x), ylabel=_scale(panel).unit)
+    axis.set_ylim(_limits(_scale(panel), [*seen, *bounds.values()]))
+    axis.margins(x=0.02)
+    if x == "labels":
+        counts = sorted({row[x] for row in rows})
+        axis.set_xscale("symlog", linthresh=50)
+        axis.set_xticks(counts, [f"{count:,}" for count in counts])
+        axis.minorticks_off()
+    elif x == "comparisons":
+        axis.set_xscale("log", base=2)
+        axis.xaxis.set_major_formatter("{x:,.0f}")
+    return axis.get_ylim()[0]
+
+
+def _changes(means: list[dict], measures: dict[str, bool], title: str) -> Figure:
+    """What eps changes against eps = 0, as a table; ``measures`` say whether more is better.
+
+    What is within the interval is white. One seed has no interval, so all of it is coloured.
+    """
+    rows = [row for row in means if row["eps"]]  # eps = 0 changes nothing
+    figure = Figure((WIDTH, 1.5 + 0.34 * len(rows)), layout="constrained")
+    axis = figure.subplots()
+    for column, (name, more_is_better) in enumerate(measures.items()):
+        changes = [row[f"{name}, change"] for row in rows]
+        largest = max(abs(change) for change, _ in changes) or 1.0
+        for line, (change, half) in enumerate(changes):
+            color = BETTER if (change > 0) == more_is_better else WORSE
+            color = color if abs(change) > (half or 0.0) else "white"
+            strength = 0.15 + 0.6 * abs(change) / largest
+            sides = [column, column + 1]
+            axis.fill_between(sides, line, line + 1, color=color, alpha=strength, lw=0)
+            axis.text(column + 0.5, line + 0.5, f"{change:+.3f}", ha="center", va="center")
+    heads = [f"{fill(name, 13)}\n{fill(f'({_scale(name).unit})', 13)}" for name in measures]
+    axis.set(xlim=(0, len(measures)), ylim=(len(rows), 0))
+    axis.set_xticks([i + 0.5 for i in range(len(measures))], heads)
+    axis.set_yticks([i + 0.5 for i in range(len(rows))], [row["method"] for row in rows])
+    axis.tick_params(length=0)
+    said = "blue: better; orange: worse; white: within the 95% interval over the seeds"
+    _head_and_foot(figure, f"{title}: eps = {rows[0]['eps']:g} minus eps = 0", said)
+    return figure
+
+
+def _head_and_foot(figure: Figure, title: str, said: str) -> None:
+    figure.suptitle(title)
+    figure.supxlabel(said, fontsize=FONT["font.size"], color=GREY)
