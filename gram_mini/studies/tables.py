@@ -37,7 +37,7 @@ HEADINGS = {
     "held out, position gap": "position gap",
     "held out, calibration error": "calibration error",
 }
-DEMO = ("in distribution", "out of distribution", "fact pairs", "cross-entropy", "position gap")
+DEMO = ("in distribution", "out of distribution", "fact only", "courtesy only", "length only")
 EVERYDAY = ("labelled topics", "unlabelled topics", "fact", "relevance", "courtesy", "length")
 CERTAINTY = ("cross-entropy", "calibration error", "position gap")
 TABLE = ("in-distribution", "out-of-distribution", "fact only", *CERTAINTY)

@@ -30,10 +30,11 @@ EXAMPLES = """\
 CAPTION = """\
 Accuracy against the truly better response, ± 95% interval (over the seeds if there are several,
 else over the prompts, 20 in distribution and 80 out of distribution). In distribution: topics with
-labels. Out of distribution: topics without. Fact pairs: one response right, the other wrong, and
-alike or not in all else.
+labels. Out of distribution: topics without. Fact, courtesy, length only: the pairs that differ in
+this alone, out of distribution.
 Cross-entropy: to the true probabilities, in nats. Position gap: mean |P(a better, a shown first) -
-P(a better, a shown second)|. The last three are out of distribution."""
+P(a better, a shown second)|. Both are out of distribution."""
+ASPECTS = ("fact only", "courtesy only", "length only")
 
 # Options that may differ between runs of one method.
 NOT_THE_METHOD = ("seed", "init", *options.WITHOUT_EFFECT)
@@ -54,13 +55,13 @@ def method_of(record: dict | None) -> tuple[str, str]:
     else:
         names = {None: "labels alone", "pretrain": "stage 1 + labels", "reward": "labels twice"}
         name = names[record["init"]["stage"] if record["init"] else None]
-        if arguments.get("head") == "scalar":
-            name = name.replace("labels", "labels, scalar head")
+        name += ", scalar head" if arguments.get("head") == "scalar" else ""
         name += ", text loss" if arguments.get("text_weight") else ""
         name += ", frozen" if arguments.get("freeze") else ""
-        name += ", smoothed" if arguments["label_smoothing"] > 0 else ""
+        name += ", eps = 0" if arguments["label_smoothing"] == 0 else ""
         name += ", both orders (ours)" if arguments.get("both_orders") else ""
-        name += " = GRAM" if name == "stage 1 + labels, smoothed" else ""
+        name += ", likelihood (ours)" if "beta_lr" in arguments else ""
+        name += " = GRAM" if name == "stage 1 + labels" else ""
     return name, json.dumps(arguments, sort_keys=True)
 
 
@@ -72,7 +73,8 @@ def village_table(
 ) -> list[list[str]]:
     """Judge both test sets of the village with each model, and return the lines of the table.
 
-    With a ``server`` it computes the judge (gram_mini/serving/served.py).
+    A run of stage 1 gets a second row, for its likelihood as a judge without labels. With a
+    ``server`` it computes the judge (gram_mini/serving/served.py), and there is no such row.
 
     Raises:
         UserError: a model that cannot be found or loaded.
@@ -81,33 +83,44 @@ def village_table(
     records = records_of(models)
     in_distribution = village_pairs("in-distribution")
     out_of_distribution = village_pairs("out-of-distribution")
-    facts = [i for i, pair in enumerate(out_of_distribution) if "fact" in pair.differs]
+    parts = [
+        [i for i, pair in enumerate(out_of_distribution) if pair.differs == {aspect.split()[0]}]
+        for aspect in ASPECTS
+    ]
     folders: dict[tuple[str, str, int], str] = {}
     rows: dict[tuple[str, str, int], dict[int, list[Evaluation]]] = defaultdict(dict)
+    judged: list[tuple[str, dict | None, str | None]] = []
     for model, record in zip(models, records):
+        judged.append((model, record, None))
+        if record and record["stage"] == "pretrain" and not server:
+            judged.append((model, record, "sum"))
+    for model, record, likelihood in judged:
         if not server:
-            judge = load_judge(model, device=device)
+            judge = load_judge(model, device=device, likelihood=likelihood)
         else:
             judge = served_judge(model, server, served_name)
         results = judge.compare_many(out_of_distribution, progress=model)
         others = judge.compare_many(in_distribution, progress=model)
         say_doubts(model, judge, [*results, *others])
         method, seed = (*method_of(record), 0), record["options"]["seed"] if record else 0
+        if likelihood:
+            method = "likelihood under stage 1", *method[1:]
         while seed in rows[method]:  # the same options from another stage 1: a row of its own
             method = (*method[:2], method[2] + 1)
         folders[method] = Path(model).name
         rows[method][seed] = [
             summarise(in_distribution, others),
             summarise(out_of_distribution, results),
-            on_part(out_of_distribution, results, facts),
+            *(on_part(out_of_distribution, results, part) for part in parts),
         ]
 
-    columns = ("in distribution", "out of distribution", "fact pairs", "cross-entropy")
+    columns = ("in distribution", "out of distribution", *ASPECTS, "cross-entropy")
     lines = [["", *columns, "position gap", "run"]]
     for method, by_seed in rows.items():
         runs = list(by_seed.values())
         name = method[0] + (f" ({len(runs)} seeds)" if len(runs) > 1 else "")
-        accuracies = (with_interval([run[k] for run in runs]) for k in range(3))
+        accuracies = [with_interval([run[k] for run in runs]) for k in range(2)]
+        accuracies += [f"{statistics.mean(run[k].accuracy for run in runs):.3f}" for k in (2, 3, 4)]
         # None of them is None, since the village knows the probability of every pair.
         entropies = [run[1].cross_entropy for run in runs if run[1].cross_entropy is not None]
         entropy = statistics.mean(entropies)
@@ -115,7 +128,7 @@ def village_table(
         lines.append([name, *accuracies, f"{entropy:.3f}", f"{gap:.3f}", folders[method]])
     truth = summarise(out_of_distribution, TrueJudge().compare_many(out_of_distribution))
     ideal = f"{truth.cross_entropy:.3f}"
-    lines.append(["the true rewards", "1.000", "1.000", "1.000", ideal, "0.000", ""])
+    lines.append(["the true rewards", *["1.000"] * 5, ideal, "0.000", ""])
     return lines
 
 

@@ -65,7 +65,16 @@ def test_the_lesson_is_a_dozen_files():
         len(path.read_text().splitlines()) for path in (*LESSON, *map(ROOT.joinpath, SCRIPTS))
     )
     assert lines <= 1700
-    assert WINGS == ["baselines", "everyday", "likelihood", "reading", "runs", "serving", "studies", "village"]
+    assert WINGS == [
+        "baselines",
+        "everyday",
+        "likelihood",
+        "reading",
+        "runs",
+        "serving",
+        "studies",
+        "village",
+    ]
     assert all((PACKAGE / wing / "README.md").is_file() for wing in WINGS)
 
 

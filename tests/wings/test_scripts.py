@@ -413,9 +413,10 @@ def test_the_table_tells_the_recipes_apart(reward, pretrain, monkeypatch, tmp_pa
     assert [line[0] for line in lines[1:]] == [
         "zero-shot judge",
         "stage 1 alone",
-        "stage 1 + labels, smoothed = GRAM (2 seeds)",
-        "stage 1 + labels, smoothed = GRAM",
-        "stage 1 + labels, smoothed = GRAM",
+        "likelihood under stage 1",
+        "stage 1 + labels = GRAM (2 seeds)",
+        "stage 1 + labels = GRAM",
+        "stage 1 + labels = GRAM",
         "the true rewards",
     ]
     assert len({len(line) for line in aligned(lines).splitlines()}) == 1
