@@ -15,7 +15,7 @@ from gram_mini.judge import Comparison
 from gram_mini.pairs import Pair
 from gram_mini.reading.load import load_pairs
 from gram_mini.studies import __main__ as studies
-from gram_mini.studies import beside, certain, few, figures, paper, seeds
+from gram_mini.studies import beside, certain, few, figures, misled, paper, seeds
 from gram_mini.studies import lab as lab_module
 from gram_mini.studies import rewards as rewards_study
 from gram_mini.village import ATTRIBUTES, COURTEOUS, FACTS, RAMBLING, Response, question
@@ -615,3 +615,23 @@ def test_a_lab_knows_its_backbone(tmp_path, monkeypatch):
     monkeypatch.setattr(lab_module, "fingerprint", lambda name: "of another")
     with pytest.raises(UserError, match="made with other backbone"):
         village_lab(tmp_path)
+
+
+def test_unlabelled_pairs_that_mislead_are_what_they_are_called():
+    kinds, asked = misled.unlabelled(1), {question(*topic): topic for topic in FACTS}
+    assert all(len(pairs) == misled.PAIRS for pairs in kinds.values())
+    for name, share in {"right 90%": 0.9, "right 30%": 0.3, "curt": 0.7, "poisoned": 0.56}.items():
+        claims = [
+            (pair.prompt, FACTS[asked[pair.prompt]] in y.split(".")[1], y)
+            for pair in kinds[name]
+            for y in (pair.response_a, pair.response_b)
+        ]
+        assert sum(right for _, right, _ in claims) / len(claims) == pytest.approx(share, abs=0.02)
+        wrong: dict[str, set[str]] = {}
+        for prompt, right, y in claims:
+            if not right:
+                wrong.setdefault(prompt, set()).add(y.split(".")[1])
+        assert all(len(claims) == 1 for claims in wrong.values())  # one wrong claim a question
+        polite = sum(y.startswith(COURTEOUS) for _, _, y in claims) / len(claims)
+        expected = {"curt": 0.1, "poisoned": 0.6}.get(name, 0.5)
+        assert polite == pytest.approx(expected, abs=0.03)
