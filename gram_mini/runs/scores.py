@@ -20,14 +20,13 @@ from gram_mini.reading.sources import Notes, Row
 from gram_mini.reading.usable import is_blank, unusable
 from gram_mini.runs import options
 from gram_mini.runs.partial import PartialFile
-from gram_mini.runs.ranking import Ranking, rank
+from gram_mini.runs.ranking import Ranking
 from gram_mini.runs.record import judge_fingerprint, tokenizer_fingerprint
 from gram_mini.runs.report import say_if_seldom
 
 from tqdm import tqdm
 
 UNREADABLE = "that cannot be read"
-AGAIN = 8  # kept pairs, about, that a server is asked for again before --resume goes on
 CHUNK = 2000  # comparisons that are held, made and written together: see README.md
 NOTED = ("batch_size", "device", "server")  # change no score by more than rounding
 
@@ -237,15 +236,13 @@ class Scores:
         Where a chunk ends depends on the data alone, never on where a run was stopped: which
         sequences share a forward pass can change the last digits of a score.
         """
-        digest, resumed, seen = hashlib.sha256(), self.args.resume, False
+        digest, resumed = hashlib.sha256(), self.args.resume
         for chunk in in_chunks(read_questions(self.args)):
             for question in chunk:
                 digest.update(question.digest())
             kept = self.file.kept(sum(question.lines for question in chunk))
             if kept is not None:
-                lines = self._parsed(chunk, kept)
-                seen = seen or self._ask_again(chunk, lines)
-                self._count(chunk, lines)
+                self._count(chunk, self._parsed(chunk, kept))
                 continue
             if resumed:
                 self._say_resumed(f"going on at row {chunk[0].head['row']}")
@@ -275,43 +272,6 @@ class Scores:
             f"{self.file.partial}: lines {self.lines + 1} to {self.lines + len(kept)} are not "
             "those of this data; start anew with --overwrite"
         )
-
-    def _ask_again(self, chunk: list[Question], lines: list[dict]) -> bool:
-        """See that a server still gives the scores of the first kept lines of a chunk.
-
-        Returns whether there was anything to ask.
-
-        Raises:
-            UserError: it gives others, so another model has taken its name.
-        """
-        judge, average = self.judge, self.args.average
-        rounding = getattr(judge, "rounding", None)  # only a served judge has it
-        if rounding is None:
-            return True
-        now: list[float] = []
-        kept: list[float] = []
-        place = 0
-        for q in chunk:
-            of_row = lines[place : place + q.lines]
-            place += q.lines
-            if q.responses is not None:
-                ranking = rank(judge, q.prompt, q.responses, self.args.rank, q.reference, average)
-                now += ranking.scores
-                kept += of_row[0]["scores"]
-            elif q.pairs:
-                compared = judge.compare_many(q.pairs[:AGAIN], average)
-                now += [p for result in compared for p in (result.a_first, result.a_second)]
-                kept += [p for line in of_row[:AGAIN] for p in (line["a_first"], line["a_second"])]
-            if len(now) >= 2 * AGAIN:
-                break
-        apart = max((abs(a - b) for a, b in zip(now, kept)), default=0.0)
-        if apart > rounding / 4:  # of log-odds; the slope of the sigmoid is 1/4 at most
-            raise UserError(
-                f"--resume: {self.args.server} serves another model than before: scores kept in "
-                f"{self.file.partial} are now up to {apart:.2g} apart; serve the former one, or "
-                "start anew with --overwrite"
-            )
-        return bool(now)
 
     def write(self, chunk: list[Question], answers: Sequence[list[Comparison] | Ranking]) -> None:
         """Write the lines of a chunk.
@@ -437,6 +397,7 @@ def settings(args, judge: Judge, contents: Contents) -> tuple[dict, dict]:
         **{name: given[name] for name in NOTED},
         "batch_size": judge.batch_size,
         "root": getattr(judge, "root", None),
+        "log-odds of a probe": getattr(judge, "probe", None),
     }
 
 

@@ -19,7 +19,7 @@ from gram_mini.runs import options
 from gram_mini.runs.ending import clear_errors
 from gram_mini.runs.load import find_record, load_judge
 from gram_mini.runs.table import aligned
-from gram_mini.serving.served import ROUTES, served_judge
+from gram_mini.serving.served import served_judge
 
 EXAMPLES = """\
   python -m gram_mini.serving.compare --model runs/exported --server http://127.0.0.1:8000 \\
@@ -33,7 +33,6 @@ def main(argv=None) -> None:
     parser.add_argument("--data", required=True, metavar="SOURCE", help="labelled pairs to score")
     parser.add_argument("--limit", type=options.positive_int, default=300, help="rows of them")
     parser.add_argument("--batch-size", type=options.positive_int, help="as in score.py, for both")
-    parser.add_argument("--route", choices=ROUTES, help="how to ask (default: the first answered)")
     options.add_model_options(parser)
     options.add_judge_template(parser, default="as in score.py")
     args = parser.parse_args(argv)
@@ -44,7 +43,7 @@ def main(argv=None) -> None:
 
     pairs = load_pairs(args.data, labelled=True, limit=args.limit).pairs
     given = args.max_length, args.batch_size, template
-    there = served_judge(args.model, args.server, args.served_name, *given, args.route)
+    there = served_judge(args.model, args.server, args.served_name, *given)
     here = load_judge(args.model, bits, args.device, *given)
     lines: list[tuple[str, ...]] = [("", "accuracy", "mean label mass", "pairs/s")]
     results = []

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
-
 from gram_mini.serving.rewards import AGAINST, group_rewards
 
 
-def as_trl_reward(
-    judge, against: str = "first", average: str = "probabilities", asynchronous: bool = False
-):
+def as_trl_reward(judge, against: str = "first", average: str = "probabilities"):
     """The judge as a reward function for TRL's GRPOTrainer(reward_funcs=...) and similar trainers.
 
     If the data set has a column ``reference``, a completion's reward is P(better than its
@@ -25,8 +21,6 @@ def as_trl_reward(
         judge: a Judge, or a served judge with the same ``compare_many``.
         against: "first" or "all".
         average: "probabilities" or "logits", as in Judge.compare_many.
-        asynchronous: make f a coroutine function. TRL runs those side by side, so that a served
-            judge answers while other reward functions wait for theirs. Alone it is no faster.
 
     Returns f(prompts, completions, completion_ids=None, reference=None, log_metric=None, **others)
     -> one reward for each completion. Texts and lists of messages are read as in training, by
@@ -47,8 +41,4 @@ def as_trl_reward(
                 log_metric(f"gram/{name}", mean)
         return found.rewards
 
-    async def gram_reward_async(**given) -> list[float]:
-        return await asyncio.to_thread(gram_reward, **given)
-
-    gram_reward_async.__name__ = gram_reward.__name__  # under which the trainer logs the rewards
-    return gram_reward_async if asynchronous else gram_reward
+    return gram_reward

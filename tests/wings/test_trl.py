@@ -146,8 +146,7 @@ def test_a_completion_with_nothing_to_compare_it_with(village_judge):
 
 # TRL still uses the old name of the option.
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
-@pytest.mark.parametrize("asynchronous", [False, True])
-def test_two_steps_of_grpo(asynchronous, village_judge, tokenizer, tmp_path):
+def test_two_steps_of_grpo(village_judge, tokenizer, tmp_path):
     import datasets
     from trl import GRPOConfig, GRPOTrainer  # slow to import, so only here
 
@@ -162,7 +161,7 @@ def test_two_steps_of_grpo(asynchronous, village_judge, tokenizer, tmp_path):
     )  # fmt: skip
     trainer = GRPOTrainer(
         model=policy,
-        reward_funcs=as_trl_reward(village_judge, against="all", asynchronous=asynchronous),
+        reward_funcs=as_trl_reward(village_judge, against="all"),
         args=config,
         train_dataset=datasets.Dataset.from_dict(
             {"prompt": [prompt(name) for name in ("Anna", "Bella", "Carla", "Dora")]}
