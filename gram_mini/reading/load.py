@@ -16,7 +16,7 @@ from functools import cached_property
 from gram_mini.errors import UserError
 from gram_mini.pairs import Pair
 from gram_mini.reading.columns import Columns
-from gram_mini.reading.formats import group_rows, has_literal_breaks, how_to_label, parse_pairs
+from gram_mini.reading.formats import group_rows, has_literal_breaks, parse_pairs
 from gram_mini.reading.sources import Notes, Row, read_rows
 from gram_mini.reading.usable import unusable
 from gram_mini.village import VILLAGE
@@ -93,7 +93,7 @@ def read_groups(
 
     Arguments are those of load_pairs; ``progress`` names the progress bar, if there is to be one.
     Yields as formats.group_rows does. Rows are read when they are needed, and dropped with their
-    group. Only --columns with response= holds all of them, as it groups them wherever they stand.
+    group.
 
     Raises:
         UserError: no such source, or --columns or --labels that cannot be followed.
@@ -105,9 +105,7 @@ def read_groups(
     rows = iter(tqdm(rows, desc=progress, unit=" rows", delay=2, disable=silent, leave=False))
     if not columns:
         return group_rows(rows)
-    table = Columns(columns, labels)
-    rows = table.rows(rows, notes)
-    return table.groups(rows) if table.one_response else group_rows(rows)
+    return group_rows(Columns(columns, labels).rows(rows, notes))
 
 
 def draw_pairs(pairs: list[Pair], count: int | None, seed: int = 0) -> list[Pair]:
@@ -172,7 +170,8 @@ def load_pairs(
         if labelled and any(pair.label is None and not pair.tied for pair in read_pairs):
             raise UserError(
                 f"{group[0][0]}: no label; stage 2 and evaluation need to know the preferred "
-                f"response: {how_to_label(group[0][1])}"
+                "response: give 'chosen' and 'rejected', 'label' with A or B, or --columns with "
+                "label=COLUMN and --labels"
             )
         return read_pairs, left_out
 
