@@ -24,7 +24,7 @@ from gram_mini.runs.output import check_output, save_figure, write_whole
 from gram_mini.runs.report import say_if_seldom
 from gram_mini.runs.table import aligned
 from gram_mini.serving.served import served_judge
-from gram_mini.studies.benchmarks.figures import BENCHMARKS, files, run
+from gram_mini.studies.benchmarks.figures import BENCHMARKS, run
 
 EXAMPLES = """\
   python -m gram_mini.studies.benchmarks --benchmark llmbar --data LLMBar/Dataset/LLMBar \\
@@ -59,7 +59,7 @@ def main(argv=None) -> None:
         parser.error("--served-name goes with --server")
     if args.server and (args.bits or args.device != "auto"):
         parser.error("--bits and --device do not go with --server, which has its own")
-    for path in files(args.benchmark, args.out):
+    for path in (args.out, args.out.with_suffix(".png")):
         check_output(path, args.overwrite, "--out")
     template = read_template(args.judge_template) if args.judge_template else None
     sizes = args.max_length, args.batch_size, template
@@ -78,7 +78,7 @@ def score_benchmark(judge: Judge, args) -> None:
     print(table(result))
     say_if_seldom(judge, result["label_mass"])
     save(result, args.model, args.out)
-    print(f"wrote {', '.join(map(str, files(args.benchmark, args.out)))}")
+    print(f"wrote {args.out}, {args.out.with_suffix('.png')}")
 
 
 def table(result: dict) -> str:
@@ -123,18 +123,9 @@ def _cells(figure: dict) -> tuple[str, str, str]:
 
 
 def save(result: dict, model: str, out: Path) -> None:
-    """Write the figures as JSON, the plot, and for RewardBench the file that its scripts write."""
-    _, picture, *own = files(result["benchmark"], out)
+    """Write the figures as JSON, and the plot."""
     write_whole(out, [json.dumps({"model": model, **result}, indent=2) + "\n"], "--out")
-    for path in own:  # the record of save_to_hub in rewardbench/utils.py: a score for each subset
-        record = {
-            "model": model,
-            "model_type": "Generative RM",
-            "chat_template": "tokenizer",
-            **result["details"]["subsets"],
-        }
-        write_whole(path, [json.dumps(record, indent=4, sort_keys=True)], "--out")
-    plot_reliability(result, picture)
+    plot_reliability(result, out.with_suffix(".png"))
 
 
 def plot_reliability(result: dict, picture: Path) -> None:
