@@ -59,6 +59,7 @@ RATINGS = ("conv_A_rating", "conv_B_rating")
 SYSTEM = ("system", "system_prompt", "system_message")
 CONTEXT = ("history", "chat_history", "context", "instruction", "input")
 
+BREAKS = "with a literal \\n beside the markers, taken off"
 SPELLED_OUT = "with a marker of the judge prompt in a response, read as plain letters"
 
 Scored = tuple[str, float | None]  # (response, score)
@@ -144,6 +145,7 @@ def parse_pairs(
         messages = messages or _with_system(own, each, place)
         compared += values
         notes.unread.update(_unread(each, form))
+        notes.rows += Counter({BREAKS: has_literal_breaks(each)})
     prompt = transcript(messages)
     if form.several and is_blank(prompt):  # perhaps thousands of rows: not all their pairs
         return [], Counter({"with an empty prompt": len(compared)})
@@ -383,9 +385,9 @@ _MARKER = "|".join(map(re.escape, (USER_QUESTION, START_A, END_A, START_B, END_B
 _BESIDE_A_MARKER = re.compile(rf"(?:{_MARKER})\\n|\\n(?:{_MARKER})")
 
 
-def has_literal_breaks(row) -> bool:
+def has_literal_breaks(row: dict) -> bool:
     """Whether an official row has LITERAL_BREAKs beside its markers, which the reader removes."""
-    texts = (row.get("instruction"), row.get("output")) if isinstance(row, dict) else ()
+    texts = row.get("instruction"), row.get("output")
     return any(isinstance(text, str) and _BESIDE_A_MARKER.search(text) for text in texts)
 
 

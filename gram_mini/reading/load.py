@@ -16,7 +16,7 @@ from functools import cached_property
 from gram_mini.errors import UserError
 from gram_mini.pairs import Pair
 from gram_mini.reading.columns import Columns
-from gram_mini.reading.formats import group_rows, has_literal_breaks, parse_pairs
+from gram_mini.reading.formats import group_rows, parse_pairs
 from gram_mini.reading.sources import Notes, Row, read_rows
 from gram_mini.reading.usable import unusable
 from gram_mini.village import VILLAGE
@@ -35,7 +35,6 @@ class PairData:
     pairs: list[Pair]
     rows: int
     dropped: Counter = field(default_factory=Counter)
-    literal_breaks: int = 0  # rows with a backslash and an n beside markers, which were removed
     unreadable: str | None = None  # the error of the first row that could not be read
     notes: Notes = field(default_factory=Notes)  # what was skipped, changed or assumed besides
 
@@ -58,8 +57,6 @@ class PairData:
         reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(self.dropped.items()))
         if reasons:
             line += f" ({reasons})"
-        if self.literal_breaks:
-            line += f"; {self.literal_breaks} with a literal \\n beside the markers, taken off"
         if self.unreadable:
             line += f"; the first that cannot be read: {self.unreadable}"
         return "; ".join([line, *self.notes.lines()])
@@ -71,7 +68,6 @@ class PairData:
             "rows": self.rows,
             "used": len(self.pairs),
             "dropped": dict(self.dropped),
-            "literal_breaks": self.literal_breaks,
             "unreadable": self.unreadable,
             "notes": self.notes.record(),
             "fingerprint": self.fingerprint,
@@ -187,7 +183,6 @@ def load_pairs(
         source, split, limit, subset, streaming, columns, labels, data.notes
     ):
         data.rows += len(group)
-        data.literal_breaks += sum(has_literal_breaks(row) for _, row in group)
         if on_bad_row == "skip":
             readable_rows = [row for row in group if readable(row)]
             data.dropped += Counter({"that cannot be read": len(group) - len(readable_rows)})

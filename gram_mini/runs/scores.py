@@ -14,7 +14,7 @@ from gram_mini.errors import Interrupted, UserError
 from gram_mini.judge import Comparison, Judge, preferred
 from gram_mini.pairs import Pair
 from gram_mini.prompts import LABELS
-from gram_mini.reading.formats import has_literal_breaks, parse_pairs, read_ranking
+from gram_mini.reading.formats import parse_pairs, read_ranking
 from gram_mini.reading.load import NOT_DRAWN, draw_pairs, read_groups
 from gram_mini.reading.sources import Notes, Row
 from gram_mini.reading.usable import is_blank, unusable
@@ -37,7 +37,6 @@ class Question:
 
     head: dict  # the beginning of every line of the row
     rows: int = 1  # rows of the source: one, or all of one prompt
-    literal_breaks: int = 0  # rows with a backslash and an n beside markers, which were removed
     pairs: list[Pair] = field(default_factory=list)
     left_out: Counter = field(default_factory=Counter)  # what cannot be scored, by reason
     notes: Notes = field(default_factory=Notes)  # what reading skipped, changed or assumed
@@ -97,7 +96,6 @@ def read_questions(
         if isinstance(row, dict) and "id" in row:
             head["id"] = row["id"]
         question = Question(head, len(group))
-        question.literal_breaks = sum(has_literal_breaks(row) for _, row in group)
         try:
             _read(question, group, args)
         except UserError as error:
@@ -166,7 +164,6 @@ class Contents:
 
     rows: int = 0
     lines: int = 0  # of the output
-    literal_breaks: int = 0
     left_out: Counter = field(default_factory=Counter)
     unusable: Counter = field(default_factory=Counter)
     notes: Notes = field(default_factory=Notes)
@@ -192,7 +189,6 @@ def read_through(args) -> Contents:
     for question in read_questions(args, contents.notes, "reading"):
         contents.rows += question.rows
         contents.lines += question.lines
-        contents.literal_breaks += question.literal_breaks
         contents.left_out.update(question.left_out)
         contents.unusable.update(question.unusable)
         contents.notes.update(question.notes)
@@ -343,10 +339,6 @@ class Scores:
             print(f"not scored: {count} {reason}{first}")
         notes = contents.notes.lines()
         print(*notes, sep="\n", end="\n" * bool(notes))
-        if contents.literal_breaks:
-            print(
-                f"{contents.literal_breaks} rows with a literal \\n beside the markers, taken off"
-            )
         for reason, count in contents.unusable.items():
             print(f"{count} {reason}: scored, and in no accuracy")
         if contents.unlabelled:

@@ -1,9 +1,7 @@
 """Benchmarks in their exact columns: official figures by hand, intervals, files, bad rows."""
 
-import errno
 import json
 import math
-import os
 import re
 from collections import Counter
 
@@ -699,7 +697,7 @@ def test_rm_bench_says_how_to_name_a_domain(tmp_path):
 # ---- the command ---------------------------------------------------------------------
 
 
-def test_score_writes_figures_and_plot(tmp_path, capsys):
+def test_score_writes_figures(tmp_path, capsys):
     data = write(tmp_path / "rows.jsonl", reward_bench_rows(REWARD_BENCH))
     out = tmp_path / "figures.json"
     options = "--model village --device cpu --benchmark reward-bench".split()
@@ -716,18 +714,13 @@ def test_score_writes_figures_and_plot(tmp_path, capsys):
     )
     assert sum(one["pairs"] for one in figures["reliability"]) == 17
     assert len(figures["reliability"]) == 10
-    assert (tmp_path / "figures.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(UserError, match="already there"):
-        command.main(given)
-    out.unlink()
-    with pytest.raises(UserError, match="figures.png: already there"):
         command.main(given)
     command.main([*given, "--overwrite", "--limit", "3"])
     assert json.loads(out.read_text())["rows"] == 3
     assert {path.name for path in tmp_path.iterdir()} == {
         "rows.jsonl",
         "figures.json",
-        "figures.png",
     }
 
 
@@ -742,17 +735,11 @@ def test_a_benchmark_says_what_it_changed_and_that_the_model_does_not_answer(
     monkeypatch.setattr(
         "gram_mini.judge.label_mass", lambda logits, labels: torch.full((len(logits),), 0.001)
     )
-    monkeypatch.setattr(command, "plot_reliability", full_disk)
-    with pytest.raises(UserError, match="No space left on device"):
-        command.main(given)
+    command.main(given)
     said = capsys.readouterr().out
     assert "8 rows with a marker of the judge prompt in a response, read as plain" in said
     assert "hardly ever answers A or B (mean mass on the labels 0.001)" in said
     assert json.loads(out.read_text())["label_mass"] == pytest.approx(0.001)
-
-
-def full_disk(*arguments):
-    raise UserError(os.strerror(errno.ENOSPC))
 
 
 def test_score_reads_the_official_folder_of_llmbar(tmp_path, capsys):
@@ -764,7 +751,6 @@ def test_score_reads_the_official_folder_of_llmbar(tmp_path, capsys):
     assert list(figures["judge_by_section"]) == list(figures["sections"]) and figures["rows"] == 9
     total = figures["official"]["total"]["value"]
     assert re.search(rf"^total +{total:.3f} .* 9$", capsys.readouterr().out, re.MULTILINE)
-    assert out.with_suffix(".png").exists()
 
 
 @pytest.mark.parametrize(("arguments", "message"), [

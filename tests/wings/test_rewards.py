@@ -92,16 +92,11 @@ def test_openrlhf_with_plain_prompts_and_several_queries(loop, capsys):
         assert message in capsys.readouterr().err
 
 
-def test_openrlhf_with_the_queries_of_llama_2(loop):
-    """Its tokenizer puts a first token before a text, and a blank after that."""
-    expected = loop.reward(QUESTION, SOUP, FISH)
+def test_openrlhf_with_a_first_token(loop):
     label = {"prompt": QUESTION, "reference": FISH}
-    for prompt, query in (
-        (f"<s>[INST] {QUESTION} [/INST]", f"<s> [INST] {QUESTION} [/INST] {SOUP} </s>"),
-        (f"[INST]  {QUESTION}\n[/INST] ", f"<s> [INST] {QUESTION} [/INST]{SOUP}</s>"),
-    ):
-        found = openrlhf.reward_func([query], [prompt], [label])["rewards"].item()
-        assert found == pytest.approx(expected, abs=1e-5)
+    prompt, expected = f"[INST] {QUESTION} [/INST]", loop.reward(QUESTION, SOUP, FISH)
+    found = openrlhf.reward_func([f"<s>{prompt} {SOUP}</s>"], [prompt], [label])["rewards"].item()
+    assert found == pytest.approx(expected, abs=1e-5)
 
 
 def test_a_loop_without_a_judge_is_told_how_to_name_one(monkeypatch):
