@@ -9,13 +9,12 @@ A target is a part of a pair, a source is where a row holds it.
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Iterator
 from typing import Any
 
 from gram_mini.errors import UserError
-from gram_mini.reading.messages import is_nothing, literal, read_text
+from gram_mini.reading.messages import is_nothing, literal, read_number, read_text
 from gram_mini.reading.sources import Notes, Row
 
 # The targets of each kind of row, and those that it may have besides.
@@ -156,14 +155,7 @@ class Columns:
         if target not in self.sources:
             raise UserError(f"{where}: no label; --columns needs score=COLUMN to compare responses")
         source = self.sources[target]
-        value = self._value(row, target, source, where, read)
-        number = _number(value)
-        if number is None:
-            raise UserError(
-                f"{where}: the score in column {source!r} must be a number, found "
-                f"{json.dumps(value, default=str)[:60]}; put it right or leave the row out"
-            )
-        return number
+        return read_number(self._value(row, target, source, where, read), where, source)
 
     def _by_scores(self, row: dict, where: str, read: set[str]) -> str:
         a, b = (self._score(row, target, where, read) for target in ("score_a", "score_b"))
@@ -211,22 +203,11 @@ def _look_up(row: dict, path: str) -> tuple[str, Any]:
     return path, MISSING
 
 
-def _number(value) -> float | None:
-    """A finite number, or text that reads as one; None for anything else."""
-    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
-        return None
-    try:
-        number = float(value)
-    except (ValueError, OverflowError):
-        return None
-    return number if math.isfinite(number) else None
-
-
 def _comparable(value):
     """What is equal for equal values: 1, "1" and 1.0 are, true and 1 are not."""
     if isinstance(value, bool) or isinstance(value, str) and value.lower() in ("true", "false"):
         return str(value).lower()
-    number = _number(value)
-    if number is not None:
-        return number
-    return "" if value is None else str(value).strip()
+    try:
+        return read_number(value, "", "")
+    except UserError:
+        return "" if value is None else str(value).strip()

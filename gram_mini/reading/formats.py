@@ -112,6 +112,18 @@ def prompt_of_one(row: dict | UserError) -> list | None:
     return [row["prompt"], *(row.get(name) for name in SYSTEM)]
 
 
+def readable(group: Sequence[Row], read: Callable) -> tuple[list[Row], str | None]:
+    """The rows of a group that ``read([row])`` reads, and why the first of the others is none."""
+    good, reason = [], None
+    for row in group:
+        try:
+            read([row])
+            good.append(row)
+        except UserError as error:
+            reason = reason or str(error)
+    return good, reason
+
+
 def parse_pairs(
     group: Sequence[Row], labelled: bool = True, pairs: str = "all", notes: Notes | None = None
 ) -> tuple[list[Pair], Counter]:

@@ -16,7 +16,7 @@ from functools import cached_property
 from gram_mini.errors import UserError
 from gram_mini.pairs import Pair
 from gram_mini.reading.columns import Columns
-from gram_mini.reading.formats import group_rows, parse_pairs
+from gram_mini.reading.formats import group_rows, parse_pairs, readable
 from gram_mini.reading.sources import Notes, Row, read_rows
 from gram_mini.reading.usable import unusable
 from gram_mini.village import VILLAGE
@@ -171,22 +171,15 @@ def load_pairs(
             )
         return read_pairs, left_out
 
-    def readable(row: Row) -> bool:
-        try:
-            read([row])
-        except UserError as error:
-            data.unreadable = data.unreadable or str(error)
-            return False
-        return True
-
     for number, group in read_groups(
         source, split, limit, subset, streaming, columns, labels, data.notes
     ):
         data.rows += len(group)
         if on_bad_row == "skip":
-            readable_rows = [row for row in group if readable(row)]
-            data.dropped += Counter({"that cannot be read": len(group) - len(readable_rows)})
-            group = readable_rows
+            good, reason = readable(group, read)
+            data.unreadable = data.unreadable or reason
+            data.dropped += Counter({"that cannot be read": len(group) - len(good)})
+            group = good
         read_pairs, left_out = read(group, data.notes) if group else ([], Counter())
         data.dropped.update(left_out)
         usable = []
@@ -201,8 +194,6 @@ def load_pairs(
         drawn = draw_pairs(usable, pairs_per_prompt, seed)
         data.dropped += Counter({NOT_DRAWN: len(usable) - len(drawn)})
         data.pairs += drawn
-    if pairs_per_prompt and not data.dropped[NOT_DRAWN]:
-        data.notes.source.append(f"--pairs-per-prompt {pairs_per_prompt} left nothing out")
     if not data.pairs:
         raise UserError(
             f"{data.summary()}: nothing left to use; give a file with at least one usable row"

@@ -206,20 +206,13 @@ def read_number(value, where: str, column: str) -> float:
     """A finite number, or text that reads as one: a CSV holds only text."""
     if isinstance(value, UserError):
         raise value
-    if isinstance(value, str):
-        try:
-            value = float(value)
-        except ValueError:
-            raise UserError(
-                f"{where}: column {column!r} must be a number, found {value[:40]!r}"
-            ) from None
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise UserError(
-            f"{where}: column {column!r} must be a number, found {type(value).__name__}"
-        )
-    if isinstance(value, float) and not math.isfinite(value):
-        raise UserError(f"{where}: column {column!r} must be a number, found {value}")
-    return value
+    try:
+        number = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError, OverflowError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise UserError(f"{where}: column {column!r} must be a number, found {repr(value)[:40]}")
+    return number
 
 
 def literal(text: str):

@@ -280,38 +280,31 @@ def _read_json(path: Path) -> Iterator[Row]:
 def _read_csv(path: Path) -> Iterator[Row]:
     with _opened(path) as file:
         csv.field_size_limit(2**31 - 1)  # a response may be long
-        reader = csv.DictReader(
-            io.TextIOWrapper(file, encoding="utf-8-sig", newline=""), strict=True
-        )
+        reader = csv.reader(io.TextIOWrapper(file, encoding="utf-8-sig", newline=""), strict=True)
+        names: list[str] = []
         while True:
             where = f"{path}, line {reader.line_num + 1}"
             try:
-                if not reader.fieldnames:
-                    raise _empty(path)
-                twice = [name for name, n in Counter(reader.fieldnames).items() if n > 1]
-                if twice:
-                    raise UserError(
-                        f"{where}: the column {twice[0]!r} stands there twice; rename one"
-                    )
-                where = f"{path}, line {reader.line_num + 1}"
-                row = next(reader)
+                fields = next(reader)
             except StopIteration:
-                return
+                break
             except UnicodeDecodeError:
                 # Text is decoded in blocks, so this is the line where the block begins.
                 raise UserError(f"{where} or after: not UTF-8 text; save it as UTF-8") from None
             except csv.Error as error:
                 raise UserError(f"{where}: invalid CSV: {error}; save it again") from None
-            if None in row or None in row.values():
-                yield (
-                    where,
-                    UserError(
-                        f"{where}: has another number of fields than the header; "
-                        "quote texts that hold commas"
-                    ),
-                )
-            else:
-                yield where, row
+            if not names:
+                names = fields
+                twice = [name for name, n in Counter(names).items() if n > 1]
+                if twice:
+                    raise UserError(f"{where}: column {twice[0]!r} stands there twice; rename one")
+            elif fields and len(fields) != len(names):
+                other = "has another number of fields than the header; quote texts with commas"
+                yield where, UserError(f"{where}: {other}")
+            elif fields:  # not an empty line
+                yield where, dict(zip(names, fields))
+    if not names:
+        raise _empty(path)
 
 
 def _read_parquet(path: Path) -> Iterator[Row]:

@@ -44,7 +44,6 @@ KEYS = {  # keys of an architecture, each of which must be there, and their name
     "attention.layer_norm_rms_epsilon": "rms_norm_eps", "rope.freq_base": "rope_theta",
 }  # fmt: skip
 SAID_TWICE = {  # keys that may be there, and must then say what the config says anyway
-    "attention.key_length": "head_dim", "attention.value_length": "head_dim",
     "rope.dimension_count": "head_dim", "vocab_size": "vocab_size",
 }  # fmt: skip
 CONTROL, USER_DEFINED, UNUSED = 3, 4, 5  # types of tokens; 1 is plain text
@@ -173,9 +172,7 @@ def _tokenizer(keys: dict) -> PreTrainedTokenizerFast:
         elif kind != UNUSED and len(text) > 1 and text not in made:
             raise UserError(f"its token {text!r} is typed as plain text, which no merge makes")
 
-    template, bos = keys.get("tokenizer.chat_template"), ggml.get("bos_token_id")
-    written = "bos_token" in (template or "")  # by the template, so that the key has no effect
-    if bos is not None and "add_bos_token" not in ggml and not written:
+    if "add_bos_token" not in ggml:  # if it is there, it is False
         raise UserError("its key tokenizer.ggml.add_bos_token is missing")
 
     def marker(name: str) -> str | None:
@@ -184,7 +181,7 @@ def _tokenizer(keys: dict) -> PreTrainedTokenizerFast:
 
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
-        chat_template=template,
+        chat_template=keys.get("tokenizer.chat_template"),
         bos_token=marker("bos"),
         eos_token=marker("eos"),
         unk_token=marker("unknown"),  # if there is none it must say so: some classes have their own
@@ -198,11 +195,10 @@ def _config(keys: dict, tensors: dict):
     prefix = f"{architecture}."
     values = _read(keys, prefix, KEYS, lambda key, value: key in SAID_TWICE)
     rope = {"rope_type": "default", "rope_theta": values["rope.freq_base"]}
-    size = values["embedding_length"] // values["attention.head_count"]
     config = AutoConfig.for_model(
         architecture,
         **{name: values[key] for key, name in KEYS.items() if name != "rope_theta"},
-        head_dim=values.get("attention.key_length", size),
+        head_dim=values["embedding_length"] // values["attention.head_count"],
         vocab_size=len(keys["tokenizer.ggml.tokens"]),
         rope_parameters=rope,
         tie_word_embeddings="output.weight" not in tensors,

@@ -14,7 +14,7 @@ from gram_mini.errors import Interrupted, UserError
 from gram_mini.judge import Comparison, Judge, preferred
 from gram_mini.pairs import Pair
 from gram_mini.prompts import LABELS
-from gram_mini.reading.formats import parse_pairs, read_ranking
+from gram_mini.reading.formats import parse_pairs, read_ranking, readable
 from gram_mini.reading.load import NOT_DRAWN, draw_pairs, read_groups
 from gram_mini.reading.sources import Notes, Row
 from gram_mini.reading.usable import is_blank, unusable
@@ -101,24 +101,14 @@ def read_questions(
         except UserError as error:
             if args.on_bad_row == "error":
                 raise
-            reasons = [_why_unreadable(item, args) for item in group]
-            good = [item for item, reason in zip(group, reasons) if reason is None]
-            good = good if len(good) < len(group) else []  # unreadable together only
+            good, reason = readable(group, lambda rows: _read(Question({"row": 0}), rows, args))
+            good = good if reason else []  # unreadable together only
             question = replace(question, notes=Notes(), left_out=Counter(), unlabelled=None)
-            question.unreadable = next(filter(None, reasons), str(error))
+            question.unreadable = reason or str(error)
             if good:
                 _read(question, good, args)
             question.left_out += Counter({UNREADABLE: len(group) - len(good)})
         yield question
-
-
-def _why_unreadable(item: Row, args) -> str | None:
-    """Why a row of a group cannot be read, None if it can."""
-    try:
-        _read(Question({"row": 0}), [item], args)
-    except UserError as error:
-        return str(error)
-    return None
 
 
 def _read(question: Question, group: list[Row], args) -> None:
@@ -388,7 +378,6 @@ def settings(args, judge: Judge, contents: Contents) -> tuple[dict, dict]:
     }, {
         **{name: given[name] for name in NOTED},
         "batch_size": judge.batch_size,
-        "root": getattr(judge, "root", None),
         "log-odds of a probe": getattr(judge, "probe", None),
     }
 

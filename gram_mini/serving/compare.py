@@ -1,6 +1,6 @@
 """Is the server my judge? The same pairs scored by a server and here.
 
-Prints how far the log-odds are apart, how often the verdicts agree, and pairs per second of both.
+Prints how far the log-odds are apart, and how often the verdicts agree.
 Ends with status 1 where they are farther apart than rounding explains. The local judge computes as
 score.py does; a plain model, which was not trained here, in bf16 where score.py would take NF4.
 """
@@ -8,17 +8,14 @@ score.py does; a plain model, which was not trained here, in bf16 where score.py
 from __future__ import annotations
 
 import sys
-import time
 from statistics import mean
 
-from gram_mini.evaluation import summarise
 from gram_mini.judge import preferred
 from gram_mini.reading.load import load_pairs
 from gram_mini.reading.template import read_template
 from gram_mini.runs import options
 from gram_mini.runs.ending import clear_errors
 from gram_mini.runs.load import find_record, load_judge
-from gram_mini.runs.table import aligned
 from gram_mini.serving.served import served_judge
 
 EXAMPLES = """\
@@ -45,21 +42,14 @@ def main(argv=None) -> None:
     given = args.max_length, args.batch_size, template
     there = served_judge(args.model, args.server, args.served_name, *given)
     here = load_judge(args.model, bits, args.device, *given)
-    lines: list[tuple[str, ...]] = [("", "accuracy", "mean label mass", "pairs/s")]
-    results = []
-    for name, judge in {"here": here, "server": there}.items():
-        rows, start = judge.encode(pairs), time.perf_counter()
-        results.append(judge.compare_encoded(rows, progress=name))
-        speed = len(pairs) / (time.perf_counter() - start)
-        figures = summarise(pairs, results[-1])
-        mass = f"{figures.label_mass:.4f}"
-        lines.append((name, f"{figures.accuracy:.3f}", mass, f"{speed:.1f}"))
+    rows = here.encode(pairs)
+    results = [here.compare_encoded(rows, progress="here")]
+    results += [there.compare_encoded(rows, progress="server")]
     both = list(zip(*results))
     odds = [abs(x.log_odds_first - y.log_odds_first) for x, y in both]
     odds += [abs(x.log_odds_second - y.log_odds_second) for x, y in both]
     p = [abs(x.probability - y.probability) for x, y in both]
     alike = sum(preferred(x.probability) == preferred(y.probability) for x, y in both)
-    print(aligned(lines))
     print(f"log-odds apart: mean {mean(odds):.2g}, at most {max(odds):.2g}")
     print(f"P apart: mean {mean(p):.2g}, at most {max(p):.2g}")
     print(f"the same verdict on {alike} of {len(pairs)} pairs")

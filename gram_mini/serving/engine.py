@@ -25,8 +25,7 @@ class Refused(UserError):
 class Engine:
     """A server: its address, and the model to ask it for.
 
-    ``name`` is that of the model, ``base`` that of its base if it is an adapter, and ``root`` where
-    the server has it from, if it says so.
+    ``name`` is that of the model, and ``base`` that of its base if it is an adapter.
 
     Args:
         server: address, such as http://127.0.0.1:8000. No proxy is used.
@@ -46,7 +45,6 @@ class Engine:
         self.timeout, self.waits = timeout, waits
         self.name: str | None = None
         self.base = ""
-        self.root: str | None = None
         self.headers = {"Content-Type": "application/json"}
         if key := os.environ.get(KEY, "").strip():
             self.headers["Authorization"] = f"Bearer {key}"

@@ -115,7 +115,7 @@ class ServedJudge(Judge):
         self.rounding = ROUNDING  # log-odds that are no farther apart count as equal
         pick_model(self.engine, served_name, max_length)
         compared = same_tokenizer(self.engine, tokenizer)
-        self.served_as, self.root = self.engine.name, self.engine.root
+        self.served_as = self.engine.name
         self.probe = prove(self)
         say(
             f"{self.engine.url}: serves {self.engine.name!r}; its tokenizer "
@@ -244,7 +244,7 @@ def pick_model(engine: Engine, served_name: str | None, max_length: int) -> None
     base = card.get("parent") or ""
     if base and base not in cards:  # vLLM may give it another name there
         base = next((other for other in cards if not cards[other].get("parent")), base)
-    engine.name, engine.base, engine.root = served_name, base, card.get("root")
+    engine.name, engine.base = served_name, base
     # An adapter's card does not say its length, that of its base does.
     limit = card.get("max_model_len") or cards.get(base, {}).get("max_model_len")
     if limit is not None and max_length >= limit:

@@ -460,5 +460,5 @@ def test_objects_in_a_json_file(tmp_path):
 
 def test_a_column_that_stands_twice_in_a_csv_is_refused(tmp_path):
     (tmp_path / "d.csv").write_text("prompt,chosen,chosen,rejected\na,b,c,d\n")
-    with pytest.raises(UserError, match="the column 'chosen' stands there twice; rename one"):
+    with pytest.raises(UserError, match="column 'chosen' stands there twice; rename one"):
         load_pairs(str(tmp_path / "d.csv"), True)

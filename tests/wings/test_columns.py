@@ -174,7 +174,7 @@ def test_responses_without_scores_are_for_stage_1(tmp_path):
     with pytest.raises(UserError, match="line 1: no label; --columns needs score=COLUMN"):
         load_pairs(source, True, columns=columns)
     bad = write(tmp_path / "e.jsonl", *SINGLE, {**SINGLE[0], "stars": "many"})
-    with pytest.raises(UserError, match="line 5: the score in column 'stars' must be a number"):
+    with pytest.raises(UserError, match="line 5: column 'stars' must be a number"):
         load_pairs(bad, True, columns=RESPONSE)
     data = load_pairs(bad, True, columns=RESPONSE, on_bad_row="skip")
     assert len(data.pairs) == 2 and data.dropped == {"that cannot be read": 1}

@@ -364,7 +364,7 @@ BAD = {
     ),
     "a score as bool": (
         {**UNIFIED, "conv_A_rating": True},
-        "column 'conv_A_rating' must be a number, found bool",
+        "column 'conv_A_rating' must be a number, found True",
     ),
     "a preference as text": (
         {**HELPSTEER3, "overall_preference": "A"},
