@@ -94,12 +94,7 @@ def read_rows(
 
 def looks_like_path(name: str) -> bool:
     """Whether a name that does not exist here looks like a path and not like owner/name."""
-    return (
-        name.startswith((".", "/", "~", "runs/"))
-        or name.count("/") > 1
-        or os.sep != "/"
-        and os.sep in name
-    )
+    return name.startswith((".", "/", "~", "runs/")) or name.count("/") > 1 or "\\" in name
 
 
 def _read(
@@ -328,10 +323,7 @@ def _read_parquet(path: Path) -> Iterator[Row]:
 def _as_row(row, where: str) -> dict | UserError:
     if isinstance(row, dict):
         return row
-    hint = "; a list of rows goes into a .json file" if isinstance(row, list) else ""
-    return UserError(
-        f"{where}: expected an object with named columns, found {type(row).__name__}{hint}"
-    )
+    return UserError(f"{where}: expected an object with named columns, found {type(row).__name__}")
 
 
 def _empty(path: Path) -> UserError:

@@ -92,7 +92,6 @@ class ServedJudge(Judge):
         server: address of the engine.
         served_name: name of the model there; None if it serves only one.
         batch_size: requests at a time; each holds up to ITEMS prompts of one question.
-        timeout: seconds for one request.
         The others are those of Judge.
 
     Raises:
@@ -108,10 +107,9 @@ class ServedJudge(Judge):
         max_length: int = 512,
         batch_size: int = REQUESTS,
         template: str | None = None,
-        timeout: float = TIMEOUT,
     ):
         super().__init__(None, tokenizer, max_length, batch_size, template)
-        self.engine = Engine(server, timeout, WAITS)
+        self.engine = Engine(server, TIMEOUT, WAITS)
         self.rounding = ROUNDING  # log-odds that are no farther apart count as equal
         pick_model(self.engine, served_name, max_length)
         compared = same_tokenizer(self.engine, tokenizer)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from gram_mini.serving.rewards import AGAINST, group_rewards
 
 
-def as_trl_reward(judge, against: str = "first", average: str = "probabilities"):
+def as_trl_reward(judge, against: str = "first"):
     """The judge as a reward function for TRL's GRPOTrainer(reward_funcs=...) and similar trainers.
 
     If the data set has a column ``reference``, a completion's reward is P(better than its
@@ -20,7 +20,6 @@ def as_trl_reward(judge, against: str = "first", average: str = "probabilities")
     Args:
         judge: a Judge, or a served judge with the same ``compare_many``.
         against: "first" or "all".
-        average: "probabilities" or "logits", as in Judge.compare_many.
 
     Returns f(prompts, completions, completion_ids=None, reference=None, log_metric=None, **others)
     -> one reward for each completion. Texts and lists of messages are read as in training, by
@@ -35,7 +34,7 @@ def as_trl_reward(judge, against: str = "first", average: str = "probabilities")
     def gram_reward(
         prompts, completions, completion_ids=None, reference=None, log_metric=None, **others
     ) -> list[float]:
-        found = group_rewards(judge, prompts, completions, reference, against, average)
+        found = group_rewards(judge, prompts, completions, reference, against)
         if log_metric:
             for name, mean in found.means.items():
                 log_metric(f"gram/{name}", mean)

@@ -334,7 +334,8 @@ def test_a_busy_server_is_asked_again_but_not_for_ever(tokenizer, serve, village
 
 def test_a_server_that_hangs(tokenizer, serve):
     server = serve()
-    judge = ServedJudge(tokenizer, server.url, timeout=0.3)
+    judge = ServedJudge(tokenizer, server.url)
+    judge.engine.timeout = 0.3
     server.fault = lambda path, body: time.sleep(1)
     assert "no answer within 0.3 s" in line(lambda: judge.compare(*PAIR))
 
