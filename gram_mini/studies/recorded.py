@@ -40,8 +40,8 @@ def record_table(path: Path, lines: list[list[str]]) -> None:
         means.append({"method": row[0], **cells})
     record = {
         "study": path.stem,
-        "command": " ".join(["python -m", module_name(), *sys.argv[1:]]),
-        "machine": f"{processor()}, {os.cpu_count()} cores",
+        "command": " ".join(["python", *sys.orig_argv[1:]]),
+        "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
         "versions": {name: version(name) for name in PACKAGES},
         "note": "± is the 95% interval over the prompts",
         "means": means,
@@ -56,19 +56,3 @@ def figure(text: str) -> list | str:
         return [float(value), float(half) if half else None]
     except ValueError:
         return text
-
-
-def module_name() -> str:
-    """The module that python -m runs."""
-    spec = sys.modules["__main__"].__spec__
-    return spec.name if spec else Path(sys.argv[0]).stem
-
-
-def processor() -> str:
-    """The processor's name, as Linux gives it."""
-    information = Path("/proc/cpuinfo")
-    if information.is_file():
-        for line in information.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
