@@ -41,7 +41,7 @@ def record_table(path: Path, lines: list[list[str]]) -> None:
     record = {
         "study": path.stem,
         "command": " ".join(["python", *sys.orig_argv[1:]]),
-        "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
+        "machine": f"{processor()}, {os.cpu_count()} cores",
         "versions": {name: version(name) for name in PACKAGES},
         "note": "± is the 95% interval over the prompts",
         "means": means,
@@ -56,3 +56,13 @@ def figure(text: str) -> list | str:
         return [float(value), float(half) if half else None]
     except ValueError:
         return text
+
+
+def processor() -> str:
+    """The processor's name, as Linux gives it."""
+    information = Path("/proc/cpuinfo")
+    if information.is_file():
+        for line in information.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

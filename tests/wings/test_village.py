@@ -1,6 +1,7 @@
 """The village: its truth, what each group of villagers may know, and its backbone."""
 
 import hashlib
+import json
 import math
 import random
 import re
