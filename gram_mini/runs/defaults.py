@@ -58,7 +58,7 @@ def choose_rate(args, stage: str, width: int) -> str:
 
     ``width`` is the model's hidden size.
     """
-    head, why = getattr(args, "head", None), "as given"
+    head, why = getattr(args, "head", ""), "as given"
     if args.lr is None and getattr(args, "freeze", False):
         args.lr, why = FROZEN[head], f"the one of a frozen model's {head} head, from the village"
     elif args.lr is None:
