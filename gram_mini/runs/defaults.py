@@ -10,8 +10,8 @@ all models. Above a width of 2000 it gives the lower rate of the two. Below 2000
 one, but there we have a search of our own, on SmolLM2-135M of width 576, seed 0. It found 1e-3 for
 stage 2 and for a scalar head by accuracy, and for stage 1 by its own loss, which was still lower at
 2e-3. The rule gives 1.3e-3 there, and with the other p 5.5e-4; at 5e-4 the judges were less
-accurate. All other widths are extrapolated. So is the adapter's scale: the rule was made with
-alpha = 32, and ours is twice the rank, so they agree at rank 16 only.
+accurate. So this width keeps 1e-3, and all others are extrapolated. So is the adapter's scale: the
+rule was made with alpha = 32, and ours is twice the rank, so they agree at rank 16 only.
 
 The batches were not searched.
 """
@@ -33,6 +33,7 @@ DEFAULTS = {
 }
 SCALAR = (3e-4, None)  # the rate of a scalar head and the adapter under it
 FROZEN = {"scalar": 0.1, "labels": 0.01}  # of a head alone, for any model; chosen on the village
+SEARCHED = {576: 1e-3}  # width: rate; SmolLM2-135M
 RULE = "5e-4 x (2000 / {})^0.78"
 SCORED = (32, 8)  # judge prompts of max_length per forward pass, on a CPU
 REQUESTS = 32  # to a server at a time
@@ -66,13 +67,16 @@ def choose_rate(args, stage: str, width: int) -> str:
         args.lr, why = for_model(values, args.model), "chosen on the village"
     if args.lr is None:
         args.lr = rate_of_width(width)
-        why = f"{RULE.format(width)}, for a hidden size of {width:,}"
+        where = "searched on SmolLM2-135M" if width in SEARCHED else RULE.format(width)
+        why = f"{where}, for a hidden size of {width:,}"
     return f"rate {args.lr:.1e}: {why} (--lr)"
 
 
 def rate_of_width(width: int) -> float:
-    """The peak rate for a model of this hidden size, in two digits."""
-    return float(f"{5e-4 * (2000 / width) ** 0.781:.1e}")
+    """The peak rate for a model of this hidden size: the one searched for, or the rule's in two
+    digits.
+    """
+    return SEARCHED.get(width) or float(f"{5e-4 * (2000 / width) ** 0.781:.1e}")
 
 
 def both(name: str, stage: str) -> str:

@@ -233,14 +233,15 @@ def load_model(
 
 
 def keep_no_square(model, longest: int) -> None:
-    """Train with torch's attention if the longest sequence has more than PLAIN_UP_TO tokens.
+    """Train with torch's attention on a CPU if the longest sequence has over PLAIN_UP_TO tokens.
 
     Plain attention keeps several matrices (T, T) of each head and layer for the backward pass. With
-    SmolLM2-135M and T = 1,024 they take two thirds of a step's memory, and moving them takes more
-    time than they save. Code that has no other attention stays as it is.
+    SmolLM2-135M and T = 1,024 they take most of a step's memory (runs/your_model.md), and writing
+    them takes longer than they save. Code that has no other attention stays as it is.
     """
     base = without_adapter(model)
-    if longest > PLAIN_UP_TO and getattr(base, "_supports_sdpa", False):
+    plain = model.device.type == "cpu" and base.config._attn_implementation == "eager"
+    if plain and longest > PLAIN_UP_TO and getattr(base, "_supports_sdpa", False):
         base.set_attn_implementation("sdpa")
 
 

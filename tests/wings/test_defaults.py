@@ -51,12 +51,14 @@ def test_the_villages_are_those_it_was_tuned_with():
 
 
 def test_another_models_rate_follows_from_its_width():
-    rates = {576: 1.3e-3, 1024: 8.4e-4, 2000: 5e-4, 4096: 2.9e-4}
+    rates = {576: 1e-3, 577: 1.3e-3, 1024: 8.4e-4, 2000: 5e-4, 4096: 2.9e-4}
     assert {width: rate_of_width(width) for width in rates} == rates
     args = pretrain_options("", ["--model", "some/model"])
     assert choose_rate(args, "pretrain", 1024) == (
         "rate 8.4e-04: 5e-4 x (2000 / 1024)^0.78, for a hidden size of 1,024 (--lr)"
     )
+    smol = pretrain_options("", ["--model", "some/model"])
+    assert "searched on SmolLM2-135M" in choose_rate(smol, "pretrain", 576)
     scalar = baseline_options(["--model", "some/model"])
     assert rate_of(scalar, "reward", 1024) == args.lr == 8.4e-4
     assert rate_of(baseline_options(["--model", "some/model", "--freeze"]), "reward", 1024) == 0.1
