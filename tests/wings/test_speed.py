@@ -195,6 +195,6 @@ def test_the_tables_of_the_pages_are_those_of_the_results():
     pages = [home / "README.md", home.parents[1] / "runs" / "your_model.md"]
     text = "".join(page.read_text() for page in pages)
     written = tables.tables()
-    assert set(written) == {f"speed-{name}" for name in (*STUDIES, "memory", "choices", "step")}
+    assert set(written) == {f"speed-{name}" for name in (*STUDIES, "choices", "step")}
     for name, table in written.items():
         assert f"<!-- table: {name} -->\n{table}\n<!-- end -->" in text

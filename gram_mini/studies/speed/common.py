@@ -123,7 +123,6 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "rows": dict(**NUMBER, default=1_000_000, help="pairs in the file"),
     "kills": dict(**NUMBER, default=0, help="how often a second run is killed"),
     "folder": dict(type=Path, default=Path("runs/stream"), help="a new one, for rows and scores"),
-    "cards": dict(**NUMBER, nargs="+", default=[8, 12, 24], help="sizes in GB"),
 }
 
 

@@ -1,15 +1,11 @@
-"""Memory of training: the largest pass that fits on a card, and what a plain command chooses.
+"""Memory of training: what a plain command chooses for a model on a device, and a step measured.
 
-The first table gives the most tokens of a pass (--batch-tokens), a power of two, with which both
-stages leave a tenth of the card free, and the peak in GiB, with gradient checkpointing. The tenth
-is for the CUDA context (about 0.5 GiB) and for what the allocator loses to fragmentation. The
-second table gives what a run chooses by the rules of gram_mini/runs for stage 2 with --both-orders
-1 and full pairs of 1,024 tokens: passes x tokens and the peak in GiB, with * for gradient
+The table gives what a run chooses by the rules of gram_mini/runs for stage 2 with --both-orders 1
+and full pairs of 1,024 tokens: passes x tokens and the peak in GiB, with * for gradient
 checkpointing; on a GPU in NF4, on a laptop with --bits 16.
 
-Both are computed. The functions below derive bytes from the sizes of a model, on a GPU, with
-padding counted as tokens. The logits are freed before the backward pass of the first layer, so the
-peak is
+It is computed. The functions below derive bytes from the sizes of a model, on a GPU, with padding
+counted as tokens. The logits are freed before the backward pass of the first layer, so the peak is
 
   weights + adapter + activations + max(logits, in flight [+ one layer, with checkpointing]).
 
@@ -30,14 +26,12 @@ from gram_mini.runs.defaults import BATCHES, MAX_LENGTH, rate_of_width
 from gram_mini.runs.ending import clear_errors
 from gram_mini.runs.run import LORA_RANK
 from gram_mini.studies.speed import common
-from gram_mini.studies.speed.common import GIB, MODELS, PIECES, SHAPES, STAGES, linear
+from gram_mini.studies.speed.common import GIB, PIECES, SHAPES, STAGES, linear
 from gram_mini.training import optimizer_and_schedule
 
 import torch
 
-EXAMPLES = """\
-  python -m gram_mini.studies.speed.memory --bits 16 --cards 16 80
-  python -m gram_mini.studies.speed.memory --measure --record SmolLM2-135M"""
+EXAMPLES = "  python -m gram_mini.studies.speed.memory --measure --record SmolLM2-135M"
 CHOSEN = ("SmolLM2-135M", "Qwen3-0.6B", "Qwen3-1.7B", "Qwen3-8B")
 # GiB of memory, about as torch reports them, and the bytes of a number that NF4 computes in.
 DEVICES = {
@@ -121,53 +115,37 @@ def peak(
     return weight_bytes(config, bits, width) + adapter + kept + max(logits, in_flight)
 
 
-def largest_pass(config, card: int, bits: int, rank: int) -> tuple[int, int]:
-    """(tokens, peak in bytes) of the largest pass on a card of so many GB; zeros for no pass."""
-    passes = [2**power for power in range(10, 20)]
-    peaks = [peak(config, bits, True, tokens, rank, trained=tokens) for tokens in passes]
-    room = 0.9 * card * GIB
-    return max((found for found in zip(passes, peaks) if found[1] <= room), default=(0, 0))
-
-
-def largest_passes(bits: int = 4, cards: tuple[int, ...] = (8, 12, 24), rank: int = 32) -> str:
-    """The Markdown table of all models."""
-    rows = []
-    for name, config in MODELS.items():
-        row = {"model": name}
-        for card in cards:
-            tokens, most = largest_pass(config, card, bits, rank)
-            row[f"{card} GB"] = f"{tokens:,} ({most / GIB:.3g})" if tokens else "does not fit"
-        rows.append(row)
-    return common.table(rows)
-
-
 # ---- what a plain command chooses ----------------------------------------------------
 
 
-def chosen(config, total: float, width: int) -> str:
-    """The passes of a step of stage 2 in NF4 on a GPU with ``total`` GiB, and the peak in GiB."""
-    rank = LORA_RANK
-    longest = runs_memory.Longest(
-        rows=BATCHES["batch_size"][1], sequences=2, length=MAX_LENGTH[1], logits=0
-    )
-    held = weight_bytes(config, 4, width) + 4 * adapter_parameters(config, rank)
+STEP = runs_memory.Longest(
+    rows=BATCHES["batch_size"][1], sequences=2, length=MAX_LENGTH[1], logits=0
+)
+
+
+def largest_pass(config, total: float, checkpointing: bool, width: int = 2) -> int:
+    """Tokens of a pass of STEP in NF4 on a GPU with ``total`` GiB; 0 if not even a pair fits."""
+    held = weight_bytes(config, 4, width) + 4 * adapter_parameters(config, LORA_RANK)
     room = runs_memory.room_on(round(total * GIB), held) + held
-    most = lambda checkpointing, tokens: peak(config, 4, checkpointing, tokens, rank, 0, width)
+    most = lambda tokens: peak(config, 4, checkpointing, tokens, LORA_RANK, 0, width)
+    return runs_memory.largest_pass(most, STEP, room)
+
+
+def chosen(config, total: float, width: int) -> str:
+    """Passes x tokens of STEP in NF4 on a GPU with ``total`` GiB, and the peak in GiB."""
     for checkpointing, star in ((False, ""), (True, "*")):
-        tokens = runs_memory.largest_pass(partial(most, checkpointing), longest, room)
-        if tokens:
-            passes = -(-longest.rows // (tokens // longest.row))
-            return f"{passes} x {tokens:,}{star} ({most(checkpointing, tokens) / GIB:.3g})"
+        if tokens := largest_pass(config, total, checkpointing, width):
+            most = peak(config, 4, checkpointing, tokens, LORA_RANK, 0, width) / GIB
+            return f"{-(-STEP.rows // (tokens // STEP.row))} x {tokens:,}{star} ({most:.3g})"
     return "does not fit"
 
 
 def on_laptop(config) -> str:
-    """The same on a CPU with --bits 16, where the passes do not depend on the memory."""
-    pairs, tokens = BATCHES["batch_size"][1], max(BATCHES["batch_tokens"][1], 2 * MAX_LENGTH[1])
-    most = peak(config, 16, False, tokens, LORA_RANK, 0)
+    """The same on a CPU with --bits 16, where a pass holds one pair in both orders."""
+    most = peak(config, 16, False, STEP.row, LORA_RANK, 0)
     if most > runs_memory.TIGHT * LAPTOP * GIB:
         return "does not fit"
-    return f"{pairs * 2 * MAX_LENGTH[1] // tokens} x {tokens:,} ({most / GIB:.3g})"
+    return f"{STEP.rows} x {STEP.row:,} ({most / GIB:.3g})"
 
 
 def choices() -> str:
@@ -184,19 +162,21 @@ def choices() -> str:
 # ---- a step on this CPU --------------------------------------------------------------
 
 
-def measured_steps(rank: int) -> list[dict[str, str]]:
+def measured_steps() -> list[dict[str, str]]:
     """Foreseen and measured memory of a step on SmolLM2-135M's shape; each in a fresh process."""
     rows = []
     for attention in ("sdpa", "eager"):
         for stage, sequences in (("pretrain", 1), ("reward", 2)):
             with multiprocessing.get_context("spawn").Pool(1) as process:
-                figures = process.apply(measured_step, (stage, sequences, attention, rank))
+                figures = process.apply(measured_step, (stage, sequences, attention))
             title = f"{STAGES[stage]}, {sequences} x {MAX_LENGTH[1]:,} tokens"
             rows.append({"a pass": title, "attention": attention, **figures})
     return rows
 
 
-def measured_step(stage: str, sequences: int, attention: str, rank: int) -> dict[str, str]:
+def measured_step(
+    stage: str, sequences: int, attention: str, rank: int = LORA_RANK
+) -> dict[str, str]:
     """GiB beside the model: foreseen, allocated by torch, and by how much the process grew."""
     config, length = SHAPES[RUN], MAX_LENGTH[1]
     torch.manual_seed(0)
@@ -228,18 +208,15 @@ def status(name: str) -> int:
 
 
 def main(argv=None) -> None:
-    parser = common.parser(str(__doc__), EXAMPLES, "lora-rank cards record")
-    parser.add_argument("--bits", type=int, choices=(4, 16), default=4, help="4: NF4; 16: bf16")
+    parser = common.parser(str(__doc__), EXAMPLES, "record")
     parser.add_argument("--measure", action="store_true", help="measure a step on this CPU")
     args = parser.parse_args(argv)
     if args.record and not args.measure:
         parser.error("--record goes with --measure")
     if args.measure:
-        rows = measured_steps(args.lora_rank)
-        common.report("speed-step.json", rows, args, torch.device("cpu"))
-        return
-    print(largest_passes(args.bits, args.cards, args.lora_rank))
-    print(f"\n{choices()}")
+        common.report("speed-step.json", measured_steps(), args, torch.device("cpu"))
+    else:
+        print(choices())
 
 
 if __name__ == "__main__":

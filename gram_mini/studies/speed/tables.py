@@ -3,12 +3,12 @@
 import json
 
 from gram_mini.studies.speed.common import RESULTS, table
-from gram_mini.studies.speed.memory import choices, largest_passes
+from gram_mini.studies.speed.memory import choices
 
 
 def tables() -> dict[str, str]:
     """Marker on the page -> the Markdown between it and its end."""
-    written = {"speed-memory": largest_passes(), "speed-choices": choices()}
+    written = {"speed-choices": choices()}
     for study in ("train", "score", "growth", "stream", "step"):
         records = json.loads((RESULTS / f"speed-{study}.json").read_text())
         names = {name: {"setting": name} if len(records) > 1 else {} for name in records}
