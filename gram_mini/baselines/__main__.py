@@ -48,7 +48,7 @@ EXAMPLES = """\
 def baseline_options(argv=None):
     """The options of the baselines."""
     p = parser(__doc__, EXAMPLES)
-    add_reward_options(p, out="runs/baseline")
+    add_reward_options(p, out="runs/baseline", rates=defaults.shown_rates_of_heads())
     g = p.add_argument_group("baseline")
     g.add_argument(
         "--head",

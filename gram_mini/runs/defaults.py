@@ -81,16 +81,17 @@ def rate_of_width(width: int) -> float:
 
 def both(name: str, stage: str) -> str:
     """Both defaults of an option, as its help shows them."""
-    return shown(DEFAULTS[stage][name])
-
-
-def shown(values: tuple) -> str:
-    """The village's value and any other's, as a help shows them."""
-    village, other = ("no limit" if value is None else f"{value:g}" for value in values)
+    village, other = DEFAULTS[stage][name]
     return f"(default: {village} for the village's backbone, {other} for any other model)"
 
 
-def shown_rate(stage: str) -> str:
-    """The rates of a stage, as the help shows them."""
+def shown_rate(rates: tuple) -> str:
+    """Both defaults of a rate, as the help shows them."""
     rule = RULE.format("hidden size")
-    return f"(default: {DEFAULTS[stage]['lr'][0]:g} for the village's backbone, {rule} for others)"
+    return f"(default: {rates[0]:g} for the village's backbone, {rule} for any other model)"
+
+
+def shown_rates_of_heads() -> str:
+    """The same of the baselines."""
+    alone = ", ".join(f"{rate:g} for {head}" for head, rate in FROZEN.items())
+    return f"{shown_rate(SCALAR)}; with --freeze {alone}"

@@ -285,8 +285,11 @@ def add_training_options(
     held_out: float,
     lora_rank: int | None,
     data_help: str,
+    rates: str = "",
 ) -> None:
     """Options of both stages; ``out`` to ``lora_rank`` are the defaults of the stage.
+
+    ``rates`` says what the default of --lr is, if it is not that of the stage.
 
     Those that depend on the backbone are None until defaults.choose has been called.
     """
@@ -340,7 +343,7 @@ def add_training_options(
         "--lr",
         type=positive_float,
         help="peak learning rate, warmed up over 5%% of the steps, then cosine "
-        + defaults.shown_rate(stage),
+        + (rates or defaults.shown_rate(defaults.DEFAULTS[stage]["lr"])),
     )
     g.add_argument(
         "--batch-size",
@@ -400,7 +403,7 @@ def add_training_options(
     add_model_options(g, bits_default=4, length_default=defaults.both("max_length", stage))
 
 
-def add_reward_options(p: argparse.ArgumentParser, out: str) -> None:
+def add_reward_options(p: argparse.ArgumentParser, out: str, rates: str = "") -> None:
     """Options of stage 2 and of the baselines."""
     add_training_options(
         p,
@@ -410,6 +413,7 @@ def add_reward_options(p: argparse.ArgumentParser, out: str) -> None:
         held_out=0.05,
         lora_rank=None,
         data_help="labelled pairs: file, folder, hub name, or 'village'",
+        rates=rates,
     )
     g = p.add_argument_group("stage 2")
     g.add_argument(

@@ -78,6 +78,14 @@ def test_help_shows_both(capsys):
         assert rate in said and "what its memory admits" in said
 
 
+def test_help_of_the_baselines_shows_the_rates_of_heads(capsys):
+    with pytest.raises(SystemExit):
+        baseline_options(["--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "0.0003 for the village's backbone, 5e-4 x" in said
+    assert "with --freeze 0.1 for scalar, 0.01 for labels" in said
+
+
 def test_a_run_keeps_the_rate_of_its_models_width(tmp_path, capsys):
     train_pretrain.main(
         ["--model", str(VILLAGE_FOLDER), "--out", str(tmp_path / "run")]

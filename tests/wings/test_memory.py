@@ -210,6 +210,17 @@ def test_a_name_to_record_needs_something_measured(capsys):
     assert error.value.code == 2 and "--record goes with --measure" in capsys.readouterr().err
 
 
+def test_a_measured_step_takes_what_was_foreseen(monkeypatch, fast_bfloat16):
+    monkeypatch.setitem(memory.SHAPES, memory.RUN, SHAPES["llama"])
+    monkeypatch.setattr(memory, "GIB", 2**10)  # so that two decimals say more
+    figures = memory.measured_step("reward", 1, "sdpa")
+    foreseen, allocated, _ = map(float, figures.values())
+    assert list(figures) == [
+        f"{name}, GiB" for name in ("foreseen", "allocated", "process grew by")
+    ]
+    assert 0.8 < foreseen / allocated < 1.2
+
+
 # ---- the estimate before the first step: runs/memory.py ------------------------------
 
 

@@ -174,13 +174,11 @@ def measured_steps() -> list[dict[str, str]]:
     return rows
 
 
-def measured_step(
-    stage: str, sequences: int, attention: str, rank: int = LORA_RANK
-) -> dict[str, str]:
+def measured_step(stage: str, sequences: int, attention: str) -> dict[str, str]:
     """GiB beside the model: foreseen, allocated by torch, and by how much the process grew."""
     config, length = SHAPES[RUN], MAX_LENGTH[1]
     torch.manual_seed(0)
-    model = common.build(config, 16, rank, torch.device("cpu")).train()
+    model = common.build(config, 16, LORA_RANK, torch.device("cpu")).train()
     model.get_base_model().set_attn_implementation(attention)
     rows = common.full_rows(sequences, stage, config.vocab_size, length)
     trained = trained_tokens(PIECES[stage], rows) if stage == "pretrain" else 0
