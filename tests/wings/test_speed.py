@@ -177,9 +177,11 @@ def test_every_study_has_its_own_help(capsys):
         assert "--record NAME" in capsys.readouterr().out
 
 
-def test_the_tables_of_the_page_are_those_of_the_results():
-    page = (Path(tables.__file__).parent / "README.md").read_text()
+def test_the_tables_of_the_pages_are_those_of_the_results():
+    home = Path(tables.__file__).parent
+    pages = [home / "README.md", home.parents[1] / "runs" / "your_model.md"]
+    text = "".join(page.read_text() for page in pages)
     written = tables.tables()
-    assert set(written) == {f"speed-{name}" for name in (*STUDIES, "memory")}
+    assert set(written) == {f"speed-{name}" for name in (*STUDIES, "choices", "step")}
     for name, table in written.items():
-        assert f"<!-- table: {name} -->\n{table}\n<!-- end -->" in page
+        assert f"<!-- table: {name} -->\n{table}\n<!-- end -->" in text

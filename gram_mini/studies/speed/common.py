@@ -115,7 +115,6 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "peer": dict(choices=("trl",), help="another library to compare with"),
     "pairs": dict(**NUMBER, default=8, help="pairs of a turn"),
     "responses": dict(**NUMBER, default=16, help="responses of a ranking"),
-    "cards": dict(**NUMBER, nargs="+", default=[8, 12, 24], help="sizes in GB"),
 }
 
 
