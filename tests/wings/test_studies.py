@@ -123,7 +123,7 @@ def test_table_has_a_row_for_each_method(tmp_path):
     rows = list(paper.table(FakeLab(tmp_path, truth), 1))
     papers = [name for name in lab_module.METHODS if "(ours)" not in name]
     others = [*lab_module.LIKELIHOODS, lab_module.JOINT]
-    assert [row["method"] for row in rows] == ["zero-shot", *papers, *others]
+    assert [row["method"] for row in rows] == ["zero-shot", "stage 1 alone", *papers, *others]
 
 
 def test_best_of_n(tmp_path):
