@@ -43,9 +43,9 @@ def rate_of(args, stage, width=96):
 def test_the_villages_are_those_it_was_tuned_with():
     args = pretrain_options("", [])
     assert (args.batch_size, args.max_length, rate_of(args, "pretrain")) == (64, 512, 3e-3)
-    assert rate_of(reward_options("", []), "reward") == 1e-3
+    assert rate_of(reward_options("", []), "reward") == 3e-4
     frozen = "--freeze", "--head"
-    for options, rate in {(): 3e-4, (*frozen, "scalar"): 0.1, (*frozen, "labels"): 0.01}.items():
+    for options, rate in {(): 1e-3, (*frozen, "scalar"): 0.1, (*frozen, "labels"): 0.01}.items():
         assert rate_of(baseline_options(options), "reward") == rate
     assert reward_options("", []).both_orders == 0  # the paper's way
 
@@ -82,7 +82,7 @@ def test_help_of_the_baselines_shows_the_rates_of_heads(capsys):
     with pytest.raises(SystemExit):
         baseline_options(["--help"])
     said = " ".join(capsys.readouterr().out.split())
-    assert "0.0003 for the village's backbone, 5e-4 x" in said
+    assert "0.001 for the village's backbone, 5e-4 x" in said
     assert "with --freeze 0.1 for scalar, 0.01 for labels" in said
 
 
@@ -91,8 +91,8 @@ def test_a_run_keeps_the_rate_of_its_models_width(tmp_path, capsys):
         ["--model", str(VILLAGE_FOLDER), "--out", str(tmp_path / "run")]
         + "--limit 20 --steps 1 --batch-size 4 --lora-rank 2".split()
     )
-    rate = rate_of_width(96)
-    assert f"rate {rate:.1e}: 5e-4 x (2000 / 96)^0.78" in capsys.readouterr().out
+    rate = rate_of_width(128)
+    assert f"rate {rate:.1e}: 5e-4 x (2000 / 128)^0.78" in capsys.readouterr().out
     assert read_record(tmp_path / "run")["options"]["lr"] == rate
 
 
