@@ -115,7 +115,7 @@ def _tiny_step(model, rows: int, length: int) -> tuple[list[int], int]:
                     with half_precision(model):
                         loss = decoder(model)(input_ids=ids, use_cache=True).last_hidden_state
                 kept = live.bytes
-                if loss.requires_grad:  # not that of a head on a frozen model
+                if parameters and loss.requires_grad:  # not that of a head on a frozen model
                     loss.backward()
     finally:
         for p in parameters:

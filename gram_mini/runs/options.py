@@ -158,7 +158,7 @@ def score_options(description: str, argv=None) -> argparse.Namespace:
         choices=LIKELIHOODS,
         help="of a stage-1 run: ask which response it finds likelier, instead of for a verdict; by "
         "the log-probability of the whole response, its mean over the tokens, or what it is beyond "
-        "that of the backbone",
+        "that of the backbone (default: the verdict)",
     )
     g.add_argument(
         "--average",
