@@ -401,8 +401,8 @@ def test_lora_that_cannot_be_put_on_is_one_line(tmp_path):
 
 
 def test_a_wrong_reading_of_four_bit_weights_is_said(monkeypatch, capsys, tmp_path):
-    """The rows of this model are 32 weights long, no whole blocks of 64."""
-    model = model_folder(tmp_path / "m", "llama")
+    """The rows of this model are 96 weights long, no whole blocks of 64."""
+    model = model_folder(tmp_path / "m", "llama", hidden_size=96)
     import bitsandbytes.functional
 
     real = bitsandbytes.functional.dequantize_4bit
