@@ -112,7 +112,7 @@ def _tiny_step(model, rows: int, length: int) -> tuple[list[int], int]:
                 if parameters:
                     loss = hidden_states(model, ids).sum()
                 else:
-                    with half_precision(model):
+                    with half_precision(model), torch.no_grad():
                         loss = decoder(model)(input_ids=ids, use_cache=True).last_hidden_state
                 kept = live.bytes
                 if parameters and loss.requires_grad:  # not that of a head on a frozen model

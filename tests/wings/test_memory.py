@@ -382,7 +382,7 @@ def run_reward(out, monkeypatch, free, *options):
     [
         (80, r"--batch-tokens \d+"),
         (8, r"--gradient-checkpointing --batch-tokens \d+"),
-        (5.3, r"--gradient-checkpointing --batch-tokens \d+ --max-length \d+"),
+        (5.45, r"--gradient-checkpointing --batch-tokens \d+ --max-length \d+"),
     ],
 )
 def test_too_large_a_batch_is_refused_with_options_that_fit(
