@@ -28,9 +28,9 @@ TESTED := -c tests/constraints.txt
 
 demo: .venv/.installed
 	$(BIN)/python train_pretrain.py --out $(DEMO)/pretrain --overwrite
-	$(BIN)/python -m gram_mini.baselines --out $(DEMO)/scalar --lr 3e-4 --overwrite
+	$(BIN)/python -m gram_mini.baselines --out $(DEMO)/scalar --lr 1e-3 --overwrite
 	$(BIN)/python train_reward.py --out $(DEMO)/labels --overwrite
-	$(BIN)/python -m gram_mini.baselines --init $(DEMO)/pretrain --out $(DEMO)/scalar_pretrained --lr 3e-4 --overwrite
+	$(BIN)/python -m gram_mini.baselines --init $(DEMO)/pretrain --out $(DEMO)/scalar_pretrained --lr 1e-3 --overwrite
 	$(BIN)/python train_reward.py --init $(DEMO)/pretrain --out $(DEMO)/reward --overwrite
 	@echo
 	@$(BIN)/python -m gram_mini.studies.village_table village $(RUNS:%=$(DEMO)/%)
@@ -50,9 +50,9 @@ real: .venv/.installed $(filter $(SMOLLM2),$(MODEL))
 	@test ! -e $(REAL)/reward || \
 	  { echo "$(REAL)/reward is there already: give REAL=another/folder, or remove it first"; exit 1; }
 	$(if $(call begun,$(REAL)/reward),@echo "stage 2 was stopped; going on with it from $(REAL)/pretrain as it is",\
-	  $(BIN)/python train_pretrain.py --model $(MODEL) --bits 16 --data $(UNLABELLED) --epochs 1 \
+	  $(BIN)/python train_pretrain.py --model $(MODEL) --bits 16 --data $(UNLABELLED) \
 	  --out $(REAL)/pretrain $(call again,$(REAL)/pretrain))
-	$(BIN)/python train_reward.py --model $(MODEL) --bits 16 --data $(DATA) --both-orders 1 \
+	$(BIN)/python train_reward.py --model $(MODEL) --bits 16 --data $(DATA) --epochs 2 --both-orders 1 \
 	  --init $(REAL)/pretrain --out $(REAL)/reward $(call again,$(REAL)/reward)
 	@echo
 ifeq ($(DATA),$(EVERYDAY))

@@ -41,7 +41,7 @@ from gram_mini.training import clip_gradients, draw_batches, optimizer_and_sched
 import torch
 
 EXAMPLES = """\
-  python -m gram_mini.baselines --head scalar --lr 3e-4 --label-smoothing 0 --out runs/d-baseline
+  python -m gram_mini.baselines --head scalar --lr 1e-3 --label-smoothing 0 --out runs/d-baseline
   python -m gram_mini.baselines --head labels --freeze --lr 0.01 --label-smoothing 0 \\
       --out runs/g-freeze"""
 

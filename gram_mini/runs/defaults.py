@@ -19,7 +19,7 @@ BATCHES = {
 # option: (for the village's backbone, for any other)
 DEFAULTS = {
     "pretrain": {"lr": (3e-3, 1e-3), **BATCHES},
-    "reward": {"lr": (1e-3, 1e-3), **BATCHES},
+    "reward": {"lr": (3e-4, 1e-3), **BATCHES},
 }
 SCORED = (32, 8)  # judge prompts of max_length per forward pass
 REQUESTS = 32  # to a server at a time

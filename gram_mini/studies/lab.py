@@ -36,7 +36,7 @@ from filelock import FileLock
 PLAIN = ["--label-smoothing", "0"]
 BOTH = ["--both-orders", "1"]
 # Learning rates and the weight of the text loss were chosen on seed 0.
-SCALAR = ["--head", "scalar", "--lr", "3e-4"]
+SCALAR = ["--head", "scalar", "--lr", "1e-3"]
 LIKELIHOOD, JOINT = "likelihood", "GRAM + likelihood (ours)"
 METHODS = {  # name: (whether it starts from stage 1, script, options of the script)
     "D-Baseline": (False, baselines, SCALAR + PLAIN),

@@ -6,7 +6,7 @@ form that it has there: 0.869, 0.87, 0.869 ± 0.012, +0.01 or 87%. Its NAME is o
 
   table/GRAM/position gap                 STUDY/METHOD/FIGURE
   bon/GRAM/n=256/true reward              the same, where a method has several rows; seed=1, too
-  orders/GRAM minus GRAM, 4 epochs/margin the difference of two methods within a seed
+  orders/GRAM minus GRAM, 2 epochs/margin the difference of two methods within a seed
   orders/minutes                          the time that a seed took
 """
 

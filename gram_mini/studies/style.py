@@ -18,7 +18,7 @@ PALETTE = {  # methods of one kind share a colour; of those in a panel of lines 
     "#56B4E9": ("D-Baseline", "D-Freeze", "D-Regularisation", "D-Label-Smoothing"),
     "#0072B2": ("D from stage 1",),
     "#E69F00": ("G-Baseline", "G-Label-Smoothing", "G-Freeze"),
-    "#D55E00": ("GRAM", "G from stage 1, eps = 0", "GRAM, 4 epochs", "in domain"),
+    "#D55E00": ("GRAM", "G from stage 1, eps = 0", "GRAM, 2 epochs", "in domain"),
     "#F4A582": ("GRAM, full rate",),
     "#009E73": ("G, both orders (ours)", "GRAM, both orders (ours)", "GRAM, both orders"),
     "#CC79A7": ("likelihood",),
