@@ -20,7 +20,7 @@ SMALLEST = (
     ("train", "STEPS = []", 'STEPS = ["--steps", "2", "--limit", "64"]'),
     ("scalar-hand", "HEAD_STEPS = 60", "HEAD_STEPS = 20"),
     ("judged", "pairs = village_pairs(split)", "pairs = village_pairs(split, 60)"),
-    ("by-hand-setup", "HAND_STEPS = 80", "HAND_STEPS = 20"),
+    ("by-hand-setup", "HAND_STEPS = 60", "HAND_STEPS = 20"),
     ("bon-scores", "80 if FULL else 20", "2"),
     ("few-labels", "(SEED, SEED + 1, SEED + 2)", "(SEED, SEED + 1)"),
     ("few-labels", "*ADAPT[method].options, ", ""),  # its epochs contradict --steps
