@@ -47,7 +47,7 @@ RANGES = (
     ("few-table", r"GRAM +\+ 200: (\S+)", 0.76, 0.95),
     ("open-test-more", r"by (\S+) ±", 0.01, 0.20),
     ("rl", r"GRAM .* (\S+) at the end", 2.0, 3.0),
-    ("fool-test", r"the judge (\S+),", 0.80, 1.00),
+    ("fool-test", r"GRAM gives it (\S+),", 0.50, 1.00),
     ("group-rewards", r"first +7 comparisons, (\S+) of", 0.75, 0.95),
     ("group-rewards", r"circle +8 comparisons, (\S+) of", 0.70, 0.90),
 )
