@@ -1,35 +1,8 @@
 """Preference rows in, pairs of responses out.
 
-A format is recognised by its columns and their types.
-
-    columns                                      format
-    prompt, chosen, rejected                     texts, or lists of {"role", "content"} messages
-                                                 (TRL) that may repeat the prompt
-                                                 (HuggingFaceH4/ultrafeedback_binarized; equal
-                                                 score_chosen and score_rejected are a tie)
-    the same, the last two lists of texts        each chosen with each rejected (RM-Bench)
-    question, or instruction and input,          the same; Alpaca's layout for preferences
-        instead of prompt
-    chosen, rejected                             whole dialogues with a shared beginning, as text
-                                                 (hh-rlhf) or as messages (TRL implicit prompt,
-                                                 Skywork-Reward-Preference)
-    conversations, chosen, rejected              ShareGPT: {"from", "value"}
-    conv_A, conv_B, conv_A_rating, ..._B_rating  whole dialogues as messages; the higher rating is
-                                                 better (Unified-Feedback)
-    prompt, response_a, response_b [, label]     triples, unlabelled or labelled A, B or tie
-    question, response_A, response_B [, label]   the same, labelled A>B, B>A or A=B (JudgeBench)
-    context, response1, response2,               below 0 response1 is better, 0 is a tie
-        overall_preference                       (nvidia/HelpSteer3)
-    prompt, response, helpfulness                one response a row; the rows of one prompt follow
-                                                 each other (nvidia/HelpSteer2)
-    instruction, completions                     several responses a row, compared by overall_score,
-                                                 or by fine-grained_score if no response has an
-                                                 overall_score (openbmb/UltraFeedback)
-    instruction, input, output                   the official GRAM files, for pre-training and for
-                                                 fine-tuning (NiuTrans/GRAM, README.md)
-
-messages.py reads the values. Beside any format, CONTEXT goes before the prompt, NOT_TEXT is
-refused, and every other column that holds something is named in the notes.
+A format is recognised by its columns and their types: FORMATS below, and README.md in more words.
+messages.py reads the values. Beside any format, a column SYSTEM goes before the prompt, NOT_TEXT
+and CONTEXT are refused, and every other column that holds something is named in the notes.
 
 Two dialogues may differ before their last message. Then each response begins at the answer where
 they split, and holds all that follows.
@@ -50,25 +23,18 @@ from gram_mini.errors import UserError
 from gram_mini.pairs import Pair
 from gram_mini.prompts import END_A, END_B, MARKERS, PREFERRED, START_A, START_B, USER_QUESTION
 from gram_mini.reading.messages import (
-    MESSAGE_KEYS,
     NOT_TEXT,
-    QUOTED,
-    SPEAKERS,
     Messages,
     hh_turns,
-    is_list_of_texts,
     is_nothing,
-    literal,
-    messages_in,
+    is_quoted,
     prompt_messages,
     read_messages,
     read_number,
     read_text,
-    repeating,
     split_dialogues,
     transcript,
     with_reply,
-    without_system,
 )
 from gram_mini.reading.sources import Notes, Row
 from gram_mini.reading.usable import is_blank
@@ -85,14 +51,15 @@ VERDICTS = {
 }
 
 ONE_RESPONSE = {"prompt", "response", "helpfulness"}
-SEVERAL_RESPONSES = {"instruction", "completions"}
+REPLIES = ("chosen", "rejected")
+SCORES = ("score_chosen", "score_rejected")
+RATINGS = ("conv_A_rating", "conv_B_rating")
 
-# Columns that go before the prompt, in this order, where a format has no other use for them.
+# Columns whose text goes before the prompt, and those that belong to it in a way we cannot know.
 SYSTEM = ("system", "system_prompt", "system_message")
-HISTORY = ("history", "chat_history")
-PASSAGES = ("context", "instruction", "input")
-CONTEXT = (*SYSTEM, *HISTORY, *PASSAGES)
+CONTEXT = ("history", "chat_history", "context", "instruction", "input")
 
+BREAKS = "with a literal \\n beside the markers, taken off"
 SPELLED_OUT = "with a marker of the judge prompt in a response, read as plain letters"
 
 Scored = tuple[str, float | None]  # (response, score)
@@ -103,13 +70,13 @@ Compared = tuple[str, str, float | None, float | None]  # (a, b, score of a, sco
 class Format:
     """A format: the columns that a row must have, its reader, and what else the reader looks at.
 
-    The reader takes (row, where, labelled) and returns the prompt as messages and a list: of
-    ``Compared``, or of ``Scored`` where ``several`` is set.
+    The reader takes (format, row, where, labelled) and returns the prompt as messages and a list:
+    of ``Compared``, or of ``Scored`` where ``several`` is set.
     """
 
     columns: set[str]
-    read: Callable[[dict, str, bool], tuple[Messages, list]]
-    prompts: tuple[str, ...] = ()
+    read: Callable[[Format, dict, str, bool], tuple[Messages, list]]
+    prompt: str = ""  # the column of the prompt, if one column holds it
     responses: tuple[str, ...] = ()
     more: tuple[str, ...] = ()
     several: bool = False
@@ -142,7 +109,19 @@ def prompt_of_one(row: dict | UserError) -> list | None:
     """What rows of one response must share to be compared; None for any other row."""
     if not isinstance(row, dict) or not ONE_RESPONSE <= row.keys():
         return None
-    return [row["prompt"], *(row.get(name) for name in CONTEXT)]
+    return [row["prompt"], *(row.get(name) for name in SYSTEM)]
+
+
+def readable(group: Sequence[Row], read: Callable) -> tuple[list[Row], str | None]:
+    """The rows of a group that ``read([row])`` reads, and why the first of the others is none."""
+    good, reason = [], None
+    for row in group:
+        try:
+            read([row])
+            good.append(row)
+        except UserError as error:
+            reason = reason or str(error)
+    return good, reason
 
 
 def parse_pairs(
@@ -166,41 +145,27 @@ def parse_pairs(
     if isinstance(row, UserError):
         raise row
     notes = Notes() if notes is None else notes
-    row, form = _recognise(row, where)
-    rows = [(where, row), *group[1:]]
+    form = _recognise(row, where)
     scores_needed = labelled or pairs == "best-worst"
-    responses: list = []
+    messages: Messages = []
+    compared: list = []
     left_out: Counter[str] = Counter()
-    changed: Counter[str] = Counter()
-    for number, (place, each) in enumerate(rows):
+    for place, each in group:
         assert isinstance(each, dict)  # a row that cannot be read is a group of its own
-        _refuse_not_text(each, form.columns, place)
-        text = _unquoted(each, form, place)
-        _refuse_lists(text, form, place)
-        changed["with messages written as text, read as messages"] += text is not each
-        own, values = form.read(text, place, scores_needed if form.several else labelled)
-        if number == 0:
-            messages = _with_context(own, text, place, form)
-        responses += values
-        notes.unread.update(_unread(text, form))
-        changed["whose one message as response is not the assistant's, read as if it were"] += any(
-            _is_of_another(text.get(name)) for name in form.responses
-        )
+        _refuse_beside(each, form, place)
+        own, values = form.read(form, each, place, scores_needed if form.several else labelled)
+        messages = messages or _with_system(own, each, place)
+        compared += values
+        notes.unread.update(_unread(each, form))
+        notes.rows += Counter({BREAKS: has_literal_breaks(each)})
     prompt = transcript(messages)
-    compared = responses
     if form.several and is_blank(prompt):  # perhaps thousands of rows: not all their pairs
-        return [], Counter({"with an empty prompt": len(responses)})
+        return [], Counter({"with an empty prompt": len(compared)})
     if form.several:
-        compared, left_out = _compared(responses, scores_needed, pairs)
-    asked = {prompt, transcript(own), own[-1][1]} if own else {prompt}
-    asked |= {row[name].strip() for name in form.prompts if isinstance(row.get(name), str)}
-    shortened = _without_prompt(compared, asked)
-    changed["whose responses repeat the prompt, taken off"] += len(rows) * (
-        shortened is not compared
-    )
-    changed[SPELLED_OUT] += spells_out_marker(text for a, b, *_ in shortened for text in (a, b))
-    notes.rows += changed
-    return [_pair_by_scores(prompt, *each) for each in shortened], +left_out
+        compared, left_out = _compared(compared, scores_needed, pairs)
+    texts = (text for a, b, *_ in compared for text in (a, b))
+    notes.rows += Counter({SPELLED_OUT: spells_out_marker(texts)})
+    return [_pair_by_scores(prompt, *each) for each in compared], +left_out
 
 
 def _compared(
@@ -237,322 +202,122 @@ def _pair_by_scores(
 # ---- which format --------------------------------------------------------------------
 
 
-def _recognise(row: dict, where: str) -> tuple[dict, Format]:
-    """The row and its format.
+def _recognise(row: dict, where: str) -> Format:
+    """The format of a row.
 
     Raises:
-        UserError: it has none; says what would read it.
+        UserError: it has none, or holds no texts; says what would read it.
     """
-    row = _verdict_in_chosen(row, where)
     for form in FORMATS:
         if form.columns <= row.keys():
-            return row, form
+            _refuse_names(row, where)
+            return form
     raise UserError(
-        f"{where}: columns {sorted(map(str, row))} are of no known format; {_nearest(row)}"
+        f"{where}: columns {sorted(map(str, row))} are of no known format; say which column holds "
+        "what: --columns prompt=COLUMN with chosen=COLUMN,rejected=COLUMN, or with "
+        "a=COLUMN,b=COLUMN,label=COLUMN and --labels (gram_mini/reading/README.md)"
     )
 
 
 # What 'chosen' and 'rejected' may hold where they name two other columns.
-_NAMES = (["a", "b"], ["1", "2"], ["0", "1"], ["model_a", "model_b"], ["first", "second"])
+_NAMES = ({"a", "b"}, {"1", "2"}, {"0", "1"}, {"model_a", "model_b"}, {"first", "second"})
 
 
-def _verdict_in_chosen(row: dict, where: str) -> dict:
-    """The row with a label where 'chosen' and 'rejected' are not texts but name two others."""
-    verdict = [row.get(name) for name in ("chosen", "rejected")]
-    letters = [str(value).strip() for value in verdict]
-    names = two_responses(row)
-    if names is None or sorted(map(str.lower, letters)) not in _NAMES and {*letters} != {*names}:
-        return row
-    if names[0] in ("response_a", "response_A") and letters[0].upper() in ("A", "B"):
-        rest = {name: value for name, value in row.items() if name not in ("chosen", "rejected")}
-        if rest.get("label") in ("A", "B") and rest["label"] != letters[0].upper():
-            raise UserError(
-                f"{where}: 'label' says {rest['label']} is better and 'chosen' says {verdict[0]}; "
-                "leave one of the columns out"
-            )
-        return {"label": letters[0].upper(), **rest}
-    raise UserError(
-        f"{where}: column 'chosen' holds {verdict[0]!r}, which seems to name one of {names[0]!r} "
-        f"and {names[1]!r}; give --columns prompt={prompt_columns(row) or 'COLUMN'},"
-        f"a={names[0]},b={names[1]},label=chosen --labels a=...,b=..."
-    )
-
-
-# Endings by which two columns are told apart, and how columns of responses, of scores and of
-# others are named.
-ENDINGS = (("a", "b"), ("A", "B"), ("1", "2"), ("0", "1"))
-_RESPONSE = "response|answer|output|completion|reply|generation|candidate|option|text|summary"
-_SCORE = "win|score|rating"
-_OTHER = f"{_SCORE}|model|rank|label|annot|prompt|question|instruction|id_|date|time|length|count"
-
-
-def twins(row: dict) -> list[tuple[str, str]]:
-    """The pairs of columns that differ in one of ENDINGS only."""
-    return [
-        (name, name[:-1] + second)
-        for first, second in ENDINGS
-        for name in map(str, row)
-        if name.endswith(first) and name[:-1] + second in row
-    ]
-
-
-def two_responses(row: dict) -> tuple[str, str] | None:
-    """Two columns that seem to hold two responses: by their names, else the longest texts."""
-    pairs = twins(row)
-    named = [pair for pair in pairs if re.fullmatch(rf"(?i:{_RESPONSE})[ _-]?.", pair[0])]
-    texts = [
-        pair
-        for pair in pairs
-        if all(isinstance(row[name], str) for name in pair) and not re.search(_OTHER, pair[0])
-    ]
-    longest = lambda pair: len(row[pair[0]]) + len(row[pair[1]])
-    return named[0] if named else max(texts, key=longest, default=None)
-
-
-def label_column(row: dict) -> str:
-    """The column that seems to say which response is better, as --columns takes it."""
-    names = ("label", "winner", "preference", "preferred", "better", "choice", "verdict", "chosen",
-             "labels")  # fmt: skip
-    return next((name for name in names if not is_nothing(row.get(name))), "COLUMN")
-
-
-def how_to_compare(row: dict, two: tuple[str, str]) -> str:
-    """The options that read two responses, and which is better."""
-    given = f"--columns prompt={prompt_columns(row) or 'COLUMN'},a={two[0]},b={two[1]}"
-    scores = next((pair for pair in twins(row) if re.search(_SCORE, pair[0])), None)
-    if label_column(row) == "COLUMN" and scores:
-        return f"{given},score_a={scores[0]},score_b={scores[1]}"
-    return f"{given},label={label_column(row)} --labels a=...,b=...,tie=..."
-
-
-def how_to_label(row: dict | UserError) -> str:
-    """What would label the pair of a row."""
-    two = two_responses(row) if isinstance(row, dict) else None
-    if isinstance(row, UserError) or not two:
-        return "give columns 'chosen' and 'rejected', or 'label' with A or B"
-    return f"give 'label' with A or B, or {how_to_compare(row, two)}"
-
-
-def prompt_columns(row: dict) -> str:
-    """The columns that seem to hold the prompt, as --columns takes them."""
-    for names in (["prompt"], ["instruction", "input"], ["question"], ["query"], ["input"]):
-        if names[0] in row:
-            return "+".join(name for name in names if name in row)
-    return ""
-
-
-def _nearest(row: dict) -> str:
-    """What would read a row of no known format."""
-    prompt, two = prompt_columns(row) or "COLUMN", two_responses(row)
-    if two:
-        return f"give {how_to_compare(row, two)}"
-    for name in ("response", "output", "completion", "answer", "generation"):
-        if name in row:
-            score = next((f",score={score}" for score in ("score", "rating") if score in row), "")
-            return (
-                "one response a row is no pair; give --columns "
-                f"prompt={prompt},response={name}{score}"
-            )
-    return (
-        "give 'prompt', 'chosen' and 'rejected', or say which columns hold them: --columns "
-        "prompt=COLUMN,chosen=COLUMN,rejected=COLUMN (gram_mini/reading/README.md lists more)"
-    )
+def _refuse_names(row: dict, where: str) -> None:
+    """Refuse 'chosen' and 'rejected' that are not texts but name two other columns."""
+    values = {str(row.get(name)).strip() for name in REPLIES}
+    ends = {str(name)[-1:].lower() for name in row}
+    twins = any({*two} <= ends for two in ("ab", "12", "01"))
+    if values <= row.keys() or twins and {value.lower() for value in values} in _NAMES:
+        raise UserError(
+            f"{where}: column 'chosen' holds {row.get('chosen')!r}, which seems to name a column; "
+            "give --columns prompt=COLUMN,a=COLUMN,b=COLUMN,label=chosen --labels a=...,b=..."
+        )
 
 
 # ---- what stands beside a format -----------------------------------------------------
 
 
-def _refuse_not_text(row: dict, own: set[str], where: str) -> None:
-    for name in NOT_TEXT:
-        if name not in own and not is_nothing(row.get(name)):
+def _refuse_beside(row: dict, form: Format, where: str) -> None:
+    """Refuse what would be lost or misread: pictures and tools, more of the prompt, and lists that
+    are written as text. One response alone may be such a list and mean it.
+    """
+    for name in (*NOT_TEXT, *CONTEXT):
+        if name not in form.columns and name not in form.more and not is_nothing(row.get(name)):
+            what = "what a judge of text cannot read"
+            how = "name the columns to read with --columns"
+            if name in CONTEXT:
+                what, how = "more than a prompt", f"join it by --columns prompt={name}+COLUMN,..."
             raise UserError(
-                f"{where}: column {name!r} holds what a judge of text cannot read; leave such rows "
-                "out (--on-bad-row skip), or name the columns to read with --columns"
+                f"{where}: column {name!r} holds {what}; {how}, or leave such rows out "
+                "(--on-bad-row skip)"
             )
+    named = [name for name in (form.prompt, *form.responses) if isinstance(row.get(name), str)]
+    quoted = {name for name in named if is_quoted(row[name])}
+    if form.prompt in quoted or len(form.responses) > 1 and quoted.issuperset(form.responses):
+        raise UserError(
+            f"{where}: column {min(quoted)!r} holds a list written as text; save the table as JSON "
+            "or Parquet, or say with --columns which part is meant (COLUMN.0 is the first)"
+        )
 
 
 def _unread(row: dict, form: Format) -> set[str]:
-    """The columns, and the parts of messages, that hold something and are not read."""
-    read = {*form.columns, *form.more, *CONTEXT, "id"}  # id is the row's name
-    names = {str(name) for name, value in row.items() if name not in read and not is_nothing(value)}
-    for name in read & row.keys():
-        value = row[name]
-        for part in value if isinstance(value, list) else [value]:
-            if isinstance(part, dict):
-                others = part.keys() - {*MESSAGE_KEYS, *COMPLETION_KEYS}
-                names |= {f"{name}.{key}" for key in others if not is_nothing(part[key])}
-    return names
+    """The columns that hold something and are not read."""
+    read = {*form.columns, *form.more, *SYSTEM, "id"}  # id is the row's name
+    return {str(name) for name, value in row.items() if name not in read and not is_nothing(value)}
 
 
-def _with_context(messages: Messages, row: dict, where: str, form: Format) -> Messages:
-    """The prompt after what stands in the columns CONTEXT: system, then earlier turns, then the
-    passages, which go before the first question. What the prompt holds already is not repeated.
-    """
-    other = {
-        name: row[name]
-        for name in CONTEXT
-        if name not in form.columns | set(form.more) and not is_nothing(row.get(name))
-    }
-    if not other:
-        return messages
-    turns: dict[str, Messages] = {
-        name: _earlier_turns(value, where, name, "System" if name in SYSTEM else "Human")
-        for name, value in other.items()
-    }
-    so_far = "\n".join(text for _, text in messages)
-    passages, earlier = [], []
-    for name, said in turns.items():
-        if name in PASSAGES and len(said) == 1 and said[0][0] == "Human":
-            passages += [said[0][1]] * (said[0][1] not in so_far)
-        elif not _begins(messages, said):
-            earlier += [turn for turn in said if name not in SYSTEM or turn not in messages]
-    if passages:
-        first = next((i for i, (speaker, _) in enumerate(messages) if speaker == "Human"), None)
-        if first is None:
-            messages = [*messages, ("Human", "\n\n".join(passages))]
-        else:
-            text = "\n\n".join([*passages, messages[first][1]])
-            messages = [*messages[:first], ("Human", text), *messages[first + 1 :]]
-    together = repeating(earlier, messages) or [*earlier, *messages]
-    return sorted(together, key=lambda message: message[0] != "System")  # stable: system first
-
-
-def _begins(messages: Messages, said: Messages) -> bool:
-    return messages[: len(said)] == said or without_system(messages)[: len(said)] == said
-
-
-def _is_of_another(reply) -> bool:
-    """Whether a reply of one message, which is read as the answer, is not of the assistant."""
-    message = reply[0] if isinstance(reply, list) and len(reply) == 1 else reply
-    role = message.get("role", message.get("from")) if isinstance(message, dict) else None
-    return isinstance(role, str) and SPEAKERS.get(role.strip().lower()) != "Assistant"
-
-
-def _earlier_turns(value, where: str, column: str, speaker: str) -> Messages:
-    """A column of CONTEXT as messages: text, messages, [question, answer] pairs, or texts that take
-    turns.
-    """
-    if isinstance(value, str) and value.strip().startswith("["):
-        value = literal(value) or value
-    if isinstance(value, str):
-        text = read_text(value, where, column)
-        return hh_turns(text) or [(speaker, text)]
-    if isinstance(value, list) and all(isinstance(item, str) for item in value):
-        texts = [read_text(item, where, column) for item in value]
-        if speaker == "System" or column in PASSAGES:
-            return [(speaker, "\n\n".join(texts))]
-        value = [texts]  # they take turns
-    if isinstance(value, list) and all(
-        isinstance(turn, (list, tuple)) and len(turn) % 2 == 0 for turn in value
-    ):
-        texts = [read_text(text, where, column) for turn in value for text in turn]
-        return [(("Human", "Assistant")[i % 2], text) for i, text in enumerate(texts)]
-    if isinstance(value, list) and any(isinstance(turn, (list, tuple, str)) for turn in value):
-        raise UserError(
-            f"{where}: column {column!r} must be text, a list of messages, or a list of [question, "
-            "answer]; the last answer is missing"
-        )
-    return read_messages([value] if isinstance(value, dict) else value, where, column)
-
-
-def _unquoted(row: dict, form: Format, where: str) -> dict:
-    """The row with messages where a prompt, or all responses, hold them written as text."""
-    quoted = {
-        name: messages_in(row[name], where, name)
-        for name in (*form.prompts, *form.responses)
-        if isinstance(row.get(name), str) and QUOTED.match(row[name].lstrip())
-    }
-    if not all(quoted.get(name) for name in form.responses):
-        quoted = {name: value for name, value in quoted.items() if name not in form.responses}
-    quoted = {name: value for name, value in quoted.items() if value}
-    return {**row, **quoted} if quoted else row
-
-
-def _refuse_lists(row: dict, form: Format, where: str) -> None:
-    """Refuse lists of texts that are written as text, as a CSV holds them: they would be read as
-    answers, brackets and all. One response alone may be such a list and mean it.
-    """
-    lists = {
-        name
-        for name in (*form.prompts, *form.responses)
-        if isinstance(row.get(name), str) and is_list_of_texts(row[name])
-    }
-    if len(lists) > 1 and lists.issuperset(form.responses):
-        name = form.responses[0]
-        raise UserError(
-            f"{where}: column {name!r} holds a list of texts written as text; say with --columns "
-            f"which of them is meant ({'chosen' if name == 'chosen' else 'a'}=COLUMN.0 is the "
-            "first), or leave such rows out (--on-bad-row skip)"
-        )
-
-
-def _without_prompt(compared: list[Compared], asked: set[str]) -> list[Compared]:
-    """The responses without the prompt, where all of them begin with it and go on after it.
-
-    ``asked`` are the texts that may be the prompt. One of a word or two is left: a greeting is
-    answered by the same.
-    """
-    responses = [text for a, b, *_ in compared for text in (a, b)]
-    for prompt in sorted(asked, key=len, reverse=True):
-        long = len(prompt.split()) >= 3 or len(prompt) >= 16
-        if long and responses and all(map(lambda text: _goes_on(text, prompt), responses)):
-            cut = len(prompt)
-            return [(a[cut:].strip(), b[cut:].strip(), s, t) for a, b, s, t in compared]
-    return compared
-
-
-def _goes_on(text: str, prompt: str) -> bool:
-    rest = text[len(prompt) :]
-    seam = rest[:1].isspace() or not prompt[-1:].isalnum()
-    return text.startswith(prompt) and bool(rest.strip()) and seam
+def _with_system(messages: Messages, row: dict, where: str) -> Messages:
+    """The prompt after what stands in the columns SYSTEM, if it does not hold it already."""
+    said = [
+        ("System", read_text(row[name], where, name))
+        for name in SYSTEM
+        if not is_nothing(row.get(name))
+    ]
+    return [*(message for message in said if message not in messages), *messages]
 
 
 # ---- the formats ---------------------------------------------------------------------
-# Each reader takes (row, where, labelled) and returns the prompt as messages, and its responses.
+# Each reader takes (format, row, where, labelled) and returns the prompt as messages, and its
+# responses.
 
 
-def _chosen_rejected(row: dict, where: str, labelled: bool) -> tuple[Messages, list[Compared]]:
-    """A prompt (ShareGPT: the conversation) with a better and a worse reply."""
-    column = next(name for name in PROMPTS if name in row)
-    messages = prompt_messages(row[column], where, column)
-    if column == "instruction" and not is_nothing(row.get("input")):
+def _chosen_rejected(form: Format, row: dict, where: str, labelled: bool):
+    """A prompt (ShareGPT: the conversation) with a better and a worse reply, or lists of texts."""
+    messages = prompt_messages(row[form.prompt], where, form.prompt)
+    if form.prompt == "instruction" and not is_nothing(row.get("input")):
         text = f"{messages[-1][1]}\n\n{read_text(row['input'], where, 'input')}"
         messages = [*messages[:-1], (messages[-1][0], text)]
-    replies = ("chosen", "rejected")
     if all(
         isinstance(row[name], list) and row[name] and isinstance(row[name][0], str)
-        for name in replies
+        for name in REPLIES
     ):
         chosen, rejected = (
-            [read_text(text, where, name) for text in row[name]] for name in replies
+            [read_text(text, where, name) for text in row[name]] for name in REPLIES
         )
         return messages, [(a, b, 1, 0) for a, b in product(chosen, rejected)]
-    messages, a, b = _with_replies(messages, row, replies, where)
-    return messages, [(a, b, *(_chosen_scores(row, where) if labelled else (1, 0)))]
+    messages, a, b = _with_replies(messages, form, row, where)
+    return messages, [(a, b, *_chosen_scores(row, where))]
 
 
-def _with_replies(
-    messages: Messages, row: dict, columns: tuple[str, ...], where: str
-) -> tuple[Messages, str, str]:
+def _with_replies(messages: Messages, form: Format, row: dict, where: str):
     """Prompt and responses from a prompt and two replies."""
-    a, b = (with_reply(messages, row[name], where, name) for name in columns)
-    return split_dialogues(a, b, where, f"{columns[0]!r} and {columns[1]!r}")
+    a, b = (with_reply(messages, row[name], where, name) for name in form.responses)
+    return split_dialogues(a, b, where, "{!r} and {!r}".format(*form.responses))
 
 
-def _dialogues(row: dict, where: str, labelled: bool) -> tuple[Messages, list[Compared]]:
+def _dialogues(form: Format, row: dict, where: str, labelled: bool):
     """Two whole dialogues. The prompt is what they share, the responses are what follows."""
-    chosen, rejected = row["chosen"], row["rejected"]
-    scores = _chosen_scores(row, where) if labelled else (1, 0)
-    if not isinstance(chosen, list) or not isinstance(rejected, list):
-        messages, a, b = _split_texts(chosen, rejected, where)
+    if form.more == SCORES and not all(isinstance(row[name], list) for name in REPLIES):
+        messages, *responses = _split_texts(row, where)
     else:
-        messages, a, b = split_dialogues(
-            read_messages(chosen, where, "chosen"),
-            read_messages(rejected, where, "rejected"),
-            where,
-            "'chosen' and 'rejected'",
-        )
-    return messages, [(a, b, *scores)]
+        a, b = (read_messages(row[name], where, name) for name in form.responses)
+        columns = "{!r} and {!r}".format(*form.responses)
+        messages, *responses = split_dialogues(a, b, where, columns)
+    if form.more == SCORES:
+        return messages, [(*responses, *_chosen_scores(row, where))]
+    ratings = [read_number(row.get(name), where, name) if labelled else None for name in RATINGS]
+    return messages, [(*responses, *ratings)]
 
 
 def _chosen_scores(row: dict, where: str) -> tuple[int, int]:
@@ -564,26 +329,14 @@ def _chosen_scores(row: dict, where: str) -> tuple[int, int]:
     return (0, 0) if a == b else (1, 0)
 
 
-def _unified_feedback(row: dict, where: str, labelled: bool) -> tuple[Messages, list[Compared]]:
-    """llm-blender/Unified-Feedback."""
-    a, b = (read_messages(row[name], where, name) for name in ("conv_A", "conv_B"))
-    messages, response_a, response_b = split_dialogues(a, b, where, "'conv_A' and 'conv_B'")
-    rating_a, rating_b = (
-        read_number(row.get(name), where, name) if labelled else None for name in RATINGS
-    )
-    return messages, [(response_a, response_b, rating_a, rating_b)]
-
-
-def _triple(row: dict, where: str, labelled: bool) -> tuple[Messages, list[Compared]]:
-    """Ours (prompt, response_a, response_b) and JudgeBench's (question, response_A, response_B)."""
-    form = next(form for form in FORMATS if form.read is _triple and form.columns <= row.keys())
-    messages = prompt_messages(row[form.prompts[0]], where, form.prompts[0])
-    messages, a, b = _with_replies(messages, row, form.responses, where)
+def _triple(form: Format, row: dict, where: str, labelled: bool):
+    messages = prompt_messages(row[form.prompt], where, form.prompt)
+    messages, a, b = _with_replies(messages, form, row, where)
     scores = _verdict(row.get("label"), where) if labelled else (None, None)
     return messages, [(a, b, *scores)]
 
 
-def _helpsteer3(row: dict, where: str, labelled: bool) -> tuple[Messages, list[Compared]]:
+def _helpsteer3(form: Format, row: dict, where: str, labelled: bool):
     """nvidia/HelpSteer3, preference: from -3 (response1 much better) to 3 (response2)."""
     messages = prompt_messages(row["context"], where, "context")
     a, b = (read_text(row[name], where, name) for name in ("response1", "response2"))
@@ -592,14 +345,14 @@ def _helpsteer3(row: dict, where: str, labelled: bool) -> tuple[Messages, list[C
     return messages, [(a, b, 0, preference)]
 
 
-def _helpsteer2(row: dict, where: str, scores_needed: bool) -> tuple[Messages, list[Scored]]:
+def _helpsteer2(form: Format, row: dict, where: str, scores_needed: bool):
     """nvidia/HelpSteer2: the response of one row and its helpfulness."""
     messages = prompt_messages(row["prompt"], where, "prompt")
     score = read_number(row["helpfulness"], where, "helpfulness") if scores_needed else None
     return messages, [(read_text(row["response"], where, "response"), score)]
 
 
-def _ultrafeedback(row: dict, where: str, scores_needed: bool) -> tuple[Messages, list[Scored]]:
+def _ultrafeedback(form: Format, row: dict, where: str, scores_needed: bool):
     """openbmb/UltraFeedback: (response, score) of each completion."""
     messages = [("Human", read_text(row["instruction"], where, "instruction"))]
     completions = row["completions"]
@@ -621,12 +374,9 @@ def _ultrafeedback(row: dict, where: str, scores_needed: bool) -> tuple[Messages
     return messages, responses
 
 
-def _split_texts(chosen, rejected, where: str) -> tuple[Messages, str, str]:
+def _split_texts(row: dict, where: str) -> tuple[Messages, str, str]:
     """Prompt and responses of two dialogues as text (Anthropic/hh-rlhf)."""
-    chosen, rejected = (
-        "\n\n" + read_text(value, where, name)
-        for value, name in ((chosen, "chosen"), (rejected, "rejected"))
-    )
+    chosen, rejected = ("\n\n" + read_text(row[name], where, name) for name in REPLIES)
     turn = "\n\nAssistant:"
     shared = os.path.commonprefix([chosen, rejected])
     # The turn that differs begins at the last marker that both dialogues share.
@@ -647,9 +397,9 @@ _MARKER = "|".join(map(re.escape, (USER_QUESTION, START_A, END_A, START_B, END_B
 _BESIDE_A_MARKER = re.compile(rf"(?:{_MARKER})\\n|\\n(?:{_MARKER})")
 
 
-def has_literal_breaks(row) -> bool:
+def has_literal_breaks(row: dict) -> bool:
     """Whether an official row has LITERAL_BREAKs beside its markers, which the reader removes."""
-    texts = (row.get("instruction"), row.get("output")) if isinstance(row, dict) else ()
+    texts = row.get("instruction"), row.get("output")
     return any(isinstance(text, str) and _BESIDE_A_MARKER.search(text) for text in texts)
 
 
@@ -662,7 +412,7 @@ def _strip_breaks(text: str) -> str:
     return text
 
 
-def _official(row: dict, where: str, labelled: bool) -> tuple[Messages, list[Compared]]:
+def _official(form: Format, row: dict, where: str, labelled: bool):
     """The official files (NiuTrans/GRAM, README.md): both answers stand between markers.
 
     They stand in output (pre-training) or in instruction (fine-tuning).
@@ -677,12 +427,12 @@ def _official(row: dict, where: str, labelled: bool) -> tuple[Messages, list[Com
         label = prompts.LABELS.index(output) if output in prompts.LABELS else None
         question, marker, answers = instruction.partition(START_A)
         answers = marker + answers
-        if label is None and not marker:
-            raise UserError(f"{where}: {_nearest(row)}")
         if label is None or not marker:
             raise UserError(
-                f"{where}: 'output' must hold both answers between {START_A!r} and {END_B!r}, "
-                "or be A or B with both answers in 'instruction'"
+                f"{where}: 'output' must hold both answers between {START_A!r} and {END_B!r}, or "
+                "be A or B with both answers in 'instruction', as in the official GRAM files; one "
+                "response a row is no pair: give --columns prompt=instruction,response=output,"
+                "score=COLUMN"
             )
     try:
         a = answers.split(START_A, 1)[1].split(END_A, 1)[0]
@@ -702,40 +452,39 @@ def _official(row: dict, where: str, labelled: bool) -> tuple[Messages, list[Com
 
 # Columns that hold the prompt of 'chosen' and 'rejected'. The first that a row has is used.
 PROMPTS = ("conversations", "prompt", "question", "instruction", "input")
-SCORES = ("score_chosen", "score_rejected")
-RATINGS = ("conv_A_rating", "conv_B_rating")
-COMPLETION_KEYS = ("response", "overall_score", "fine-grained_score")
 
 # The first format whose columns a row has is used.
-REPLIES = ("chosen", "rejected")
 FORMATS = (
-    Format(ONE_RESPONSE, _helpsteer2, ("prompt",), ("response",), several=True),
-    Format(SEVERAL_RESPONSES, _ultrafeedback, ("instruction",), several=True),
+    # nvidia/HelpSteer2: one response a row; the rows of one prompt follow each other
+    Format(ONE_RESPONSE, _helpsteer2, "prompt", ("response",), several=True),
+    # openbmb/UltraFeedback
+    Format({"instruction", "completions"}, _ultrafeedback, "instruction", several=True),
+    # TRL, HuggingFaceH4/ultrafeedback_binarized, Intel/orca_dpo_pairs, Alpaca, ShareGPT, RM-Bench
     *(
-        Format(
-            {name, *REPLIES},
-            _chosen_rejected,
-            (name,),
-            REPLIES,
-            (*SCORES, *(["input"] if name == "instruction" else [])),
-        )
+        Format({name, *REPLIES}, _chosen_rejected, name, REPLIES, (*SCORES, *more))
         for name in PROMPTS
+        for more in [["input"] if name == "instruction" else []]
     ),
-    Format({*REPLIES}, _dialogues, (), REPLIES, SCORES),
-    Format({"conv_A", "conv_B"}, _unified_feedback, (), ("conv_A", "conv_B"), RATINGS),
+    # Anthropic/hh-rlhf as text; TRL without a prompt, Skywork-Reward-Preference as messages
+    Format({*REPLIES}, _dialogues, "", REPLIES, SCORES),
+    # llm-blender/Unified-Feedback: the higher rating is better
+    Format({"conv_A", "conv_B"}, _dialogues, "", ("conv_A", "conv_B"), RATINGS),
+    # ours; ScalerLab/JudgeBench
     *(
-        Format({prompt, a, b}, _triple, (prompt,), (a, b), ("label",))
+        Format({prompt, a, b}, _triple, prompt, (a, b), ("label",))
         for prompt, a, b in (
             ("prompt", "response_a", "response_b"),
             ("question", "response_A", "response_B"),
         )
     ),
+    # nvidia/HelpSteer3
     Format(
         {"context", "response1", "response2", "overall_preference"},
         _helpsteer3,
-        ("context",),
+        "context",
         ("response1", "response2"),
     ),
+    # the official GRAM files, for pre-training and for fine-tuning (NiuTrans/GRAM, README.md)
     Format({"instruction", "output"}, _official, more=("input",)),
 )
 
@@ -750,7 +499,7 @@ def read_ranking(row: dict, where: str, notes: Notes) -> tuple[str, list[str]]:
         UserError: as parse_pairs.
     """
     form = Format({"prompt", "responses"}, _dialogues, more=("reference",))
-    _refuse_not_text(row, form.columns, where)
+    _refuse_beside(row, form, where)
     messages = prompt_messages(row.get("prompt"), where, "prompt")
     responses = row["responses"]
     texts = isinstance(responses, list) and all(isinstance(r, str) for r in responses)
@@ -758,7 +507,7 @@ def read_ranking(row: dict, where: str, notes: Notes) -> tuple[str, list[str]]:
         raise UserError(f"{where}: column 'responses' must be a list of at least one text")
     notes.unread.update(_unread(row, form))
     notes.rows += Counter({SPELLED_OUT: spells_out_marker(responses)})
-    return transcript(_with_context(messages, row, where, form)), responses
+    return transcript(_with_system(messages, row, where)), responses
 
 
 def spells_out_marker(responses: Iterable[str]) -> bool:

@@ -16,7 +16,7 @@ from functools import cached_property
 from gram_mini.errors import UserError
 from gram_mini.pairs import Pair
 from gram_mini.reading.columns import Columns
-from gram_mini.reading.formats import group_rows, has_literal_breaks, how_to_label, parse_pairs
+from gram_mini.reading.formats import group_rows, parse_pairs, readable
 from gram_mini.reading.sources import Notes, Row, read_rows
 from gram_mini.reading.usable import unusable
 from gram_mini.village import VILLAGE
@@ -35,7 +35,6 @@ class PairData:
     pairs: list[Pair]
     rows: int
     dropped: Counter = field(default_factory=Counter)
-    literal_breaks: int = 0  # rows with a backslash and an n beside markers, which were removed
     unreadable: str | None = None  # the error of the first row that could not be read
     notes: Notes = field(default_factory=Notes)  # what was skipped, changed or assumed besides
 
@@ -58,8 +57,6 @@ class PairData:
         reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(self.dropped.items()))
         if reasons:
             line += f" ({reasons})"
-        if self.literal_breaks:
-            line += f"; {self.literal_breaks} with a literal \\n beside the markers, taken off"
         if self.unreadable:
             line += f"; the first that cannot be read: {self.unreadable}"
         return "; ".join([line, *self.notes.lines()])
@@ -71,7 +68,6 @@ class PairData:
             "rows": self.rows,
             "used": len(self.pairs),
             "dropped": dict(self.dropped),
-            "literal_breaks": self.literal_breaks,
             "unreadable": self.unreadable,
             "notes": self.notes.record(),
             "fingerprint": self.fingerprint,
@@ -93,7 +89,7 @@ def read_groups(
 
     Arguments are those of load_pairs; ``progress`` names the progress bar, if there is to be one.
     Yields as formats.group_rows does. Rows are read when they are needed, and dropped with their
-    group. Only --columns with response= holds all of them, as it groups them wherever they stand.
+    group.
 
     Raises:
         UserError: no such source, or --columns or --labels that cannot be followed.
@@ -105,9 +101,7 @@ def read_groups(
     rows = iter(tqdm(rows, desc=progress, unit=" rows", delay=2, disable=silent, leave=False))
     if not columns:
         return group_rows(rows)
-    table = Columns(columns, labels)
-    rows = table.rows(rows, notes)
-    return table.groups(rows) if table.one_response else group_rows(rows)
+    return group_rows(Columns(columns, labels).rows(rows, notes))
 
 
 def draw_pairs(pairs: list[Pair], count: int | None, seed: int = 0) -> list[Pair]:
@@ -172,27 +166,20 @@ def load_pairs(
         if labelled and any(pair.label is None and not pair.tied for pair in read_pairs):
             raise UserError(
                 f"{group[0][0]}: no label; stage 2 and evaluation need to know the preferred "
-                f"response: {how_to_label(group[0][1])}"
+                "response: give 'chosen' and 'rejected', 'label' with A or B, or --columns with "
+                "label=COLUMN and --labels"
             )
         return read_pairs, left_out
-
-    def readable(row: Row) -> bool:
-        try:
-            read([row])
-        except UserError as error:
-            data.unreadable = data.unreadable or str(error)
-            return False
-        return True
 
     for number, group in read_groups(
         source, split, limit, subset, streaming, columns, labels, data.notes
     ):
         data.rows += len(group)
-        data.literal_breaks += sum(has_literal_breaks(row) for _, row in group)
         if on_bad_row == "skip":
-            readable_rows = [row for row in group if readable(row)]
-            data.dropped += Counter({"that cannot be read": len(group) - len(readable_rows)})
-            group = readable_rows
+            good, reason = readable(group, read)
+            data.unreadable = data.unreadable or reason
+            data.dropped += Counter({"that cannot be read": len(group) - len(good)})
+            group = good
         read_pairs, left_out = read(group, data.notes) if group else ([], Counter())
         data.dropped.update(left_out)
         usable = []
@@ -207,8 +194,6 @@ def load_pairs(
         drawn = draw_pairs(usable, pairs_per_prompt, seed)
         data.dropped += Counter({NOT_DRAWN: len(usable) - len(drawn)})
         data.pairs += drawn
-    if pairs_per_prompt and not data.dropped[NOT_DRAWN]:
-        data.notes.source.append(f"--pairs-per-prompt {pairs_per_prompt} left nothing out")
     if not data.pairs:
         raise UserError(
             f"{data.summary()}: nothing left to use; give a file with at least one usable row"

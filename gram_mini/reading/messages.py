@@ -30,12 +30,6 @@ NOT_TEXT = (
     "function_call", "function_calls", "tool_call_id",
 )  # fmt: skip
 
-MESSAGE_KEYS = ("role", "content", "from", "value")
-
-# A list of messages, or one message, as Python or JSON writes it.
-QUOTED = re.compile(r"""\[?\s*\{\s*['"](role|content|from|value)['"]\s*:""")
-
-
 # ---- a prompt and its replies --------------------------------------------------------
 
 
@@ -56,47 +50,38 @@ def prompt_messages(value, where: str, column: str) -> Messages:
 
 
 def with_reply(prompt: Messages, value, where: str, column: str) -> Messages:
-    """The dialogue with a reply: text, a message, or a list of messages that may repeat it.
+    """The dialogue with a reply: text, a message, or a list of messages that may repeat the prompt.
 
-    It may repeat the whole prompt, or its end only, or begin earlier than the prompt does. A reply
-    that begins with an answer repeats nothing.
+    Raises:
+        UserError: a reply that begins with something else.
     """
     if isinstance(value, str):
         text = read_text(value, where, column)
         turns = hh_turns(text) or []
         return repeating(prompt, turns) or [*prompt, ("Assistant", text)]
     reply = read_messages([value] if isinstance(value, dict) else value, where, column)
-    repeated = repeating(prompt, reply)
-    if not reply or repeated == prompt:
-        raise UserError(f"{where}: column {column!r} holds no answer; add the assistant's message")
-    if repeated:
+    if repeated := repeating(prompt, reply):
         return repeated
-    if len(reply) == 1:
-        return [*prompt, ("Assistant", reply[0][1])]
-    if reply[0][0] == "Assistant" or not without_system(prompt):
+    if reply and (reply[0][0] == "Assistant" or not without_system(prompt)):
         return [*prompt, *reply]
     raise UserError(
-        f"{where}: column {column!r} begins with a message of the user that is not in the prompt; "
-        "let it begin with the answer or with the messages of the prompt, or read the dialogues "
-        "alone with --columns chosen=chosen,rejected=rejected"
+        f"{where}: column {column!r} must begin with the assistant's answer, or repeat the whole "
+        "prompt and then answer; mend it, or read the dialogues alone with "
+        "--columns chosen=chosen,rejected=rejected"
     )
 
 
 def repeating(prompt: Messages, reply: Messages) -> Messages | None:
-    """The dialogue of a reply that repeats its prompt, None if it does not."""
-    for n in range(min(len(prompt), len(reply)), 0, -1):  # the end of the prompt, as much as it is
-        if prompt[-n:] == reply[:n]:
-            return [*prompt, *reply[n:]]
-    asked = without_system(prompt)
-    said = without_system(reply)
-    if reply and asked and reply[0][0] != "Assistant":
-        for start in range(len(said)):
-            if said[start : start + len(asked)] == asked and len(said) > start + len(asked):
-                system = [message for message in prompt if message not in asked + reply]
-                return [*system, *reply]
-        if said[: len(asked[-1:])] == asked[-1:]:
-            system = [message for message in reply if message not in said + prompt]
-            return [*system, *prompt, *said[1:]]
+    """The dialogue of a reply that repeats its prompt, None if it does not.
+
+    It may begin earlier than the prompt does, and either may leave the system message out. A reply
+    that begins with an answer repeats nothing.
+    """
+    asked, said = without_system(prompt), without_system(reply)
+    if asked and reply and reply[0][0] != "Assistant":
+        for start in range(len(said) - len(asked)):
+            if said[start : start + len(asked)] == asked:
+                return [*(message for message in prompt if message not in asked + reply), *reply]
     return None
 
 
@@ -201,27 +186,6 @@ def hh_turns(text: str) -> Messages | None:
     return [(speaker, said.strip()) for speaker, said in zip(turns[1::2], turns[2::2])]
 
 
-def messages_in(text: str, where: str, column: str):
-    """The messages that a text spells out, or None if it is only a text."""
-    value = literal(text)
-    messages = [value] if isinstance(value, dict) else value
-    if isinstance(messages, list) and all(
-        isinstance(message, dict) and message.keys() <= {*MESSAGE_KEYS, *NOT_TEXT}
-        for message in messages
-    ):
-        return value
-    if (
-        value is None
-        and text.lstrip().startswith("[")
-        and re.search(r"['\"](role|from)['\"]", text)
-    ):
-        raise UserError(
-            f"{where}: column {column!r} holds a list of messages written as text that cannot be "
-            "read back; save it as a list, in JSON or Parquet"
-        )
-    return None
-
-
 # ---- values --------------------------------------------------------------------------
 
 
@@ -242,20 +206,13 @@ def read_number(value, where: str, column: str) -> float:
     """A finite number, or text that reads as one: a CSV holds only text."""
     if isinstance(value, UserError):
         raise value
-    if isinstance(value, str):
-        try:
-            value = float(value)
-        except ValueError:
-            raise UserError(
-                f"{where}: column {column!r} must be a number, found {value[:40]!r}"
-            ) from None
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise UserError(
-            f"{where}: column {column!r} must be a number, found {type(value).__name__}"
-        )
-    if isinstance(value, float) and not math.isfinite(value):
-        raise UserError(f"{where}: column {column!r} must be a number, found {value}")
-    return value
+    try:
+        number = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError, OverflowError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise UserError(f"{where}: column {column!r} must be a number, found {repr(value)[:40]}")
+    return number
 
 
 def literal(text: str):
@@ -270,8 +227,10 @@ def literal(text: str):
     return None
 
 
-def is_list_of_texts(text: str) -> bool:
-    """Whether a text spells out a list of texts, in which null may stand for one."""
+def is_quoted(text: str) -> bool:
+    """Whether a text spells out messages or a list of texts, as a CSV holds them."""
+    if re.match(r"""\s*\[?\s*\{\s*['"](role|content|from|value)['"]\s*:""", text):
+        return True
     value = literal(text) if text.lstrip().startswith("[") else None
     return (
         bool(value)

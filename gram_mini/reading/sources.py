@@ -3,7 +3,7 @@
 A source is one of these:
 
     a file            .jsonl, .json or .csv, each also gzipped (.gz), or .parquet
-    a folder          of such files, one that datasets saved, or one with the layout of the hub
+    a folder          of such files, all of one kind
     owner/name        a data set on the hub
 """
 
@@ -30,14 +30,7 @@ Row = tuple[str, dict | UserError]
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 
-VALIDATION = ("validation", "valid", "val", "dev")  # names of one and the same split
-SPLITS = ("train", "test", *VALIDATION)
-
-# A file with one of these columns on its outside is one row, whatever lists it holds.
-OF_A_ROW = {
-    "prompt", "chosen", "rejected", "conversations", "conv_A", "instruction", "question", "context",
-    "completions", "responses",
-}  # fmt: skip
+SPLITS = re.compile(r"(train|test|valid|validation|val|dev|eval)(?![a-z])")
 
 
 @dataclass
@@ -81,9 +74,8 @@ def read_rows(
     so that the caller may go on with the next one. Only a .json list is held in memory as a whole.
 
     Args:
-        split: the split of a hub data set, or of a folder that holds several; None is "train"
-            there, and everything where there are no splits.
-        subset: the configuration of a hub data set, or of a folder that holds several.
+        split: the split of a hub data set, "train" by default, or of a folder that holds several.
+        subset: the configuration of a hub data set.
         streaming: hub only; download rows when they are needed.
         notes: gets what was skipped or assumed.
 
@@ -102,90 +94,31 @@ def read_rows(
 
 def looks_like_path(name: str) -> bool:
     """Whether a name that does not exist here looks like a path and not like owner/name."""
-    return (
-        name.startswith((".", "/", "~", "runs/"))
-        or name.count("/") > 1
-        or os.sep != "/"
-        and os.sep in name
-    )
+    return name.startswith((".", "/", "~", "runs/")) or name.count("/") > 1 or "\\" in name
 
 
 def _read(
     source: str, split: str | None, subset: str | None, streaming: bool, notes: Notes
 ) -> Iterator[Row]:
     path = Path(source)
-    if len(path.name) > 255:
-        raise UserError(f"{source[:40]}...: no such file or folder; give one that there is")
-    if path.is_dir():
-        if _is_saved(path):
-            _refuse_subset(subset, source)
-            return _read_saved(path, split)
-        there = sorted(path.iterdir())
-        files = [file for file in there if _suffix(file) in SUFFIXES]
-        hidden = [file for file in files if file.name.startswith(".")]
-        files = [file for file in files if file not in hidden and file.name != "dataset_infos.json"]
-        if not files and any(
-            _suffix(file) in SUFFIXES and not _is_hidden(file.relative_to(path))
-            for depth in ("*/*", "*/*/*")
-            for file in path.glob(depth)
-        ):
-            problem = "cannot be read as a data set"
-            return _read_dataset(source, split or "train", subset, streaming, problem)
-        if hidden:
-            names = ", ".join(file.name for file in hidden[:3]) + ", ..." * (len(hidden) > 3)
-            notes.source.append(f"{len(hidden)} hidden files skipped: {names}")
-        if not files:
-            only = f" but hidden ones ({names})" if hidden else ""
-            raise UserError(
-                f"{source}: no {', '.join(SUFFIXES)} file in this folder{only}; give a folder that "
-                "has one"
-            )
-        _refuse_twice(files)
-        files = _of_split(files, split, source, notes)
-        _note_left_out([file for file in there if file not in (*files, *hidden)], notes)
-    elif path.exists():
+    if os.path.isdir(source):
+        files = _of_folder(path, split, notes)
+    elif os.path.exists(source):
         files = [path]
-        _check_split_of_file(path, split)
-    elif looks_like_path(source) or _suffix(path) in SUFFIXES:
-        raise UserError(f"{source}: no such file or folder; give one that there is")
-    else:
-        problem = "no such file here, and it cannot be loaded from the hub"
-        return _read_dataset(source, split or "train", subset, streaming, problem)
-    _refuse_subset(subset, source)
-    return (item for file in files for item in _read_file(file, notes))
-
-
-def _refuse_twice(files: list[Path]) -> None:
-    """Refuse one data set in two files: train.jsonl beside train.jsonl.gz or train.parquet."""
-    by_name: dict[str, Path] = {}
-    for file in files:
-        first = by_name.setdefault(_unpacked(file).stem, file)
-        if first != file:
+        if split and _split_name(path) != split:
             raise UserError(
-                f"{file.parent}: {first.name} and {file.name} seem to hold the same rows; give one "
-                "of the files, or rename one if they do not"
+                f"--split {split}: {path} is a single file and has no splits; leave --split out"
             )
-
-
-def _note_left_out(left: list[Path], notes: Notes) -> None:
-    """Name what is not read beside the files of a folder; pages and pictures are no data."""
-    others = (".md", ".png", ".jpg", ".pdf", ".py", ".yaml")
-    names = [
-        f"{file.name}{'/' * file.is_dir()}"
-        for file in left
-        if not (file.name.startswith((".", "LICENSE", "dataset_info")) or file.suffix in others)
-    ]
-    if names:
-        shown = ", ".join(names[:5]) + ", ..." * (len(names) > 5)
-        notes.source.append(f"not read in this folder: {shown}")
-
-
-def _refuse_subset(subset: str | None, source: str) -> None:
+    elif looks_like_path(source) or _suffix(path) in SUFFIXES:
+        raise UserError(f"{source[:200]}: no such file or folder; give one that there is")
+    else:
+        return _read_dataset(source, split or "train", subset, streaming)
     if subset:
         raise UserError(
             f"--subset {subset}: {source} has no subsets; leave it out, or give the name of a hub "
             "data set"
         )
+    return (item for file in files for item in _read_file(file))
 
 
 # ---- files ---------------------------------------------------------------------------
@@ -200,10 +133,6 @@ def _suffix(path: Path) -> str:
     return _unpacked(path).suffix.lower()
 
 
-def _is_hidden(path: Path) -> bool:
-    return any(part.startswith(".") for part in path.parts)
-
-
 # The number of a part of a split: -00000-of-00002, perhaps with a hash, or _1, or -part-1.
 _PART = re.compile(r"[-_.]((part|shard|chunk)[-_.]?)?\d+(-of-\d+(-[0-9a-f]{8,})?)?$")
 
@@ -212,61 +141,70 @@ def _split_name(file: Path) -> str:
     """The whole name of a file without suffixes and number: train_prefs-00000-of-00001 is a file of
     the split train_prefs, not of train.
     """
-    return _PART.sub("", _unpacked(file).stem.lower())
+    return _PART.sub("", _unpacked(file).stem)
 
 
-def _named_after_split(file: Path) -> bool:
-    return bool(re.match(rf"({'|'.join(SPLITS)})(?![a-z])", file.name.lower()))
+def _of_folder(folder: Path, split: str | None, notes: Notes) -> list[Path]:
+    """The files of a folder, or those of one split; names what else is there.
 
-
-def _same_split(split: str) -> tuple[str, ...]:
-    return VALIDATION if split in VALIDATION else (split.lower(),)
-
-
-def _of_split(files: list[Path], split: str | None, source: str, notes: Notes) -> list[Path]:
-    """The files of one split, if all are named after splits; otherwise all files."""
-    names = [_split_name(file) for file in files]
-    after_splits = [file for file in files if _named_after_split(file)]
-    in_parts = all(re.search(r"-\d+-of-\d+", file.name) for file in files)
-    if len(after_splits) == len(files) or in_parts and (len(set(names)) > 1 or split):
-        wanted = _same_split(split or "train")
-        chosen = [file for file, name in zip(files, names) if name in wanted]
-        if not chosen:
-            raise UserError(
-                f"{source}: holds no file of the split {split or 'train'!r}; give --split with one "
-                f"of {', '.join(sorted(set(names)))}"
-            )
-        return chosen
-    if split:
-        other = next(file.name for file in files if file not in after_splits)
+    Raises:
+        UserError: none, files of several kinds, or of several splits and none is given.
+    """
+    if any((folder / name).is_file() for name in ("dataset_dict.json", "state.json")):
         raise UserError(
-            f"--split {split}: {source} has no splits, since {other} is not named after one; leave "
-            "--split out to read all files, or give the files of the split as the source"
+            f"{folder}: was written by save_to_disk of datasets; write its rows with to_json or "
+            "to_parquet, and give that file"
         )
-    if after_splits:
-        other = next(file.name for file in files if file not in after_splits)
-        notes.source.append(f"all {len(files)} files read, since {other} is named after no split")
+    there = sorted(folder.iterdir())
+    files = [file for file in there if _suffix(file) in SUFFIXES and file.name[0] != "."]
+    if not files:
+        raise UserError(
+            f"{folder}: no {', '.join(SUFFIXES)} file in this folder; give a folder that has one"
+        )
+    kinds = sorted({file.name.removeprefix(_unpacked(file).stem) for file in files})
+    if len(kinds) > 1:
+        raise UserError(
+            f"{folder}: holds files of several kinds ({', '.join(kinds)}), which may be the same "
+            "rows twice; give one of the files, or a folder with one kind"
+        )
+    splits = sorted({*map(_split_name, files)})
+    if split and split not in splits:
+        raise UserError(
+            f"{folder}: holds no file of the split {split!r}; give --split with one of "
+            f"{', '.join(splits)}, or leave it out"
+        )
+    if (
+        not split
+        and len(splits) > 1
+        and (any(map(SPLITS.match, splits)) or any("-of-" in file.name for file in files))
+    ):
+        raise UserError(
+            f"{folder}: seems to hold several splits; give --split with one of {', '.join(splits)}"
+        )
+    files = [file for file in files if not split or _split_name(file) == split]
+    others = (".md", ".png", ".jpg", ".pdf", ".py", ".yaml")
+    left = [
+        file.name
+        for file in there
+        if file not in files and file.suffix not in others
+        if file.name[0] != "." or _suffix(file) in SUFFIXES
+    ]
+    if left:
+        more = ", ..." * (len(left) > 5)
+        notes.source.append(f"not read in this folder: {', '.join(left[:5])}{more}")
     return files
 
 
-def _check_split_of_file(file: Path, split: str | None) -> None:
-    if split and not any(
-        re.match(rf"{re.escape(name)}(?![a-z0-9])", file.name.lower())
-        for name in _same_split(split)
-    ):
-        raise UserError(
-            f"--split {split}: {file} is a single file and has no splits; leave --split out"
-        )
-
-
-def _read_file(path: Path, notes: Notes) -> Iterator[Row]:
-    suffix = _suffix(path)
-    if suffix == ".json":
-        return _read_json(path, notes)
-    readers = {".jsonl": _read_jsonl, ".csv": _read_csv, ".parquet": _read_parquet}
-    if suffix not in readers:
+def _read_file(path: Path) -> Iterator[Row]:
+    readers = {
+        ".jsonl": _read_jsonl,
+        ".json": _read_json,
+        ".csv": _read_csv,
+        ".parquet": _read_parquet,
+    }
+    if _suffix(path) not in readers:
         raise UserError(f"{path}: unknown kind of file; give one of {', '.join(SUFFIXES)}")
-    return readers[suffix](path)
+    return readers[_suffix(path)](path)
 
 
 @contextmanager
@@ -289,16 +227,11 @@ def _read_jsonl(path: Path) -> Iterator[Row]:
         raise _empty(path)
 
 
-class Twice(ValueError):
-    """A key stands twice in a JSON object, and Python would take the last of its values."""
-
-
 def _object(pairs: list[tuple[str, Any]]) -> dict:
-    """json's object_pairs_hook."""
+    """json's object_pairs_hook: of a key that stands twice Python would take the last value."""
     value = dict(pairs)
     if len(value) < len(pairs):
-        ((key, _),) = Counter(key for key, _ in pairs).most_common(1)
-        raise Twice(f"the key {key!r} stands twice in one object")
+        raise ValueError(f"a key stands twice in one object, of {', '.join(value)}")
     return value
 
 
@@ -307,110 +240,66 @@ def _parse_line(line: bytes, where: str) -> dict | UserError:
         return _as_row(json.loads(line.decode("utf-8-sig"), object_pairs_hook=_object), where)
     except UnicodeDecodeError as error:
         return UserError(f"{where}: not UTF-8 text (byte {error.start}); save it as UTF-8")
-    except json.JSONDecodeError as error:
-        several_lines = line.strip() in (b"{", b"[")
-        return UserError(
-            f"{where}: invalid JSON: {error.msg} at column {error.colno}; "
-            + ("name the file .json" if several_lines else "write one object a line")
-        )
-    except Twice as error:
-        return UserError(f"{where}: {error}; leave one of them out")
-    except (ValueError, RecursionError) as error:  # numbers too long, lists too deep
-        return UserError(f"{where}: invalid JSON: {error}; take this row out")
+    except (ValueError, RecursionError) as error:  # also numbers too long, lists too deep
+        reason = str(error).replace("line 1 column", "column")
+        return UserError(f"{where}: invalid JSON: {reason}; write one whole object a line")
 
 
-def _read_json(path: Path, notes: Notes) -> Iterator[Row]:
+def _read_json(path: Path) -> Iterator[Row]:
+    """The rows of a list, a single row, or one row a line although the name says .json."""
     text = ""
     try:
         with _opened(path) as file:
             text = file.read().decode("utf-8-sig")
-        if not text.strip():
-            raise _empty(path)
-        content = json.loads(text, object_pairs_hook=_object)
+        rows = json.loads(text, object_pairs_hook=_object)
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 text (byte {error.start}); save it as UTF-8") from None
-    except Twice as error:
-        raise UserError(f"{path}: {error}; leave one of them out") from None
     except (ValueError, RecursionError) as error:
-        if text.lstrip().startswith("{") and "\n{" in text.strip():
-            yield from _read_jsonl(path)  # one row a line, although the name says .json
+        if text.lstrip().startswith("{"):
+            yield from _read_jsonl(path)
             return
-        place, reason = str(path), str(error)
-        if isinstance(error, json.JSONDecodeError):
-            place, reason = f"{path}, line {error.lineno}", f"{error.msg} at column {error.colno}"
-        raise UserError(f"{place}: invalid JSON: {reason}; save it as a list of rows") from None
-    rows = _unwrap(content, path, notes) if isinstance(content, dict) else content
-    if not isinstance(rows, list) or content == {}:
+        if not text.strip():
+            raise _empty(path) from None
+        raise UserError(f"{path}: invalid JSON: {error}; save it as a list of rows") from None
+    rows = [rows] if isinstance(rows, dict) else rows
+    if not isinstance(rows, list):
         raise UserError(
-            f"{path}: expected a list of rows or one row with named columns, found "
-            f"{'an empty object' if content == {} else type(content).__name__}; for one row a line "
-            "use .jsonl"
+            f"{path}: expected a list of rows, found {type(rows).__name__}; for one row a line use "
+            ".jsonl"
         )
     for number, row in enumerate(rows, start=1):
         where = f"{path}, row {number}"
         yield where, _as_row(row, where)
 
 
-def _unwrap(content: dict, path: Path, notes: Notes) -> list:
-    """The rows of an object: its one list of objects, or else the object itself."""
-    lists = [
-        name
-        for name, value in content.items()
-        if isinstance(value, list) and value and all(isinstance(item, dict) for item in value)
-    ]
-    if not lists or OF_A_ROW & content.keys():
-        return [content]
-    if len(lists) > 1:
-        raise UserError(
-            f"{path}: holds several lists of rows ({', '.join(map(str, lists))}); save the one you "
-            "want as a file of its own"
-        )
-    notes.source.append(f"{path}: the rows are those of its list {lists[0]!r}")
-    notes.unread += Counter(f"{name} (beside {lists[0]})" for name in content if name != lists[0])
-    return content[lists[0]]
-
-
 def _read_csv(path: Path) -> Iterator[Row]:
     with _opened(path) as file:
         csv.field_size_limit(2**31 - 1)  # a response may be long
-        reader = csv.DictReader(
-            io.TextIOWrapper(file, encoding="utf-8-sig", newline=""), strict=True
-        )
+        reader = csv.reader(io.TextIOWrapper(file, encoding="utf-8-sig", newline=""), strict=True)
+        names: list[str] = []
         while True:
             where = f"{path}, line {reader.line_num + 1}"
             try:
-                if not reader.fieldnames:
-                    raise _empty(path)
-                twice = [name for name, n in Counter(reader.fieldnames).items() if n > 1]
-                if twice:
-                    raise UserError(
-                        f"{where}: the column {twice[0]!r} stands there twice; rename one"
-                    )
-                for other in (";", "\t"):
-                    if len(reader.fieldnames) == 1 and other in reader.fieldnames[0]:
-                        raise UserError(
-                            f"{where}: the columns are separated by {other!r}; save the table with "
-                            "commas between them"
-                        )
-                where = f"{path}, line {reader.line_num + 1}"
-                row = next(reader)
+                fields = next(reader)
             except StopIteration:
-                return
+                break
             except UnicodeDecodeError:
                 # Text is decoded in blocks, so this is the line where the block begins.
                 raise UserError(f"{where} or after: not UTF-8 text; save it as UTF-8") from None
             except csv.Error as error:
                 raise UserError(f"{where}: invalid CSV: {error}; save it again") from None
-            if None in row or None in row.values():
-                yield (
-                    where,
-                    UserError(
-                        f"{where}: has another number of fields than the header; "
-                        "quote texts that hold commas"
-                    ),
-                )
-            else:
-                yield where, row
+            if not names:
+                names = fields
+                twice = [name for name, n in Counter(names).items() if n > 1]
+                if twice:
+                    raise UserError(f"{where}: column {twice[0]!r} stands there twice; rename one")
+            elif fields and len(fields) != len(names):
+                other = "has another number of fields than the header; quote texts with commas"
+                yield where, UserError(f"{where}: {other}")
+            elif fields:  # not an empty line
+                yield where, dict(zip(names, fields))
+    if not names:
+        raise _empty(path)
 
 
 def _read_parquet(path: Path) -> Iterator[Row]:
@@ -434,10 +323,7 @@ def _read_parquet(path: Path) -> Iterator[Row]:
 def _as_row(row, where: str) -> dict | UserError:
     if isinstance(row, dict):
         return row
-    hint = "; a list of rows goes into a .json file" if isinstance(row, list) else ""
-    return UserError(
-        f"{where}: expected an object with named columns, found {type(row).__name__}{hint}"
-    )
+    return UserError(f"{where}: expected an object with named columns, found {type(row).__name__}")
 
 
 def _empty(path: Path) -> UserError:
@@ -447,36 +333,7 @@ def _empty(path: Path) -> UserError:
 # ---- the datasets library ------------------------------------------------------------
 
 
-def _is_saved(folder: Path) -> bool:
-    """Whether ``save_to_disk`` wrote this folder: a data set, or one for each split."""
-    return (folder / "dataset_dict.json").is_file() or all(
-        (folder / name).is_file() for name in ("state.json", "dataset_info.json")
-    )
-
-
-def _read_saved(folder: Path, split: str | None) -> Iterator[Row]:
-    import datasets
-
-    try:
-        rows = datasets.load_from_disk(str(folder))
-    except Exception as error:  # as in _read_dataset
-        raise UserError(f"{folder}: cannot be read as a saved data set: {_reason(error)}") from None
-    if isinstance(rows, datasets.DatasetDict):
-        split = split or "train"
-        if split not in rows:
-            raise UserError(
-                f"{folder}: no split {split!r}; give --split with one of {', '.join(rows)}"
-            )
-        rows = rows[split]
-    elif split and split != str(rows.split):
-        raise UserError(f"--split {split}: {folder} was saved without splits; leave --split out")
-    for number, row in enumerate(rows, start=1):
-        yield f"{folder}, row {number}", row
-
-
-def _read_dataset(
-    name: str, split: str, subset: str | None, streaming: bool, problem: str
-) -> Iterator[Row]:
+def _read_dataset(name: str, split: str, subset: str | None, streaming: bool) -> Iterator[Row]:
     import datasets
 
     try:
@@ -484,12 +341,8 @@ def _read_dataset(
         for number, row in enumerate(rows, start=1):
             yield f"{name}, row {number}", row
     except Exception as error:  # of many kinds; each means that the name gave no data
-        raise UserError(f"data set {name!r}: {problem}: {_reason(error)}") from None
-
-
-def _reason(error: Exception) -> str:
-    """The first two lines of an exception as one line.
-
-    The second often names the available subsets or splits.
-    """
-    return " ".join(str(error).splitlines()[:2]) or type(error).__name__
+        # Its second line often names the available subsets or splits.
+        reason = " ".join(str(error).splitlines()[:2]) or type(error).__name__
+        raise UserError(
+            f"data set {name!r}: no such file here, and it cannot be loaded from the hub: {reason}"
+        ) from None

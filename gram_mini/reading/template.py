@@ -35,14 +35,9 @@ def read_template(path: Path) -> str:
             "take it out"
         )
     names = PLACEHOLDER.findall(text)
-    wrong = [
-        f"{{{name}}} stands there {names.count(name)} times"
-        for name in SLOTS
-        if names.count(name) != 1
-    ]
     if names != list(SLOTS):
         raise UserError(
-            f"{path}: {' and '.join(wrong) or 'the placeholders are out of order'}; a judge prompt "
-            "must hold {prompt}, {response_a} and {response_b}, each exactly once and in this order"
+            f"{path}: holds the placeholders {', '.join(names) or 'none'}; the file must hold "
+            "{prompt}, {response_a} and {response_b}, each exactly once and in this order"
         )
     return text.removesuffix("\n")

@@ -6,19 +6,10 @@ import unicodedata
 
 from gram_mini.pairs import Pair
 
-# Characters that show nothing, besides those of the categories in is_blank: fillers, a blank
-# Braille pattern, variation selectors.
-SHOWS_NOTHING = "\u034f\u115f\u1160\u17b4\u17b5\u2800\u3164\uffa0" + "".join(
-    map(chr, (*range(0x180B, 0x1810), *range(0xFE00, 0xFE10), *range(0xE0100, 0xE01F0)))
-)
-
 
 def is_blank(text: str) -> bool:
     """Whether a text shows nothing: it is empty, or all white space and invisible characters."""
-    return all(
-        unicodedata.category(c) in ("Zs", "Zl", "Zp", "Cc", "Cf") or c in SHOWS_NOTHING
-        for c in text
-    )
+    return all(unicodedata.category(c) in ("Zs", "Zl", "Zp", "Cc", "Cf") for c in text)
 
 
 def unusable(pair: Pair) -> str | None:

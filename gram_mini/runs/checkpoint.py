@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 from gram_mini.errors import UserError
+from gram_mini.runs.output import changes
 
 import torch
 from accelerate.utils import gather_object
@@ -62,13 +63,9 @@ def load(path: Path, accelerator, settings: dict, model, optimizer, schedule) ->
     except Exception as error:  # of any kind: the file is not a checkpoint of ours
         reason = str(error).splitlines()[0]
         raise UserError(f"{path}: cannot be read: {reason}; start anew with --overwrite") from None
-    changed = [name for name in settings if saved.get(name) != settings[name]]
-    if changed:
-        changes = ", ".join(
-            f"{name} was {saved.get(name)!r} and is {settings[name]!r}" for name in changed
-        )
+    if changed := changes(saved, settings):
         raise UserError(
-            f"--resume: {path.parent} was begun otherwise: {changes}; give the same again, or "
+            f"--resume: {path.parent} was begun otherwise: {changed}; give the same again, or "
             "start anew with --overwrite"
         )
     with torch.no_grad():

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-import platform
 import shutil
-import time
 from pathlib import Path
 
 from gram_mini.errors import UserError
@@ -18,7 +15,6 @@ import torch
 from filelock import FileLock, Timeout
 from safetensors.torch import save_file
 
-HOLDER = "process.txt"  # in NAME.partial: which process writes it
 _locks: dict[Path, FileLock] = {}  # what this process holds, until a run is finished or it ends
 
 
@@ -100,7 +96,7 @@ class RunFolder:
             raise
         if not self.resumes:
             files = self.partial.iterdir() if self.partial.is_dir() else ()
-            names = {file.name for file in files} - {HOLDER}
+            names = {file.name for file in files}
             # A run that was killed while it was renamed is complete but still has its checkpoint.
             if names and (
                 "log.csv" not in names or "run.json" in names and "checkpoint.pt" not in names
@@ -112,9 +108,6 @@ class RunFolder:
             shutil.rmtree(self.partial, ignore_errors=True)
         try:
             self.partial.mkdir(parents=True, exist_ok=True)
-            since = time.strftime("%Y-%m-%d %H:%M")
-            holder = f"process {os.getpid()} on {platform.node()}, since {since}"
-            (self.partial / HOLDER).write_text(holder)
         except OSError as error:
             raise UserError(f"--out {self.folder}: cannot be written: {error.strerror}") from None
 
@@ -122,7 +115,7 @@ class RunFolder:
         """Keep other processes from writing this run; a process that dies lets go of it.
 
         Raises:
-            UserError: if another process is writing it; says which.
+            UserError: if another process is writing it.
         """
         path = self.folder.with_name(f".{self.folder.name}.lock")
         if path in _locks:
@@ -131,11 +124,9 @@ class RunFolder:
         try:
             lock.acquire()
         except Timeout:
-            file = self.partial / HOLDER
-            holder = file.read_text() if file.is_file() else "another process"
             raise UserError(
-                f"--out {self.folder}: {holder}, is writing this run; wait for it or stop it, or "
-                "give another --out"
+                f"--out {self.folder}: another process is writing this run; wait for it, stop it, "
+                "or give another --out"
             ) from None
         _locks[path] = lock
 
@@ -150,7 +141,6 @@ class RunFolder:
         save_adapter(model, tokenizer, record["backbone"]["name"], self.partial)
         plot(self.partial / "log.csv", self.partial / "plot.png", record["stage"])
         (self.partial / "run.json").write_text(json.dumps(record, indent=2) + "\n")
-        (self.partial / HOLDER).unlink(missing_ok=True)
         put_in_place(self.partial, self.folder)
         for name in ("checkpoint.pt", "checkpoint.tmp"):
             (self.folder / name).unlink(missing_ok=True)

@@ -1,9 +1,9 @@
 """A GGUF file as a model folder: unpacked once, into the cache, and then a model like any other.
 
 A GGUF file names its config and tokenizer by keys of its own, and a key that goes unread changes
-the numbers without a word. So the tables below are closed: they hold what
-tests/wings/test_gguf.py shows to give the tokens and logits of the model's own folder, and a file
-with anything else is refused. Source: github.com/ggml-org/ggml, docs/gguf.md.
+the numbers without a word. So only what tests/wings/test_gguf.py shows to give the tokens and
+logits of the model's own folder is read: SmolLM2, which `make real` takes. Anything else is
+refused. Source: github.com/ggml-org/ggml, docs/gguf.md.
 """
 
 from __future__ import annotations
@@ -21,10 +21,9 @@ import torch
 from filelock import FileLock
 from huggingface_hub.constants import HF_HOME
 from safetensors.torch import save_file
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, processors
-from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence, Split
+from tokenizers import AddedToken, Tokenizer, decoders, models
+from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 FORMAT = 1  # raise it with every change to what is unpacked; older folders are then left alone
 CACHE = Path(HF_HOME) / "gram_mini"
@@ -35,12 +34,9 @@ ELSE = "give the model's own folder or its name on the hub"
 # that of 8 bits, takes half of float32.
 KEPT_AS = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
-PROVEN = [  # general.architecture, tokenizer.ggml.model, tokenizer.ggml.pre
-    ("llama", "gpt2", "llama-bpe"),
-    ("llama", "gpt2", "smollm"),
-    ("qwen2", "gpt2", "qwen2"),
-    ("qwen3", "gpt2", "qwen2"),
-]
+PROVEN = {  # keys and the values that they must have
+    "general.architecture": "llama", "tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "smollm",
+}  # fmt: skip
 KEYS = {  # keys of an architecture, each of which must be there, and their names in its config
     "context_length": "max_position_embeddings", "embedding_length": "hidden_size",
     "block_count": "num_hidden_layers", "feed_forward_length": "intermediate_size",
@@ -48,27 +44,9 @@ KEYS = {  # keys of an architecture, each of which must be there, and their name
     "attention.layer_norm_rms_epsilon": "rms_norm_eps", "rope.freq_base": "rope_theta",
 }  # fmt: skip
 SAID_TWICE = {  # keys that may be there, and must then say what the config says anyway
-    "attention.key_length": "head_dim", "attention.value_length": "head_dim",
     "rope.dimension_count": "head_dim", "vocab_size": "vocab_size",
 }  # fmt: skip
-LLAMA3 = {  # how Llama 3.1 stretches positions; a file holds what comes of it, which is compared
-    "rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 8192,
-}  # fmt: skip
-# How a text is split before the merges, by tokenizer.ggml.pre; source: each model's tokenizer.json.
-SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-BYTES = ByteLevel(add_prefix_space=False, use_regex=False)
-PRE_TOKENIZERS = {
-    "llama-bpe": Sequence([Split(Regex(SPLIT % "{1,3}"), "isolated"), BYTES]),
-    "qwen2": Sequence([Split(Regex(SPLIT % ""), "isolated"), BYTES]),
-    "smollm": Sequence([Digits(individual_digits=True), ByteLevel(add_prefix_space=False)]),
-}
 CONTROL, USER_DEFINED, UNUSED = 3, 4, 5  # types of tokens; 1 is plain text
-# Added tokens of Qwen that are not special, though a file types them CONTROL for their look.
-NOT_SPECIAL = re.compile(r"<\|(fim_(prefix|middle|suffix|pad)|repo_name|file_sep)\|>")
 
 _said: set[str] = set()  # what say_lost has said: once for each process
 
@@ -170,45 +148,32 @@ def _read(keys: dict, prefix: str, wanted, may_be) -> dict:
 
 def _tokenizer(keys: dict) -> PreTrainedTokenizerFast:
     """The tokenizer that the keys describe; first of all, whether the file is one of PROVEN."""
-    names = ("general.architecture", "tokenizer.ggml.model", "tokenizer.ggml.pre")
-    architecture, model, pre = (str(keys.get(name)) for name in names)
-    if (architecture, model, pre) not in PROVEN:
-        raise UserError(
-            f"its architecture {architecture} with the tokenizer {model} (tokenizer.ggml.model) "
-            f"and {pre} (tokenizer.ggml.pre) is not one of those that are read: "
-            f"{', '.join(' '.join(proven) for proven in PROVEN)}"
-        )
+    for key, value in PROVEN.items():
+        if keys.get(key) != value:
+            raise UserError(f"its {key} is {keys.get(key)}; only {value} is read")
     ggml = _read(
         keys,
         "tokenizer.ggml.",
         ("model", "pre", "tokens", "token_type", "merges"),
-        lambda key, value: (
-            key in ("scores", "add_bos_token") or key.endswith("_token_id") or value is False
-        ),
+        lambda key, value: key == "scores" or key.endswith("_token_id") or value is False,
     )
     tokens, types = ggml["tokens"], ggml["token_type"]
     merges = [tuple(merge.split(" ")) for merge in ggml["merges"]]
     vocabulary = {text: i for i, text in enumerate(tokens) if types[i] != UNUSED}
-    tokenizer = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=pre == "llama-bpe"))
-    tokenizer.pre_tokenizer, tokenizer.decoder = PRE_TOKENIZERS[pre], decoders.ByteLevel()
-    if pre == "qwen2":
-        tokenizer.normalizer = normalizers.NFC()
+    tokenizer = Tokenizer(models.BPE(vocabulary, merges))
+    digits, in_bytes = Digits(individual_digits=True), ByteLevel(add_prefix_space=False)
+    tokenizer.pre_tokenizer, tokenizer.decoder = Sequence([digits, in_bytes]), decoders.ByteLevel()
     made = {first + second for first, second in merges}
     for text, kind in zip(tokens, types, strict=True):
         if kind in (CONTROL, USER_DEFINED):
-            plain = kind == USER_DEFINED or (pre == "qwen2" and NOT_SPECIAL.fullmatch(text))
-            add = tokenizer.add_tokens if plain else tokenizer.add_special_tokens
+            special = kind == CONTROL
+            add = tokenizer.add_special_tokens if special else tokenizer.add_tokens
             add([AddedToken(text, normalized=False)])
         elif kind != UNUSED and len(text) > 1 and text not in made:
             raise UserError(f"its token {text!r} is typed as plain text, which no merge makes")
 
-    template, bos = keys.get("tokenizer.chat_template"), ggml.get("bos_token_id")
-    written = "bos_token" in (template or "")  # by the template, so that the key has no effect
-    if bos is not None and "add_bos_token" not in ggml and not written:
+    if "add_bos_token" not in ggml:  # if it is there, it is False
         raise UserError("its key tokenizer.ggml.add_bos_token is missing")
-    if bos is not None and ggml.get("add_bos_token"):
-        begin = {"id": "BOS", "ids": [bos], "tokens": [tokens[bos]]}
-        tokenizer.post_processor = processors.TemplateProcessing("BOS $A", special_tokens=[begin])
 
     def marker(name: str) -> str | None:
         i = ggml.get(f"{name}_token_id")
@@ -216,7 +181,7 @@ def _tokenizer(keys: dict) -> PreTrainedTokenizerFast:
 
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
-        chat_template=template,
+        chat_template=keys.get("tokenizer.chat_template"),
         bos_token=marker("bos"),
         eos_token=marker("eos"),
         unk_token=marker("unknown"),  # if there is none it must say so: some classes have their own
@@ -225,21 +190,15 @@ def _tokenizer(keys: dict) -> PreTrainedTokenizerFast:
 
 
 def _config(keys: dict, tensors: dict):
-    """The config that the keys describe. The factors of Llama 3.1's positions, which are in it
-    then, are taken out of ``tensors``.
-    """
+    """The config that the keys describe."""
     architecture = keys["general.architecture"]
     prefix = f"{architecture}."
     values = _read(keys, prefix, KEYS, lambda key, value: key in SAID_TWICE)
     rope = {"rope_type": "default", "rope_theta": values["rope.freq_base"]}
-    factors = tensors.pop("rope_freqs.weight", None) if architecture == "llama" else None
-    if factors is not None:
-        rope |= {**LLAMA3, "factor": float(factors.data.max())}
-    size = values["embedding_length"] // values["attention.head_count"]
     config = AutoConfig.for_model(
         architecture,
         **{name: values[key] for key, name in KEYS.items() if name != "rope_theta"},
-        head_dim=values.get("attention.key_length", size),
+        head_dim=values["embedding_length"] // values["attention.head_count"],
         vocab_size=len(keys["tokenizer.ggml.tokens"]),
         rope_parameters=rope,
         tie_word_embeddings="output.weight" not in tensors,
@@ -249,11 +208,6 @@ def _config(keys: dict, tensors: dict):
     for key in values.keys() & SAID_TWICE.keys():
         if values[key] != (ours := getattr(config, SAID_TWICE[key])):
             raise UserError(f"its key {prefix}{key} ({values[key]}) is not read: {ours} is used")
-    if factors is not None:
-        places = torch.arange(0, config.head_dim, 2) / config.head_dim
-        theirs = rope["rope_theta"] ** -places / torch.tensor(factors.data)
-        if not torch.allclose(theirs, ROPE_INIT_FUNCTIONS["llama3"](config)[0], rtol=1e-5, atol=0):
-            raise UserError("its rope_freqs.weight is not what Llama 3.1 stretches positions by")
     return config
 
 
@@ -271,7 +225,7 @@ def _weights(gguf, config, tensors: dict) -> dict[str, torch.Tensor]:
         if (shape := tensor.shape.tolist()[::-1]) != list(wanted.shape):
             raise UserError(f"its weight {name} has the shape {shape}, not {list(wanted.shape)}")
         weight = torch.tensor(gguf.dequantize(tensor.data, tensor.tensor_type))
-        if config.model_type == "llama" and re.search(r"\.[qk]_proj\.", name):
+        if re.search(r"\.[qk]_proj\.", name):
             # We turn one half of a head by the other. llama.cpp turns neighbours, and so writes
             # the rows of queries and keys in another order.
             pairs = weight.view(-1, config.head_dim // 2, 2, weight.shape[1])

@@ -55,6 +55,15 @@ def save_figure(figure, picture: Path) -> None:
     partial.replace(picture)
 
 
+def changes(saved: dict, now: dict) -> str:
+    """Which settings are others now than the saved ones, in words; empty if none is."""
+    return ", ".join(
+        f"{name} was {saved.get(name)!r} and is {now[name]!r}"
+        for name in now
+        if saved.get(name) != now[name]
+    )
+
+
 def check_place(folder: Path, name: str) -> None:
     """Check before the work begins that a folder can be made.
 

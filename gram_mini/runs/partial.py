@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 from gram_mini.errors import UserError
-from gram_mini.runs.output import check_output, write_whole
+from gram_mini.runs.output import changes, check_output, write_whole
 
 from filelock import FileLock, Timeout
 
@@ -100,20 +100,13 @@ class PartialFile:
                 f"{self._settings}: cannot be read; start anew with --overwrite"
             ) from None
 
-        def changes(now: dict) -> str:
-            now = json.loads(json.dumps(now))
-            return ", ".join(
-                f"{key} was {saved.get(key)!r} and is {now[key]!r}"
-                for key in now
-                if saved.get(key) != now[key]
-            )
-
-        if changed := changes(settings):
+        settings, noted = json.loads(json.dumps([settings, noted]))  # as they were saved
+        if changed := changes(saved, settings):
             raise UserError(
                 f"--resume: {self.partial} was begun otherwise: {changed}; give the same again, "
                 "or start anew with --overwrite"
             )
-        if changed := changes(noted):
+        if changed := changes(saved, noted):
             print(f"--resume: {changed}; the last digits of what follows may be others for it")
 
     def kept(self, count: int) -> list[bytes] | None:

@@ -22,8 +22,7 @@ EXPORTED = "gram_run.json"  # the record of an exported run; run.json would mark
 HEAD = "head.safetensors"  # beside the adapter of a run that trained its own head
 LIKELIHOOD, BETA = "likelihood", "beta.safetensors"  # in a run of gram_mini.likelihood
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "datasets")
-# The village's backbone and pairs in a run.json that is older than version 0.2.
-FORMER_NAMES = {"embedded": VILLAGE, "world": VILLAGE}
+PARTS = {"stage", "backbone", "options", "prompt", "labels", "tokenizer"}
 
 
 def read_record(folder: Path, name: str = "run.json") -> dict:
@@ -42,12 +41,12 @@ def read_record(folder: Path, name: str = "run.json") -> dict:
         ) from None
     if (
         not isinstance(record, dict)
-        or not {"stage", "backbone", "options", "prompt", "labels"} <= record.keys()
+        or not record.keys() >= PARTS
+        or "pieces" not in record["prompt"]
     ):
-        raise UserError(f"{folder / name}: is not the record of a run")
-    for part, key in (("backbone", "name"), ("options", "model"), ("options", "data")):
-        value = record[part].get(key)
-        record[part][key] = FORMER_NAMES.get(value, value)
+        raise UserError(
+            f"{folder / name}: is not the record of a run of version 0.2 or later; train it again"
+        )
     return record
 
 
@@ -115,19 +114,15 @@ def check_prompt(path, record: dict, prompt: PromptPieces, labels, tokenizer) ->
     Raises:
         UserError: if they do not.
     """
-    kept = record["prompt"].get("pieces")  # not in run.json of before 0.2
-    if kept and "untrained" in kept:  # what version 0.2 calls given
-        kept = {name: ids for name, ids in kept.items() if name != "untrained"}
-        kept["given"] = record["prompt"]["pieces"]["untrained"]
-    same_pieces = kept is None or record["stage"] != "reward" or kept == asdict(prompt)
-    same_tokenizer = record.get("tokenizer") in (None, tokenizer_fingerprint(tokenizer))
+    same_pieces = record["stage"] != "reward" or record["prompt"]["pieces"] == asdict(prompt)
+    same_tokenizer = record["tokenizer"] == tokenizer_fingerprint(tokenizer)
     same_labels = list(record["labels"].values()) == list(labels)
-    if "tokenizer" in record and same_tokenizer and not (same_pieces and same_labels):
+    if same_tokenizer and not (same_pieces and same_labels):
         raise UserError(
             f"{path}: this version of gram_mini makes another prompt of its chat template than the "
             "version that trained it; train it again"
         )
-    if not (same_pieces and same_tokenizer and same_labels):
+    if not same_tokenizer:
         raise UserError(
             f"{path}: its tokenizer or chat template is not the one it was trained with; put back "
             "the files as training wrote them, or train again"

@@ -14,20 +14,19 @@ from gram_mini.errors import Interrupted, UserError
 from gram_mini.judge import Comparison, Judge, preferred
 from gram_mini.pairs import Pair
 from gram_mini.prompts import LABELS
-from gram_mini.reading.formats import has_literal_breaks, parse_pairs, read_ranking
+from gram_mini.reading.formats import parse_pairs, read_ranking, readable
 from gram_mini.reading.load import NOT_DRAWN, draw_pairs, read_groups
 from gram_mini.reading.sources import Notes, Row
 from gram_mini.reading.usable import is_blank, unusable
 from gram_mini.runs import options
 from gram_mini.runs.partial import PartialFile
-from gram_mini.runs.ranking import Ranking, rank
+from gram_mini.runs.ranking import Ranking
 from gram_mini.runs.record import judge_fingerprint, tokenizer_fingerprint
 from gram_mini.runs.report import say_if_seldom
 
 from tqdm import tqdm
 
 UNREADABLE = "that cannot be read"
-AGAIN = 8  # kept pairs, about, that a server is asked for again before --resume goes on
 CHUNK = 2000  # comparisons that are held, made and written together: see README.md
 NOTED = ("batch_size", "device", "server")  # change no score by more than rounding
 
@@ -38,7 +37,6 @@ class Question:
 
     head: dict  # the beginning of every line of the row
     rows: int = 1  # rows of the source: one, or all of one prompt
-    literal_breaks: int = 0  # rows with a backslash and an n beside markers, which were removed
     pairs: list[Pair] = field(default_factory=list)
     left_out: Counter = field(default_factory=Counter)  # what cannot be scored, by reason
     notes: Notes = field(default_factory=Notes)  # what reading skipped, changed or assumed
@@ -98,30 +96,19 @@ def read_questions(
         if isinstance(row, dict) and "id" in row:
             head["id"] = row["id"]
         question = Question(head, len(group))
-        question.literal_breaks = sum(has_literal_breaks(row) for _, row in group)
         try:
             _read(question, group, args)
         except UserError as error:
             if args.on_bad_row == "error":
                 raise
-            reasons = [_why_unreadable(item, args) for item in group]
-            good = [item for item, reason in zip(group, reasons) if reason is None]
-            good = good if len(good) < len(group) else []  # unreadable together only
+            good, reason = readable(group, lambda rows: _read(Question({"row": 0}), rows, args))
+            good = good if reason else []  # unreadable together only
             question = replace(question, notes=Notes(), left_out=Counter(), unlabelled=None)
-            question.unreadable = next(filter(None, reasons), str(error))
+            question.unreadable = reason or str(error)
             if good:
                 _read(question, good, args)
             question.left_out += Counter({UNREADABLE: len(group) - len(good)})
         yield question
-
-
-def _why_unreadable(item: Row, args) -> str | None:
-    """Why a row of a group cannot be read, None if it can."""
-    try:
-        _read(Question({"row": 0}), [item], args)
-    except UserError as error:
-        return str(error)
-    return None
 
 
 def _read(question: Question, group: list[Row], args) -> None:
@@ -167,7 +154,6 @@ class Contents:
 
     rows: int = 0
     lines: int = 0  # of the output
-    literal_breaks: int = 0
     left_out: Counter = field(default_factory=Counter)
     unusable: Counter = field(default_factory=Counter)
     notes: Notes = field(default_factory=Notes)
@@ -193,7 +179,6 @@ def read_through(args) -> Contents:
     for question in read_questions(args, contents.notes, "reading"):
         contents.rows += question.rows
         contents.lines += question.lines
-        contents.literal_breaks += question.literal_breaks
         contents.left_out.update(question.left_out)
         contents.unusable.update(question.unusable)
         contents.notes.update(question.notes)
@@ -237,15 +222,13 @@ class Scores:
         Where a chunk ends depends on the data alone, never on where a run was stopped: which
         sequences share a forward pass can change the last digits of a score.
         """
-        digest, resumed, seen = hashlib.sha256(), self.args.resume, False
+        digest, resumed = hashlib.sha256(), self.args.resume
         for chunk in in_chunks(read_questions(self.args)):
             for question in chunk:
                 digest.update(question.digest())
             kept = self.file.kept(sum(question.lines for question in chunk))
             if kept is not None:
-                lines = self._parsed(chunk, kept)
-                seen = seen or self._ask_again(chunk, lines)
-                self._count(chunk, lines)
+                self._count(chunk, self._parsed(chunk, kept))
                 continue
             if resumed:
                 self._say_resumed(f"going on at row {chunk[0].head['row']}")
@@ -275,43 +258,6 @@ class Scores:
             f"{self.file.partial}: lines {self.lines + 1} to {self.lines + len(kept)} are not "
             "those of this data; start anew with --overwrite"
         )
-
-    def _ask_again(self, chunk: list[Question], lines: list[dict]) -> bool:
-        """See that a server still gives the scores of the first kept lines of a chunk.
-
-        Returns whether there was anything to ask.
-
-        Raises:
-            UserError: it gives others, so another model has taken its name.
-        """
-        judge, average = self.judge, self.args.average
-        rounding = getattr(judge, "rounding", None)  # only a served judge has it
-        if rounding is None:
-            return True
-        now: list[float] = []
-        kept: list[float] = []
-        place = 0
-        for q in chunk:
-            of_row = lines[place : place + q.lines]
-            place += q.lines
-            if q.responses is not None:
-                ranking = rank(judge, q.prompt, q.responses, self.args.rank, q.reference, average)
-                now += ranking.scores
-                kept += of_row[0]["scores"]
-            elif q.pairs:
-                compared = judge.compare_many(q.pairs[:AGAIN], average)
-                now += [p for result in compared for p in (result.a_first, result.a_second)]
-                kept += [p for line in of_row[:AGAIN] for p in (line["a_first"], line["a_second"])]
-            if len(now) >= 2 * AGAIN:
-                break
-        apart = max((abs(a - b) for a, b in zip(now, kept)), default=0.0)
-        if apart > rounding / 4:  # of log-odds; the slope of the sigmoid is 1/4 at most
-            raise UserError(
-                f"--resume: {self.args.server} serves another model than before: scores kept in "
-                f"{self.file.partial} are now up to {apart:.2g} apart; serve the former one, or "
-                "start anew with --overwrite"
-            )
-        return bool(now)
 
     def write(self, chunk: list[Question], answers: Sequence[list[Comparison] | Ranking]) -> None:
         """Write the lines of a chunk.
@@ -383,10 +329,6 @@ class Scores:
             print(f"not scored: {count} {reason}{first}")
         notes = contents.notes.lines()
         print(*notes, sep="\n", end="\n" * bool(notes))
-        if contents.literal_breaks:
-            print(
-                f"{contents.literal_breaks} rows with a literal \\n beside the markers, taken off"
-            )
         for reason, count in contents.unusable.items():
             print(f"{count} {reason}: scored, and in no accuracy")
         if contents.unlabelled:
@@ -436,7 +378,7 @@ def settings(args, judge: Judge, contents: Contents) -> tuple[dict, dict]:
     }, {
         **{name: given[name] for name in NOTED},
         "batch_size": judge.batch_size,
-        "root": getattr(judge, "root", None),
+        "log-odds of a probe": getattr(judge, "probe", None),
     }
 
 

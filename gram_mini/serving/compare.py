@@ -1,6 +1,6 @@
 """Is the server my judge? The same pairs scored by a server and here.
 
-Prints how far the log-odds are apart, how often the verdicts agree, and pairs per second of both.
+Prints how far the log-odds are apart, and how often the verdicts agree.
 Ends with status 1 where they are farther apart than rounding explains. The local judge computes as
 score.py does; a plain model, which was not trained here, in bf16 where score.py would take NF4.
 """
@@ -8,18 +8,15 @@ score.py does; a plain model, which was not trained here, in bf16 where score.py
 from __future__ import annotations
 
 import sys
-import time
 from statistics import mean
 
-from gram_mini.evaluation import summarise
 from gram_mini.judge import preferred
 from gram_mini.reading.load import load_pairs
 from gram_mini.reading.template import read_template
 from gram_mini.runs import options
 from gram_mini.runs.ending import clear_errors
 from gram_mini.runs.load import find_record, load_judge
-from gram_mini.runs.table import aligned
-from gram_mini.serving.served import ROUTES, served_judge
+from gram_mini.serving.served import served_judge
 
 EXAMPLES = """\
   python -m gram_mini.serving.compare --model runs/exported --server http://127.0.0.1:8000 \\
@@ -33,7 +30,6 @@ def main(argv=None) -> None:
     parser.add_argument("--data", required=True, metavar="SOURCE", help="labelled pairs to score")
     parser.add_argument("--limit", type=options.positive_int, default=300, help="rows of them")
     parser.add_argument("--batch-size", type=options.positive_int, help="as in score.py, for both")
-    parser.add_argument("--route", choices=ROUTES, help="how to ask (default: the first answered)")
     options.add_model_options(parser)
     options.add_judge_template(parser, default="as in score.py")
     args = parser.parse_args(argv)
@@ -44,23 +40,16 @@ def main(argv=None) -> None:
 
     pairs = load_pairs(args.data, labelled=True, limit=args.limit).pairs
     given = args.max_length, args.batch_size, template
-    there = served_judge(args.model, args.server, args.served_name, *given, args.route)
+    there = served_judge(args.model, args.server, args.served_name, *given)
     here = load_judge(args.model, bits, args.device, *given)
-    lines: list[tuple[str, ...]] = [("", "accuracy", "mean label mass", "pairs/s")]
-    results = []
-    for name, judge in {"here": here, "server": there}.items():
-        rows, start = judge.encode(pairs), time.perf_counter()
-        results.append(judge.compare_encoded(rows, progress=name))
-        speed = len(pairs) / (time.perf_counter() - start)
-        figures = summarise(pairs, results[-1])
-        mass = f"{figures.label_mass:.4f}"
-        lines.append((name, f"{figures.accuracy:.3f}", mass, f"{speed:.1f}"))
+    rows = here.encode(pairs)
+    results = [here.compare_encoded(rows, progress="here")]
+    results += [there.compare_encoded(rows, progress="server")]
     both = list(zip(*results))
     odds = [abs(x.log_odds_first - y.log_odds_first) for x, y in both]
     odds += [abs(x.log_odds_second - y.log_odds_second) for x, y in both]
     p = [abs(x.probability - y.probability) for x, y in both]
     alike = sum(preferred(x.probability) == preferred(y.probability) for x, y in both)
-    print(aligned(lines))
     print(f"log-odds apart: mean {mean(odds):.2g}, at most {max(odds):.2g}")
     print(f"P apart: mean {mean(p):.2g}, at most {max(p):.2g}")
     print(f"the same verdict on {alike} of {len(pairs)} pairs")

@@ -30,8 +30,7 @@ def reward_func(queries, prompts, labels, **others) -> dict:
     ``reward_func(queries, prompts, labels)``; each query is the text of a prompt and its response.
 
     Raises:
-        UserError: a query that does not begin with its prompt, white space apart, or GRAM_JUDGE is
-            not set.
+        UserError: a query that does not begin with its prompt, or GRAM_JUDGE is not set.
         ValueError: as from group_rewards.
         OpenRLHF goes on without a reward after any error, so this one also goes to stderr.
     """
@@ -51,27 +50,11 @@ def reward_func(queries, prompts, labels, **others) -> dict:
 
 
 def _response(query: str, prompt: str) -> str:
-    """What follows the prompt. A tokenizer may add a first token and blanks to a text, or take
-    blanks off, as Llama 2's does.
-    """
-    for begin in ("", *BEGINS):
-        if (end := _end_of(begin + prompt, query)) is not None:
-            break
-    else:
+    """What follows the prompt. A tokenizer may have put its first token before it."""
+    begin = next((begin for begin in ("", *BEGINS) if query.startswith(begin + prompt)), None)
+    if begin is None:
         raise UserError(f"the query {query[:60]!r} does not begin with its prompt {prompt[:60]!r}")
-    response = query[end:].strip()
+    response = query[len(begin + prompt) :].strip()
     while last := next((last for last in ENDS if response.endswith(last)), None):
         response = response.removesuffix(last).rstrip()
     return response
-
-
-def _end_of(prompt: str, query: str) -> int | None:
-    """Where in the query its prompt ends, white space apart; None if it is not there."""
-    place = 0
-    for character in "".join(prompt.split()):
-        while query[place : place + 1].isspace():
-            place += 1
-        if query[place : place + 1] != character:
-            return None
-        place += 1
-    return place

@@ -48,7 +48,6 @@ def group_rewards(
     completions: Sequence,
     references: Sequence | None = None,
     against: str = "first",
-    average: str = "probabilities",
 ) -> Rewards:
     """The rewards of completions, each P(better than what it is compared with).
 
@@ -67,7 +66,6 @@ def group_rewards(
         completions: N of the same.
         references: N of the same; None or an empty text where there is none.
         against: "first" or "all".
-        average: "probabilities" or "logits", as in Judge.compare_many.
 
     Raises:
         ValueError: another ``against``; a completion with nothing to be compared with.
@@ -105,7 +103,7 @@ def group_rewards(
         )
     )
     with nullcontext() if isinstance(judge, ServedJudge) else _computing:
-        results = judge.compare_many(compared, average)
+        results = judge.compare_many(compared)
     better = {}
     for pair, result in zip(compared, results):
         better[pair.prompt, pair.response_a, pair.response_b] = result.probability

@@ -1,30 +1,21 @@
-"""A judge whose model an engine computes: vLLM, SGLang, or any other with /v1/completions.
+"""A judge whose model vLLM computes.
 
 The tokens are made here: tokenizer, judge prompt, label ids, and the cut to --max-length. The
-engine gets token ids and gives P(A) and P(B), so no weights are loaded. What it is asked, and the
-first of these that it answers is kept (:data:`ROUTES`):
+server gets token ids and gives P(A) and P(B), so no weights are loaded. It is asked at
+/v1/completions for the log-probabilities of both labels by their ids (logprob_token_ids), which
+vLLM 0.32 gives (entrypoints/openai/completion/protocol.py).
 
-    /v1/completions with logprob_token_ids    log P of both labels by their ids (vLLM 0.32)
-    /v1/score                                 P of both labels (SGLang; no adapters)
-    /v1/completions                           log P of the likeliest 1,000 tokens (llama.cpp), or 20
-
-A score is right, or the command ends in one line. So before the first score the engine has to show
+A score is right, or the command ends in one line. So before the first score the server has to show
 that it reads prompts of --max-length whole (:func:`prove`), and that it has the weights of an
 exported run (known.py). Every answer is checked: its numbering, how many tokens were read, and
 whether its numbers are probabilities.
-
-Read in vLLM 0.32.0 (entrypoints/openai/completion/protocol.py), SGLang 0.5.23
-(srt/managers/tokenizer_manager_score_mixin.py) and llama.cpp (tools/server/server-task.cpp).
 """
 
 from __future__ import annotations
 
 import copy
 import math
-import os
-from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 from gram_mini.batches import EncodedPair, join, pair_segments
@@ -36,13 +27,13 @@ from gram_mini.runs.load import check_trained, find_record
 from gram_mini.runs.models import load_tokenizer
 from gram_mini.runs.record import HEAD, LIKELIHOOD, PROBE
 from gram_mini.runs.report import say
-from gram_mini.serving.engine import Engine, Refused, TooMany, in_parallel
+from gram_mini.serving.engine import Engine, Refused, in_parallel
 from gram_mini.serving.known import KNOWN, read_known
 
 import torch
 from tqdm import tqdm
 
-MANY, FEW = 1000, 20  # likeliest tokens; FEW is vLLM's limit unless --max-logprobs raises it
+ROUTE = "/v1/completions"
 ITEMS = 16  # judge prompts of one question in a request
 WAITS = (1, 2, 4)  # seconds before a failed request is sent again
 TIMEOUT = 300  # seconds for one request
@@ -50,12 +41,10 @@ NO_PROBABILITY = -100  # log P: what servers write for "none" is below, and so i
 ROUNDING = 0.25  # of log-odds, by bfloat16: logits of 16 to 32 come in steps of 1/8
 SAME = 1e-3  # of log P: another last token or another model changes it by more
 
-# Sampling that changes no probability; a server's own defaults may. (repeat_penalty and the last
-# are llama.cpp's.)
+# Sampling that changes no probability; a server's own defaults may.
 NEUTRAL = {
-    "temperature": 1, "top_p": 1, "top_k": -1, "min_p": 0, "typical_p": 1,
-    "repetition_penalty": 1, "repeat_penalty": 1, "presence_penalty": 0, "frequency_penalty": 0,
-    "post_sampling_probs": False,
+    "temperature": 1, "top_p": 1, "top_k": -1, "min_p": 0,
+    "repetition_penalty": 1, "presence_penalty": 0, "frequency_penalty": 0,
 }  # fmt: skip
 
 
@@ -66,7 +55,6 @@ def served_judge(
     max_length: int | None = None,
     batch_size: int | None = None,
     template: str | None = None,
-    route: str | None = None,
 ) -> ServedJudge:
     """A judge whose prompts are made as for ``path`` and computed by ``server``.
 
@@ -77,7 +65,6 @@ def served_judge(
         served_name: the name of the model there; may be left out where only one is served.
         max_length, template: as in load_judge.
         batch_size: requests at a time, 32 by default.
-        route: one of ROUTES; by default the first that the server answers.
 
     Raises:
         UserError: no such folder, an unfinished run, a run with a head of its own, a server that
@@ -91,7 +78,7 @@ def served_judge(
         template = template or record["prompt"]["judge"]
     tokenizer = load_tokenizer(str(path))
     max_length = max_length or for_model(MAX_LENGTH, str(path))
-    given = max_length, batch_size or REQUESTS, template, route
+    given = max_length, batch_size or REQUESTS, template
     judge = ServedJudge(tokenizer, server, served_name, *given)
     check_trained(judge, path, record)
     judge.check_weights(Path(path))
@@ -105,13 +92,11 @@ class ServedJudge(Judge):
         server: address of the engine.
         served_name: name of the model there; None if it serves only one.
         batch_size: requests at a time; each holds up to ITEMS prompts of one question.
-        route: one of ROUTES; by default the first that the server answers.
-        timeout: seconds for one request.
         The others are those of Judge.
 
     Raises:
         UserError: no server there, another model, another tokenizer, a server that cuts prompts
-            of ``max_length``, or that answers none of ROUTES.
+            of ``max_length``, or that does not answer as vLLM does.
     """
 
     def __init__(
@@ -122,31 +107,18 @@ class ServedJudge(Judge):
         max_length: int = 512,
         batch_size: int = REQUESTS,
         template: str | None = None,
-        route: str | None = None,
-        timeout: float = TIMEOUT,
     ):
         super().__init__(None, tokenizer, max_length, batch_size, template)
-        self.engine = Engine(server, timeout, WAITS)
-        self.items = ITEMS  # in a request; fewer where the server cannot take so many
+        self.engine = Engine(server, TIMEOUT, WAITS)
         self.rounding = ROUNDING  # log-odds that are no farther apart count as equal
-
-        def begin(_) -> bool:
-            pick_model(self.engine, served_name, max_length)
-            compared = same_tokenizer(self.engine, tokenizer)
-            self.route = find_route(self, [route] if route else list(ROUTES))
-            return compared
-
-        ((_, compared),) = in_parallel(self.engine, begin, [None], 1)
-        self.root = self.engine.root
+        pick_model(self.engine, served_name, max_length)
+        compared = same_tokenizer(self.engine, tokenizer)
+        self.served_as = self.engine.name
+        self.probe = prove(self)
         say(
-            f"{self.engine.url}: serves {self.engine.name!r}, asked by {self.route}; its tokenizer "
+            f"{self.engine.url}: serves {self.engine.name!r}; its tokenizer "
             + ("is ours" if compared else "could not be compared with ours (no /tokenize)")
         )
-
-    @property
-    def served_as(self) -> list[str]:
-        """The name of the model there, and how it is asked."""
-        return [self.engine.name or "", self.route]
 
     def check_weights(self, folder: Path) -> None:
         """See that the server gives the scores that export wrote beside the weights, if it did.
@@ -164,7 +136,7 @@ class ServedJudge(Judge):
                 "cannot be seen; python -m gram_mini.serving.compare shows it"
             )
             return
-        ((_, logs),) = in_parallel(self.engine, self.ask, [[*map(list, expected)]], 1)
+        logs = self.ask([*map(list, expected)])
         apart = max(abs(a - b - odds) for (a, b), odds in zip(logs, expected.values()))
         if apart > self.rounding:
             raise UserError(
@@ -195,7 +167,7 @@ class ServedJudge(Judge):
         ask = lambda these: self.ask([prompts[i] for i in these])
         silent = progress is None
         with tqdm(total=len(orders), desc=progress, delay=2, disable=silent, leave=False) as bar:
-            for place, answer in in_parallel(self.engine, ask, requests, self.batch_size):
+            for place, answer in in_parallel(ask, requests, self.batch_size):
                 logs[requests[place]] = torch.tensor(answer, dtype=torch.float64)
                 bar.update(len(answer))
         return logs.float(), logs.exp().sum(dim=1).float()
@@ -204,121 +176,46 @@ class ServedJudge(Judge):
         """log P(A) and log P(B) after each of the judge prompts of one question.
 
         Raises:
-            Refused: as :meth:`logs`; numbers that are no probabilities.
-            UserError: it does not give one of the labels.
-        """
-        answer = []
-        for logs in self.logs(prompts):
-            for label in self.labels:
-                if label not in logs:
-                    raise UserError(
-                        f"{self.engine.url}, {self.route}: token {label}, a label, is not among "
-                        f"the {len(logs)} likeliest; let the server give more (vLLM: "
-                        f"--max-logprobs {MANY}), or use an engine that gives tokens by their ids"
-                    )
-            a, b = (logs[label] for label in self.labels)
-            likely = NO_PROBABILITY < min(a, b) <= max(a, b) < 0.001
-            if not (likely and math.exp(a) + math.exp(b) < 1.001):
-                raise Refused(
-                    f"{self.engine.url}, {self.route}: gives log P(A) = {a} and log P(B) = {b}, "
-                    "which are no probabilities"
-                )
-            answer.append((a, b))
-        return answer
-
-    def logs(self, prompts: list[list[int]]) -> list[dict[int, float]]:
-        """{token id: log P} after each prompt, of the tokens that the engine names.
-
-        Raises:
-            Refused: the engine does not answer this route, or with something else.
+            Refused: the server answers with something else.
             UserError: it is gone.
         """
-        if len(prompts) > self.items:
-            half = len(prompts) // 2
-            return [*self.logs(prompts[:half]), *self.logs(prompts[half:])]
-        where = f"{self.engine.url}, {self.route}"
+        request = {
+            **NEUTRAL,
+            "prompt": prompts,
+            "max_tokens": 1,
+            "logprobs": 20,
+            "logprob_token_ids": list(self.labels),
+            "return_tokens_as_token_ids": True,
+        }
+        where = self.engine.url + ROUTE
+        reply = self.engine.post(ROUTE, request)
         try:
-            answer = ROUTES[self.route](self.engine, self.labels, prompts)
-            if len(answer) != len(prompts):
-                raise Refused(f"gives {len(answer)} answers to {len(prompts)} prompts")
-            return [{token: float(value) for token, value in one.items()} for one in answer]
-        except TooMany as error:
-            if len(prompts) == 1:
-                raise Refused(f"{where}: {error}") from None
-            self.items = min(self.items, len(prompts) // 2)
-        except Refused as error:
-            raise Refused(f"{where}: {error}") from None
+            sent, read = sum(map(len, prompts)), (reply.get("usage") or {}).get("prompt_tokens")
+            if read not in (None, sent):
+                raise Refused(f"{where}: reads {read} tokens of {sent} (usage.prompt_tokens)")
+            choices = reply["choices"]
+            if [choice["index"] for choice in choices] != list(range(len(prompts))):
+                raise Refused(f"{where}: does not give {len(prompts)} answers, numbered in order")
+            return [self._labels(choice["logprobs"]["top_logprobs"][0]) for choice in choices]
         except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
             raise Refused(f"{where}: answers with something else ({error!r})") from None
-        return self.logs(prompts)
 
-
-# ---- the routes ----------------------------------------------------------------------
-
-# Each takes the engine, the ids of the two labels and prompts; gives {token id: log P} for each.
-Route = Callable[["Engine", tuple[int, int], list[list[int]]], list[dict[int, float]]]
-
-
-def completions(engine, labels, prompts, top: int = FEW, named: bool = False):
-    """OpenAI's completions: one token, with the log-probabilities of the ``top`` likeliest.
-
-    ``named`` insists on an engine that gives the tokens of ``logprob_token_ids`` instead. Others do
-    not know this field.
-    """
-    request = {
-        **NEUTRAL,
-        "prompt": prompts,
-        "max_tokens": 1,
-        "logprobs": top,
-        "logprob_token_ids": list(labels),
-        "return_tokens_as_token_ids": True,
-    }
-    reply = engine.post("/v1/completions", request)
-    sent, read = sum(map(len, prompts)), (reply.get("usage") or {}).get("prompt_tokens")
-    if read not in (None, sent):
-        raise TooMany(f"reads {read} tokens of {sent} that were sent (usage.prompt_tokens)")
-    choices = {choice["index"]: choice for choice in reply["choices"]}
-    if sorted(choices) != list(range(len(reply["choices"]))):
-        raise TooMany(f"numbers its answers {[choice['index'] for choice in reply['choices']]}")
-    answer = [by_token_id(choices[i]["logprobs"]) for i in range(len(choices))]
-    if named and any(len(logs) > len(labels) + 1 for logs in answer):  # and the sampled one
-        raise Refused("does not know logprob_token_ids")
-    return answer
-
-
-def by_token_id(logprobs: dict) -> dict[int, float]:
-    """{token id: log P} at the first token of a completion, in OpenAI's or llama.cpp's form."""
-    if "content" in logprobs:
-        return {one["id"]: one["logprob"] for one in logprobs["content"][0]["top_logprobs"]}
-    top = logprobs["top_logprobs"][0]
-    if not all(name.startswith("token_id:") for name in top):
-        raise Refused("names tokens by their text, which may stand for several")
-    return {int(name.removeprefix("token_id:")): value for name, value in top.items()}
-
-
-def score(engine, labels, prompts):
-    """SGLang: the probabilities of both labels. It takes no notice of the model's name."""
-    if engine.base:
-        raise Refused(f"would score {engine.base!r} without the adapter")
-    shared = len(os.path.commonprefix([prompt[:-1] for prompt in prompts]))
-    request = {
-        "query": prompts[0][:shared],
-        "items": [prompt[shared:] for prompt in prompts],
-        "label_token_ids": list(labels),
-        "apply_softmax": False,
-        "item_first": False,
-    }
-    scores = engine.post("/v1/score", request)["scores"]
-    log = lambda p: math.log(p) if p > 0 else -math.inf
-    return [dict(zip(labels, map(log, both), strict=True)) for both in scores]
-
-
-ROUTES: dict[str, Route] = {
-    "/v1/completions with logprob_token_ids": partial(completions, named=True),
-    "/v1/score": score,
-    f"/v1/completions, {MANY} likeliest tokens": partial(completions, top=MANY),
-    f"/v1/completions, {FEW} likeliest tokens": completions,
-}
+    def _labels(self, top: dict[str, float]) -> tuple[float, float]:
+        """log P(A) and log P(B) out of {"token_id:7": log P}."""
+        names = [f"token_id:{label}" for label in self.labels]
+        if not top.keys() >= {*names}:
+            raise Refused(
+                f"{self.engine.url}{ROUTE}: does not give both labels by their ids "
+                "(logprob_token_ids); serve the judge with vLLM 0.32 or later"
+            )
+        a, b = (float(top[name]) for name in names)
+        likely = NO_PROBABILITY < min(a, b) <= max(a, b) < 0.001
+        if not (likely and math.exp(a) + math.exp(b) < 1.001):
+            raise Refused(
+                f"{self.engine.url}{ROUTE}: gives log P(A) = {a} and log P(B) = {b}, which are no "
+                "probabilities"
+            )
+        return a, b
 
 
 # ---- before the first score ----------------------------------------------------------
@@ -332,30 +229,20 @@ def pick_model(engine: Engine, served_name: str | None, max_length: int) -> None
     """
     try:
         cards = {str(card["id"]): card for card in engine.get("/v1/models")["data"]}
-        if not cards:
-            raise Refused("an empty list")
-    except (Refused, KeyError, TypeError) as error:
-        if not served_name:
-            raise UserError(
-                f"{engine.url}/v1/models: names no models ({error}); give --served-name"
-            ) from None
-        engine.name = served_name
-        return
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{engine.url}/v1/models: names no models ({error!r})") from None
     if not served_name and len(cards) == 1:
         (served_name,) = cards
-    name = served_name or ""
-    base, _, adapter = name.partition(":")  # as SGLang names an adapter
-    if name in cards:
-        base = cards[name].get("parent") or ""
-        if base and base not in cards:  # vLLM may give it another name there
-            base = next((other for other in cards if not cards[other].get("parent")), base)
-    elif not {base, adapter} <= cards.keys():
-        wanted = f"no model {name!r}" if name else "several models"
+    if served_name not in cards:
+        wanted = f"no model {served_name!r}" if served_name else "several models"
         raise UserError(
             f"{engine.url}: serves {wanted}; give --served-name, one of {', '.join(cards)}"
         )
-    card = cards.get(name, {})
-    engine.name, engine.base, engine.root = name, base, card.get("root")
+    card = cards[served_name]
+    base = card.get("parent") or ""
+    if base and base not in cards:  # vLLM may give it another name there
+        base = next((other for other in cards if not cards[other].get("parent")), base)
+    engine.name, engine.base = served_name, base
     # An adapter's card does not say its length, that of its base does.
     limit = card.get("max_model_len") or cards.get(base, {}).get("max_model_len")
     if limit is not None and max_length >= limit:
@@ -385,68 +272,50 @@ def same_tokenizer(engine: Engine, tokenizer) -> bool:
     return bool(theirs)
 
 
-def find_route(judge: ServedJudge, routes: list[str]) -> str:
-    """The first of these routes by which the server answers as it should.
-
-    Raises:
-        UserError: there is none.
-    """
-    reasons = []
-    for judge.route in routes:
-        try:
-            prove(judge)
-            return judge.route
-        except Refused as error:
-            reasons.append(str(error).removeprefix(f"{judge.engine.url}, "))
-    raise UserError(f"{judge.engine.url}: cannot be asked: {'; '.join(reasons)}")
-
-
-def prove(judge: ServedJudge) -> None:
-    """See that the server answers by ``judge.route``, reads whole prompts, and uses the adapter.
+def prove(judge: ServedJudge) -> str:
+    """See that the server reads whole prompts, and uses the adapter if the judge is one.
 
     Prompts of ``max_length`` that differ in one token only, the last, one in the middle or the
     first, must have different answers. An adapter must have other answers than its base.
 
+    Returns the log-odds of a small prompt, by which another model may be noticed.
+
     Raises:
-        Refused: if it does not.
+        UserError: if it does not.
     """
-    engine, where = judge.engine, f"{judge.engine.url}, {judge.route}"
+    engine = judge.engine
     row = judge.encode([Pair("Which?", "This.", "That.")])[0]
     small = [join(judge.prompt, row), join(judge.prompt, row.swapped())]
-    judge.ask(small)
+    answer = judge.ask(small)[0]
 
     spare = max(0, judge.max_length - len(small[0]))
     filler = (list(row.prompt) * spare)[:spare]
     full = join(judge.prompt, replace(row, prompt=[*filler, *row.prompt]))
-    (whole,) = judge.logs([full])
+    whole = judge.ask([full])[0]
     for place, name in ((-1, "last"), (len(full) // 2, "middle"), (0, "first")):
         other = [*full]
         other[place] = judge.labels[full[place] == judge.labels[0]]
         # A last token changes much, one before may change little.
-        least = SAME if place == -1 else 0
-        if apart(whole, judge.logs([other])[0]) <= least:
-            raise Refused(
-                f"{where}: gives the same for two prompts of {len(full)} tokens that differ in the "
-                f"{name} one, so it does not read all of them; let it read more, or give a smaller "
-                "--max-length"
+        if apart(whole, judge.ask([other])[0]) <= (SAME if place == -1 else 0):
+            raise UserError(
+                f"{engine.url}: gives the same for two prompts of {len(full)} tokens that differ "
+                f"in the {name} one, so it does not read all of them; let it read more, or give a "
+                "smaller --max-length"
             )
 
     if engine.base:
-        answer = judge.logs(small[:1])[0]
         judge.engine = copy.copy(engine)
         judge.engine.name = engine.base
-        try:
-            of_base = judge.logs(small[:1])[0]
-        finally:
-            judge.engine = engine
+        of_base = judge.ask(small[:1])[0]
+        judge.engine = engine
         if apart(answer, of_base) <= SAME:
-            raise Refused(
-                f"{where}: gives the same for {engine.name!r} and its base {engine.base!r}, so it "
-                "does not use the adapter; export the run and serve that"
+            raise UserError(
+                f"{engine.url}: gives the same for {engine.name!r} and its base {engine.base!r}, "
+                "so it does not use the adapter; export the run and serve that"
             )
+    return f"{answer[0] - answer[1]:.1f}"
 
 
-def apart(one: dict[int, float], other: dict[int, float]) -> float:
-    """How far log P are apart at most, of the tokens that both name."""
-    shared = one.keys() & other.keys()
-    return max((abs(one[token] - other[token]) for token in shared), default=math.inf)
+def apart(one: tuple[float, float], other: tuple[float, float]) -> float:
+    """How far log P(A) and log P(B) are apart at most."""
+    return max(abs(a - b) for a, b in zip(one, other))

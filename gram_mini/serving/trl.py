@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
-
 from gram_mini.serving.rewards import AGAINST, group_rewards
 
 
-def as_trl_reward(
-    judge, against: str = "first", average: str = "probabilities", asynchronous: bool = False
-):
+def as_trl_reward(judge, against: str = "first"):
     """The judge as a reward function for TRL's GRPOTrainer(reward_funcs=...) and similar trainers.
 
     If the data set has a column ``reference``, a completion's reward is P(better than its
@@ -24,9 +20,6 @@ def as_trl_reward(
     Args:
         judge: a Judge, or a served judge with the same ``compare_many``.
         against: "first" or "all".
-        average: "probabilities" or "logits", as in Judge.compare_many.
-        asynchronous: make f a coroutine function. TRL runs those side by side, so that a served
-            judge answers while other reward functions wait for theirs. Alone it is no faster.
 
     Returns f(prompts, completions, completion_ids=None, reference=None, log_metric=None, **others)
     -> one reward for each completion. Texts and lists of messages are read as in training, by
@@ -41,14 +34,10 @@ def as_trl_reward(
     def gram_reward(
         prompts, completions, completion_ids=None, reference=None, log_metric=None, **others
     ) -> list[float]:
-        found = group_rewards(judge, prompts, completions, reference, against, average)
+        found = group_rewards(judge, prompts, completions, reference, against)
         if log_metric:
             for name, mean in found.means.items():
                 log_metric(f"gram/{name}", mean)
         return found.rewards
 
-    async def gram_reward_async(**given) -> list[float]:
-        return await asyncio.to_thread(gram_reward, **given)
-
-    gram_reward_async.__name__ = gram_reward.__name__  # under which the trainer logs the rewards
-    return gram_reward_async if asynchronous else gram_reward
+    return gram_reward

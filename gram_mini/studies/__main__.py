@@ -10,6 +10,7 @@
   orders      ours, not the paper's: each pair in both orders, and one loss on their mean margin
   rewards     ours: from pairs to the rewards of n responses, by the number of comparisons
   certain     ours: where smoothing matters (noise of the labels x epochs x eps)
+  misled      ours: unlabelled pairs in which what is common is not what is good
   beside      ours: does comparing help where a difference is plain side by side?
   writing-rl, writing-weak, writing-bon
               ours: the village's language model as a policy that writes (rl and weak need TRL)

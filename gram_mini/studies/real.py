@@ -110,11 +110,9 @@ def _read(option: str, source: str, labelled: bool):
     try:
         return load_pairs(source, labelled=labelled)
     except UserError as error:
-        if not any(name in str(error) for name in ("--columns", "--split", "--subset")):
-            raise
         raise UserError(
-            f"{option} {source}: {error} (here there are no such options: first write the pairs "
-            "to a file with prompt, chosen, rejected, or prompt, response_a, response_b)"
+            f"{option} {source}: {error} (this command has no --columns, --split and --subset; "
+            "where they are needed, write the pairs to a file first)"
         ) from None
 
 

@@ -40,7 +40,7 @@ def record_table(path: Path, lines: list[list[str]]) -> None:
         means.append({"method": row[0], **cells})
     record = {
         "study": path.stem,
-        "command": " ".join(["python -m", module_name(), *sys.argv[1:]]),
+        "command": " ".join(["python", *sys.orig_argv[1:]]),
         "machine": f"{processor()}, {os.cpu_count()} cores",
         "versions": {name: version(name) for name in PACKAGES},
         "note": "± is the 95% interval over the prompts",
@@ -56,12 +56,6 @@ def figure(text: str) -> list | str:
         return [float(value), float(half) if half else None]
     except ValueError:
         return text
-
-
-def module_name() -> str:
-    """The module that python -m runs."""
-    spec = sys.modules["__main__"].__spec__
-    return spec.name if spec else Path(sys.argv[0]).stem
 
 
 def processor() -> str:

@@ -11,9 +11,12 @@ import json
 from collections.abc import Iterable, Sequence
 
 from gram_mini.errors import UserError
+from gram_mini.runs.record import fingerprint
 from gram_mini.studies.figures import average
+from gram_mini.studies.paper import STUDIES
 from gram_mini.studies.seeds import RESULTS
 from gram_mini.studies.speed.tables import tables as speed_tables
+from gram_mini.village import VILLAGE
 
 # Figures that are not written with three decimals.
 TWO_DECIMALS = (
@@ -58,6 +61,7 @@ def tables() -> dict[str, str]:
     """Marker on a page -> the Markdown between it and its end."""
     return {
         "demo": listed("demo", *DEMO),
+        "studies": studies(),
         "served": listed("served", "pairs", "log-odds apart, most", "same verdict"),
         "everyday": listed("everyday", *EVERYDAY, "position gap"),
         "everyday-former": listed("everyday-former", *EVERYDAY, "position gap"),
@@ -189,6 +193,20 @@ def certain() -> str:
         plain, smoothed = select(means, method=method)
         lines.append([method, *(f"{center(plain, k)}, {center(smoothed, k)}" for k in keys)])
     return markdown(["labels, epochs", *keys], lines)
+
+
+def studies() -> str:
+    """Which seeds of each study are there, and whether they are of the backbone that ships."""
+    lines = []
+    for name in STUDIES:
+        path = RESULTS / f"{name}.json"
+        if not path.is_file():
+            lines.append([f"`{name}`", "none", ""])
+            continue
+        record = results(name)
+        same = record.get("about", {}).get("backbone") == fingerprint(VILLAGE)
+        lines.append([f"`{name}`", str(len(record["seeds"])), "this one" if same else "the former"])
+    return markdown(["study", "seeds", "backbone"], lines)
 
 
 EXPLOITS = (  # of the last answers of "weak", those that the page shows

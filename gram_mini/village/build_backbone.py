@@ -2,7 +2,7 @@
 
     OMP_NUM_THREADS=1 python -m gram_mini.village.build_backbone --out FOLDER
 
-This takes 10 minutes on one CPU core. On the kind of machine the shipped weights were made on
+This takes up to half an hour on one CPU core. On the kind of machine the weights were made on
 (EPYC, torch 2.13), it gives them bit for bit. During training three probes show whether the model
 can serve as a judge's backbone. Does it recall the facts? Can it tell right from wrong after an
 answer? Does it judge zero-shot? These skills appear one after the other, each suddenly: recall

@@ -31,7 +31,7 @@ FORMATS = {
     "conversational": (
         {
             "prompt": messages("Hi", "Hello", "1 + 1?"),
-            "chosen": messages("2")[:1],
+            "chosen": messages("1 + 1?", "2")[1:],
             "rejected": [{"role": "assistant", "content": "3"}],
         },
         Pair("Human: Hi\n\nAssistant: Hello\n\nHuman: 1 + 1?", "2", "3", 0),
@@ -151,9 +151,9 @@ BAD = {
     "empty": ("d.jsonl", "", "d.jsonl: the file is empty"),
     "no rows": ("d.json", "[]", "no rows"),
     "invalid line": ("d.jsonl", json.dumps(ROW) + "\n\n{oops\n", "d.jsonl, line 3: invalid JSON"),
-    "invalid json": ("d.json", "[\n{,}]", "d.json, line 2: invalid JSON"),
+    "invalid json": ("d.json", "[\n{,}]", "double quotes: line 2 column 2"),
     "not an object": ("d.jsonl", "[1]\n", "d.jsonl, line 1: expected an object"),
-    "not a list": ("d.json", "{}", "expected a list"),
+    "not a list": ("d.json", "7", "expected a list"),
     "columns": (
         "d.jsonl",
         '{"text": "x"}\n',

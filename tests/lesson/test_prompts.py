@@ -218,13 +218,13 @@ def test_template_is_read_as_it_stands_but_for_one_final_line_break(tmp_path):
 
 
 @pytest.mark.parametrize(("text", "message"), [
-    ("{prompt} {response_a}", "{response_b} stands there 0 times"),
-    ("{prompt} {prompt} {response_a} {response_b}", "{prompt} stands there 2 times"),
+    ("{prompt} {response_a}", "holds the placeholders prompt, response_a; the file"),
+    ("{prompt} {prompt} {response_a} {response_b}", "prompt, prompt, response_a, response_b;"),
     (
         "{input} {response_a} {response_b} {response_b}",
-        "{prompt} stands there 0 times and {response_b} stands there 2 times",
+        "the placeholders response_a, response_b, response_b;",
     ),
-    ("{prompt} {response_b} {response_a}", "the placeholders are out of order"),
+    ("{prompt} {response_b} {response_a}", "each exactly once and in this order"),
     (b"\xff{prompt} {response_a} {response_b}", "not UTF-8"),
     (None, "cannot be read"),
 ])  # fmt: skip

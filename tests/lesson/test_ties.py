@@ -114,10 +114,8 @@ def test_the_script_shows_what_the_library_computes(capsys):
         result = score.load_judge("village").compare(*pair, average=average)
         said = capsys.readouterr().out
         assert f"P(A better) = {result.probability:.3f}, from {result.a_first:.3f}" in said
-        assert (
-            f"position gap {result.position_gap:.3f}; mass on the labels {result.label_mass:.3f}"
-            in said
-        )
+        assert f"position gap {result.position_gap:.3f}" in said
+        assert f"; mass on the labels {result.label_mass:.3f}" in said
 
 
 def test_pair_losses_add_up_to_the_loss_of_training(village_judge, tokenizer):

@@ -48,59 +48,21 @@ def read(row):
 
 # ---- meaning outside the recognised columns ------------------------------------------
 
-BESIDE = {
-    "system": ({"system": "Rhyme."}, "System: Rhyme.\n\nHuman: Name a fruit."),
-    "system_prompt": ({"system_prompt": "Rhyme."}, "System: Rhyme.\n\nHuman: Name a fruit."),
-    "system as a message": (
-        {"system": [system("Rhyme.")]}, "System: Rhyme.\n\nHuman: Name a fruit."
-    ),
-    "history of pairs": (
-        {"history": [["Hi", "Hello"], ["Ready?", "Yes"]]},
-        "Human: Hi\n\nAssistant: Hello\n\nHuman: Ready?\n\nAssistant: Yes\n\nHuman: Name a fruit.",
-    ),
-    "history of messages": (
-        {"history": [user("Hi"), assistant("Hello")]},
-        "Human: Hi\n\nAssistant: Hello\n\nHuman: Name a fruit.",
-    ),
-    "history of texts": (
-        {"history": ["Hi", "Hello"]}, "Human: Hi\n\nAssistant: Hello\n\nHuman: Name a fruit."
-    ),
-    "history as one text": (
-        {"history": "\n\nHuman: Hi\n\nAssistant: Hello"},
-        "Human: Hi\n\nAssistant: Hello\n\nHuman: Name a fruit.",
-    ),
-    "history written out by a CSV": (
-        {"history": "[['Hi', 'Hello']]"}, "Human: Hi\n\nAssistant: Hello\n\nHuman: Name a fruit."
-    ),
-    "history up to the question": (
-        {"history": [user("Hi"), assistant("Hello"), user("Name a fruit.")]},
-        "Human: Hi\n\nAssistant: Hello\n\nHuman: Name a fruit.",
-    ),
-    "context": ({"context": "It is red."}, "It is red.\n\nName a fruit."),
-    "passages": (
-        {"context": ["It is red.", "It is round."]}, "It is red.\n\nIt is round.\n\nName a fruit."
-    ),
-    "instruction and input": (
-        {"instruction": "Answer.", "input": "It is red."}, "Answer.\n\nIt is red.\n\nName a fruit."
-    ),
-    "all": (
-        {"input": "c", "context": "b", "history": [["Hi", "Hello"]], "system": "Rhyme."},
-        "System: Rhyme.\n\nHuman: Hi\n\nAssistant: Hello\n\nHuman: b\n\nc\n\nName a fruit.",
-    ),
-    "what is in the prompt already": (
-        {"instruction": "Name a fruit.", "context": "fruit"}, "Name a fruit."
-    ),
-    "nothing": (
-        {"system": None, "history": [], "context": "", "input": "None", "images": [], "tools": "[]",
-         "instruction": float("nan"), "audio": {}}, "Name a fruit.",
-    ),
-}  # fmt: skip
+NOTHING = {"system": None, "history": [], "context": "", "input": "None", "images": [],
+           "tools": "[]", "instruction": float("nan"), "audio": {}}  # fmt: skip
 
 
-@pytest.mark.parametrize("name", BESIDE)
-def test_what_stands_beside_a_prompt_goes_before_it(name):
-    columns, expected = BESIDE[name]
-    assert read({**PLAIN, **columns}) == (expected, "A pear.", "A brick.")
+def test_what_stands_beside_a_prompt_goes_before_it_or_is_refused():
+    for name in ("system", "system_prompt"):
+        assert read({**PLAIN, name: "Rhyme."})[0] == "System: Rhyme.\n\nHuman: Name a fruit."
+    said = {**PLAIN, "prompt": [system("Rhyme."), user("Hi")], "system": "Rhyme."}
+    assert read(said)[0] == "System: Rhyme.\n\nHuman: Hi"
+    assert read({**PLAIN, **NOTHING})[0] == "Name a fruit."
+    for name in ("history", "context", "instruction", "input"):
+        with pytest.raises(UserError, match=f"here: column '{name}' .* --columns prompt={name}"):
+            read({**PLAIN, name: "It is red."})
+    with pytest.raises(UserError, match="column 'system' must be text, found list"):
+        read({**PLAIN, "system": [system("Rhyme.")]})
 
 
 FORMATS = {
@@ -186,11 +148,11 @@ def test_ranked_responses_have_their_context_too(tmp_path):
 def test_columns_that_are_not_read_are_named(tmp_path):
     rows = [
         {**PLAIN, "source": "x", "empty": ""},
-        {"prompt": [user("Hi")], "chosen": [{**assistant("a"), "thinking": "hm"}], "rejected": "b"},
+        {"prompt": [user("Hi")], "chosen": [assistant("a")], "rejected": "b", "source": "y"},
     ]
     data = load_pairs(write(tmp_path / "d.jsonl", *rows), True)
-    assert "columns not read: chosen.thinking, source" in data.summary()
-    assert data.record()["notes"]["unread"] == {"chosen.thinking": 1, "source": 1}
+    assert "columns not read: source" in data.summary()
+    assert data.record()["notes"]["unread"] == {"source": 2}
     many = {**PLAIN, **{f"c{i:02}": 1 for i in range(20)}}
     assert "c11 and 8 more" in load_pairs(write(tmp_path / "e.jsonl", many), True).summary()
 
@@ -206,17 +168,13 @@ MESSAGES = {
     "system alone in the prompt": ([S], [Q], "System: Rhyme.\n\nHuman: Why?"),
     "an empty system message": ([system(" "), Q], [Q], "Why?"),
     "a system message that is null": ([system(None), Q], [system(""), Q], "Why?"),
-    "the last turn repeated": ([user("Hi"), assistant("Hello"), Q], [Q], TURNS),
     "all turns repeated": (
         [user("Hi"), assistant("Hello"), Q], [user("Hi"), assistant("Hello"), Q], TURNS
-    ),
-    "the last two turns repeated": (
-        [user("Hi"), assistant("Hello"), Q], [assistant("Hello"), Q], TURNS
     ),
     "earlier turns in the responses": ([Q], [user("Hi"), assistant("Hello"), Q], TURNS),
     "nothing repeated": ([user("Hi"), assistant("Hello"), Q], [], TURNS),
     "a text as prompt": ("Why?", [Q], "Why?"),
-    "a dialogue in a text as prompt": (f"\n\n{TURNS}\n\nAssistant:", [Q], TURNS),
+    "a dialogue in a text as prompt": (f"\n\n{TURNS}\n\nAssistant:", [], TURNS),
     "a prompt that comes again": ([Q], [A, Q], "Human: Why?\n\nAssistant: So.\n\nHuman: Why?"),
     "roles in capitals": ([{"role": "User", "content": "Why?"}], [], "Why?"),
     "text in parts": (
@@ -270,31 +228,13 @@ def test_parts_of_messages_that_are_no_text_are_refused(message, said, tmp_path)
 
 
 def test_replies_without_an_answer_or_to_another_question_are_refused():
-    with pytest.raises(UserError, match="column 'chosen' holds no answer"):
-        read({"prompt": [Q], "chosen": [Q], "rejected": "b"})
-    with pytest.raises(UserError, match="not in the prompt; .*--columns chosen=chosen,rejected="):
-        read({"prompt": [Q], "chosen": [user("Else?"), A], "rejected": "b"})
-
-
-def test_texts_that_repeat_their_prompt(tmp_path):
-    longer = {"prompt": "Name a fruit.", "chosen": "Name a fruit. A pear.",
-              "rejected": "Name a fruit.\nA brick."}  # fmt: skip
-    one_only = {**longer, "rejected": "A brick."}
-    greeting = {"prompt": "Hi!", "chosen": "Hi! How are you?", "rejected": "Hi! What."}
-    part_of_a_word = {"prompt": "Complete the word: tele", "chosen": "Complete the word: telephone",
-                      "rejected": "Complete the word: telex"}  # fmt: skip
-    echo = {**longer, "rejected": "Name a fruit."}
-    with_context = {**PLAIN, "context": "It is red."}
-    prompt = "It is red.\n\nName a fruit."
-    again = {**with_context, "chosen": f"{prompt} A plum.", "rejected": f"{prompt} A brick."}
-    assert read(again) == (prompt, "A plum.", "A brick.")
-    rows = [longer, one_only, greeting, part_of_a_word, echo]
-    data = load_pairs(write(tmp_path / "d.jsonl", *rows), True)
-    assert [(pair.response_a, pair.response_b) for pair in data.pairs] == [
-        ("A pear.", "A brick."),
-        *((row["chosen"], row["rejected"]) for row in rows[1:]),
-    ]
-    assert "1 rows whose responses repeat the prompt, taken off" in data.summary()
+    for chosen in ([Q], [user("Else?"), A], [user("So.")]):
+        with pytest.raises(
+            UserError, match="must begin with the assistant's answer, or repeat the"
+        ):
+            read({"prompt": [Q], "chosen": chosen, "rejected": "b"})
+    with pytest.raises(UserError, match="repeat the whole prompt"):
+        read({"prompt": [user("Hi"), assistant("Hello"), Q], "chosen": [Q, A], "rejected": "b"})
 
 
 def test_dialogues_as_texts_beside_a_prompt():
@@ -310,44 +250,33 @@ def test_dialogues_as_texts_beside_a_prompt():
     assert read(triple) == (TURNS, "So.", "No.")
 
 
-def test_letters_that_name_a_response():
+def test_names_of_responses_are_not_read_as_responses():
     row = {"prompt": "Name a fruit.", "response_a": "A brick.", "response_b": "A pear."}
-    (pair,), _ = parse_pairs([("here", {**row, "chosen": "B", "rejected": "A"})])
-    assert pair == Pair("Name a fruit.", "A brick.", "A pear.", 1)
-    (pair,), _ = parse_pairs([("here", {**row, "chosen": "a", "rejected": "b"})])
-    assert pair.label == 0
-    with pytest.raises(UserError, match="'label' says A is better and 'chosen' says B"):
-        read({**row, "chosen": "B", "rejected": "A", "label": "A"})
-    with pytest.raises(UserError, match="label=chosen"):
-        read({**row, "chosen": "response_b", "rejected": "response_a"})
-    other = {"prompt": "x", "output_1": "y", "output_2": "z", "chosen": 2, "rejected": 1}
-    with pytest.raises(
-        UserError, match="--columns prompt=prompt,a=output_1,b=output_2,label=chosen"
+    other = {"prompt": "x", "output_1": "y", "output_2": "z"}
+    for columns in (
+        {**row, "chosen": "B", "rejected": "A"},
+        {**row, "chosen": "response_b", "rejected": "response_a"},
+        {**other, "chosen": 2, "rejected": 1},
     ):
-        read(other)
+        with pytest.raises(
+            UserError, match="which seems to name a column; give --columns .*chosen"
+        ):
+            read(columns)
     assert read({**PLAIN, "chosen": "A", "rejected": "B"})[1:] == ("A", "B")  # multiple choice
 
 
 @pytest.mark.parametrize("write_out", [str, json.dumps])
-def test_messages_written_as_text(write_out, tmp_path):
-    row = {"prompt": "Hi", "chosen": [assistant("a\n'b'")], "rejected": [assistant("c")]}
+def test_messages_written_as_text_are_refused(write_out):
+    row = {"prompt": "Hi", "chosen": [assistant("a")], "rejected": [assistant("c")]}
     written = {**row, **{name: write_out(row[name]) for name in ("chosen", "rejected")}}
-    prompt = {**row, "prompt": write_out([S, user("Hi")])}
-    data = load_pairs(write(tmp_path / "d.jsonl", written, prompt), True)
-    assert data.pairs == [
-        Pair("Hi", "a\n'b'", "c", 0),
-        Pair("System: Rhyme.\n\nHuman: Hi", "a\n'b'", "c", 0),
-    ]
-    assert "2 rows with messages written as text, read as messages" in data.summary()
+    for wrong in (written, {**row, "prompt": write_out([S, user("Hi")])}):
+        with pytest.raises(UserError, match="holds a list written as text; save the table as JSON"):
+            read(wrong)
     # an answer that is JSON by intent stands beside one that is none
     assert read({**written, "rejected": "I cannot."})[1] == written["chosen"]
-    with pytest.raises(UserError, match="messages written as text that cannot be read back"):
-        read({**row, "chosen": "[{'role': 'user', 'content': 'x'}\n {'role': 'assistant'}]"})
 
 
-@pytest.mark.parametrize(
-    "text", ["", " ", "\u200b", "\ufeff\u200d\u2060", "\u00ad", "\u3164", "\u2800", "\ufe0f"]
-)
+@pytest.mark.parametrize("text", ["", " ", "\u200b", "\ufeff\u200d\u2060", "\u00ad"])
 def test_a_response_that_shows_nothing_is_empty(text):
     assert is_blank(text) and not is_blank(text + ".") and not is_blank("\U0001f600\ufe0f")
     assert unusable(Pair("x", text, "y")) == "with an empty response"
@@ -493,37 +422,22 @@ def test_a_split_is_a_whole_name(tmp_path):
     with pytest.raises(UserError, match="one of claude, gpt"):
         texts(tmp_path / "b")
     (tmp_path / "c").mkdir()
-    for name in ("train_1", "train-part-2", "test"):
+    for name in ("train_1", "train-part-2"):
         write(tmp_path / "c" / f"{name}.jsonl", of(name))
     assert texts(tmp_path / "c") == ["train-part-2", "train_1"]
-    (tmp_path / "d").mkdir()
-    for name in ("data-00000-of-00002", "data-00001-of-00002"):
-        write(tmp_path / "d" / f"{name}.jsonl", of(name))
-    assert len(texts(tmp_path / "d")) == 2
 
 
 def test_split_is_never_ignored(tmp_path):
     source = write(tmp_path / "d.jsonl", PLAIN)
     with pytest.raises(UserError, match="--split test: .* is a single file and has no splits"):
         texts(source, split="test")
-    with pytest.raises(UserError, match="has no splits, since d.jsonl is not named after one"):
+    with pytest.raises(
+        UserError, match="no file of the split 'test'; .* one of d, or leave it out"
+    ):
         texts(tmp_path, split="test")
     assert len(texts(write(tmp_path / "test-1.jsonl", PLAIN), split="test")) == 1
-    data = load_pairs(str(tmp_path), True)
-    assert "all 2 files read, since d.jsonl is named after no split" in data.summary()
     with pytest.raises(UserError, match="--split test: the village's pairs have none"):
         load_pairs("village", True, split="test")
-
-
-def test_hidden_files_are_skipped_and_named(tmp_path):
-    write(tmp_path / "d.jsonl", PLAIN)
-    for name in ("._d.jsonl", ".d.jsonl"):
-        (tmp_path / name).write_bytes(b"\0\5\xff")
-    data = load_pairs(str(tmp_path), True)
-    assert len(data.pairs) == 1 and "2 hidden files skipped: ._d.jsonl, .d.jsonl" in data.summary()
-    (tmp_path / "d.jsonl").unlink()
-    with pytest.raises(UserError, match="file in this folder but hidden ones"):
-        texts(tmp_path)
 
 
 def test_objects_in_a_json_file(tmp_path):
@@ -531,24 +445,20 @@ def test_objects_in_a_json_file(tmp_path):
     path.write_text(json.dumps(PLAIN, indent=2))
     assert load_pairs(str(path), True).rows == 1
     path.write_text(json.dumps({"version": "1", "data": [PLAIN, PLAIN]}, indent=2))
-    data = load_pairs(str(path), True)
-    assert data.rows == 2 and "the rows are those of its list 'data'" in data.summary()
-    assert "columns not read: version (beside data)" in data.summary()
-    path.write_text(json.dumps({"train": [PLAIN], "test": [PLAIN]}))
-    with pytest.raises(UserError, match=r"several lists of rows \(train, test\)"):
+    with pytest.raises(UserError, match=r"row 1: columns \['data', 'version'\] are of no known"):
         load_pairs(str(path), True)
-    for row in (FORMATS["ShareGPT"], FORMATS["UltraFeedback"], FORMATS["dialogues"]):
-        path.write_text(json.dumps(row, indent=1))  # lists of objects, but a row all the same
-        assert len(load_pairs(str(path), True).pairs) == 1
+    path.write_text("7")
+    with pytest.raises(UserError, match="expected a list of rows, found int"):
+        load_pairs(str(path), True)
     path.write_text(json.dumps(PLAIN) + "\n" + json.dumps(PLAIN) + "\n")
     assert load_pairs(str(path), True).rows == 2
     lines = tmp_path / "d.jsonl"
     lines.write_text(json.dumps(PLAIN, indent=2))
-    with pytest.raises(UserError, match="line 1: invalid JSON: .*; name the file .json"):
+    with pytest.raises(UserError, match="line 1: invalid JSON: .*; write one whole object a line"):
         load_pairs(str(lines), True)
 
 
 def test_a_column_that_stands_twice_in_a_csv_is_refused(tmp_path):
     (tmp_path / "d.csv").write_text("prompt,chosen,chosen,rejected\na,b,c,d\n")
-    with pytest.raises(UserError, match="the column 'chosen' stands there twice; rename one"):
+    with pytest.raises(UserError, match="column 'chosen' stands there twice; rename one"):
         load_pairs(str(tmp_path / "d.csv"), True)

@@ -60,7 +60,7 @@ def test_stage_1_reads_no_labels_and_stage_2_names_those_that_are_not_listed(tmp
 ])  # fmt: skip
 def test_labels_are_compared_as_text_or_number(tmp_path, value, labels):
     source = write(tmp_path / "d.jsonl", {"prompt": "x", "a": "y", "b": "z", "pick": value})
-    columns = "a=a,b=b,label=pick"  # the prompt is the column of that name
+    columns = "prompt=prompt,a=a,b=b,label=pick"
     assert load_pairs(source, True, columns=columns, labels=labels).pairs[0].label == 0
 
 
@@ -70,7 +70,7 @@ def test_labels_are_compared_as_text_or_number(tmp_path, value, labels):
 def test_other_values_are_others(tmp_path, value, labels):
     source = write(tmp_path / "d.jsonl", {"prompt": "x", "a": "y", "b": "z", "pick": value})
     with pytest.raises(UserError, match="the label in column 'pick' is .* not listed; add it"):
-        load_pairs(source, True, columns="a=a,b=b,label=pick", labels=labels)
+        load_pairs(source, True, columns="prompt=prompt,a=a,b=b,label=pick", labels=labels)
 
 
 def test_the_other_targets(tmp_path):
@@ -99,22 +99,15 @@ def test_names_with_dots_and_plus_and_lists_in_text(tmp_path):
     ]
 
 
-def test_numbers_and_truth_values_as_texts_are_counted(tmp_path):
-    rows = [{"prompt": "1 < 2?", "a": True, "b": "no"}, {"prompt": "1 + 1?", "a": 2, "b": "3"}]
-    data = load_pairs(write(tmp_path / "d.jsonl", *rows), False, columns="prompt=prompt,a=a,b=b")
-    assert triples(data) == [("1 < 2?", "true", "no", None), ("1 + 1?", "2", "3", None)]
-    assert "2 rows with a number or a truth value as text in 'a'" in data.summary()
-
-
 def test_columns_that_are_not_there_are_named(tmp_path):
     source = write(tmp_path / "d.jsonl", *TABLE)
     with pytest.raises(UserError, match="line 1: --columns a=outs: the row holds no 'outs'; its"):
         load_pairs(source, False, columns="prompt=instruction,a=outs,b=out.1")
-    with pytest.raises(UserError, match="no row has a column 'inptu'; the columns are id, instr"):
+    with pytest.raises(UserError, match="instruction.inptu: the row holds no 'inptu'; its columns"):
         load_pairs(source, False, columns="prompt=instruction+inptu,a=out.0,b=out.1")
-    rows = [{**TABLE[0]}, {k: v for k, v in TABLE[1].items() if k != "input"}]
-    source = write(tmp_path / "e.jsonl", *rows)  # a row may leave an empty column out
-    assert len(load_pairs(source, False, columns=COLUMNS).pairs) == 2
+    write(tmp_path / "d.jsonl", {**TABLE[0], "out": [True, "3"]})
+    with pytest.raises(UserError, match="line 1: column 'response_a' must be text or a list of"):
+        load_pairs(source, False, columns=COLUMNS)
 
 
 @pytest.mark.parametrize(("columns", "labels", "said"), [
@@ -126,9 +119,10 @@ def test_columns_that_are_not_there_are_named(tmp_path):
     ("a=x,b=y,chosen=z", None, "make no pair"),
     ("a=x,b=y,label=z,score_a=u,score_b=v", None, "make no pair"),
     ("a=x,a=y,b=z", None, "gives a twice"),
-    ("a=x,b=y", "a=1", "goes with a label in --columns; add label=COLUMN"),
-    ("a=x,b=y,label=z", "1=a", "cannot read '1=a'; give a=VALUE,..."),
-    ("a=x,b=y,label=z", "a=1,b=1", "gives one value two meanings"),
+    ("prompt=q,a=x,b=y", "a=1", "goes with a label in --columns; add label=COLUMN"),
+    ("a=x,b=y", None, "make no pair"),
+    ("prompt=q,a=x,b=y,label=z", "1=a", "cannot read '1=a'; give a=VALUE,..."),
+    ("prompt=q,a=x,b=y,label=z", "a=1,b=1", "gives one value two meanings"),
 ])  # fmt: skip
 def test_options_that_cannot_be_followed_are_one_clear_line(columns, labels, said):
     with pytest.raises(UserError) as error:
@@ -140,26 +134,26 @@ def test_options_that_cannot_be_followed_are_one_clear_line(columns, labels, sai
 
 SINGLE = [
     {"q": "Name a prime.", "text": "Seven.", "stars": 4},
-    {"q": "Name a colour.", "text": "Blue.", "stars": 3},
     {"q": "Name a prime.", "text": "Nine.", "stars": 1},
+    {"q": "Name a colour.", "text": "Blue.", "stars": 3},
     {"q": "Name a colour.", "text": "Six.", "stars": "0"},
 ]
 RESPONSE = "prompt=q,response=text,score=stars"
 
 
-def test_responses_are_paired_over_the_whole_source(tmp_path):
+def test_responses_of_neighbouring_rows_are_paired(tmp_path):
     data = load_pairs(write(tmp_path / "d.jsonl", *SINGLE), True, columns=RESPONSE)
     assert triples(data) == [
         ("Name a prime.", "Seven.", "Nine.", 0), ("Name a colour.", "Blue.", "Six.", 0)
     ]  # fmt: skip
-    assert [pair.row for pair in data.pairs] == [1, 2] and data.rows == 4
-    for i, row in enumerate(SINGLE):
-        write(tmp_path / "folder" / f"{i}.jsonl", row)
-    assert triples(load_pairs(str(tmp_path / "folder"), True, columns=RESPONSE)) == triples(data)
+    assert [pair.row for pair in data.pairs] == [1, 3] and data.rows == 4
+    apart = [SINGLE[i] for i in (0, 2, 1)]
+    with pytest.raises(UserError, match="3 without a second response"):
+        load_pairs(write(tmp_path / "e.jsonl", *apart), True, columns=RESPONSE)
 
 
 def test_pairs_per_prompt_are_drawn_by_the_seed(tmp_path):
-    rows = [{"q": f"Q{i % 2}", "text": f"{i}", "stars": i} for i in range(12)]
+    rows = [{"q": f"Q{i // 6}", "text": f"{i}", "stars": i} for i in range(12)]
     source = write(tmp_path / "d.jsonl", *rows)
     draw = lambda seed: load_pairs(source, True, columns=RESPONSE, pairs_per_prompt=3, seed=seed)
     data = draw(0)
@@ -168,7 +162,7 @@ def test_pairs_per_prompt_are_drawn_by_the_seed(tmp_path):
     assert triples(draw(0)) == triples(data) != triples(draw(1))
     assert all(p.label == int(int(p.response_b) > int(p.response_a)) for p in data.pairs)
     data = load_pairs(source, True, columns=RESPONSE, pairs="best-worst")
-    assert triples(data) == [("Q0", "10", "0", 0), ("Q1", "11", "1", 0)]
+    assert triples(data) == [("Q0", "5", "0", 0), ("Q1", "11", "6", 0)]
     several = {"prompt": "x", "chosen": ["1", "2", "3"], "rejected": ["4", "5", "6"]}
     data = load_pairs(write(tmp_path / "e.jsonl", several), True, pairs_per_prompt=4)
     assert len(data.pairs) == 4 and data.dropped == {"not drawn by --pairs-per-prompt": 5}
@@ -180,7 +174,7 @@ def test_responses_without_scores_are_for_stage_1(tmp_path):
     with pytest.raises(UserError, match="line 1: no label; --columns needs score=COLUMN"):
         load_pairs(source, True, columns=columns)
     bad = write(tmp_path / "e.jsonl", *SINGLE, {**SINGLE[0], "stars": "many"})
-    with pytest.raises(UserError, match="line 5: the score in column 'stars' must be a number"):
+    with pytest.raises(UserError, match="line 5: column 'stars' must be a number"):
         load_pairs(bad, True, columns=RESPONSE)
     data = load_pairs(bad, True, columns=RESPONSE, on_bad_row="skip")
     assert len(data.pairs) == 2 and data.dropped == {"that cannot be read": 1}
@@ -190,28 +184,42 @@ def test_responses_without_scores_are_for_stage_1(tmp_path):
 
 
 @pytest.mark.parametrize(("row", "said"), [
-    ({"instruction": "x", "output": "y"},
-     "one response a row is no pair; give --columns prompt=instruction,response=output"),
-    ({"instruction": "x", "input": "z", "output": "y"}, "prompt=instruction+input,response=output"),
-    ({"prompt": "x", "response": "y", "score": 1}, "prompt=prompt,response=response,score=score"),
-    ({"question": "x", "answer": "y"}, "give --columns prompt=question,response=answer"),
-    ({"input": "x", "output_1": "y", "output_2": "z", "label": 1},
-     "give --columns prompt=input,a=output_1,b=output_2,label=label --labels a=...,b=...,tie=..."),
+    ({"instruction": "x", "output": "y"}, "one response a row is no pair: give --columns prompt="),
+    ({"question": "x", "answer": "y"}, "columns ['answer', 'question'] are of no known format"),
+    ({"text": "x"}, "--columns prompt=COLUMN with chosen=COLUMN,rejected=COLUMN"),
     ({"prompt": "x", "response_a": "y", "response_b": "z", "winner": "model_a"},
-     "--columns prompt=prompt,a=response_a,b=response_b,label=winner --labels"),
-    ({"text": "x"}, "--columns prompt=COLUMN,chosen=COLUMN,rejected=COLUMN"),
-    ({"history": "x", "human_ref_A": "y", "human_ref_B": "zz", "labels": 1, "score_A": 2,
-      "score_B": 1, "c_root_id_A": "long, long", "c_root_id_B": "long, long"},  # stanfordnlp/SHP
-     "give --columns prompt=COLUMN,a=human_ref_A,b=human_ref_B,label=labels --labels"),
-    ({"prompt": "x", "story0": "y", "story1": "z", "best": 0}, "prompt=prompt,a=story0,b=story1"),
-    ({"prompt": "x", "0": "y", "1": "z", "winner": 0}, "a=0,b=1,label=winner --labels"),
-    ({"prompt": "x", "A": "y", "B": "z", "rating_A": 2, "rating_B": 1},
-     "give --columns prompt=prompt,a=A,b=B,score_a=rating_A,score_b=rating_B"),
+     "no label; stage 2 and evaluation need to know the preferred response: give 'chosen'"),
 ])  # fmt: skip
-def test_a_row_of_no_known_format_says_what_would_read_it(tmp_path, row, said):
+def test_a_row_of_no_known_format_says_what_to_give(tmp_path, row, said):
     with pytest.raises(UserError) as error:
         load_pairs(write(tmp_path / "d.jsonl", row), True)
     assert said in str(error.value)
+
+
+def dialogue(question, answer):
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
+
+PUBLIC = {  # as gram_mini/reading/README.md reads them
+    "chatbot_arena_conversations": (
+        {"conversation_a": dialogue("x", "y"), "conversation_b": dialogue("x", "z"),
+         "winner": "model_b", "turn": 1},
+        "prompt=conversation_a.0.content,a=conversation_a,b=conversation_b,label=winner",
+        "a=model_a,b=model_b,tie=tie,tie=tie (bothbad)",
+    ),
+    "PKU-SafeRLHF": (
+        {"prompt": "x", "response_0": "y", "response_1": "z", "better_response_id": 1},
+        "prompt=prompt,a=response_0,b=response_1,label=better_response_id",
+        "a=0,b=1",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_public_tables(tmp_path, name):
+    row, columns, labels = PUBLIC[name]
+    data = load_pairs(write(tmp_path / "d.jsonl", row), True, columns=columns, labels=labels)
+    assert triples(data) == [("x", "y", "z", 1)]
 
 
 def test_the_alpaca_layout_needs_no_option(tmp_path):
@@ -236,7 +244,7 @@ def test_lists_of_texts_that_are_written_as_text(tmp_path):
     ):
         for columns in (None, "prompt=prompt,a=response_a,b=response_b"):
             if columns is None or "response_a" in row:
-                with pytest.raises(UserError, match="line 1: .*a list of texts written as text"):
+                with pytest.raises(UserError, match="line 1: .*a list written as text"):
                     load_pairs(write(tmp_path / "d.jsonl", row), False, columns=columns)
     # one answer that is such a list is an answer
     row = {"prompt": "As JSON?", "chosen": '["2"]', "rejected": "2"}
@@ -250,14 +258,12 @@ def test_a_verdict_in_two_columns_tells_ties(tmp_path):
     ]
     source = write(tmp_path / "d.jsonl", *rows)
     texts = "prompt=prompt.0,a=response_a.0,b=response_b.0"
-    with pytest.raises(UserError, match="one alone does not tell a tie; give score_a=winner_model"):
+    with pytest.raises(UserError, match="does not tell a tie; give both as score_a= and score_b="):
         load_pairs(source, True, columns=f"{texts},label=winner_model_a", labels="a=1,b=0")
     columns = f"{texts},score_a=winner_model_a,score_b=winner_model_b"
     data = load_pairs(source, True, columns=columns)
     assert [pair.label for pair in data.pairs] == [0, 1] and data.dropped == {"tied": 1}
     assert triples(data)[0][:3] == ("What is 1 + 1?", "2", "3")
-    with pytest.raises(UserError, match="score_a=winner_model_a,score_b=winner_model_b"):
-        load_pairs(write(tmp_path / "e.jsonl", ARENA | {"response_a": "2"}), True)
 
 
 # ---- the scripts ---------------------------------------------------------------------
@@ -285,7 +291,7 @@ def test_score_takes_the_options(tmp_path, capsys):
     said = capsys.readouterr().out
     assert [(line["row"], line["id"]) for line in lines] == [(1, 1), (2, 2), (3, 3)]
     assert "of 2 labelled pairs" in said and "columns not read: by" in said
-    source = write(tmp_path / "e.jsonl", *SINGLE, SINGLE[0] | {"text": "Two."})
+    source = write(tmp_path / "e.jsonl", SINGLE[0] | {"text": "Two."}, *SINGLE)
     options = [*"--model village --bits 32 --overwrite --data".split(), source, "--out", str(out)]
     score.main([*options, "--columns", RESPONSE, "--pairs-per-prompt", "2"])
     assert "not scored: 1 not drawn by --pairs-per-prompt" in capsys.readouterr().out

@@ -364,7 +364,7 @@ BAD = {
     ),
     "a score as bool": (
         {**UNIFIED, "conv_A_rating": True},
-        "column 'conv_A_rating' must be a number, found bool",
+        "column 'conv_A_rating' must be a number, found True",
     ),
     "a preference as text": (
         {**HELPSTEER3, "overall_preference": "A"},
@@ -561,4 +561,4 @@ def test_literal_line_breaks_beside_the_markers_are_taken_off_and_counted(tmp_pa
     first = data.pairs[0]
     assert first.prompt == r"How do I print \n in C?"  # only those beside a marker
     assert (first.response_a, first.response_b) == (r"printf('\n');", "puts('');")
-    assert data.literal_breaks == 1 and "1 with a literal \\n beside the markers" in data.summary()
+    assert "1 rows with a literal \\n beside the markers, taken off" in data.summary()

@@ -45,7 +45,7 @@ FORMATS = {
     },
     "several turns": lambda n: {
         "prompt": [user("Hi"), assistant("Hello"), user(f"Question {n}?")],
-        "chosen": [user(f"Question {n}?"), assistant("good")],
+        "chosen": [user("Hi"), assistant("Hello"), user(f"Question {n}?"), assistant("good")],
         "rejected": {"role": "Assistant", "content": [{"type": "text", "text": "bad"}]},
     },
     "dialogues": lambda n: {
@@ -70,10 +70,6 @@ FORMATS = {
     },
     "triple": lambda n: {
         "prompt": f"Question {n}?", "response_a": "bad", "response_b": "good", "label": "B"
-    },
-    "letters": lambda n: {
-        "prompt": f"Question {n}?", "response_a": "bad", "response_b": "good",
-        "chosen": "B", "rejected": "A",
     },
     "judgebench": lambda n: {
         "question": f"Question {n}?", "response_A": "good", "response_B": "bad", "label": "A>B"

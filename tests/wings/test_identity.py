@@ -97,14 +97,15 @@ def test_a_template_or_tokenizer_of_a_run_that_was_edited_is_noticed(dated, tmp_
         load_judge(tmp_path / "exported")
 
 
-def test_a_run_folder_says_the_prompts_token_ids_and_old_ones_do_without(tmp_path):
+def test_a_run_folder_says_the_prompts_token_ids_and_old_ones_are_refused(tmp_path):
     out = train(train_reward, tmp_path / "run", "--lora-rank", 2)
     record = json.loads((out / "run.json").read_text())
     tokenizer = load_tokenizer("village")
     assert record["prompt"]["pieces"]["end"] == judge_prompt(tokenizer).end
-    del record["prompt"]["pieces"], record["tokenizer"]
+    del record["prompt"]["pieces"]
     (out / "run.json").write_text(json.dumps(record))
-    assert 0 < load_judge(out).compare("x", "y", "z").probability < 1
+    with pytest.raises(UserError, match="not the record of a run of version 0.2 or later; train"):
+        load_judge(out)
 
 
 def interrupted(out, *options):
@@ -138,7 +139,7 @@ def test_two_processes_do_not_write_one_run_and_a_dead_one_bars_nobody(tmp_path)
     out, options = tmp_path / "run", [*SHORT, "--lora-rank", "2", "--out", str(tmp_path / "run")]
     process = interrupted(out, *LONG)
     before = sorted(file.name for file in (tmp_path / "run.partial").iterdir())
-    message = rf"process {process.pid} on .*, since .*, is writing this run; wait for it or stop"
+    message = "another process is writing this run; wait for it, stop"
     for again in (["--resume"], ["--overwrite"], []):
         with pytest.raises(UserError, match=message):
             train_reward.main([*options, "--steps", "3", *again])
@@ -147,7 +148,7 @@ def test_two_processes_do_not_write_one_run_and_a_dead_one_bars_nobody(tmp_path)
     process.kill()
     process.wait()
     train_reward.main([*options, "--steps", "3", "--overwrite"])
-    assert (out / "run.json").is_file() and not (out / "process.txt").exists()
+    assert (out / "run.json").is_file()
     assert sorted(file.name for file in tmp_path.iterdir()) == ["run"]
 
 

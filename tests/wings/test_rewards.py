@@ -2,13 +2,12 @@
 
 import asyncio
 import importlib.util
-import textwrap
 from pathlib import Path
 from types import SimpleNamespace
 
 from gram_mini.errors import UserError
 from gram_mini.runs.ranking import rank
-from gram_mini.serving import ms_swift, openrlhf, rewards, verl
+from gram_mini.serving import openrlhf, rewards, verl
 
 import numpy as np
 import pytest
@@ -93,37 +92,17 @@ def test_openrlhf_with_plain_prompts_and_several_queries(loop, capsys):
         assert message in capsys.readouterr().err
 
 
-def test_openrlhf_with_the_queries_of_llama_2(loop):
-    """Its tokenizer puts a first token before a text, and a blank after that."""
-    expected = loop.reward(QUESTION, SOUP, FISH)
+def test_openrlhf_with_a_first_token(loop):
     label = {"prompt": QUESTION, "reference": FISH}
-    for prompt, query in (
-        (f"<s>[INST] {QUESTION} [/INST]", f"<s> [INST] {QUESTION} [/INST] {SOUP} </s>"),
-        (f"[INST]  {QUESTION}\n[/INST] ", f"<s> [INST] {QUESTION} [/INST]{SOUP}</s>"),
-    ):
-        found = openrlhf.reward_func([query], [prompt], [label])["rewards"].item()
-        assert found == pytest.approx(expected, abs=1e-5)
-
-
-def test_ms_swift_calls_an_object(loop):
-    # as compute_rewards_per_func: the dialogue holds the completion, and columns come as lists
-    messages = [
-        [{"role": "user", "content": QUESTION}, {"role": "assistant", "content": text}]
-        for text in (SOUP, FISH)
-    ]
-    given = {"messages": messages, "trainer_state": None, "prompt_id": ["p", "p"]}
-    reward = ms_swift.GramReward(args=None)
-    by_first = [0.5, loop.reward(QUESTION, FISH, SOUP)]
-    assert reward([SOUP, FISH], **given) == pytest.approx(by_first, abs=1e-5)
-    by_reference = [loop.reward(QUESTION, text, CAKE) for text in (SOUP, FISH)]
-    found = reward([SOUP, FISH], reference=[CAKE, CAKE], **given)
-    assert found == pytest.approx(by_reference, abs=1e-5)
+    prompt, expected = f"[INST] {QUESTION} [/INST]", loop.reward(QUESTION, SOUP, FISH)
+    found = openrlhf.reward_func([f"<s>{prompt} {SOUP}</s>"], [prompt], [label])["rewards"].item()
+    assert found == pytest.approx(expected, abs=1e-5)
 
 
 def test_a_loop_without_a_judge_is_told_how_to_name_one(monkeypatch):
     monkeypatch.delenv("GRAM_JUDGE", raising=False)
     with pytest.raises(UserError, match="GRAM_JUDGE is not set: .*GRAM_JUDGE=runs/reward"):
-        ms_swift.GramReward()
+        rewards.judge_of_the_loop()
 
 
 def test_the_judge_is_loaded_once_and_may_be_a_served_one(monkeypatch):
@@ -200,28 +179,3 @@ def test_the_executor_of_openrlhf(loop, tokenizer):
     expected = loop.reward(QUESTION, SOUP, FISH)
     assert done["reward"].item() == pytest.approx(expected, abs=1e-5)
     assert set(done["extra_logs"]) == {"gram_position_gap", "gram_label_mass"}
-
-
-def test_the_rewards_of_ms_swift(loop, tmp_path):
-    algorithm = pytest.importorskip("swift.rl_core.grpo_algorithm")
-    from swift.rewards import orms
-    from swift.rl_core.data import GRPOSample
-    from swift.utils import import_external_file
-
-    said = ms_swift.__doc__.split("of yours:\n")[1].split("\n\nand the options")[0]
-    (tmp_path / "plugin.py").write_text(textwrap.dedent(said))
-    import_external_file(str(tmp_path / "plugin.py"))
-    samples = [
-        GRPOSample(
-            messages=[
-                {"role": "user", "content": QUESTION},
-                {"role": "assistant", "content": text},
-            ],
-            extra={"reference": CAKE},
-        )
-        for text in (SOUP, FISH)
-    ]
-    reward = orms["gram"](args=None)
-    found = algorithm.compute_rewards_per_func(samples, [reward], [None], torch.device("cpu"))
-    expected = [loop.reward(QUESTION, text, CAKE) for text in (SOUP, FISH)]
-    assert found[:, 0].tolist() == pytest.approx(expected, abs=1e-5)

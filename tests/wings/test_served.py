@@ -1,6 +1,6 @@
-"""A served judge gives the scores of the local one, by every protocol, and fails in one line.
+"""A served judge gives the scores of the local one, and fails in one line.
 
-The server here is a stand-in: it speaks the protocols and computes with the village's local judge.
+The server here is a stand-in: it speaks as vLLM does and computes with the village's local judge.
 """
 
 import json
@@ -10,7 +10,6 @@ import re
 import signal
 import threading
 import time
-from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import score
@@ -22,10 +21,10 @@ from gram_mini.runs import scores
 from gram_mini.runs.defaults import REQUESTS
 from gram_mini.runs.load import load_judge
 from gram_mini.runs.ranking import rank
-from gram_mini.serving import compare, engine, served
+from gram_mini.serving import compare, served
 from gram_mini.serving.export import export
 from gram_mini.serving.known import KNOWN
-from gram_mini.serving.served import ROUTES, ServedJudge, served_judge
+from gram_mini.serving.served import ServedJudge, served_judge
 from gram_mini.serving.trl import as_trl_reward
 from gram_mini.studies import village_table as table
 from gram_mini.village import VILLAGE
@@ -36,29 +35,19 @@ import torch
 
 PAIRS = village_pairs("out-of-distribution")[:8]
 PAIR = ("What does Anna eat?", "Anna eats soup.", "Stop bothering me. Anna eats fish.")
-SPEAKS = {  # what a server of each kind speaks, by our name of the route
-    "/v1/completions with logprob_token_ids": {"named", "/v1/score"},
-    "/v1/score": {"/v1/score", "/v1/completions"},
-    "/v1/completions, 1000 likeliest tokens": {"/v1/completions"},
-    "/v1/completions, 20 likeliest tokens": {"/v1/completions", "few"},
-}
-
-
-class TooMany(Exception):
-    """More likeliest tokens than this server gives."""
 
 
 class StandIn(ThreadingHTTPServer):
-    """Speaks the protocols of ``speaks``.
+    """Speaks vLLM's protocol; ``named`` is whether it knows logprob_token_ids.
 
-    ``fault(path, body)`` may give (status, text), or (status, text, headers), instead. ``adapters``
+    ``fault(path, body)`` may give (status, text) instead. ``adapters``
     are judges by the names of their models. ``cut`` is what the server makes of a prompt, and
     ``number`` of the index of an answer. ``defaults`` are its own settings of sampling.
     """
 
-    def __init__(self, judge, speaks):
+    def __init__(self, judge, named):
         super().__init__(("127.0.0.1", 0), Handler)
-        self.judge, self.speaks = judge, speaks
+        self.judge, self.named = judge, named
         self.fault = lambda path, body: None
         self.adapters: dict[str, Judge] = {}
         self.cut = lambda ids: ids
@@ -75,9 +64,7 @@ class StandIn(ThreadingHTTPServer):
 
     @torch.no_grad()
     def logs(self, ids: list[int], body: dict) -> torch.Tensor:
-        judge = self.judge
-        if "/v1/score" not in self.speaks:  # SGLang takes no notice of the name there
-            judge = self.adapters.get(body["model"], judge)
+        judge = self.adapters.get(body["model"], self.judge)
         neutral = {"temperature": 1, "top_p": 1, "top_k": -1, "repetition_penalty": 1}
         sampling = self.defaults | {k: v for k, v in body.items() if k in self.defaults}
         with self.lock:
@@ -89,32 +76,22 @@ class StandIn(ThreadingHTTPServer):
         """The reply, None for an unknown route."""
         if path == "/v1/models":
             return {"data": self.cards}
-        if path == "/tokenize" and "/tokenize" in self.speaks:
+        if path == "/tokenize":
             ids = self.judge.tokenizer(body["prompt"], add_special_tokens=False)["input_ids"]
             return {"tokens": ids}
-        if path == "/v1/completions" and self.speaks & {"named", path}:
-            if "few" in self.speaks and body["logprobs"] > 20:
-                raise TooMany
-            prompts = body["prompt"]
-            reply: dict = {"choices": [self.choice(k, ids, body) for k, ids in enumerate(prompts)]}
-            if self.usage:
-                reply["usage"] = {"prompt_tokens": sum(len(self.cut(ids)) for ids in prompts)}
-            return reply
-        if path not in self.speaks:
+        if path != "/v1/completions":
             return None
-        labels = body["label_token_ids"]
-        assert body["apply_softmax"] is False
-        prompts = [body["query"] + item for item in body["items"]]
-        return {"scores": [self.logs(ids, body)[labels].exp().tolist() for ids in prompts]}
+        prompts = body["prompt"]
+        reply: dict = {"choices": [self.choice(k, ids, body) for k, ids in enumerate(prompts)]}
+        if self.usage:
+            reply["usage"] = {"prompt_tokens": sum(len(self.cut(ids)) for ids in prompts)}
+        return reply
 
     def choice(self, index: int, ids: list[int], body: dict) -> dict:
         logs, index = self.logs(ids, body), self.number(index)
         top = logs.topk(min(body["logprobs"], len(logs))).indices.tolist()
-        if "named" in self.speaks:
+        if self.named:
             top = {top[0], *body["logprob_token_ids"]}
-        if "content" in self.speaks:  # llama.cpp
-            shown = [{"id": i, "logprob": float(logs[i])} for i in top]
-            return {"index": index, "logprobs": {"content": [{"top_logprobs": shown}]}}
         shown = {f"token_id:{i}": float(logs[i]) for i in top}
         return {"index": index, "logprobs": {"top_logprobs": [shown]}}
 
@@ -133,18 +110,14 @@ class Handler(BaseHTTPRequestHandler):
             server.active += 1
             server.most = max(server.most, server.active)
         try:
-            status, reply, *headers = server.fault(self.path, body) or (200, None)
+            status, reply = server.fault(self.path, body) or (200, None)
             if reply is None:
                 answer = server.answer(self.path, body)
                 status, reply = (404, "") if answer is None else (200, json.dumps(answer))
-        except TooMany:
-            status, reply, headers = 400, "too many logprobs", []
         finally:
             with server.lock:
                 server.active -= 1
         self.send_response(status)
-        for name, value in headers[0].items() if headers else ():
-            self.send_header(name, value)
         self.end_headers()
         self.wfile.write(reply.encode())
 
@@ -157,8 +130,8 @@ def serve(village_judge, monkeypatch):
     monkeypatch.setattr(served, "WAITS", (0.01, 0.01))
     servers = []
 
-    def start(*speaks, judge=village_judge) -> StandIn:
-        servers.append(StandIn(judge, {*speaks, "/tokenize"}))
+    def start(judge=village_judge, named=True) -> StandIn:
+        servers.append(StandIn(judge, named))
         return servers[-1]
 
     yield start
@@ -167,12 +140,9 @@ def serve(village_judge, monkeypatch):
         server.server_close()
 
 
-@pytest.mark.parametrize("route", ROUTES)
-def test_scores_are_those_of_the_local_judge(route, serve, tokenizer, village_judge, capsys):
-    # Only one that names tokens finds labels that are not among the likeliest.
-    judge = ServedJudge(tokenizer, serve(*SPEAKS[route]).url)
-    said = capsys.readouterr().err
-    assert judge.route == route and f"asked by {route}; its tokenizer is ours" in said
+def test_scores_are_those_of_the_local_judge(serve, tokenizer, village_judge, capsys):
+    judge = ServedJudge(tokenizer, serve().url)
+    assert "serves 'judge'; its tokenizer is ours" in capsys.readouterr().err
     rows = judge.encode(PAIRS)
     for ours, theirs in zip(judge.log_odds(rows), village_judge.log_odds(rows)):
         assert torch.allclose(ours.float(), theirs.float(), atol=1e-4)
@@ -180,7 +150,7 @@ def test_scores_are_those_of_the_local_judge(route, serve, tokenizer, village_ju
 
 
 def test_everything_that_a_judge_does(serve, tokenizer, village_judge):
-    server = serve("named")
+    server = serve()
     judge = ServedJudge(tokenizer, server.url, batch_size=3)
     assert judge.compare(*PAIR).probability == pytest.approx(
         village_judge.compare(*PAIR).probability, abs=1e-5
@@ -198,14 +168,8 @@ def test_everything_that_a_judge_does(serve, tokenizer, village_judge):
     assert rewards[0] == pytest.approx(rewards[1], abs=1e-5)
 
 
-def test_the_form_of_llama_cpp(serve, tokenizer, village_judge):
-    judge = ServedJudge(tokenizer, serve("/v1/completions", "content").url)
-    theirs = village_judge.compare(*PAIR)
-    assert judge.compare(*PAIR).log_odds_first == pytest.approx(theirs.log_odds_first, abs=1e-4)
-
-
 def test_a_key_is_sent_only_if_it_is_set(serve, tokenizer, monkeypatch):
-    server = serve("named")
+    server = serve()
     ServedJudge(tokenizer, server.url)
     assert set(server.keys) == {None}
     monkeypatch.setenv("GRAM_SERVER_KEY", "secret")
@@ -215,7 +179,7 @@ def test_a_key_is_sent_only_if_it_is_set(serve, tokenizer, monkeypatch):
 
 
 def test_requests_go_out_together_and_no_more_than_allowed(serve, tokenizer):
-    server = serve("named")
+    server = serve()
     judge = ServedJudge(tokenizer, server.url, batch_size=3)
     server.fault = lambda path, body: time.sleep(0.05)
     judge.log_odds(judge.encode([Pair(f"{k}?", *PAIR[1:]) for k in range(9)]))
@@ -223,7 +187,7 @@ def test_requests_go_out_together_and_no_more_than_allowed(serve, tokenizer):
 
 
 def test_long_prompts_are_cut_here(serve, tokenizer, village_judge):
-    server = serve("named")
+    server = serve()
     judge = ServedJudge(tokenizer, server.url, max_length=60)
     long = Pair("What? " * 50, "Soup. " * 40, "Fish. " * 30)
     ours = judge.compare_many([long])[0]
@@ -252,7 +216,7 @@ def test_score_py_with_a_server(run, serve, tmp_path, capsys, monkeypatch):
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     common = ["--model", str(run), "--data", str(data), "--out"]
     score.main([*common, str(tmp_path / "local.jsonl")])
-    server = serve("named", judge=load_judge(run))
+    server = serve(judge=load_judge(run))
     server.cards.append({"id": "other"})
     monkeypatch.setattr("gram_mini.runs.load.load_model", lambda *a: 1 / 0)  # no weights
     there = ["--server", server.url + "/v1/", "--served-name", "judge"]
@@ -279,7 +243,7 @@ def test_compare_finds_nothing_between_a_judge_and_itself(run, serve, tmp_path, 
         for p in PAIRS
     ]
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    server = serve("named", judge=load_judge(run))
+    server = serve(judge=load_judge(run))
     there = ["--server", server.url, "--data", str(data)]
     compare.main(["--model", str(run), *there])
     said = capsys.readouterr().out
@@ -296,14 +260,14 @@ def test_compare_finds_nothing_between_a_judge_and_itself(run, serve, tmp_path, 
 
 def test_the_table_of_the_village(run, serve, monkeypatch):
     monkeypatch.setattr(table, "village_pairs", lambda name: village_pairs(name)[:12])
-    server = serve("named", judge=load_judge(run))
+    server = serve(judge=load_judge(run))
     assert table.village_table([str(run)], server=server.url) == table.village_table([str(run)])
     with pytest.raises(SystemExit):
         table.main(["village", str(run), "--server", server.url])
 
 
 def test_a_served_run_keeps_its_prompt_and_length(run, serve):
-    judge = served_judge(run, serve("named", judge=load_judge(run)).url)
+    judge = served_judge(run, serve(judge=load_judge(run)).url)
     assert judge.model is None and judge.trained and judge.max_length == 64
     assert judge.batch_size == REQUESTS
     assert judge.template == "{prompt} Better: {response_a} or {response_b}?"
@@ -336,7 +300,7 @@ def line(call) -> str:
 
 
 def test_no_server(tokenizer, serve):
-    server = serve("named")
+    server = serve()
     server.shutdown()
     server.server_close()
     assert "no answer after 3 tries" in line(lambda: ServedJudge(tokenizer, server.url))
@@ -344,7 +308,7 @@ def test_no_server(tokenizer, serve):
 
 
 def test_a_server_that_dies(tokenizer, serve):
-    server = serve("named")
+    server = serve()
     judge = ServedJudge(tokenizer, server.url)
     server.shutdown()
     server.server_close()
@@ -352,7 +316,7 @@ def test_a_server_that_dies(tokenizer, serve):
 
 
 def test_a_busy_server_is_asked_again_but_not_for_ever(tokenizer, serve, village_judge):
-    server = serve("named")
+    server = serve()
     judge = ServedJudge(tokenizer, server.url)
     faults = iter([(503, "busy"), (500, "")])
     server.fault = lambda path, body: next(faults, None)
@@ -369,8 +333,9 @@ def test_a_busy_server_is_asked_again_but_not_for_ever(tokenizer, serve, village
 
 
 def test_a_server_that_hangs(tokenizer, serve):
-    server = serve("named")
-    judge = ServedJudge(tokenizer, server.url, timeout=0.3)
+    server = serve()
+    judge = ServedJudge(tokenizer, server.url)
+    judge.engine.timeout = 0.3
     server.fault = lambda path, body: time.sleep(1)
     assert "no answer within 0.3 s" in line(lambda: judge.compare(*PAIR))
 
@@ -381,52 +346,32 @@ def choices(*logs):
 
 
 def test_nonsense(tokenizer, serve):
-    server = serve("named")
+    server = serve()
     judge = ServedJudge(tokenizer, server.url)
     a, b = judge.labels
     good = {a: -1.0, b: -1.0}
     for reply, what in (
         ("<html>", "not JSON"),
         ("[]", "something else"),
-        ('{"choices": [{"index": 0}]}', "something else"),
-        (choices(good), "1 answers to 2 prompts"),
+        ('{"choices": [{"index": 0}]}', "does not give 2 answers"),
+        (choices(good), "does not give 2 answers"),
         (choices(good, {a: math.nan, b: -1.0}), "no probabilities"),
         (choices(good, {a: -0.1, b: -0.1}), "no probabilities"),
         (choices(good, {a: "x", b: -0.1}), "something else"),
-        (choices(good, {a: -0.1, 1: -0.2}), f"token {b}, a label, is not among the 2 likeliest"),
+        (choices(good, {a: -0.1, 1: -0.2}), "does not give both labels"),
     ):
         server.fault = lambda path, body, reply=reply: (200, reply)
         assert what in line(lambda: judge.compare(*PAIR))
-    server = serve("/v1/score")
-    judge = ServedJudge(tokenizer, server.url)
-    server.fault = lambda path, body: (200, '{"scores": [[0.0, 0.5], [0.1, 0.1]]}')
-    assert "log P(A) = -inf" in line(lambda: judge.compare(*PAIR))
 
 
-def test_a_label_that_is_not_among_the_likeliest(tokenizer, serve):
-    judge = ServedJudge(tokenizer, serve("/v1/completions", "few").url)
-    judge.labels = (5, 6)  # never said
-    said = line(lambda: judge.compare(*PAIR))
-    assert "is not among the 20 likeliest" in said and "--max-logprobs 1000" in said
-    judge = ServedJudge(tokenizer, serve("/v1/completions").url)
-    judge.labels = (5, 6)
-    assert judge.compare(*PAIR).label_mass < 1e-3
-
-
-def test_tokens_named_by_their_text_are_not_guessed(tokenizer, serve):
-    server = serve("/v1/completions")
-    reply = '{"choices": [{"index": 0, "logprobs": {"top_logprobs": [{"A": -1, "B": -1}]}}]}'
-    server.fault = lambda path, body: (200, reply) if path == "/v1/completions" else None
+def test_a_server_that_gives_only_the_likeliest_tokens(tokenizer, serve):
+    server = serve(named=False)
     said = line(lambda: ServedJudge(tokenizer, server.url))
-    assert "names tokens by their text" in said and "/v1/score: HTTP 404" in said
-    # 5xx on one route means the next one
-    server.speaks.add("/v1/score")
-    server.fault = lambda path, body: (500, "") if path == "/v1/completions" else None
-    assert ServedJudge(tokenizer, server.url).route == "/v1/score"
+    assert "serve the judge with vLLM 0.32 or later" in said
 
 
 def test_another_model(tokenizer, serve, run):
-    server = serve("named")
+    server = serve()
     said = line(lambda: ServedJudge(tokenizer, server.url, "reward"))
     assert "serves no model 'reward'; give --served-name, one of judge" in said
     server.cards.append({"id": "base"})
@@ -434,16 +379,12 @@ def test_another_model(tokenizer, serve, run):
     server.cards = [{"id": "judge", "max_model_len": 512}]
     said = line(lambda: ServedJudge(tokenizer, server.url, max_length=512))
     assert "reads 512 tokens" in said and "give --max-length 511" in said
-    for cards, reply in (([], None), (server.cards, (200, "{}")), (server.cards, (404, ""))):
-        server.cards = cards
-        server.fault = lambda path, body, reply=reply: reply if path == "/v1/models" else None
-        said = line(lambda: ServedJudge(tokenizer, server.url))
-        assert "names no models" in said and "give --served-name" in said
-        assert ServedJudge(tokenizer, server.url, "judge").served_as[0] == "judge"
+    server.fault = lambda path, body: (200, "{}") if path == "/v1/models" else None
+    assert "names no models" in line(lambda: ServedJudge(tokenizer, server.url))
 
 
 def test_another_tokenizer(tokenizer, serve):
-    server = serve("named")
+    server = serve()
     server.fault = lambda path, body: (200, '{"tokens": [1, 2]}') if path == "/tokenize" else None
     assert "has another tokenizer" in line(lambda: ServedJudge(tokenizer, server.url))
 
@@ -466,11 +407,11 @@ def test_a_head_cannot_be_served(run, tmp_path):
     ids=["end", "last", "first", "beginning"],
 )
 def test_a_server_that_cuts_prompts(cut, usage, tokenizer, serve):
-    server = serve("named")
+    server = serve()
     server.cut = lambda ids: cut(ids) if len(ids) > 200 else ids
     server.usage = usage
     said = line(lambda: ServedJudge(tokenizer, server.url, max_length=256))
-    assert ("tokens of 256" in said) == usage and ("does not read all of them" in said) != usage
+    assert ("of 256 (usage" in said) == usage and ("does not read all of them" in said) != usage
     judge = ServedJudge(tokenizer, server.url, max_length=200)
     judge.compare(*PAIR)
     server.cut = lambda ids: ids[:-1]  # cuts from now on
@@ -478,23 +419,16 @@ def test_a_server_that_cuts_prompts(cut, usage, tokenizer, serve):
         assert "(usage.prompt_tokens)" in line(lambda: judge.compare(*PAIR))
 
 
-@pytest.mark.parametrize("number", [lambda k: 0, lambda k: k % 2], ids=["0 0 0 0", "0 1 0 1"])
-def test_answers_without_their_numbers_are_asked_for_one_by_one(
-    number, tokenizer, serve, village_judge
-):
-    server = serve("named")
+def test_answers_without_their_numbers(tokenizer, serve):
+    server = serve()
     judge = ServedJudge(tokenizer, server.url)
-    server.number = number
-    texts = ["Anna eats soup.", "Anna eats fish.", "Go away."]
-    ours, theirs = (rank(one, PAIR[0], texts) for one in (judge, village_judge))
-    assert ours.scores == pytest.approx(theirs.scores, abs=1e-5)
-    server.number = lambda k: 1
-    assert "numbers its answers [1]" in line(lambda: judge.compare(*PAIR))
+    server.number = lambda k: 0
+    assert "does not give 2 answers, numbered in order" in line(lambda: judge.compare(*PAIR))
 
 
 @pytest.mark.parametrize("none", [(-9999, -9999), (-3.4e38, -3.4e38), (0, -3.4e38), (900, -1)])
 def test_no_probability_is_none(none, tokenizer, serve):
-    server = serve("named")
+    server = serve()
     judge = ServedJudge(tokenizer, server.url)
     values = dict(zip(judge.labels, none))
     server.fault = lambda path, body: (200, choices(*[values] * len(body["prompt"])))
@@ -502,7 +436,7 @@ def test_no_probability_is_none(none, tokenizer, serve):
 
 
 def test_the_sampling_of_the_server_changes_nothing(tokenizer, serve, village_judge):
-    server = serve("named")
+    server = serve()
     server.defaults = {
         "repetition_penalty": 1.3, "presence_penalty": 1.0, "frequency_penalty": 0.5,
         "temperature": 0.6, "top_p": 0.9, "top_k": 20, "min_p": 0.1,
@@ -512,17 +446,16 @@ def test_the_sampling_of_the_server_changes_nothing(tokenizer, serve, village_ju
     assert found == pytest.approx(expected, abs=1e-5)
 
 
-@pytest.mark.parametrize("name", ["reward", "base:reward"])  # vLLM's way and SGLang's
-def test_adapters(name, tokenizer, serve, run):
-    trained, server = load_judge(run), serve("named")
+def test_adapters(tokenizer, serve, run):
+    trained, server = load_judge(run), serve()
     base = {"id": "base", "root": "village", "parent": None, "max_model_len": 2048}
     server.cards = [
         base,
         {"id": "reward", "root": "runs/reward", "parent": "base", "max_model_len": None},
         {"id": "other", "max_model_len": 60},
     ]
-    server.adapters = {name: trained}
-    judge = lambda: served_judge(run, server.url, name)
+    server.adapters = {"reward": trained}
+    judge = lambda: served_judge(run, server.url, "reward")
     expected = trained.compare(*PAIR).probability
     assert judge().compare(*PAIR).probability == pytest.approx(expected, abs=1e-5)
     base["max_model_len"] = 64
@@ -530,16 +463,12 @@ def test_adapters(name, tokenizer, serve, run):
     base["max_model_len"] = 2048
     server.adapters = {}
     assert "does not use the adapter" in line(judge)
-    server.speaks = {"/v1/score"}
-    assert "without the adapter" in line(judge)
-    assert "no model 'base:x'" in line(lambda: served_judge(run, server.url, "base:x"))
-    assert served_judge(run, server.url, "base").route == "/v1/score"
 
 
 def test_an_exported_run_knows_its_scores(run, serve, tmp_path, capsys):
     exported = tmp_path / "exported"
     export(run, exported, "bfloat16")
-    server = serve("named", judge=load_judge(exported, bits=16))  # rounds as bfloat16 does
+    server = serve(judge=load_judge(exported, bits=16))  # rounds as bfloat16 does
     judge = served_judge(exported, server.url)
     assert KNOWN not in capsys.readouterr().err and 0.01 < judge.rounding < 0.2
     server.judge = load_judge(VILLAGE, bits=32)
@@ -556,34 +485,30 @@ def test_an_exported_run_knows_its_scores(run, serve, tmp_path, capsys):
     assert "export the run anew" in line(lambda: served_judge(exported, server.url))
 
 
-@pytest.mark.parametrize("kind", ["pairs", "rankings"])
-def test_resuming_with_another_model_under_the_same_name(
-    kind, run, serve, tmp_path, monkeypatch, capsys
+def test_resuming_names_another_model_under_the_same_name(
+    run, serve, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.setattr(scores, "CHUNK", 2)
     data = tmp_path / "rows.jsonl"
-    texts = [(p.prompt, p.response_a, p.response_b) for p in PAIRS]
-    rows = [dict(prompt=p, chosen=a, rejected=b) for p, a, b in texts]
-    if kind == "rankings":
-        rows = [dict(prompt=p, responses=[a, b, "Go away."]) for p, a, b in texts]
+    rows = [dict(prompt=p.prompt, chosen=p.response_a, rejected=p.response_b) for p in PAIRS]
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    server = serve("named", judge=load_judge(run))
+    server = serve(judge=load_judge(run))
     common = ["--model", str(run), "--data", str(data), "--server", server.url]
     score.main([*common, "--out", str(tmp_path / "whole.jsonl")])
 
-    out = tmp_path / "scores.jsonl"
-    monkeypatch.setattr(scores.Scores, "write", self_stopping(scores.Scores.write, after=2))
-    with pytest.raises(KeyError):
-        score.main([*common, "--out", str(out)])
-    monkeypatch.undo()
-    monkeypatch.setattr(scores, "CHUNK", 2)
-    server.judge, trained = load_judge(VILLAGE, bits=32), server.judge
-    said = line(lambda: score.main([*common, "--out", str(out), "--resume"]))
-    assert "serves another model than before" in said and not out.exists()
-    server.judge, server.cards = trained, [{"id": "judge", "root": "elsewhere"}]
-    score.main([*common, "--out", str(out), "--resume"])
-    assert out.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
-    assert "root was None and is 'elsewhere'" in capsys.readouterr().out
+    for name in ("same", "other"):
+        out = tmp_path / f"{name}.jsonl"
+        with monkeypatch.context() as patch:
+            patch.setattr(scores.Scores, "write", self_stopping(scores.Scores.write, after=2))
+            with pytest.raises(KeyError):
+                score.main([*common, "--out", str(out)])
+        if name == "other":
+            server.judge = load_judge(VILLAGE, bits=32)
+        capsys.readouterr()
+        score.main([*common, "--out", str(out), "--resume"])
+        said = capsys.readouterr().out
+        assert ("log-odds of a probe was" in said) == (name == "other")
+    assert (tmp_path / "same.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
 
 
 def self_stopping(write, after: int):
@@ -601,79 +526,31 @@ def self_stopping(write, after: int):
 
 
 def test_an_error_with_status_200(tokenizer, serve, village_judge):
-    server = serve("named")
+    server = serve()
     judge = ServedJudge(tokenizer, server.url)
     faults = iter([(200, '{"error": {"message": "loading"}}')])
     server.fault = lambda path, body: next(faults, None)
     expected = village_judge.compare(*PAIR).probability
     assert judge.compare(*PAIR).probability == pytest.approx(expected, abs=1e-5)
     server.fault = lambda path, body: (200, '{"error": "out\\nof memory"}')
-    assert "after 3 tries (error: out of memory)" in line(lambda: judge.compare(*PAIR))
+    assert "after 3 tries (out of memory)" in line(lambda: judge.compare(*PAIR))
 
 
-def test_retry_after(tokenizer, serve, monkeypatch):
-    server = serve("named")
-    judge = ServedJudge(tokenizer, server.url)
-    slept: list[float] = []
-    monkeypatch.setattr(engine.time, "sleep", slept.append)
-    dates = iter([{"Retry-After": "7"}, {"Retry-After": formatdate(time.time() + 50, usegmt=True)}])
-    server.fault = lambda path, body: (429, "", header) if (header := next(dates, None)) else None
-    judge.compare(*PAIR)
-    assert slept[0] == 7 and 40 < slept[1] <= 50
-    server.fault = lambda path, body: (503, "", {"Retry-After": "9000"})
-    assert "asks to wait 9000 s" in line(lambda: judge.compare(*PAIR))
-
-
-def test_too_large_a_request_is_halved(tokenizer, serve, village_judge):
-    server = serve("named")
-    judge = ServedJudge(tokenizer, server.url)
-    server.fault = lambda path, body: (413, "") if len(body["prompt"]) > 3 else None
-    texts = ["Anna eats soup.", "Anna eats fish.", "Go away.", "Soup."]
-    ours, theirs = (rank(one, PAIR[0], texts) for one in (judge, village_judge))
-    assert ours.scores == pytest.approx(theirs.scores, abs=1e-5)
-    server.fault = lambda path, body: (413, "")
-    assert "HTTP 413" in line(lambda: judge.compare(*PAIR))
-
-
-def test_keys_redirects_and_proxies(tokenizer, serve, monkeypatch):
-    server = serve("named")
+def test_keys_and_proxies(tokenizer, serve, monkeypatch):
+    server = serve()
     judge = lambda: ServedJudge(tokenizer, server.url)
     server.fault = lambda path, body: (401, '{"error": "no key"}')
     assert "HTTP 401: no key; put its API key into the variable GRAM_SERVER_KEY" in line(judge)
-    server.fault = lambda path, body: (307, "", {"Location": "https://there/v1"})
-    assert "redirects to https://there/v1" in line(judge)
     server.fault = lambda path, body: None
     monkeypatch.setenv("GRAM_SERVER_KEY", " secret\n")
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")  # nothing listens there
     server.keys.clear()
     judge()
     assert set(server.keys) == {"Bearer secret"}
-    monkeypatch.setenv("GRAM_SERVER_KEY", "se\ncret")
-    assert "GRAM_SERVER_KEY: holds blanks" in line(judge)
-    monkeypatch.delenv("GRAM_SERVER_KEY")
-    monkeypatch.setenv("http_proxy", "http://me:mine@127.0.0.1:9")  # nothing listens there
-    monkeypatch.delenv("no_proxy", raising=False)
-    judge()  # no proxy leads to this machine
-    said = line(lambda: ServedJudge(tokenizer, "http://judge.example"))
-    assert "(through the proxy 127.0.0.1:9): no answer after 3 tries" in said
-
-
-def test_a_server_that_stops_while_a_request_waits(tokenizer, serve, monkeypatch):
-    monkeypatch.setattr(engine, "LOOK", 0.1)
-    server = serve("named")
-    judge = ServedJudge(tokenizer, server.url)
-
-    def stop(path, body):
-        server.server_close()  # the port, not the request
-        time.sleep(2)
-
-    server.fault = stop
-    begun = time.monotonic()
-    assert "is gone" in line(lambda: judge.compare(*PAIR))
-    assert time.monotonic() - begun < 1.5
 
 
 def test_ctrl_c_ends_at_once_beside_a_server_that_hangs(tokenizer, serve):
-    server = serve("named")
+    server = serve()
     judge = ServedJudge(tokenizer, server.url)
     server.fault = lambda path, body: time.sleep(3)
     main = threading.main_thread()
@@ -699,15 +576,7 @@ def test_a_real_server():
     judge = served_judge(folder, os.environ["GRAM_SERVER"])
     rows = local.encode(pairs)
     expected, mass, _ = local.log_odds(rows)
-    answered = []
-    for judge.route in ROUTES:
-        try:
-            odds, their_mass, _ = judge.log_odds(rows)
-        except served.Refused:
-            continue
-        answered.append(judge.route)
-        # In bfloat16 logits of 16 to 32 come in steps of 1/8, so log-odds do.
-        assert torch.allclose(odds, expected, atol=0.25)
-        assert torch.allclose(their_mass, mass, atol=0.02)
-    print(f"answered: {answered}")
-    assert judge.route and answered
+    odds, their_mass, _ = judge.log_odds(rows)
+    # In bfloat16 logits of 16 to 32 come in steps of 1/8, so log-odds do.
+    assert torch.allclose(odds, expected, atol=0.25)
+    assert torch.allclose(their_mass, mass, atol=0.02)

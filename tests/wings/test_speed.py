@@ -1,7 +1,6 @@
 """studies/speed: both ways compute the same; the tables and the page that is made of them."""
 
 import json
-from argparse import Namespace
 from pathlib import Path
 
 from gram_mini import losses
@@ -9,7 +8,7 @@ from gram_mini.batches import judge_batch
 from gram_mini.errors import UserError
 from gram_mini.model import hidden_states, output_head
 from gram_mini.runs import chunked
-from gram_mini.studies.speed import common, scaling, tables, training
+from gram_mini.studies.speed import common, tables, training
 from gram_mini.studies.speed.__main__ import STUDIES, main
 from gram_mini.studies.speed.common import LABELS, PIECES, SHAPES, build, full_rows, loss_of
 
@@ -119,24 +118,6 @@ def test_train_prints_a_table_and_keeps_it(capsys, monkeypatch, tmp_path):
     assert records["mine"]["options"]["batch_size"] == "2" and head[0] == "what"
 
 
-def test_train_against_trl(capsys):
-    pytest.importorskip("trl")
-    main(["train", *SMALL, *"--max-length 192 --batch-size 2 --peer trl".split()])
-    ways = [line[1] for line in table_of(capsys.readouterr().out)[2:]]
-    in_both_stages = ["usual", "TRL SFTTrainer"]
-    assert ways == [*in_both_stages, *in_both_stages, "TRL RewardTrainer"]
-
-
-def test_trl_has_the_usual_loss(tmp_path):
-    pytest.importorskip("trl")
-    args = Namespace(bits=32, lora_rank=4, gradient_checkpointing=False, shape="village")
-    for stage in STAGES_OF_STEPS:
-        batch = rows(stage)
-        loss, model = training.trl_loss("SFTTrainer", stage, batch, args, CPU)
-        ours = training.usual_loss(model, stage, batch).item()
-        assert loss(model, stage, batch).item() == pytest.approx(ours, rel=1e-5)
-
-
 def test_score_prints_a_table_and_all_ways_agree(capsys):
     main(["score", *SMALL, *"--pairs 3 --responses 4 --max-length 192".split()])
     lines = table_of(capsys.readouterr().out)[2:]
@@ -148,19 +129,8 @@ def test_score_prints_a_table_and_all_ways_agree(capsys):
     assert max(float(line[-1]) for line in lines) < 1e-5
 
 
-def test_growth_has_a_row_for_each_length_batch_and_number_of_responses(capsys):
-    points = "--lengths 192 --batches 3 --rankings 2 --length 200".split()
-    main(["growth", *SMALL, *points])
-    head, _, *lines = table_of(capsys.readouterr().out)
-    assert head == [scaling.COUNT, *common.STAGES.values(), "against a reference", "round robin"]
-    assert [line[0] for line in lines] == ["2 x 192 tokens", "3 x 200 tokens", "2 responses"]
-    filled = [[bool(cell) for cell in line[1:]] for line in lines]
-    assert filled == [[True] * 3 + [False] * 2] * 2 + [[False] * 3 + [True] * 2]
-    assert all(float(line[-1].split(", ")[0]) > 0 for line in lines[2:])
-
-
 @pytest.mark.parametrize(
-    "arguments", ["", "bounds", "train --shape GPT-5", "score --rounds 0", "growth --kills 1"]
+    "arguments", ["", "bounds", "train --shape GPT-5", "score --rounds 0", "score --kills 1"]
 )
 def test_usage_errors(arguments, capsys):
     with pytest.raises(SystemExit) as error:
@@ -171,8 +141,6 @@ def test_usage_errors(arguments, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("growth --lengths 512 64", "64 tokens: too few for a judge prompt; give 192 or more"),
-        ("growth --rankings 4 1", "--rankings 1: a ranking needs at least 2 responses"),
         ("score --responses 1", "--responses 1: a ranking needs at least 2"),
         ("train --max-length 100", "100 tokens: too few"),
     ],

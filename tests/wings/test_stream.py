@@ -18,7 +18,6 @@ from gram_mini.errors import Interrupted, UserError
 from gram_mini.judge import Comparison, Judge
 from gram_mini.runs import scores
 from gram_mini.runs.partial import PartialFile, partial_names
-from gram_mini.studies.speed.__main__ import main as study
 from gram_mini.village import VILLAGE
 from gram_mini.village.pairs import village_pairs
 
@@ -404,12 +403,3 @@ def test_data_that_changes_or_can_be_read_only_once(data, tmp_path, monkeypatch,
     os.mkfifo(tmp_path / "pipe.jsonl")
     with pytest.raises(UserError, match="pipe.jsonl: is read twice"):
         scored(tmp_path / "pipe.jsonl", tmp_path / "p.jsonl")
-
-
-@pytest.mark.slow
-def test_the_study_kills_and_compares(tmp_path, capsys):
-    options = f"stream --model village --device cpu --rows 40 --kills 1 --folder {tmp_path}/s"
-    study(options.split())
-    assert "1 times, every file equal byte for byte" in capsys.readouterr().out
-    with pytest.raises(UserError, match="is there already"):
-        study(options.split())

@@ -15,7 +15,7 @@ from gram_mini.judge import Comparison
 from gram_mini.pairs import Pair
 from gram_mini.reading.load import load_pairs
 from gram_mini.studies import __main__ as studies
-from gram_mini.studies import beside, certain, few, figures, paper, seeds
+from gram_mini.studies import beside, certain, few, figures, misled, paper, seeds
 from gram_mini.studies import lab as lab_module
 from gram_mini.studies import rewards as rewards_study
 from gram_mini.village import ATTRIBUTES, COURTEOUS, FACTS, RAMBLING, Response, question
@@ -70,7 +70,7 @@ class FakeLab(lab_module.Lab):
     def train(self, script, name, seed, *given):
         return self.folder / f"seed{seed}" / name
 
-    def judge(self, model):
+    def judge(self, model, likelihood=None):
         return self.fake
 
 
@@ -121,7 +121,9 @@ def test_table_of_judges_that_are_known(tmp_path):
 
 def test_table_has_a_row_for_each_method(tmp_path):
     rows = list(paper.table(FakeLab(tmp_path, truth), 1))
-    assert [row["method"] for row in rows] == ["zero-shot", *list(lab_module.METHODS)[:10]]
+    papers = [name for name in lab_module.METHODS if "(ours)" not in name]
+    others = [*lab_module.LIKELIHOODS, lab_module.JOINT]
+    assert [row["method"] for row in rows] == ["zero-shot", *papers, *others]
 
 
 def test_best_of_n(tmp_path):
@@ -283,18 +285,18 @@ def test_a_recipe_says_what_a_judge_goes_on_with(tmp_path, monkeypatch):
     monkeypatch.setattr(lab, "method", lambda name, seed: tmp_path / name)
     for name in few.ADAPT:
         few.adapted(lab, 1, name, few.ADAPT[name], 50)
-    script, init, options, rows = given["few-GRAM-50-lr 3e-4, 4 epochs of 32"]
+    script, init, options, rows = given["few-GRAM-50-lr 1e-4, 4 epochs of 32"]
     assert (script, init) == ("train_reward", tmp_path / "GRAM")
-    assert options == ["--lr", "3e-4", "--epochs", "4", "--batch-size", "32"]
+    assert options == ["--lr", "1e-4", "--epochs", "4", "--batch-size", "32"]
     asked = [(pair.prompt, pair.response_a) for pair in lab.pairs("adaptation", 1)[:50]]
     assert [(row["prompt"], row["response_a"]) for row in rows] == asked
-    script, _, options, _ = given["few-D from stage 1-50-lr 1e-4, 4 epochs of 32"]
+    script, _, options, _ = given["few-D from stage 1-50-lr 3e-4, 4 epochs of 32"]
     assert script == "gram_mini.baselines.__main__"  # and the last of two rates counts
-    assert "scalar" in options and options[-6:-4] == ["--lr", "1e-4"]
-    script, init, _, _ = given["few-nothing-50-lr 1e-3, 2 epochs of 32"]
+    assert "scalar" in options and options[-6:-4] == ["--lr", "3e-4"]
+    script, init, _, _ = given["few-nothing-50-lr 3e-4, 2 epochs of 32"]
     assert (script, init) == ("train_reward", None)
     none = few.adapted(lab, 1, "GRAM", few.FULL, 0)
-    assert len(given) == 5 and none["out-of-distribution"] == 1.0
+    assert len(given) == 6 and none["out-of-distribution"] == 1.0
 
 
 def test_means_and_intervals_over_seeds():
@@ -613,3 +615,23 @@ def test_a_lab_knows_its_backbone(tmp_path, monkeypatch):
     monkeypatch.setattr(lab_module, "fingerprint", lambda name: "of another")
     with pytest.raises(UserError, match="made with other backbone"):
         village_lab(tmp_path)
+
+
+def test_unlabelled_pairs_that_mislead_are_what_they_are_called():
+    kinds, asked = misled.unlabelled(1), {question(*topic): topic for topic in FACTS}
+    assert all(len(pairs) == misled.PAIRS for pairs in kinds.values())
+    for name, share in {"right 90%": 0.9, "right 30%": 0.3, "curt": 0.7, "poisoned": 0.56}.items():
+        claims = [
+            (pair.prompt, FACTS[asked[pair.prompt]] in y.split(".")[1], y)
+            for pair in kinds[name]
+            for y in (pair.response_a, pair.response_b)
+        ]
+        assert sum(right for _, right, _ in claims) / len(claims) == pytest.approx(share, abs=0.02)
+        wrong: dict[str, set[str]] = {}
+        for prompt, right, y in claims:
+            if not right:
+                wrong.setdefault(prompt, set()).add(y.split(".")[1])
+        assert all(len(claims) == 1 for claims in wrong.values())  # one wrong claim a question
+        polite = sum(y.startswith(COURTEOUS) for _, _, y in claims) / len(claims)
+        expected = {"curt": 0.1, "poisoned": 0.6}.get(name, 0.5)
+        assert polite == pytest.approx(expected, abs=0.03)

@@ -6,9 +6,7 @@ import math
 import random
 import re
 
-import train_reward
 from gram_mini.chat import encode
-from gram_mini.runs.load import load_judge
 from gram_mini.runs.models import VILLAGE_FOLDER, load_model
 from gram_mini.village import (
     ATTRIBUTES,
@@ -228,14 +226,3 @@ def test_labels_to_adapt_to_hold_no_pair_of_the_test():
     new, test = texts("adaptation", 1), texts("out-of-distribution", 0)
     assert len(village_pairs("adaptation", seed=1)) == 2000 and not new & test
     assert {prompt for prompt, _ in new} == {prompt for prompt, _ in test}
-
-
-def test_runs_of_before_the_village_had_one_name_still_load(tmp_path):
-    run = tmp_path / "run"
-    train_reward.main(["--limit", "40", "--steps", "1", "--lora-rank", "2", "--out", str(run)])
-    before = load_judge(run).compare("x", "y", "z")
-    record = json.loads((run / "run.json").read_text())
-    record["backbone"]["name"] = record["options"]["model"] = "embedded"
-    record["options"]["data"] = "world"
-    (run / "run.json").write_text(json.dumps(record))
-    assert load_judge(run).compare("x", "y", "z") == before

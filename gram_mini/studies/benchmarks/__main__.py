@@ -6,8 +6,7 @@
   judge-bench     ScalerLab/JudgeBench, with --split gpt or claude
   llmbar          the folder Dataset/LLMBar of princeton-nlp/LLMBar, or the file of one set
 
-FILE.json gets all figures, FILE.png the reliability plot. Of RewardBench 1 and 2 FILE-eval-set.json
-is the result file that their own scripts write. See gram_mini/studies/README.md.
+FILE.json gets all figures. See gram_mini/studies/benchmarks.md.
 """
 
 from __future__ import annotations
@@ -15,16 +14,16 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from gram_mini.judge import AVERAGES, Judge
+from gram_mini.judge import AVERAGES
 from gram_mini.reading.template import read_template
 from gram_mini.runs import options
 from gram_mini.runs.ending import clear_errors
 from gram_mini.runs.load import load_judge
-from gram_mini.runs.output import check_output, save_figure, write_whole
+from gram_mini.runs.output import check_output, write_whole
 from gram_mini.runs.report import say_if_seldom
 from gram_mini.runs.table import aligned
 from gram_mini.serving.served import served_judge
-from gram_mini.studies.benchmarks.figures import BENCHMARKS, files, run
+from gram_mini.studies.benchmarks.figures import BENCHMARKS, run
 
 EXAMPLES = """\
   python -m gram_mini.studies.benchmarks --benchmark llmbar --data LLMBar/Dataset/LLMBar \\
@@ -59,26 +58,20 @@ def main(argv=None) -> None:
         parser.error("--served-name goes with --server")
     if args.server and (args.bits or args.device != "auto"):
         parser.error("--bits and --device do not go with --server, which has its own")
-    for path in files(args.benchmark, args.out):
-        check_output(path, args.overwrite, "--out")
+    check_output(args.out, args.overwrite, "--out")
     template = read_template(args.judge_template) if args.judge_template else None
     sizes = args.max_length, args.batch_size, template
     if not args.server:
         judge = load_judge(args.model, args.bits, args.device, *sizes)
     else:
         judge = served_judge(args.model, args.server, args.served_name, *sizes)
-    score_benchmark(judge, args)
-
-
-def score_benchmark(judge: Judge, args) -> None:
-    """Judge a benchmark, print its table and write its files."""
-    result = run(
-        judge, args.benchmark, args.data, args.split, args.limit, args.subset, args.average
-    )
+    given = args.benchmark, args.data, args.split, args.limit, args.subset, args.average
+    result = run(judge, *given)
     print(table(result))
     say_if_seldom(judge, result["label_mass"])
-    save(result, args.model, args.out)
-    print(f"wrote {', '.join(map(str, files(args.benchmark, args.out)))}")
+    written = json.dumps({"model": args.model, **result}, indent=2)
+    write_whole(args.out, [written + "\n"], "--out")
+    print(f"wrote {args.out}")
 
 
 def table(result: dict) -> str:
@@ -120,44 +113,6 @@ def _cells(figure: dict) -> tuple[str, str, str]:
     """Value, interval, and what picking the longer response gets."""
     interval = "{:.3f} to {:.3f}".format(*figure["interval"]) if figure["interval"] else ""
     return _number(figure["value"]), interval, _number(figure["pick_the_longer"])
-
-
-def save(result: dict, model: str, out: Path) -> None:
-    """Write the figures as JSON, the plot, and for RewardBench the file that its scripts write."""
-    _, picture, *own = files(result["benchmark"], out)
-    write_whole(out, [json.dumps({"model": model, **result}, indent=2) + "\n"], "--out")
-    for path in own:  # the record of save_to_hub in rewardbench/utils.py: a score for each subset
-        record = {
-            "model": model,
-            "model_type": "Generative RM",
-            "chat_template": "tokenizer",
-            **result["details"]["subsets"],
-        }
-        write_whole(path, [json.dumps(record, indent=4, sort_keys=True)], "--out")
-    plot_reliability(result, picture)
-
-
-def plot_reliability(result: dict, picture: Path) -> None:
-    """Share right over P of the preferred response, and how many pairs stand behind each point."""
-    # Not pyplot: its state belongs to the notebook that calls us.
-    from matplotlib.figure import Figure
-
-    bins = result["reliability"]
-    figure = Figure(figsize=(5, 5))
-    above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
-    above.plot((0.5, 1), (0.5, 1), color="grey", label="calibrated")
-    points = [(one["probability"], one["share_right"]) for one in bins if one["pairs"]]
-    above.plot(*zip(*points), "o-", label=f"ECE {result['judge']['ECE']['value']:.3f}")
-    above.set(ylabel="share right", ylim=(0, 1.02), title=result["benchmark"])
-    above.legend()
-    width = 0.5 / len(bins)
-    middles = [0.5 + width * (k + 0.5) for k in range(len(bins))]
-    below.bar(middles, [one["pairs"] for one in bins], width, edgecolor="white")
-    below.set(xlabel="P of the preferred response", ylabel="pairs")
-    for axis in (above, below):
-        axis.grid(alpha=0.3)
-    figure.tight_layout()
-    save_figure(figure, picture)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,6 @@ import json
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from itertools import chain, combinations, islice, product
-from pathlib import Path
 
 from gram_mini.errors import UserError
 from gram_mini.judge import TIE, Comparison, Judge
@@ -116,12 +115,6 @@ def run(
             {"probability": p, "share_right": share, "pairs": count} for p, share, count in bins
         ],
     }
-
-
-def files(name: str, out: Path) -> list[Path]:
-    """What is written: JSON, plot, and the benchmark's own result file where it has one."""
-    own = [out.with_name(f"{out.stem}-eval-set.json")] if name.startswith("reward-bench") else []
-    return [out, out.with_suffix(".png"), *own]
 
 
 def check_twice(rows: list[Row], notes: Notes) -> None:

@@ -8,7 +8,6 @@ total the plain mean of all five. The committed results of GPT-4 with metrics an
 the paper's 82.8 for Adversarial this way; pooled over the pairs they give 84.5.
 """
 
-import re
 from pathlib import Path
 
 from gram_mini.errors import UserError
@@ -51,29 +50,27 @@ class LLMBar(base.Benchmark):
         return [str(file) for file in found] or [source]
 
     def read(self, where, row, notes):
-        """An official row with COLUMNS, its label 1 or 2, or one of a format of reading/formats.py:
-        prompt, response_a, response_b, label A or B.
-        """
-        if "prompt" in row:
-            pair = base.one_pair(row, where, notes)
-        else:
-            for column in COLUMNS:
-                if column not in row:
-                    raise UserError(
-                        f"{where}: column {column!r} is missing; a row of LLMBar has 'input', "
-                        "'output_1', 'output_2' and 'label', or 'prompt', 'response_a', "
-                        "'response_b' and 'label'"
-                    )
-            label = str(row["label"])  # text in a .csv file
-            if label not in ("1", "2"):
-                raise UserError(f"{where}: column 'label' must be 1 or 2, found {row['label']!r}")
-            prompt, a, b = (read_text(row[name], where, name) for name in COLUMNS[:3])
-            pair = Pair(prompt, a, b, label=int(label) - 1)
+        for column in COLUMNS:
+            if column not in row:
+                raise UserError(
+                    f"{where}: column {column!r} is missing; a row of LLMBar has "
+                    f"{', '.join(COLUMNS)}"
+                )
+        label = str(row["label"])
+        if label not in ("1", "2"):
+            raise UserError(f"{where}: column 'label' must be 1 or 2, found {row['label']!r}")
+        prompt, a, b = (read_text(row[name], where, name) for name in COLUMNS[:3])
+        pair = Pair(prompt, a, b, label=int(label) - 1)
         if reason := unusable(pair):
             raise UserError(
                 f"{where}: a pair {reason}, so neither can be better; take this row out"
             )
-        name = set_of(where)
+        name = Path(where.rsplit(", ", 1)[0]).resolve().parent.name
+        if name not in SETS:
+            raise UserError(
+                f"{where}: is of no set of LLMBar; give its folder Dataset/LLMBar, or a file "
+                f"SET/dataset.json with the SET one of {', '.join(SETS)}"
+            )
         return base.row_of(pair, name, name)
 
     def credit(self, row, results):
@@ -92,18 +89,3 @@ class LLMBar(base.Benchmark):
             figures[f"Adversarial{what}"] = base.complete_mean(adversarial)
             figures[f"total{what}"] = base.complete_mean(means[name] for name in SETS)
         return figures
-
-
-def set_of(where: str) -> str:
-    """The set that a file is of: its name has the set's as a word, or its folder is called so.
-
-    Any other file is a set of its own, under its name.
-    """
-    path = Path(where.rsplit(", ", 1)[0]).resolve()
-    words = re.split("[^a-z]+", path.name.lower())
-    named = [name for name in SETS if name.lower() in words] or [
-        name for name in SETS if name.lower() == path.parent.name.lower()
-    ]
-    if len(named) == 1:
-        return named[0]
-    return f"{path.parent.name}/{path.name}" if path.name == "dataset.json" else path.name

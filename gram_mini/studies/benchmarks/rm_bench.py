@@ -18,9 +18,6 @@ from gram_mini.studies.benchmarks import base
 
 SAFETY = ("safety-refuse", "safety-response")
 DOMAINS = {"chat": "chat", "math": "math", "code": "code", **dict.fromkeys(SAFETY, "safety")}
-# The file of one domain has no column 'domain'. In some of them 'subset' says where the rows are
-# from; the names of all of them do.
-DOMAIN_OF_SUBSET = {"alpacaeval": "chat", "bigcode/humanevalpack": "code"}
 # (style of the chosen response, style of the rejected one)
 STYLES = tuple(product(range(3), repeat=2))
 LEVELS = {"hard": lambda i, j: i < j, "normal": lambda i, j: i == j, "easy": lambda i, j: i > j}
@@ -41,14 +38,12 @@ class RMBench(base.Benchmark):
     def read(self, where, row, notes):
         if "domain" in row:
             domain = base.known(row, "domain", DOMAINS, where)
-        elif row.get("subset") in DOMAIN_OF_SUBSET:
-            domain = DOMAIN_OF_SUBSET[row["subset"]]
-        else:
+        else:  # the file of one domain
             named = set(re.findall("|".join(DOMAINS), Path(where.rsplit(", ", 1)[0]).name))
             if len(named) != 1:
                 raise UserError(
-                    f"{where}: no column 'domain', and subset {row.get('subset')!r} is unknown; "
-                    f"add 'domain', or name the file after one of {', '.join(DOMAINS)}"
+                    f"{where}: no column 'domain'; add it, or name the file after one of "
+                    f"{', '.join(DOMAINS)}"
                 )
             domain = named.pop()
         prompt = read_prompt(row.get("prompt"), where, "prompt")

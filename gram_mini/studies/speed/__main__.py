@@ -1,9 +1,7 @@
 """Time and memory of our code, measured on this machine.
 
-  train    a training step of ours beside the usual one, and with --peer trl beside TRL's
+  train    a training step of ours beside the usual one
   score    scoring in both orders beside one sequence at a time
-  growth   time and memory over length, batch and number of responses
-  stream   memory of score.py over a long file, and what kills cost
 
 Each has options of its own: python -m gram_mini.studies.speed train --help. What fits on a card is
 computed by python -m gram_mini.studies.speed.memory.
@@ -14,15 +12,13 @@ import sys
 from gram_mini.runs import options
 from gram_mini.runs.ending import clear_errors
 from gram_mini.runs.processes import pick_device
-from gram_mini.studies.speed import common, long_file, scaling, scoring, training
+from gram_mini.studies.speed import common, scoring, training
 
 EXAMPLES = "  python -m gram_mini.studies.speed train --shape Qwen2.5-0.5B --bits 4  # on a GPU"
 MODEL = "shape bits lora-rank device batch-size rounds record"
 STUDIES = {
-    "train": (training, f"{MODEL} data max-length gradient-checkpointing peer", (4, 7)),
+    "train": (training, f"{MODEL} data max-length gradient-checkpointing", (4, 7)),
     "score": (scoring, f"{MODEL} data max-length pairs responses", (16, 5)),
-    "growth": (scaling, f"{MODEL} lengths batches rankings length", (2, 3)),
-    "stream": (long_file, "model rows kills folder device record", (None, None)),
 }
 
 

@@ -112,17 +112,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "rounds": dict(**NUMBER, help="times that everything is measured"),
     "record": dict(metavar="NAME", help="keep the figures under this name, for the page"),
     "gradient-checkpointing": dict(action="store_true", help="for all ways alike"),
-    "peer": dict(choices=("trl",), help="another library to compare with"),
     "pairs": dict(**NUMBER, default=8, help="pairs of a turn"),
     "responses": dict(**NUMBER, default=16, help="responses of a ranking"),
-    "lengths": dict(**NUMBER, nargs="+", default=[256, 512, 1024, 2048, 4096], help="of pairs"),
-    "batches": dict(**NUMBER, nargs="+", default=[1, 2, 4, 8], help="pairs at once"),
-    "rankings": dict(**NUMBER, nargs="+", default=[2, 4, 8, 16], help="responses to one prompt"),
-    "length": dict(**NUMBER, default=512, help="tokens of a pair of the batches and rankings"),
-    "model": dict(default="runs/demo/reward", help="the judge"),
-    "rows": dict(**NUMBER, default=1_000_000, help="pairs in the file"),
-    "kills": dict(**NUMBER, default=0, help="how often a second run is killed"),
-    "folder": dict(type=Path, default=Path("runs/stream"), help="a new one, for rows and scores"),
     "cards": dict(**NUMBER, nargs="+", default=[8, 12, 24], help="sizes in GB"),
 }
 

@@ -9,7 +9,7 @@ from gram_mini.studies.speed.memory import largest_passes
 def tables() -> dict[str, str]:
     """Marker on the page -> the Markdown between it and its end."""
     written = {"speed-memory": largest_passes()}
-    for study in ("train", "score", "growth", "stream"):
+    for study in ("train", "score"):
         records = json.loads((RESULTS / f"speed-{study}.json").read_text())
         names = {name: {"setting": name} if len(records) > 1 else {} for name in records}
         rows = [{**names[name], **row} for name in records for row in records[name]["rows"]]
