@@ -28,9 +28,9 @@ TESTED := -c tests/constraints.txt
 
 demo: .venv/.installed
 	$(BIN)/python train_pretrain.py --out $(DEMO)/pretrain --overwrite
-	$(BIN)/python -m gram_mini.baselines --out $(DEMO)/scalar --lr 1e-3 --overwrite
+	$(BIN)/python -m gram_mini.baselines --out $(DEMO)/scalar --overwrite
 	$(BIN)/python train_reward.py --out $(DEMO)/labels --overwrite
-	$(BIN)/python -m gram_mini.baselines --init $(DEMO)/pretrain --out $(DEMO)/scalar_pretrained --lr 1e-3 --overwrite
+	$(BIN)/python -m gram_mini.baselines --init $(DEMO)/pretrain --out $(DEMO)/scalar_pretrained --overwrite
 	$(BIN)/python train_reward.py --init $(DEMO)/pretrain --out $(DEMO)/reward --overwrite
 	@echo
 	@$(BIN)/python -m gram_mini.studies.village_table village $(RUNS:%=$(DEMO)/%)

@@ -37,7 +37,7 @@ def main(argv=None):
     train = encode_pairs(train_pairs, prompt, tokenizer, args.max_length)
     train = run.without_cut_alike(train)
     held_out = encode_pairs(held_out_pairs, prompt, tokenizer, args.max_length)
-    steps = run.plan(train, held_out, prompt)  # says how many pairs there are, and how long
+    steps = run.plan(model, train, held_out, prompt)  # says how many, how long, in which passes
 
     # Loop
     optimizer, schedule = optimizer_and_schedule(model, args.lr, steps)

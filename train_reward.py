@@ -34,16 +34,15 @@ def main(argv=None):
     model, tokenizer = run.load_checked_model()
     model = load_lora(model, args.init) if args.init else add_lora(model, args.lora_rank)
     template = run.judge_template(tokenizer)
-    judge = Judge(
-        model, tokenizer, args.max_length, args.batch_size, template, batch_tokens=args.batch_tokens
-    )
+    judge = Judge(model, tokenizer, args.max_length, args.batch_size, template)
 
     # Token ids
     prompt, label_ids = judge.prompt, judge.labels  # the words around x, y_a and y_b; A and B
     train = run.without_cut_alike(judge.encode(train_pairs))
     held_out = judge.encode(held_out_pairs)
     sequences = 2 if args.both_orders else 1  # of a pair
-    steps = run.plan(train, held_out, prompt, sequences=sequences)
+    steps = run.plan(model, train, held_out, prompt, sequences=sequences)
+    judge.batch_tokens = args.batch_tokens  # of the held-out pairs
 
     # Loop
     optimizer, schedule = optimizer_and_schedule(model, args.lr, steps)

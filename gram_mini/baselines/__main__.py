@@ -41,15 +41,14 @@ from gram_mini.training import clip_gradients, draw_batches, optimizer_and_sched
 import torch
 
 EXAMPLES = """\
-  python -m gram_mini.baselines --head scalar --lr 1e-3 --label-smoothing 0 --out runs/d-baseline
-  python -m gram_mini.baselines --head labels --freeze --lr 0.01 --label-smoothing 0 \\
-      --out runs/g-freeze"""
+  python -m gram_mini.baselines --head scalar --label-smoothing 0 --out runs/d-baseline
+  python -m gram_mini.baselines --head labels --freeze --label-smoothing 0 --out runs/g-freeze"""
 
 
 def baseline_options(argv=None):
     """The options of the baselines."""
     p = parser(__doc__, EXAMPLES)
-    add_reward_options(p, out="runs/baseline")
+    add_reward_options(p, out="runs/baseline", rates=defaults.shown_rates_of_heads())
     g = p.add_argument_group("baseline")
     g.add_argument(
         "--head",
@@ -103,9 +102,7 @@ def main(argv=None):
         add_head(model, label_tokens(tokenizer, template) if args.head == "labels" else None)
     if args.freeze:
         freeze_all_but_head(model)
-    judge = judge_with_head(
-        model, tokenizer, args.max_length, args.batch_size, template, args.batch_tokens
-    )
+    judge = judge_with_head(model, tokenizer, args.max_length, args.batch_size, template)
 
     # Token ids
     prompt = judge.prompt
@@ -123,7 +120,8 @@ def main(argv=None):
     sequences = 1
     if args.head == "scalar":
         sequences = 3 if args.text_weight else 2
-    steps = run.plan(train, held_out, prompt, length, sequences)
+    steps = run.plan(model, train, held_out, prompt, length, sequences)
+    judge.batch_tokens = args.batch_tokens  # of the held-out pairs
 
     # Loop
     optimizer, schedule = optimizer_and_schedule(model, args.lr, steps)

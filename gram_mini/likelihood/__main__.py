@@ -76,8 +76,7 @@ def main(argv=None):
     model.beta = torch.nn.Parameter(torch.zeros(1, device=run.device))
     template = run.judge_template(tokenizer)
     judge = JointJudge(
-        *(model, tokenizer, args.max_length, args.batch_size, template, args.batch_tokens),
-        likelihoods=likelihoods,
+        *(model, tokenizer, args.max_length, args.batch_size, template), likelihoods=likelihoods
     )
 
     # Token ids, and the likelihoods
@@ -85,7 +84,8 @@ def main(argv=None):
     train = run.without_cut_alike(judge.encode(train_pairs))
     held_out = judge.encode(held_out_pairs)
     sequences = 2 if args.both_orders else 1  # of a pair
-    steps = run.plan(train, held_out, prompt, sequences=sequences)
+    steps = run.plan(model, train, held_out, prompt, sequences=sequences)
+    judge.batch_tokens, likelihoods.pass_tokens = args.batch_tokens, run.pass_tokens
     likelihoods.keep(train + held_out)
     if goes_on:
         model.beta.data[:], likelihoods.unit = stored_beta(args.init)

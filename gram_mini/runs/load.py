@@ -16,6 +16,7 @@ from gram_mini.runs.likelihood import (
     add_stage_1,
     stored_beta,
 )
+from gram_mini.runs.memory import prompts_at_once, total_bytes
 from gram_mini.runs.models import load_lora, load_model, load_tokenizer, local_model
 from gram_mini.runs.processes import pick_device
 from gram_mini.runs.record import (
@@ -55,8 +56,8 @@ def load_judge(
         device: "auto" or the name of a torch device.
         max_length: tokens per judge prompt; by default as in training, else 512 for the village's
             backbone and 1,024 for any other.
-        batch_size: judge prompts of max_length per forward pass; by default 32 for the village's
-            backbone and 8 for any other.
+        batch_size: judge prompts of max_length per forward pass; by default what a GPU's memory
+            admits, elsewhere 32 for the village's backbone and 8 for any other.
         template: the judge prompt; by default as in training, else prompts.default_judge.
         merge: merge the run's adapter into the weights, in float32. That saves the adapter's
             products and the unpacking of NF4, and changes no score by more than 1e-5. By default
@@ -109,6 +110,8 @@ def load_judge(
         tokenizer = load_tokenizer(str(path))
     backbone = record["backbone"]["name"] if record else str(path)
     max_length = max_length or for_model(MAX_LENGTH, backbone)
+    if batch_size is None and (total := total_bytes(place)):
+        batch_size = prompts_at_once(model, max_length, total)
     batch_size = batch_size or for_model(SCORED, backbone)
     check_sizes(str(path), model, tokenizer, max_length)
     if given and head is not None and head.out_features == 1:

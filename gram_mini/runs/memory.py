@@ -14,6 +14,8 @@ the three steps are used. The estimate leaves out what a kernel takes within one
 judging of held-out pairs, which keeps nothing for a backward pass. It is between 90% and 120% of
 what torch allocates (tests/wings/test_memory.py).
 
+On a GPU the same estimate chooses the passes of a step, and how many prompts are scored at once.
+
 glibc's malloc may take much more from the system than is allocated, because freed memory lies
 scattered between what is kept: with glibc 2.36 up to 1.9 times as much, and 5 times with gradient
 checkpointing. If that may not fit, blocks of 1 MiB and more are given back at once. Then the
@@ -25,12 +27,13 @@ from __future__ import annotations
 import ctypes
 import os
 import weakref
-from collections.abc import Iterator
+from bisect import bisect_right
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from gram_mini.errors import UserError, last_line
-from gram_mini.model import hidden_states
+from gram_mini.model import decoder, half_precision, hidden_states
 from gram_mini.runs.chunked import LOGITS_AT_ONCE
 from gram_mini.runs.models import checkpoint_gradients
 from gram_mini.training import trainable
@@ -42,6 +45,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 GIB = 2**30
 TIGHT = 0.8  # share of the free memory above which a run is warned of
+CONTEXT = GIB  # of a GPU's memory, what CUDA takes for itself and the allocator loses
+ROUND = 1024  # passes chosen for a GPU are a multiple of it, so that small differences change none
+SCORED_AT_MOST = 32  # judge prompts of max_length per forward pass; more keep no GPU busier
 TOKENS = {"cpu": 8, "cuda": 32}  # of a row of the tiny steps; GPU kernels round up to 32
 SCATTERED = {False: 2.5, True: 6}  # by checkpointing: times as much as malloc may take at most
 SKIP = "GRAM_MEMORY_CHECK"  # the environment variable; 0 turns the refusal into a warning
@@ -92,7 +98,8 @@ def _storages(values) -> Iterator:
 def _tiny_step(model, rows: int, length: int) -> tuple[list[int], int]:
     """Bytes that are held after each operation of a step, and how many the forward pass keeps.
 
-    The gradients of the adapter are not among them. The model comes out as it was.
+    The gradients of the adapter are not among them. A frozen model has no backward pass, but keeps
+    its keys and values, as in scoring. The model comes out as it was.
     """
     parameters = trainable(model)
     for p in parameters:
@@ -102,9 +109,13 @@ def _tiny_step(model, rows: int, length: int) -> tuple[list[int], int]:
     try:
         with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []):
             with _Live() as live:
-                loss = hidden_states(model, ids).sum()
+                if parameters:
+                    loss = hidden_states(model, ids).sum()
+                else:
+                    with half_precision(model):
+                        loss = decoder(model)(input_ids=ids, use_cache=True).last_hidden_state
                 kept = live.bytes
-                if loss.requires_grad:  # a frozen model has no backward pass
+                if parameters and loss.requires_grad:  # not that of a head on a frozen model
                     loss.backward()
     finally:
         for p in parameters:
@@ -205,8 +216,20 @@ def free_for_each(accelerator, device: torch.device) -> int | None:
     free = free_bytes(device)
     if free is not None and device.type == "cpu":
         free //= int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes))
-    every = gather_object([free])
+    return least_of_all(free)
+
+
+def least_of_all(size: int | None) -> int | None:
+    """The least of the processes' sizes; None if one does not know its own."""
+    every = gather_object([size])
     return None if None in every else min(every)
+
+
+def total_bytes(device: torch.device) -> int | None:
+    """The memory of a GPU, whatever is free of it; None for any other device."""
+    if device.type != "cuda":
+        return None
+    return torch.cuda.get_device_properties(device).total_memory
 
 
 def cgroups_leave(
@@ -236,9 +259,6 @@ def cgroups_leave(
                 break
 
 
-# ---- the line before the first step --------------------------------------------------
-
-
 @dataclass
 class Longest:
     """The longest forward pass of a run: no other has more tokens or a longer sequence."""
@@ -259,6 +279,82 @@ class Longest:
     def tokens(self) -> int:
         """Tokens, padding included."""
         return max(self.row, min(self.limit or self.rows * self.row, self.rows * self.row))
+
+    def __str__(self) -> str:
+        passes = -(-self.rows // (self.tokens // self.row))
+        counted = "one pass" if passes == 1 else f"at most {passes} passes"
+        return f"a step of {self.rows} pairs in {counted} of up to {self.tokens:,} tokens"
+
+
+# ---- the passes of a GPU -------------------------------------------------------------
+
+
+def choose_passes(
+    model, longest: Longest, checkpointing: bool, total: int
+) -> tuple[int, bool] | None:
+    """(tokens of a pass, gradient checkpointing) for a GPU with ``total`` bytes.
+
+    As many tokens as fit, at most the whole step; with checkpointing only if not even one pair fits
+    without. What is free plays no part, so one machine always splits a step alike. None if nothing
+    can be measured.
+    """
+    room = _room(model, total)
+    try:
+        tokens = largest_pass(_step(measure(model, longest.length), longest), longest, room)
+        if not tokens and not checkpointing:
+            checkpointing = True
+            step = _step(_measure_checkpointed(model, longest.length), longest)
+            tokens = largest_pass(step, longest, room)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception:  # check_memory says that nothing can be measured
+        return None
+    return tokens or longest.row, checkpointing
+
+
+def prompts_at_once(model, max_length: int, total: int) -> int | None:
+    """Judge prompts of ``max_length`` per forward pass in scoring, on a GPU with ``total`` bytes.
+
+    At least one, at most SCORED_AT_MOST; None if nothing can be measured.
+    """
+    most = Longest(rows=SCORED_AT_MOST, sequences=1, length=max_length, logits=0.0)
+    chosen = choose_passes(model, most, checkpointing=True, total=total)  # nothing to checkpoint
+    return chosen and chosen[0] // max_length
+
+
+def largest_pass(step: Callable[[int], float], longest: Longest, room: float) -> int:
+    """Most tokens of a pass that takes ``room`` bytes at most: the whole step, a multiple of ROUND,
+    or one pair; 0 if not even one pair fits. ``step`` gives the bytes of a pass.
+    """
+    tokens = _most(step, longest, room)
+    if tokens in (0, longest.tokens):
+        return tokens
+    return max(longest.row, tokens // ROUND * ROUND)
+
+
+def room_on(total: int, weights: int) -> float:
+    """Bytes that a step may take beside the weights on an otherwise empty GPU."""
+    return TIGHT * (total - CONTEXT - weights)
+
+
+def _room(model, total: int) -> float:
+    held = [tensor.untyped_storage() for tensor in (*model.parameters(), *model.buffers())]
+    storages = {storage.data_ptr(): storage.nbytes() for storage in held}
+    return room_on(total, sum(storages.values()))
+
+
+def _step(estimate: Estimate, longest: Longest) -> Callable[[int], int]:
+    """Bytes of a pass of so many tokens."""
+    return lambda tokens: estimate.step(tokens, longest.length, longest.logits)
+
+
+def _most(step: Callable[[int], float], longest: Longest, room: float) -> int:
+    sizes = range(longest.row, longest.tokens + 1)
+    fitting = bisect_right(sizes, room, key=step)
+    return sizes[fitting - 1] if fitting else 0
+
+
+# ---- the line before the first step --------------------------------------------------
 
 
 def check_memory(model, longest: Longest, checkpointing: bool, free: int) -> str:
@@ -293,11 +389,10 @@ def _what_helps(model, longest: Longest, estimate: Estimate, checkpointing: bool
     for option in ("",) if checkpointing else ("", "--gradient-checkpointing "):
         if option:
             estimate = _measure_checkpointed(model, longest.length)
-        for tokens in (longest.tokens, *range(longest.tokens - 1, longest.row - 1, -1)):
-            need = estimate.step(tokens, longest.length, longest.logits)
-            if need <= room:
-                size = "" if tokens == longest.tokens else f"--batch-tokens {tokens} "
-                return f"give {option}{size}({gib(need)}), which trains the same"
+        step = _step(estimate, longest)
+        if tokens := _most(step, longest, room):
+            size = "" if tokens == longest.tokens else f"--batch-tokens {tokens} "
+            return f"give {option}{size}({gib(step(tokens))}), which trains the same"
     for length in range(longest.length - 1, longest.least - 1, -1):
         tokens = longest.sequences * length
         need = estimate.step(tokens, length, longest.logits)

@@ -5,9 +5,11 @@ Each model is tried on a few tokens before it is used (checks.py).
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 from gram_mini.errors import UserError
+from gram_mini.model import without_adapter
 from gram_mini.reading.sources import looks_like_path
 from gram_mini.runs import checks, gguf
 from gram_mini.village import VILLAGE
@@ -36,6 +38,12 @@ PROBES = (
     "é ﬁ Å ½",
     "a_b-c/d == 10**6;",
 )
+NO_BFLOAT16 = (
+    "this GPU has no bf16, so 4-bit weights compute in float32, which is slow; prefer a GPU with "
+    "bf16 (Ampere or newer) or a smaller model; --bits 16 computes in float16, which is fast but "
+    "may overflow"
+)
+PLAIN_UP_TO = 512  # tokens of a sequence in training with plain attention; see keep_no_square
 VILLAGE_FOLDER = Path(__file__).parents[1] / "village" / "backbone"
 
 
@@ -185,12 +193,14 @@ def load_model(
     """
     device = torch.device(device)
     dtype = compute_dtype(bits, device, name)
-    # torch's attention for CPUs has a slow backward pass in bf16: a step takes a third longer. Its
-    # forward pass is the faster one, by far with long texts, and takes less memory.
+    # torch's attention for CPUs has a slow backward pass in bf16: with short texts a step takes up
+    # to a third longer. Its forward pass is the faster one, and it takes less memory.
     plain = device.type == "cpu" and dtype == torch.bfloat16 and not scoring
     folder = local_model(name)
     config = from_pretrained(AutoConfig, name, folder)
     gguf.say_lost(name, config, bits)
+    if device.type == "cuda" and bits == 4 and dtype == torch.float32:
+        print(NO_BFLOAT16, file=sys.stderr)
     checks.check_stored(name, config, bits)
     model, report = from_pretrained(
         AutoModelForCausalLM,
@@ -220,6 +230,19 @@ def load_model(
     if checkpointing:
         checkpoint_gradients(model)
     return model.requires_grad_(False)
+
+
+def keep_no_square(model, longest: int) -> None:
+    """Train with torch's attention on a CPU if the longest sequence has over PLAIN_UP_TO tokens.
+
+    Plain attention keeps several matrices (T, T) of each head and layer for the backward pass. With
+    SmolLM2-135M and T = 1,024 they take most of a step's memory (runs/your_model.md), and writing
+    them takes longer than they save. Code that has no other attention stays as it is.
+    """
+    base = without_adapter(model)
+    plain = model.device.type == "cpu" and base.config._attn_implementation == "eager"
+    if plain and longest > PLAIN_UP_TO and getattr(base, "_supports_sdpa", False):
+        base.set_attn_implementation("sdpa")
 
 
 def checkpoint_gradients(model) -> None:

@@ -25,15 +25,12 @@ from gram_mini.village import VILLAGE
 
 PRETRAIN_EXAMPLES = """\
   python train_pretrain.py                         # the village, 2 minutes on 2 CPU cores
-  python train_pretrain.py --model Qwen/Qwen3-0.6B --data pairs.jsonl --lr 1e-4 \\
-      --batch-size 32 --batch-tokens 16384 --gradient-checkpointing \\
-      --out runs/mine/pretrain                     # on a GPU"""
+  python train_pretrain.py --model Qwen/Qwen3-0.6B --data pairs.jsonl --out runs/mine/pretrain"""
 
 REWARD_EXAMPLES = """\
   python train_reward.py --init runs/pretrain      # the village, 40 seconds on 2 CPU cores
-  python train_reward.py --model Qwen/Qwen3-0.6B --data labels.jsonl --lr 1e-4 --both-orders 1 \\
-      --batch-size 32 --batch-tokens 16384 --gradient-checkpointing \\
-      --init runs/mine/pretrain --out runs/mine/reward     # on a GPU
+  python train_reward.py --model Qwen/Qwen3-0.6B --data labels.jsonl --both-orders 1 \\
+      --init runs/mine/pretrain --out runs/mine/reward
   python train_reward.py --init runs/reward --data new.jsonl --lr 3e-4 --epochs 4 \\
       --batch-size 32 --held-out 0 --out runs/adapted      # go on with a few new labels"""
 
@@ -161,7 +158,7 @@ def score_options(description: str, argv=None) -> argparse.Namespace:
         choices=LIKELIHOODS,
         help="of a stage-1 run: ask which response it finds likelier, instead of for a verdict; by "
         "the log-probability of the whole response, its mean over the tokens, or what it is beyond "
-        "that of the backbone",
+        "that of the backbone (default: the verdict)",
     )
     g.add_argument(
         "--average",
@@ -174,9 +171,9 @@ def score_options(description: str, argv=None) -> argparse.Namespace:
         type=positive_int,
         metavar="N",
         help="judge prompts of --max-length per forward pass; of shorter ones as many more as have "
-        "the same number of tokens "
-        + defaults.shown(defaults.SCORED)
-        + f"; with --server requests at a time (default: {defaults.REQUESTS})",
+        "the same number of tokens (default: on a GPU what its memory admits; elsewhere "
+        f"{defaults.SCORED[0]} for the village's backbone, {defaults.SCORED[1]} for any other); "
+        f"with --server requests at a time (default: {defaults.REQUESTS})",
     )
     add_model_options(g, bits_default=None, max_length_default=None)
     add_server(g)
@@ -302,8 +299,11 @@ def add_training_options(
     held_out: float,
     lora_rank: int | None,
     data_help: str,
+    rates: str = "",
 ) -> None:
     """Options of both stages; ``out`` to ``lora_rank`` are the defaults of the stage.
+
+    ``rates`` says what the default of --lr is, if it is not that of the stage.
 
     Those that depend on the backbone are None until defaults.choose has been called.
     """
@@ -357,7 +357,7 @@ def add_training_options(
         "--lr",
         type=positive_float,
         help="peak learning rate, warmed up over 5%% of the steps, then cosine "
-        + defaults.both("lr", stage),
+        + (rates or defaults.shown_rate(defaults.DEFAULTS[stage]["lr"])),
     )
     g.add_argument(
         "--batch-size",
@@ -370,7 +370,9 @@ def add_training_options(
         type=positive_int,
         metavar="N",
         help="at most N tokens in a forward pass, padding included: a step takes several passes, "
-        "and learns the same " + defaults.both("batch_tokens", stage),
+        "and learns the same (default: on a GPU what its memory admits, with "
+        "--gradient-checkpointing if not even one pair fits without; elsewhere no limit for the "
+        f"village's backbone, {defaults.BATCHES['batch_tokens'][1]} for any other model)",
     )
     add_removed_option(
         g,
@@ -415,7 +417,7 @@ def add_training_options(
     add_model_options(g, bits_default=4, length_default=defaults.both("max_length", stage))
 
 
-def add_reward_options(p: argparse.ArgumentParser, out: str) -> None:
+def add_reward_options(p: argparse.ArgumentParser, out: str, rates: str = "") -> None:
     """Options of stage 2 and of the baselines."""
     add_training_options(
         p,
@@ -425,6 +427,7 @@ def add_reward_options(p: argparse.ArgumentParser, out: str) -> None:
         held_out=0.05,
         lora_rank=None,
         data_help="labelled pairs: file, folder, hub name, or 'village'",
+        rates=rates,
     )
     g = p.add_argument_group("stage 2")
     g.add_argument(

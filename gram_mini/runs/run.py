@@ -17,19 +17,34 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 from gram_mini.batches import EncodedPair, trained_tokens
 from gram_mini.errors import Interrupted, UserError
+from gram_mini.model import output_head
 from gram_mini.pairs import Pair
 from gram_mini.prompts import PromptPieces, default_judge, label_tokens
 from gram_mini.reading.load import PairData, load_pairs
 from gram_mini.reading.template import read_template
-from gram_mini.runs import checkpoint
+from gram_mini.runs import checkpoint, defaults
 from gram_mini.runs.checks import check_sizes
 from gram_mini.runs.folder import RunFolder
 from gram_mini.runs.log import Log
-from gram_mini.runs.memory import Longest, check_memory, free_for_each
-from gram_mini.runs.models import load_model, load_tokenizer
+from gram_mini.runs.memory import (
+    GIB,
+    Longest,
+    check_memory,
+    choose_passes,
+    free_for_each,
+    least_of_all,
+    total_bytes,
+)
+from gram_mini.runs.models import (
+    checkpoint_gradients,
+    keep_no_square,
+    load_model,
+    load_tokenizer,
+)
 from gram_mini.runs.options import reading_options
 from gram_mini.runs.passes import split_by_tokens
 from gram_mini.runs.processes import (
@@ -143,7 +158,8 @@ class Run:
         """The model of ``--model`` with frozen weights, and its tokenizer.
 
         This checks that the model computes what we assume, that tokens and positions fit, that A
-        and B are one token each, and that the tokenizer is that of ``--init``.
+        and B are one token each, and that the tokenizer is that of ``--init``. The rate is chosen
+        here if it was left out, since it follows from the model's width.
 
         Raises:
             UserError: if one of these is not so, or there is no such model.
@@ -154,6 +170,8 @@ class Run:
         label_tokens(tokenizer, self._template)
         model = load_model(self.backbone, args.bits, self.device, args.gradient_checkpointing)
         check_sizes(args.model, model, tokenizer, args.max_length)
+        width = output_head(model).weight.shape[1]
+        self.say(defaults.choose_rate(args, self.stage, width))
         self._tokenizer_fingerprint = tokenizer_fingerprint(tokenizer)
         if self._init and self._init.get("tokenizer") not in (None, self._tokenizer_fingerprint):
             raise UserError(
@@ -178,16 +196,21 @@ class Run:
 
     def plan(
         self,
+        model,
         train: list[EncodedPair],
         held_out: list[EncodedPair],
         prompt: PromptPieces,
         length: Callable[[EncodedPair], int] | None = None,
         sequences: int = 1,
     ) -> int:
-        """Say how many pairs there are and how long; returns the number of optimiser steps.
+        """Say how many pairs there are, how long, and in which passes; returns the number of steps.
 
         The steps and run.json get what they need of them. In training a row takes ``sequences``
-        sequences of ``length`` tokens, by default the one sequence of its pair.
+        sequences of ``length`` tokens, by default the one sequence of its pair. ``model`` is the
+        one with its adapter.
+
+        Raises:
+            UserError: a step takes more memory than there is.
         """
         self._train, self._prompt, self._sequences = train, prompt, sequences
         self._length = length or (lambda row: row.length + prompt.fixed_tokens)
@@ -195,6 +218,7 @@ class Run:
         self.lengths = {**lengths(train + held_out, prompt), "dropped_cut_alike": dropped}
         counts = f"{len(train)} pairs to train on, {len(held_out)} held out"
         self.say(f"{counts}; {describe(self.lengths, self.args.max_length, dropped)}")
+        self._choose_passes(model)
         return number_of_steps(len(train), self.rows_per_step, self.args.epochs, self.args.steps)
 
     # ---- the loop --------------------------------------------------------------------
@@ -205,12 +229,10 @@ class Run:
         """Yield the batch of each step, from the first step or from that after the checkpoint.
 
         Raises:
-            UserError: too little memory; an unfinished run with other options or data, or one that
-                cannot be read.
+            UserError: an unfinished run with other options or data, or one that cannot be read.
             Interrupted: after Ctrl-C, when the step is done and saved.
         """
         accelerator = self._accelerator
-        self._foresee_memory(model)
         if accelerator.is_main_process:
             self.folder.start()
         self._model, self._total = model, steps
@@ -346,17 +368,13 @@ class Run:
         """Log the figures of the held-out pairs; run.json keeps the last ones."""
         self.evaluation, self._evaluated = figures, True
 
-    def _foresee_memory(self, model) -> None:
-        """Say what a step will take and what is free.
+    def _choose_passes(self, model) -> None:
+        """Choose attention and, if they were left out, the passes; say what a step will take.
 
         Raises:
-            UserError: if it will take more.
+            UserError: if it will take more than is free.
         """
-        free = free_for_each(self._accelerator, self.device)
-        if free is None:
-            self.say(f"memory: not estimated on {self.device.type}")
-            return
-        args, fixed = self.args, self._prompt.fixed_tokens
+        args = self.args
         logits = 0.0
         if self.stage == "pretrain":
             parts = [trained_tokens(self._prompt, [row]) / self._length(row) for row in self._train]
@@ -369,9 +387,28 @@ class Run:
             length=max(map(self._length, self._train)),
             logits=logits,
             limit=args.batch_tokens,
-            least=fixed + 6,
+            least=self._prompt.fixed_tokens + 6,
         )
-        self.say(check_memory(model, longest, args.gradient_checkpointing, free))
+        keep_no_square(model, longest.length)
+        total = least_of_all(total_bytes(self.device))
+        if args.batch_tokens is None:
+            chosen = total and choose_passes(model, longest, args.gradient_checkpointing, total)
+            if chosen:
+                args.batch_tokens = chosen[0]
+                if chosen[1] and not args.gradient_checkpointing:
+                    args.gradient_checkpointing = True
+                    checkpoint_gradients(model)
+            else:
+                args.batch_tokens = defaults.for_model(defaults.BATCHES["batch_tokens"], args.model)
+            longest = replace(longest, limit=args.batch_tokens)
+        again = ", with gradient checkpointing" if args.gradient_checkpointing else ""
+        card = f" (of {total / GIB:.0f} GB)" if total else ""
+        self.say(f"{longest}{again}{card}")
+        free = free_for_each(self._accelerator, self.device)
+        if free is None:
+            self.say(f"memory: not estimated on {self.device.type}")
+        else:
+            self.say(check_memory(model, longest, args.gradient_checkpointing, free))
 
     # ---- after the loop --------------------------------------------------------------
 

@@ -270,7 +270,7 @@ class Lab:
         place = self.folder / "zero-shot" if model == self.model else Path(model)
         if likelihood:
             place = place.with_name(f"{place.name}-likelihood-{likelihood}")
-        name = f"{place.name}, {split}"
+        name = f"{Path(model).name}{', likelihood' if likelihood else ''}, {split}"
         return self.keep(
             place.with_name(f"{place.name}.{split}.figures.json"),
             lambda: figures_of(self.judge(model, likelihood), self.pairs(split, 0), name),

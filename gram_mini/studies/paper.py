@@ -31,8 +31,9 @@ PLAIN = "G from stage 1, eps = 0"
 
 def table(lab: Lab, seed: int):
     """The paper's Table 1 and Figure 2: every method, in and out of distribution."""
-    zero_shot = {**lab.row(lab.model, "in-distribution"), **lab.row(lab.model)}
-    yield {"method": "zero-shot", **zero_shot}
+    untrained: dict[str, str | Path] = {"zero-shot": lab.model, "stage 1 alone": lab.stage1(seed)}
+    for name, run in untrained.items():
+        yield {"method": name, **lab.row(run, "in-distribution"), **lab.row(run)}
     for name in (*PAPERS, *LIKELIHOODS, JOINT):
         row = {**lab.row_of(name, seed, "in-distribution"), **lab.row_of(name, seed)}
         yield {"method": name, **row}

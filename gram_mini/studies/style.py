@@ -21,8 +21,16 @@ PALETTE = {  # methods of one kind share a colour; of those in a panel of lines 
     "#D55E00": ("GRAM", "G from stage 1, eps = 0", "GRAM, 2 epochs", "in domain"),
     "#F4A582": ("GRAM, full rate",),
     "#009E73": ("G, both orders (ours)", "GRAM, both orders (ours)", "GRAM, both orders"),
-    "#CC79A7": ("likelihood",),
-    "#882255": ("GRAM + likelihood (ours)",),
+    "#CC79A7": (
+        *("likelihood", "likelihood per token", "likelihood over the backbone"),
+        "likelihood, in domain",
+    ),
+    "#E8B9D3": ("likelihood, out of domain",),
+    "#882255": (
+        *("GRAM + likelihood (ours)", "GRAM + likelihood (ours), in domain"),
+        "random, GRAM + likelihood (ours)",
+    ),
+    "#8C6D31": ("stage 1 alone",),
     "#000000": ("oracle", "true reward", "the best scalar", "all"),
     "#332288": ("random, eps 0.0", "out of domain", "reference"),
     "#9C8FD9": ("random, eps 0.1",),

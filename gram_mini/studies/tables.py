@@ -43,7 +43,10 @@ HEADINGS = {
 DEMO = ("in distribution", "out of distribution", "fact only", "courtesy only", "length only")
 EVERYDAY = ("labelled topics", "unlabelled topics", "fact", "relevance", "courtesy", "length")
 CERTAINTY = ("cross-entropy", "calibration error", "position gap")
-TABLE = ("in-distribution", "out-of-distribution", "fact only", *CERTAINTY)
+TABLE = (
+    *("in-distribution", "out-of-distribution", "fact only", "courtesy only", "length only"),
+    *("cross-entropy", "position gap"),
+)
 ORDERS = ("out-of-distribution", "fact only", "position gap", "calibration error")
 BESIDE = ("accuracy", "length, same claim", "length, other claim", "position gap")
 WRITING = ("highest", "KL of the highest", "last", "KL of the last", "commonest claims")

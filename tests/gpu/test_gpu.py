@@ -196,7 +196,7 @@ def recipes():
         return [("tiny", TINY, 16, 1024)]
     total = round(torch.cuda.get_device_properties(DEVICE).total_memory / GIB)  # 7.8 is "8 GB"
     passes = [
-        (name, config, 4, min(memory.largest_pass(config, total, 4, LORA_RANK)[0], 16_384))
+        (name, config, 4, min(memory.largest_pass(config, total, checkpointing=True), 16_384))
         for name, config in MODELS.items()
     ]
     return [found for found in passes if found[3]][:3]

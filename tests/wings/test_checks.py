@@ -400,8 +400,9 @@ def test_lora_that_cannot_be_put_on_is_one_line(tmp_path):
         add_lora(load_model(folder, 32), 2)
 
 
-def test_a_wrong_reading_of_four_bit_weights_is_said(monkeypatch, capsys):
-    """The village's rows are 96 and 288 weights long, no whole blocks of 64."""
+def test_a_wrong_reading_of_four_bit_weights_is_said(monkeypatch, capsys, tmp_path):
+    """The rows of this model are 96 weights long, no whole blocks of 64."""
+    model = model_folder(tmp_path / "m", "llama", hidden_size=96)
     import bitsandbytes.functional
 
     real = bitsandbytes.functional.dequantize_4bit
@@ -410,7 +411,7 @@ def test_a_wrong_reading_of_four_bit_weights_is_said(monkeypatch, capsys):
     monkeypatch.setattr(checks, "warned", [])
     for read, wrong in ((by_blocks, False), (by_rows, True), (by_rows, False)):  # once a process
         monkeypatch.setattr(bitsandbytes.functional, "dequantize_4bit", read)
-        load_model("village", 4)
+        load_model(model, 4)
         assert ("back with wrong scales on this CPU" in capsys.readouterr().err) == wrong
 
 

@@ -4,13 +4,15 @@ import json
 import subprocess
 import sys
 
+import train_pretrain
 from gram_mini import prompts
 from gram_mini.baselines.__main__ import baseline_options
 from gram_mini.judge import Judge
-from gram_mini.runs.defaults import DEFAULTS, MAX_LENGTH, SCORED
+from gram_mini.runs.defaults import DEFAULTS, MAX_LENGTH, SCORED, choose_rate, rate_of_width
 from gram_mini.runs.load import load_judge
 from gram_mini.runs.models import VILLAGE_FOLDER
 from gram_mini.runs.options import pretrain_options, reward_options
+from gram_mini.runs.record import read_record
 
 import pytest
 from transformers import AutoTokenizer
@@ -25,16 +27,41 @@ def test_each_backbone_has_its_defaults_and_what_is_given_wins(stage, place, mod
         return OPTIONS[stage]("", ["--model", model, *more])
 
     args = parse()
-    assert all(getattr(args, name) == values[place] for name, values in DEFAULTS[stage].items())
+    for name in ("batch_size", "max_length"):
+        assert getattr(args, name) == DEFAULTS[stage][name][place]
+    assert args.lr is args.batch_tokens is None  # chosen once the model is loaded
     given = parse("--lr", "0.5", "--batch-size", "7", "--batch-tokens", "70", "--max-length", "71")
     assert (given.lr, given.batch_size, given.batch_tokens, given.max_length) == (0.5, 7, 70, 71)
+    assert choose_rate(given, stage, 1024) == "rate 5.0e-01: as given (--lr)" and given.lr == 0.5
+
+
+def rate_of(args, stage, width=96):
+    choose_rate(args, stage, width)
+    return args.lr
 
 
 def test_the_villages_are_those_it_was_tuned_with():
     args = pretrain_options("", [])
-    assert (args.lr, args.batch_size, args.batch_tokens, args.max_length) == (3e-3, 64, None, 512)
-    assert reward_options("", []).lr == baseline_options([]).lr == 1e-3
+    assert (args.batch_size, args.max_length, rate_of(args, "pretrain")) == (64, 512, 3e-3)
+    assert rate_of(reward_options("", []), "reward") == 3e-4
+    frozen = "--freeze", "--head"
+    for options, rate in {(): 1e-3, (*frozen, "scalar"): 0.1, (*frozen, "labels"): 0.01}.items():
+        assert rate_of(baseline_options(options), "reward") == rate
     assert reward_options("", []).both_orders == 0  # the paper's way
+
+
+def test_another_models_rate_follows_from_its_width():
+    rates = {576: 1e-3, 577: 1.3e-3, 1024: 8.4e-4, 2000: 5e-4, 4096: 2.9e-4}
+    assert {width: rate_of_width(width) for width in rates} == rates
+    args = pretrain_options("", ["--model", "some/model"])
+    assert choose_rate(args, "pretrain", 1024) == (
+        "rate 8.4e-04: 5e-4 x (2000 / 1024)^0.78, for a hidden size of 1,024 (--lr)"
+    )
+    smol = pretrain_options("", ["--model", "some/model"])
+    assert "searched on SmolLM2-135M" in choose_rate(smol, "pretrain", 576)
+    scalar = baseline_options(["--model", "some/model"])
+    assert rate_of(scalar, "reward", 1024) == args.lr == 8.4e-4
+    assert rate_of(baseline_options(["--model", "some/model", "--freeze"]), "reward", 1024) == 0.1
 
 
 def test_help_shows_both(capsys):
@@ -42,9 +69,31 @@ def test_help_shows_both(capsys):
         with pytest.raises(SystemExit):
             parse("", ["--help"])
         said = " ".join(capsys.readouterr().out.split())
-        for village, other in DEFAULTS[stage].values():
-            village = "no limit" if village is None else f"{village:g}"
-            assert f"{village} for the village's backbone, {other:g} for any other model" in said
+        for name in ("batch_size", "max_length"):
+            village, other = DEFAULTS[stage][name]
+            assert f"{village:g} for the village's backbone, {other:g} for any other model" in said
+        rate = (
+            f"{DEFAULTS[stage]['lr'][0]:g} for the village's backbone, 5e-4 x (2000 / hidden size)"
+        )
+        assert rate in said and "what its memory admits" in said
+
+
+def test_help_of_the_baselines_shows_the_rates_of_heads(capsys):
+    with pytest.raises(SystemExit):
+        baseline_options(["--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "0.001 for the village's backbone, 5e-4 x" in said
+    assert "with --freeze 0.1 for scalar, 0.01 for labels" in said
+
+
+def test_a_run_keeps_the_rate_of_its_models_width(tmp_path, capsys):
+    train_pretrain.main(
+        ["--model", str(VILLAGE_FOLDER), "--out", str(tmp_path / "run")]
+        + "--limit 20 --steps 1 --batch-size 4 --lora-rank 2".split()
+    )
+    rate = rate_of_width(128)
+    assert f"rate {rate:.1e}: 5e-4 x (2000 / 128)^0.78" in capsys.readouterr().out
+    assert read_record(tmp_path / "run")["options"]["lr"] == rate
 
 
 def test_a_tokenizer_that_is_not_the_villages_gets_the_general_prompt(tmp_path, tokenizer):

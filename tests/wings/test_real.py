@@ -20,7 +20,7 @@ class FakeLab(real.Lab):
         out.mkdir(parents=True)
         (out / "run.json").write_text("{}")
 
-    def judge(self, model):
+    def judge(self, model, likelihood=None):
         return self
 
     def compare_many(self, pairs, progress=None):

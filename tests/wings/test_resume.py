@@ -201,7 +201,7 @@ def test_what_can_and_cannot_be_resumed(tmp_path):
     with pytest.raises(UserError, match="go on with --resume, or start anew with --overwrite"):
         train_reward.main([*OPTIONS, *out])
     with pytest.raises(
-        UserError, match="was begun otherwise: lr was 0.001 and is 0.002; give the same again"
+        UserError, match="was begun otherwise: lr was 0.0003 and is 0.002; give the same again"
     ):
         train_reward.main([*OPTIONS, *out, "--resume", "--lr", "2e-3"])
     assert (tmp_path / "run.partial" / "checkpoint.pt").read_bytes() == saved

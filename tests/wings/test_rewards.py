@@ -121,7 +121,12 @@ def test_the_judge_is_loaded_once_and_may_be_a_served_one(monkeypatch):
         rewards.judge_of_the_loop()
 
 
-# ---- the real callers, where their packages are installed (gram_mini/serving/rewards.md) ----
+# ---- the real callers, where their packages are installed ----------------------------
+# pip install --no-deps verl==0.9.1 openrlhf==0.11.2 tensordict ray omegaconf
+#     antlr4-python3-runtime==4.9.3 hydra-core codetiming orjson cloudpickle pyvers
+#     importlib_metadata msgpack jsonschema pylatexenc aiohttp aiosignal aiohappyeyeballs frozenlist
+#     multidict yarl propcache attrs dacite modelscope modelscope_hub json-repair einops addict
+#     simplejson sortedcontainers cryptography cffi pycparser oss2
 
 
 def test_the_reward_managers_of_verl(loop, tokenizer):

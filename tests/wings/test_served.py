@@ -394,7 +394,9 @@ def test_a_head_cannot_be_served(run, tmp_path):
     for file in run.iterdir():
         (tmp_path / "run" / file.name).write_bytes(file.read_bytes())
     (tmp_path / "run" / "head.safetensors").write_bytes(b"")
-    assert "has a head of its own" in line(lambda: served_judge(tmp_path / "run", "http://x"))
+    assert "has a head or a likelihood of its own" in line(
+        lambda: served_judge(tmp_path / "run", "http://x")
+    )
 
 
 # ---- a figure is right, or one line says why not --------------------------------------
@@ -504,6 +506,7 @@ def test_resuming_names_another_model_under_the_same_name(
                 score.main([*common, "--out", str(out)])
         if name == "other":
             server.judge = load_judge(VILLAGE, bits=32)
+            server.judge.model.model.norm.weight.data *= -3  # its log-odds are certainly others
         capsys.readouterr()
         score.main([*common, "--out", str(out), "--resume"])
         said = capsys.readouterr().out

@@ -1,6 +1,7 @@
 """studies/speed: both ways compute the same; the tables and the page that is made of them."""
 
 import json
+from argparse import Namespace
 from pathlib import Path
 
 from gram_mini import losses
@@ -118,6 +119,24 @@ def test_train_prints_a_table_and_keeps_it(capsys, monkeypatch, tmp_path):
     assert records["mine"]["options"]["batch_size"] == "2" and head[0] == "what"
 
 
+def test_train_against_trl(capsys):
+    pytest.importorskip("trl")
+    main(["train", *SMALL, *"--max-length 192 --batch-size 2 --peer trl".split()])
+    ways = [line[1] for line in table_of(capsys.readouterr().out)[2:]]
+    in_both_stages = ["usual", "TRL SFTTrainer"]
+    assert ways == [*in_both_stages, *in_both_stages, "TRL RewardTrainer"]
+
+
+def test_trl_has_the_usual_loss(tmp_path):
+    pytest.importorskip("trl")
+    args = Namespace(bits=32, lora_rank=4, gradient_checkpointing=False, shape="village")
+    for stage in STAGES_OF_STEPS:
+        batch = rows(stage)
+        loss, model = training.trl_loss("SFTTrainer", stage, batch, args, CPU)
+        ours = training.usual_loss(model, stage, batch).item()
+        assert loss(model, stage, batch).item() == pytest.approx(ours, rel=1e-5)
+
+
 def test_score_prints_a_table_and_all_ways_agree(capsys):
     main(["score", *SMALL, *"--pairs 3 --responses 4 --max-length 192".split()])
     lines = table_of(capsys.readouterr().out)[2:]
@@ -158,9 +177,11 @@ def test_every_study_has_its_own_help(capsys):
         assert "--record NAME" in capsys.readouterr().out
 
 
-def test_the_tables_of_the_page_are_those_of_the_results():
-    page = (Path(tables.__file__).parent / "README.md").read_text()
+def test_the_tables_of_the_pages_are_those_of_the_results():
+    home = Path(tables.__file__).parent
+    pages = [home / "README.md", home.parents[1] / "runs" / "your_model.md"]
+    text = "".join(page.read_text() for page in pages)
     written = tables.tables()
-    assert set(written) == {f"speed-{name}" for name in (*STUDIES, "memory")}
+    assert set(written) == {f"speed-{name}" for name in (*STUDIES, "choices", "step")}
     for name, table in written.items():
-        assert f"<!-- table: {name} -->\n{table}\n<!-- end -->" in page
+        assert f"<!-- table: {name} -->\n{table}\n<!-- end -->" in text

@@ -41,7 +41,7 @@ LINES = 20 + 1 + 4 + 1 + 6 + 1 + 9
 
 @pytest.fixture(autouse=True)
 def judge(village_judge, monkeypatch):
-    monkeypatch.setattr(score, "load_judge", lambda *_: village_judge)
+    monkeypatch.setattr(score, "load_judge", lambda *_, **__: village_judge)
     monkeypatch.setattr(scores, "CHUNK", 7)
     return village_judge
 
@@ -159,7 +159,7 @@ class Stub:
 
 
 def test_memory_does_not_grow_with_the_file(tmp_path, tokenizer, monkeypatch):
-    monkeypatch.setattr(score, "load_judge", lambda *_: Stub(tokenizer))
+    monkeypatch.setattr(score, "load_judge", lambda *_, **__: Stub(tokenizer))
     monkeypatch.setattr(scores, "CHUNK", 50)
     peaks = []
     for rows in (200, 2_000):
@@ -397,7 +397,7 @@ def test_data_that_changes_or_can_be_read_only_once(data, tmp_path, monkeypatch,
             return super().compare_many(*arguments, **named)
 
     data.write_text("".join(json.dumps(row) + "\n" for row in ROWS[:20]))
-    monkeypatch.setattr(score, "load_judge", lambda *_: Writes(tokenizer))
+    monkeypatch.setattr(score, "load_judge", lambda *_, **__: Writes(tokenizer))
     with pytest.raises(UserError, match="rows.jsonl: has changed while it was read"):
         scored(data, tmp_path / "o.jsonl")
     os.mkfifo(tmp_path / "pipe.jsonl")

@@ -1,6 +1,6 @@
 """Time and memory of our code, measured on this machine.
 
-  train    a training step of ours beside the usual one
+  train    a training step of ours beside the usual one, and with --peer trl beside TRL's
   score    scoring in both orders beside one sequence at a time
 
 Each has options of its own: python -m gram_mini.studies.speed train --help. What fits on a card is
@@ -17,7 +17,7 @@ from gram_mini.studies.speed import common, scoring, training
 EXAMPLES = "  python -m gram_mini.studies.speed train --shape Qwen2.5-0.5B --bits 4  # on a GPU"
 MODEL = "shape bits lora-rank device batch-size rounds record"
 STUDIES = {
-    "train": (training, f"{MODEL} data max-length gradient-checkpointing", (4, 7)),
+    "train": (training, f"{MODEL} data max-length gradient-checkpointing peer", (4, 7)),
     "score": (scoring, f"{MODEL} data max-length pairs responses", (16, 5)),
 }
 

@@ -112,9 +112,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "rounds": dict(**NUMBER, help="times that everything is measured"),
     "record": dict(metavar="NAME", help="keep the figures under this name, for the page"),
     "gradient-checkpointing": dict(action="store_true", help="for all ways alike"),
+    "peer": dict(choices=("trl",), help="another library to compare with"),
     "pairs": dict(**NUMBER, default=8, help="pairs of a turn"),
     "responses": dict(**NUMBER, default=16, help="responses of a ranking"),
-    "cards": dict(**NUMBER, nargs="+", default=[8, 12, 24], help="sizes in GB"),
 }
 
 

@@ -2,7 +2,8 @@
 
 The usual step is that of SFT trainers: transformers' own forward pass with labels, so logits of the
 whole sequence in float32, and a cross-entropy over the tokens that count (stage 1: the pair; stage
-2: the one token of the verdict). Both take the same adapted model, the same pairs and AdamW.
+2: the one token of the verdict). Both take the same adapted model, the same pairs and AdamW. --peer
+trl adds TRL's SFTTrainer and, in stage 2, its RewardTrainer, which reads each response by itself.
 
 Figures: tokens per second without padding (the median over --rounds turns), how many times as fast
 ours is (median and range of the turns' ratios), the peak of memory, and the share of the speed at
@@ -11,16 +12,24 @@ which this machine multiplies large matrices. Weights are random, which changes 
 
 import random
 import statistics
+import tempfile
 from functools import partial
+from typing import Any
 
 from gram_mini.batches import IGNORED, EncodedPair, batch_order, join, pad, pair_batch
+from gram_mini.errors import UserError
 from gram_mini.model import half_precision
-from gram_mini.runs.models import checkpoint_gradients, compute_dtype
+from gram_mini.runs.heads import response_segments
+from gram_mini.runs.models import checkpoint_gradients, compute_dtype, load_tokenizer, quantization
 from gram_mini.studies.speed import common
 from gram_mini.studies.speed.common import LABELS, PIECES, SHAPES, STAGES, take_step
 from gram_mini.training import optimizer_and_schedule
+from gram_mini.village import VILLAGE
 
 import torch
+from peft import LoraConfig
+
+TRAINERS = {"pretrain": ("SFTTrainer",), "reward": ("SFTTrainer", "RewardTrainer")}
 
 
 def usual_batch(stage: str, rows: list[EncodedPair]) -> dict[str, torch.Tensor]:
@@ -45,6 +54,60 @@ def usual_loss(model, stage: str, rows: list[EncodedPair]) -> torch.Tensor:
         return model(**batch).loss
 
 
+def trl_rows(kind: str, stage: str, rows: list[EncodedPair]) -> list[dict]:
+    """The rows as the collator of one of TRL's trainers takes them."""
+    examples = []
+    for row in rows:
+        if kind == "SFTTrainer":
+            batch = usual_batch(stage, [row])
+            example = {name: batch[name][0].tolist() for name in ("input_ids", "labels")}
+        else:  # which response is the chosen one changes no time
+            chosen = response_segments(PIECES[stage], row)
+            rejected = response_segments(PIECES[stage], row.swapped())
+            example = {"chosen_ids": sum(chosen, ()), "rejected_ids": sum(rejected, ())}
+        examples.append(example)
+    return examples
+
+
+def trl_loss(kind: str, stage: str, rows: list[EncodedPair], args, device):
+    """(loss as one of TRL's trainers computes it, a model of its own).
+
+    Raises:
+        UserError: if TRL is not installed.
+    """
+    try:
+        import trl
+    except ImportError:
+        raise UserError("--peer trl: is not installed; pip install trl") from None
+    from datasets import Dataset
+
+    dtype = compute_dtype(args.bits, device)
+    settings: dict[str, Any] = dict(output_dir="runs/trl", max_length=None, report_to=[])
+    settings |= dict(bf16=dtype == torch.bfloat16, use_cpu=device.type == "cpu")
+    settings["gradient_checkpointing"] = args.gradient_checkpointing
+    data = Dataset.from_list(trl_rows(kind, stage, rows))
+    given: dict[str, Any] = dict(train_dataset=data, processing_class=load_tokenizer(VILLAGE))
+    if kind == "SFTTrainer":
+        config = trl.SFTConfig(**settings, dataset_kwargs={"skip_prepare_dataset": True})
+        model = common.build(SHAPES[args.shape], args.bits, args.lora_rank, device)
+        trainer = trl.SFTTrainer(model, config, **given)
+    else:
+        loading = {"dtype": dtype, "device_map": {"": device}, **quantization(args.bits, dtype)}
+        config = trl.RewardConfig(**settings, model_init_kwargs=loading)
+        size = dict(r=args.lora_rank, lora_alpha=2 * args.lora_rank)
+        lora = LoraConfig(**size, target_modules="all-linear", task_type="SEQ_CLS")
+        with tempfile.TemporaryDirectory() as folder:
+            common.save(SHAPES[args.shape], folder)
+            trainer = trl.RewardTrainer(folder, config, **given, peft_config=lora)
+
+    def loss(model, stage, rows):
+        inputs = trainer.data_collator(trl_rows(kind, stage, rows))
+        inputs = {name: part.to(device) for name, part in inputs.items()}
+        return trainer.compute_loss(model, inputs)
+
+    return loss, trainer.accelerator.prepare_model(trainer.model.train())  # with its autocast
+
+
 def compare(stage: str, args, device: torch.device) -> list[dict[str, str]]:
     """The figures of one stage: a row for each way that ours is compared with."""
     config, count = SHAPES[args.shape], args.batch_size * max(16, args.rounds)
@@ -53,10 +116,13 @@ def compare(stage: str, args, device: torch.device) -> list[dict[str, str]]:
     turns = [[rows[i] for i in batch] for batch in order][: args.rounds]
     torch.manual_seed(0)
     model = common.build(config, args.bits, args.lora_rank, device).train()
-    if args.gradient_checkpointing:
-        checkpoint_gradients(model)
+    losses = {"ours": (common.loss_of, model), "usual": (usual_loss, model)}
+    for kind in TRAINERS[stage] if args.peer else ():
+        losses[f"TRL {kind}"] = trl_loss(kind, stage, rows, args, device)
     ways = {}
-    for way, loss in {"ours": common.loss_of, "usual": usual_loss}.items():
+    for way, (loss, model) in losses.items():
+        if args.gradient_checkpointing:
+            checkpoint_gradients(model)
         optimizer, _ = optimizer_and_schedule(model, 1e-4, 100)
         ways[way] = (partial(take_step, model, optimizer, loss, stage), model, optimizer)
     tokens = [sum(row.length + PIECES[stage].fixed_tokens for row in batch) for batch in turns]
@@ -70,4 +136,4 @@ def compare(stage: str, args, device: torch.device) -> list[dict[str, str]]:
 
 def measure(args, device: torch.device) -> list[dict[str, str]]:
     """The rows of both stages."""
-    return [row for stage in ("pretrain", "reward") for row in compare(stage, args, device)]
+    return [row for stage in TRAINERS for row in compare(stage, args, device)]
