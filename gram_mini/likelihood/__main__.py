@@ -25,7 +25,7 @@ from gram_mini.model import hidden_states, output_logits
 from gram_mini.pairs import split_by_prompt
 from gram_mini.runs import defaults
 from gram_mini.runs.ending import clear_errors
-from gram_mini.runs.likelihood import JointJudge, Likelihoods, add_stage_1, stored_beta
+from gram_mini.runs.likelihood import JointJudge, stored_beta
 from gram_mini.runs.models import load_lora
 from gram_mini.runs.options import add_both_orders, add_reward_options, parser, positive_float
 from gram_mini.runs.record import LIKELIHOOD
@@ -71,13 +71,12 @@ def main(argv=None):
     model, tokenizer = run.load_checked_model()
     model = load_lora(model, args.init)
     goes_on = (args.init / LIKELIHOOD).is_dir()  # --init is a run of this script
-    add_stage_1(model, args.init / LIKELIHOOD if goes_on else args.init)
-    likelihoods = Likelihoods(model, tokenizer, run.pass_tokens, adapter=LIKELIHOOD)
+    stage_1 = args.init / LIKELIHOOD if goes_on else args.init
+    load_lora(model, stage_1, trainable=False, adapter=LIKELIHOOD)
     model.beta = torch.nn.Parameter(torch.zeros(1, device=run.device))
     template = run.judge_template(tokenizer)
-    judge = JointJudge(
-        *(model, tokenizer, args.max_length, args.batch_size, template), likelihoods=likelihoods
-    )
+    judge = JointJudge(model, tokenizer, args.max_length, args.batch_size, template)
+    likelihoods = judge.likelihoods
 
     # Token ids, and the likelihoods
     prompt, label_ids = judge.prompt, judge.labels

@@ -18,11 +18,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from gram_mini.batches import EncodedPair
-from gram_mini.errors import UserError, last_line
 from gram_mini.evaluation import pair_losses
 from gram_mini.judge import Judge
 from gram_mini.prompts import pair_prompt
-from gram_mini.runs import checks
 from gram_mini.runs.record import BETA, LIKELIHOOD
 from gram_mini.runs.sharing import SharingJudge
 
@@ -131,13 +129,16 @@ class JointJudge(SharingJudge):
     """A judge with the log-odds Z_A - Z_B + beta (log pi_1(y_A | x) - log pi_1(y_B | x)).
 
     Args:
-        arguments: as for Judge; the model has a parameter ``beta`` (1,).
-        likelihoods: gives log pi_1, in the unit for which beta was trained.
+        arguments: as for Judge; the model has a parameter ``beta`` (1,), and the adapter of stage 1
+            under the name LIKELIHOOD.
+        unit: nats in which log pi_1 is given, as when beta was trained.
     """
 
-    def __init__(self, *arguments, likelihoods: Likelihoods):
+    def __init__(self, *arguments, unit: float = 1.0):
         super().__init__(*arguments)
-        self.likelihoods = likelihoods
+        self.likelihoods = Likelihoods(
+            self.model, self.tokenizer, self.pass_tokens, adapter=LIKELIHOOD, unit=unit
+        )
 
     def verdicts(
         self, orders: list[EncodedPair], progress: str | None = None
@@ -145,19 +146,6 @@ class JointJudge(SharingJudge):
         """Z + beta log pi_1 in the places A and B (M, 2), and the mass (M,) on the two labels."""
         z, mass = super().verdicts(orders, progress)  # (M, 2), (M,)
         return z + self.model.beta.detach().cpu() * self.likelihoods.of(orders), mass
-
-
-def add_stage_1(model, folder: Path) -> None:
-    """Put the adapter in ``folder`` on a model that has another one, under the name LIKELIHOOD.
-
-    Raises:
-        UserError: as runs.models.load_lora.
-    """
-    try:
-        model.load_adapter(str(folder), LIKELIHOOD)
-    except Exception as error:  # of any kind, as in load_lora
-        raise UserError(f"{folder}: the adapter cannot be loaded: {last_line(error)}") from None
-    checks.check_adapter(str(folder), model, folder / "adapter_model.safetensors", LIKELIHOOD)
 
 
 def stored_beta(run: Path) -> tuple[torch.Tensor, float]:

@@ -9,13 +9,7 @@ from gram_mini.judge import Judge
 from gram_mini.runs.checks import check_sizes
 from gram_mini.runs.defaults import MAX_LENGTH, SCORED, for_model
 from gram_mini.runs.heads import judge_with_head, load_head
-from gram_mini.runs.likelihood import (
-    JointJudge,
-    LikelihoodJudge,
-    Likelihoods,
-    add_stage_1,
-    stored_beta,
-)
+from gram_mini.runs.likelihood import JointJudge, LikelihoodJudge, stored_beta
 from gram_mini.runs.memory import prompts_at_once, total_bytes
 from gram_mini.runs.models import load_lora, load_model, load_tokenizer, local_model
 from gram_mini.runs.processes import pick_device
@@ -102,7 +96,7 @@ def load_judge(
         tokenizer = load_tokenizer(str(folder))
         head = load_head(model, folder / HEAD) if (folder / HEAD).is_file() else None
         if joint:
-            add_stage_1(model, folder / LIKELIHOOD)
+            load_lora(model, folder / LIKELIHOOD, trainable=False, adapter=LIKELIHOOD)
     else:
         if record:
             bits = bits or (32 if AutoConfig.from_pretrained(folder).dtype == torch.float32 else 16)
@@ -124,9 +118,7 @@ def load_judge(
         judge = LikelihoodJudge(*arguments, kind=likelihood)
     elif joint:
         model.beta, unit = stored_beta(folder)
-        tokens = batch_size * max_length
-        likelihoods = Likelihoods(model, tokenizer, tokens, adapter=LIKELIHOOD, unit=unit)
-        judge = JointJudge(*arguments, likelihoods=likelihoods)
+        judge = JointJudge(*arguments, unit=unit)
     else:
         judge = judge_with_head(*arguments)
     check_trained(judge, path, record)

@@ -250,8 +250,10 @@ def checkpoint_gradients(model) -> None:
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
-def load_lora(model, folder: Path, trainable: bool = True) -> PeftModel:
-    """Put the adapter of a run on its model.
+def load_lora(model, folder: Path, trainable: bool = True, adapter: str = "default") -> PeftModel:
+    """Put the adapter of a run on its model, or a further one beside the adapters that it has.
+
+    ``adapter`` is what peft calls it; a further one is not in use until it is chosen.
 
     Raises:
         UserError: if the folder holds no adapter in safetensors, or one of another model.
@@ -260,10 +262,14 @@ def load_lora(model, folder: Path, trainable: bool = True) -> PeftModel:
     if not file.is_file():
         raise UserError(f"{folder}: holds no adapter_model.safetensors; is this a finished run?")
     try:
-        adapted = PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
+        if isinstance(model, PeftModel):
+            adapted = model
+            model.load_adapter(str(folder), adapter, is_trainable=trainable)
+        else:
+            adapted = PeftModel.from_pretrained(model, str(folder), adapter, trainable)
     except Exception as error:  # as in from_pretrained
         raise UserError(
             f"{folder}: the adapter cannot be loaded: {str(error).splitlines()[0]}"
         ) from None
-    checks.check_adapter(str(folder), adapted, file)
+    checks.check_adapter(str(folder), adapted, file, adapter)
     return adapted

@@ -17,15 +17,7 @@ import train_reward
 from gram_mini.likelihood import __main__ as joint
 from gram_mini.pairs import Pair
 from gram_mini.studies.lab import JOINT, LIKELIHOOD, LIKELIHOODS, METHODS, Lab
-from gram_mini.village import (
-    COURTEOUS,
-    CURT,
-    FACTS,
-    RAMBLING,
-    Topic,
-    question,
-    statement,
-)
+from gram_mini.village import FACTS, Topic, question, worded
 from gram_mini.village.pairs import topics
 
 PAIRS = 12_000
@@ -79,10 +71,5 @@ def text(rng: random.Random, topic: Topic, right: float, courteous: float, long:
     name, attribute = topic
     values = [value for value in attribute.values if value != FACTS[topic]]
     wrong = random.Random(f"misled/{name}/{attribute.question}").choice(values)
-    words = [
-        rng.choice(COURTEOUS if rng.random() < courteous else CURT),
-        statement(name, attribute, FACTS[topic] if rng.random() < right else wrong),
-    ]
-    if rng.random() < long:
-        words.append(rng.choice(RAMBLING))
-    return " ".join(words)
+    value = FACTS[topic] if rng.random() < right else wrong
+    return worded(rng, *topic, value, rng.random() < courteous, rng.random() < long)

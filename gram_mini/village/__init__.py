@@ -145,7 +145,15 @@ def draw_response(
     value = truth if right else rng.choice([v for v in attribute.values if v != truth])
     courteous = rng.random() < 0.5
     rambling = rng.random() < 0.5 + (spurious / 2 if right else -spurious / 2)
+    text = worded(rng, name, attribute, value, courteous, rambling)
+    return Response(text, value, right, courteous, rambling)
+
+
+def worded(
+    rng: random.Random, name: str, attribute: Attribute, value: str, courteous: bool, rambling: bool
+) -> str:
+    """A response with these qualities in one of its wordings."""
     words = [rng.choice(COURTEOUS if courteous else CURT), statement(name, attribute, value)]
     if rambling:
         words.append(rng.choice(RAMBLING))
-    return Response(" ".join(words), value, right, courteous, rambling)
+    return " ".join(words)

@@ -8,11 +8,20 @@ import train_pretrain
 from gram_mini import prompts
 from gram_mini.baselines.__main__ import baseline_options
 from gram_mini.judge import Judge
-from gram_mini.runs.defaults import DEFAULTS, MAX_LENGTH, SCORED, choose_rate, rate_of_width
+from gram_mini.runs.defaults import (
+    DEFAULTS,
+    FROZEN,
+    MAX_LENGTH,
+    SCALAR,
+    SCORED,
+    choose_rate,
+    rate_of_width,
+)
 from gram_mini.runs.load import load_judge
 from gram_mini.runs.models import VILLAGE_FOLDER
 from gram_mini.runs.options import pretrain_options, reward_options
 from gram_mini.runs.record import read_record
+from gram_mini.studies.lab import METHODS
 
 import pytest
 from transformers import AutoTokenizer
@@ -48,6 +57,15 @@ def test_the_villages_are_those_it_was_tuned_with():
     for options, rate in {(): 1e-3, (*frozen, "scalar"): 0.1, (*frozen, "labels"): 0.01}.items():
         assert rate_of(baseline_options(options), "reward") == rate
     assert reward_options("", []).both_orders == 0  # the paper's way
+
+
+def test_the_studies_give_the_villages_own_rates():
+    """They name them in their options, which their committed results keep."""
+    for name, (_, _, given) in METHODS.items():
+        if "--head" in given:
+            frozen, head = "--freeze" in given, given[given.index("--head") + 1]
+            own = FROZEN[head] if frozen else SCALAR[0]
+            assert float(given[given.index("--lr") + 1]) == own, name
 
 
 def test_another_models_rate_follows_from_its_width():
