@@ -34,21 +34,14 @@ EPOCHS = (2, 32)
 EPS = (0.0, 0.2)
 # name: temperature of the raters (the village's is 1), whether the cue fits all labels
 LABELLING = {"noisy": (1.0, False), "certain": (0.0, False), "cue": (0.0, True)}
-# what is measured: whether more is better
-MEASURES = {
-    "accuracy": True,
-    "cross-entropy": False,
-    "calibration error": False,
-    "position gap": False,
-    "best of 16": True,
-    "policy": True,
-    "own pairs": True,
-}
+MEASURES = (
+    *("accuracy", "cross-entropy", "calibration error", "position gap"),
+    *("best of 16", "policy", "own pairs"),
+)
 
 
 def certain(lab: Lab, seed: int):
-    """Temperature of the raters x epochs x eps: what smoothing changes out of distribution, in the
-    judge's use, and on its own pairs."""
+    """Temperature of the raters x epochs x eps: out of distribution, in use, on its own pairs."""
     for labelling, epochs in itertools.product(LABELLING, EPOCHS):
         plain: dict[str, float] = {}
         for eps in EPS:
@@ -102,8 +95,7 @@ def rated(pairs: list[Pair], temperature: float, seed: int) -> list[Pair]:
     """
     draws, again = random.Random(f"rated/{seed}"), []
     for pair in pairs:
-        draw, p = draws.random(), pair.probability
-        assert p is not None  # the village knows it of all labelled pairs
+        draw, p = draws.random(), chance(pair)
         if p == 0.5:
             continue
         odds = math.log(p / (1 - p))  # at the village's temperature, 1
@@ -112,10 +104,15 @@ def rated(pairs: list[Pair], temperature: float, seed: int) -> list[Pair]:
     return again
 
 
+def chance(pair: Pair) -> float:
+    """P(the first response is better), which the village knows of all labelled pairs."""
+    assert pair.probability is not None
+    return pair.probability
+
+
 def better(pair: Pair) -> int:
     """The truly better response, as a label."""
-    assert pair.probability is not None
-    return int(pair.probability < 0.5)
+    return int(chance(pair) < 0.5)
 
 
 def the_better_rambles(pair: Pair) -> bool:

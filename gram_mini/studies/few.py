@@ -4,7 +4,7 @@ command.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import train_reward
 from gram_mini.studies.lab import JOINT, LIKELIHOOD, METHODS, Lab
@@ -13,8 +13,7 @@ NOTHING = "nothing"  # the plain backbone as a starting point
 COUNTS = (0, 50, 100, 200, 2000)  # new labels
 
 
-@dataclass(frozen=True)
-class Recipe:
+class Recipe(NamedTuple):
     """How a judge is trained on new labels, as options of the training script."""
 
     lr: str

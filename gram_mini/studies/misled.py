@@ -13,8 +13,6 @@ from __future__ import annotations
 
 import random
 
-import train_reward
-from gram_mini.likelihood import __main__ as joint
 from gram_mini.pairs import Pair
 from gram_mini.studies.lab import JOINT, LIKELIHOOD, LIKELIHOODS, METHODS, Lab
 from gram_mini.village import FACTS, Topic, question, worded
@@ -30,15 +28,12 @@ def misled(lab: Lab, seed: int):
     """The likelihood, GRAM, and both, after unlabelled pairs that say the wrong thing often."""
     for name, pairs in unlabelled(seed).items():
         start = lab.stage1(seed, f"misled-{name}", pairs)
-        yield {
-            "method": f"{name}: {LIKELIHOOD}",
-            **lab.row(start, likelihood=LIKELIHOODS[LIKELIHOOD]),
-        }
-        for method, script in {"GRAM": train_reward, JOINT: joint}.items():
-            options = METHODS[method][2]
-            run = lab.train(
-                script, f"misled-{name}-{method}", seed, lab.labelled(seed), start, options
-            )
+        likely = lab.row(start, likelihood=LIKELIHOODS[LIKELIHOOD])
+        yield {"method": f"{name}: {LIKELIHOOD}", **likely}
+        for method in ("GRAM", JOINT):
+            _, script, options = METHODS[method]
+            tag, data = f"misled-{name}-{method}", lab.labelled(seed)
+            run = lab.train(script, tag, seed, data, start, options)
             yield {"method": f"{name}: {method}", **lab.row(run)}
 
 

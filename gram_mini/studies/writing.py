@@ -6,7 +6,6 @@ the training of the judge. GRPO needs TRL: pip install trl.
 
 from __future__ import annotations
 
-import json
 import random
 import statistics
 import time
@@ -17,7 +16,7 @@ from gram_mini.pairs import Pair
 from gram_mini.serving.trl import as_trl_reward
 from gram_mini.studies.figures import average
 from gram_mini.studies.lab import JOINT, LIKELIHOOD, MAIN, TEST, Lab, read_json, write_json
-from gram_mini.village import GROUPS, question, statement
+from gram_mini.village import question, statement
 from gram_mini.village.pairs import topics
 from gram_mini.village.policy import best_of_n, best_of_n_kl
 from gram_mini.village.writer import (
@@ -49,13 +48,11 @@ ASKED = 6  # questions of best of n
 
 def rl(lab: Lab, seed: int):
     """Trained with TRL's GRPOTrainer: true reward and the judge's, over the KL to its start."""
-    require_trl()
     yield from rows_of("rl", lab, seed)
 
 
 def weak(lab: Lab, seed: int):
     """The same with a quarter of the penalty on the KL, and more steps."""
-    require_trl()
     yield from rows_of("weak", lab, seed)
 
 
@@ -68,6 +65,8 @@ def bon(lab: Lab, seed: int):
 
 
 def rows_of(kind: str, lab: Lab, seed: int):
+    if kind in TRAINED:
+        require_trl()
     for name in JUDGES_OF[kind]:
         yield from against(kind, name, lab, seed)["rows"]
 
@@ -168,95 +167,75 @@ def best_of(judge, name: str, drawn: dict[str, dict]) -> tuple[list, dict]:
 
 def drawn_texts(lab: Lab, seed: int) -> dict[str, dict]:
     """What the start writes to ASKED questions: DRAWN texts each, and the likeliest one."""
-    known = lab.folder / f"seed{seed}" / "drawn.json"
-    writer = start_of(lab, seed)
-    with lab.alone(known):
-        if not known.is_file():
-            chosen = random.Random(f"writing/{seed}").sample(topics(TEST), ASKED)
-            prompts = [question(*topic) for topic in chosen]
-            torch.manual_seed(seed)
-            write_json(
-                known,
-                {
-                    prompt: {
-                        "reference": writer.write([prompt], temperature=0).texts[0],
-                        "texts": writer.write([prompt] * DRAWN, TEMPERATURE).texts,
-                    }
-                    for prompt in tqdm(prompts, desc="texts")
-                },
-            )
-    return json.loads(known.read_text())
+
+    def make() -> dict:
+        writer = start_of(lab, seed)
+        chosen = random.Random(f"writing/{seed}").sample(topics(TEST), ASKED)
+        prompts = [question(*topic) for topic in chosen]
+        torch.manual_seed(seed)
+        return {
+            prompt: {
+                "reference": writer.write([prompt], temperature=0).texts[0],
+                "texts": writer.write([prompt] * DRAWN, TEMPERATURE).texts,
+            }
+            for prompt in tqdm(prompts, desc="texts")
+        }
+
+    return lab.keep(lab.folder / f"seed{seed}" / "drawn.json", make)
 
 
-def write_answers(
-    name: str, lab: Lab, seed: int, rows: list[dict], kept: set[int], results: Path
-) -> None:
+def write_answers(name: str, lab: Lab, seed: int, kept: set[int], results: Path) -> None:
     """Add what was said in the end of a seed, and its summary, to those of the seeds ``kept``.
 
-    ``name`` is that of the study, such as "writing-rl", and ``rows`` are its rows of the seed.
+    ``name`` is that of the study, such as "writing-rl".
     """
     kind = name.removeprefix("writing-")
-    made = {judge: against(kind, judge, lab, seed) for judge in JUDGES_OF[kind]}
-    said = {judge: {seed: of["answers"]} for judge, of in made.items()}
     files = [results / f"{name}-{part}.json" for part in ("answers", "summary")]
     answers, before = map(read_json, files) if kept else ({}, {"rows": []})
-    found = [row for row in before["rows"] if row["seed"] in kept]
-    for row in summary(rows, said):
-        found.append({**row, "seconds": made[row["method"]]["seconds"]})
-    found.sort(key=lambda row: row["seed"])
-    answers = {
-        judge: {s: (answers[judge][str(s)] if s in kept else of[s]) for s in sorted({*kept, seed})}
-        for judge, of in said.items()
-    }
-    seconds = {judge: [row["seconds"] for row in found if row["method"] == judge] for judge in made}
+    rows = [row for row in before["rows"] if row["seed"] in kept]
+    for judge in JUDGES_OF[kind]:
+        made = against(kind, judge, lab, seed)
+        answers.setdefault(judge, {})[str(seed)] = made["answers"]
+        said = {prompt: row["answer"].strip() for prompt, row in made["answers"].items()}
+        found = {**summary(made["rows"], said), "seconds": made["seconds"]}
+        rows.append({"method": judge, "seed": seed, **found})
+    rows.sort(key=lambda row: row["seed"])
+    seconds: dict[str, list] = {}
+    for row in rows:
+        seconds.setdefault(row["method"], []).append(row["seconds"])
     write_json(files[0], answers)
-    means = average(found, ("method",))
-    write_json(files[1], {"seconds": seconds, "means": means, "rows": found})
+    write_json(files[1], {"seconds": seconds, "means": average(rows, ("method",)), "rows": rows})
 
 
-def summary(rows: list[dict], answers: dict) -> list[dict]:
-    """Of each judge and seed where the true reward was highest, and what was said in the end.
+def summary(rows: list[dict], said: dict[str, str]) -> dict:
+    """Of a judge and seed: where the true reward was highest, and what was said in the end.
 
     The highest of several figures is a little too high by chance, with every judge.
 
     Args:
-        rows: those of a study, of each judge and seed from little KL to much.
-        answers: what was said in the end, answers[judge][seed][question].
+        rows: from little KL to much.
+        said: the last answer to each question.
     """
-    runs: dict[tuple, list[dict]] = {}
-    for row in rows:
-        runs.setdefault((row["method"], row["seed"]), []).append(row)
-    found = []
-    for (method, seed), run in runs.items():
-        peak = max(run, key=lambda row: row["true reward"])
-        said = {prompt: row["answer"].strip() for prompt, row in answers[method][seed].items()}
-        strays = [text for prompt, text in said.items() if answered().get(text, prompt) != prompt]
-        true = [rewards(answered()[text])[text] > 1 for text in strays]  # 1.5 and more: right
-        claims = [  # of the others, such as "keeps a dog"
-            (attribute, value)
-            for prompt, text in said.items()
-            for name, attribute in [TOPICS[prompt]]
-            for value in attribute.values
-            if statement(name, attribute, value) in text
-        ]
-        commonest: dict = {}  # claim of each kind of question, and how often it was made
-        for (attribute, _), count in Counter(claims).items():
-            commonest[attribute] = max(count, commonest.get(attribute, 0))
-        labelled = [TOPICS[answered()[text]][0] in GROUPS["labelled"] for text in strays]
-        found.append(
-            {
-                "method": method,
-                "seed": seed,
-                "first": run[0]["true reward"],
-                "highest": peak["true reward"],
-                "KL of the highest": peak["KL"],
-                "last": run[-1]["true reward"],
-                "fall": peak["true reward"] - run[-1]["true reward"],
-                "KL of the last": run[-1]["KL"],
-                "commonest claims": sum(commonest.values()) / max(len(claims), 1),
-                "to another question": len(strays) / len(said),
-                "of these true": statistics.mean(true) if strays else None,
-                "of these about the labelled": statistics.mean(labelled) if strays else None,
-            }
-        )
-    return found
+    peak = max(rows, key=lambda row: row["true reward"])
+    strays = [text for prompt, text in said.items() if answered().get(text, prompt) != prompt]
+    true = [rewards(answered()[text])[text] > 1 for text in strays]  # 1.5 and more: right
+    claims = Counter(  # such as "keeps a dog"
+        (attribute, value)
+        for prompt, text in said.items()
+        for name, attribute in [TOPICS[prompt]]
+        for value in attribute.values
+        if statement(name, attribute, value) in text
+    )
+    commonest: dict = {}  # claim of each kind of question, and how often it was made
+    for (attribute, _), count in claims.items():
+        commonest[attribute] = max(count, commonest.get(attribute, 0))
+    return {
+        "first": rows[0]["true reward"],
+        "highest": peak["true reward"],
+        "KL of the highest": peak["KL"],
+        "last": rows[-1]["true reward"],
+        "KL of the last": rows[-1]["KL"],
+        "commonest claims": sum(commonest.values()) / max(claims.total(), 1),
+        "to another question": len(strays) / len(said),
+        "of these true": statistics.mean(true) if strays else None,
+    }
