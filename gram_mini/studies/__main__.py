@@ -1,32 +1,15 @@
-"""The claims of the paper, each as an experiment with a figure. On the village the truth is known.
-
-  table       every method in and out of distribution, and by what the responses differ in
-  bon         best of n: the judge's own score and the true reward, over KL
-  adapt       a new topic with few labels, from each starting point
-  smoothing   eps from 0 to 0.4: accuracy, margin, calibration
-  noise       flipped labels, at random or by an adversary, with and without smoothing
-  unlabelled  more or less stage 1, on the topics of the test or on others
-  rl          a policy trained against the judge: the judge's reward and the true one, over KL
-  orders      ours, not the paper's: each pair in both orders, and one loss on their mean margin
-  rewards     ours: from pairs to the rewards of n responses, by the number of comparisons
-  certain     ours: where smoothing matters (noise of the labels x epochs x eps)
-  misled      ours: unlabelled pairs in which what is common is not what is good
-  beside      ours: does comparing help where a difference is plain side by side?
-  writing-rl, writing-weak, writing-bon
-              ours: the village's language model as a policy that writes (rl and weak need TRL)
-  all         all of these, seed by seed
+"""The claims of the paper and questions of ours, each as an experiment on the village.
 
 Each study writes STUDY.json and STUDY.png to --results, anew after each seed. The same command goes
 on where it stopped: a seed that is in STUDY.json is not run again, if it was made with this
 backbone, these options, methods and versions of the packages. If you change what a study does,
 delete its STUDY.json. Trained models stay in --runs, and other studies use them too.
 
-python -m gram_mini.studies.real takes another model and pairs of your own.
+python -m gram_mini.studies.real takes another model and pairs of your own. The studies here:
 """
 
 from pathlib import Path
 
-from gram_mini.errors import UserError
 from gram_mini.runs import options
 from gram_mini.runs.ending import clear_errors
 from gram_mini.runs.output import check_place
@@ -53,9 +36,10 @@ GONE = {  # options of former versions, and what to give instead
 
 
 def main(argv=None):
-    parser = options.parser(__doc__, EXAMPLES)
+    listed = [f"  {name:14}{study.rows.__doc__}" for name, study in STUDIES.items()]
+    parser = options.parser("\n".join([__doc__, *listed]), EXAMPLES)
     studies = (*STUDIES, "all")
-    parser.add_argument("study", choices=studies, metavar="STUDY", help="one of the above")
+    parser.add_argument("study", choices=studies, metavar="STUDY", help="one of the above, or all")
     add_seeds(parser, [1, 2, 3, 4, 5])
     parser.add_argument(
         "--jobs",
@@ -73,15 +57,8 @@ def main(argv=None):
     check_place(args.results, "--results")
     lab = Lab(args.runs, VILLAGE, VillagePairs(), loading=LOADING)
     names = list(STUDIES) if args.study == "all" else [args.study]
-    with_trl = [name for name in names if "trl" in STUDIES[name].packages]
-    try:
-        if with_trl:
-            require_trl()
-    except UserError as error:
-        if args.study != "all":
-            raise
-        print(f"{len(with_trl)} studies are left out ({', '.join(with_trl)}): {error}", flush=True)
-        names = [name for name in names if name not in with_trl]
+    if any("trl" in STUDIES[name].packages for name in names):
+        require_trl()
     jobs = args.jobs or (1 if torch.cuda.is_available() else 2)
     run(names, lab, args.seeds, args.results, min(jobs, len(names) * len(args.seeds)))
 

@@ -49,7 +49,6 @@ VILLAGERS = {
 }
 LENGTH = 3.0  # what it is worth in "context"; a right claim is worth 2
 RECIPES = {"D from stage 1": Recipe("1e-3", 2, 64), "GRAM": Recipe("3e-4", 2, 64)}  # their rates
-BEST = "the best scalar"
 TRUTHS = {question(*topic): statement(*topic, value) for topic, value in FACTS.items()}
 
 
@@ -161,7 +160,7 @@ def beside(lab: Lab, seed: int):
         for name in RECIPES:
             yield {"method": f"{kind}: {name}", **judged(lab, seed, kind, name, test)}
         if kind == "context":
-            yield {"method": f"{kind}: {BEST}", **figures(test, best_scalar(test))}
+            yield {"method": f"{kind}: the best scalar", **figures(test, best_scalar(test))}
 
 
 def judged(lab: Lab, seed: int, kind: str, name: str, test: list[Pair]) -> dict[str, float]:

@@ -1,16 +1,9 @@
-"""Where does smoothing matter? Its gradient (step 4 of losses.py) names four places to look.
+"""Where does smoothing matter? Step 4 of losses.py says where to look.
 
-With a label that q of the raters agree with, the gradient at margin m is sigmoid(m) minus the
-target q (1 - eps) + (1 - q) eps. So eps matters where it moves the target much, and where the
-margin gets to the target at all:
-
-  certain labels   q = 1: without smoothing the best margin is infinite, with it log((1 - eps)/eps).
-                   Noisy labels bound it anyway
-  many epochs      on few labels: a judge that knows its pairs by heart takes q for 1, although
-                   the raters disagree
-  a cue that fits  the preferred response always rambles. Past the best margin smoothing pushes
-                   back, and whatever else speaks for the response is pushed back with it
-  its own pairs    the judge is asked about the very pairs it learned by heart, against the truth
+  certain labels   without smoothing the best margin is infinite, with it log((1 - eps)/eps)
+  many epochs      on few noisy labels a judge that knows them by heart takes them for certain
+  a cue that fits  the preferred response always rambles
+  its own pairs    asked about the very pairs it learned by heart, against the truth
 
 These cells were chosen on a finer grid with seed 0 (CHANGELOG.md).
 """
@@ -41,7 +34,7 @@ MEASURES = (
 
 
 def certain(lab: Lab, seed: int):
-    """Temperature of the raters x epochs x eps: out of distribution, in use, on its own pairs."""
+    """Ours: where smoothing matters, by the noise of the labels, epochs and eps."""
     for labelling, epochs in itertools.product(LABELLING, EPOCHS):
         plain: dict[str, float] = {}
         for eps in EPS:

@@ -50,7 +50,7 @@ SCALES = {
     "true reward of the first": REWARD,
 }
 X_LABELS = {
-    "KL": "KL to the start, nats",
+    "KL": SCALES["KL"].unit,
     "comparisons": "number of comparisons",
     "eps": "eps of the smoothing",
     "flipped": "share of the labels flipped",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from pathlib import Path
 
 from gram_mini.evaluation import summarise
@@ -24,8 +23,7 @@ CAPTION = """\
 Accuracy, ± 95% interval over the questions. Labelled topics: new questions of topics with labels.
 Unlabelled topics: topics without labels. Fact, relevance, courtesy, length: what decides which
 answer is better, in topics of both kinds. Where fact decides, the others differ at random, and so
-on. Position gap: mean |P(a better, a shown first) - P(a better, a shown second)|. Seconds: for all
-pairs."""
+on. Position gap: mean |P(a better, a shown first) - P(a better, a shown second)|."""
 
 
 def everyday_table(models: list[str], **settings) -> list[dict]:
@@ -59,12 +57,10 @@ def everyday_table(models: list[str], **settings) -> list[dict]:
 
     rows = [row("pick the longer", list(map(pick_the_longer, pairs)))]
     for model, record in zip(models, records):
-        judge, start = load_judge(model, **settings), time.perf_counter()
+        judge = load_judge(model, **settings)
         results = judge.compare_many(pairs, progress=model)
-        seconds = round(time.perf_counter() - start)
         say_doubts(model, judge, results)
-        last = {"seconds": seconds, "run": Path(model).name}
-        rows.append({**row(method_of(record), results), **last})
+        rows.append({**row(method_of(record), results), "run": Path(model).name})
     return rows
 
 

@@ -25,7 +25,6 @@ class Recipe(NamedTuple):
 
     @property
     def options(self) -> list[str]:
-        """The options of the training script."""
         sizes = ["--epochs", str(self.epochs), "--batch-size", str(self.batch_size)]
         return ["--lr", self.lr, *sizes]
 

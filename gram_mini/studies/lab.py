@@ -100,7 +100,7 @@ class Lab:
         loading: dict | None = None,
         stages: dict[str, Sequence[str]] | None = None,
     ):
-        self.folder, self.model, self.source = folder, model, source
+        self.folder, self.model, self.source, self.pairs = folder, model, source, source.pairs
         self.loading, self.stages = loading or {}, stages or {}
         given = [f"--{name.replace('_', '-')}={value}" for name, value in self.loading.items()]
         self.training = [*training, *given]
@@ -148,9 +148,6 @@ class Lab:
             write_json(about, self.about)
 
     # ---- files -----------------------------------------------------------------------
-
-    def pairs(self, split: str, seed: int) -> list[Pair]:
-        return self.source.pairs(split, seed)
 
     def file(self, name: str, pairs: list[Pair]) -> str:
         """The pairs as a file that the training scripts read."""

@@ -25,7 +25,7 @@ POISONED = 0.2
 
 
 def misled(lab: Lab, seed: int):
-    """The likelihood, GRAM, and both, after unlabelled pairs that say the wrong thing often."""
+    """Ours: the likelihood, GRAM, and both, after unlabelled pairs that often are wrong."""
     for name, pairs in unlabelled(seed).items():
         start = lab.stage1(seed, f"misled-{name}", pairs)
         likely = lab.row(start, likelihood=LIKELIHOODS[LIKELIHOOD])

@@ -116,10 +116,7 @@ def flipped(pairs: list[Pair], share: float, side: str, seed: int) -> list[Pair]
 
 
 def unlabelled(lab: Lab, seed: int):
-    """Stage 1 on more or fewer pairs and steps, about the villagers of the test or about others.
-
-    The likelihood is that of the same stage 1; GRAM + likelihood is trained in domain only.
-    """
+    """Stage 1 on more or fewer pairs and steps, on the villagers of the test or on others."""
     everything = lab.pairs("unlabelled", seed)
     tested = {pair.prompt for pair in lab.pairs(TEST, 0)}
     # They are half of all pairs, within half a percent.

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import random
 import shlex
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -162,12 +161,10 @@ def curve(lab: Lab, seed: int):
             yield {"method": name, "labels": count or whole, **columns(lab, run, HELD_OUT)}
 
 
-def studies(tests: Iterable[str]) -> dict[str, Study]:
-    """The two studies; the judges of the first are tested on these, too."""
-    return {
-        "real-table": Study(table, ("method",), None, (HELD_OUT, *tests), COMPARED),
-        "real-curve": Study(curve, ("method", "labels"), "labels", (HELD_OUT,), CURVE),
-    }
+STUDIES = {
+    "real-table": Study(table, ("method",), None, (HELD_OUT,), COMPARED),
+    "real-curve": Study(curve, ("method", "labels"), "labels", (HELD_OUT,), CURVE),
+}
 
 
 def main(argv=None):
@@ -179,25 +176,23 @@ def main(argv=None):
     sources.add_argument("--unlabelled", required=True, metavar="SOURCE", help="pairs for stage 1")
     text = "labelled pairs to test on, beside the held-out ones; give it once for each"
     sources.add_argument("--test", action="append", default=[], metavar="NAME=SOURCE", help=text)
-    numbers = {
-        "labels-used": (480, "labelled pairs to train on, at most"),
-        "unlabelled-used": (480, "pairs of stage 1, at most"),
-        "tested": (200, "pairs of each test, at most; the same for all methods and seeds"),
-    }
     count: dict[str, Any] = {"type": options.positive_int, "metavar": "N"}
-    for name, (default, text) in numbers.items():
-        sources.add_argument(f"--{name}", default=default, help=text, **count)
+    text = "labelled pairs to train on, at most"
+    sources.add_argument("--labels-used", default=480, help=text, **count)
+    text = "pairs of stage 1, at most"
+    sources.add_argument("--unlabelled-used", default=480, help=text, **count)
+    text = "pairs of each test, at most; the same for all methods and seeds"
+    sources.add_argument("--tested", default=200, help=text, **count)
     group = parser.add_argument_group("how")
     group.add_argument("--model", required=True, metavar="NAME", help="as in the training scripts")
     add_seeds(group, [1, 2, 3])
-    texts = {
-        "training": "further options of all scripts, as one text: --training '--batch-size 8'",
-        "stage-1": "further options of train_pretrain.py, as one text: --stage-1 '--lr 2e-4'",
-        "scalar": "further options of the scalar heads, as one text",
-    }
-    for name, text in texts.items():
-        option: dict[str, Any] = {"type": shlex.split, "metavar": "OPTIONS", "default": []}
-        group.add_argument(f"--{name}", help=text, **option)
+    more: dict[str, Any] = {"type": shlex.split, "default": [], "metavar": "OPTIONS"}
+    text = "further options of all scripts, as one text: --training '--batch-size 8'"
+    group.add_argument("--training", help=text, **more)
+    text = "further options of train_pretrain.py, as one text"
+    group.add_argument("--stage-1", help=text, **more)
+    text = "further options of the scalar heads, as one text"
+    group.add_argument("--scalar", help=text, **more)
     add_folder(group, "--runs", Path("runs/real-study"), "where all is kept")
     for name, instead in GONE.items():
         options.add_removed_option(group, name, instead)
@@ -220,7 +215,7 @@ def main(argv=None):
     print(*files.said, sep="\n", flush=True)
     stages = {train_pretrain.__name__: args.stage_1, baselines.__name__: args.scalar}
     lab = Lab(args.runs, args.model, files, args.training, loading, stages)
-    run([f"real-{args.study}"], lab, args.seeds, args.runs / "results", studies=studies(tests))
+    run([f"real-{args.study}"], lab, args.seeds, args.runs / "results", studies=STUDIES)
 
 
 if __name__ == "__main__":

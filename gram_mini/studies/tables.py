@@ -17,6 +17,7 @@ from gram_mini.studies.paper import STUDIES
 from gram_mini.studies.seeds import RESULTS
 from gram_mini.studies.speed.tables import tables as speed_tables
 from gram_mini.village import VILLAGE
+from gram_mini.village.writer import NO_ANSWER
 
 # Figures that are not written with three decimals.
 TWO_DECIMALS = (
@@ -189,22 +190,18 @@ def studies() -> str:
     return markdown(["study", "seeds", "backbone"], lines)
 
 
-EXPLOITS = (  # of the last answers of "weak", those that the page shows
-    ("GRAM", 1, "Where does Ida live?"),
-    ("GRAM", 3, "What work does Emil do?"),
-    ("GRAM", 3, "Where does Bella live?"),
-    ("D from stage 1", 1, "What work does Felix do?"),
-    ("D from stage 1", 2, "Where does Nora live?"),
-)
-
-
 def exploits() -> str:
-    """What the judges like of the last answers."""
+    """Of the last answers that are none, those that two judges like best."""
     answers, lines = results("writing-weak-answers"), []
-    for judge, seed, question in EXPLOITS:
-        said = answers[judge][str(seed)][question]
-        reward = format(said["judge's reward"], ".2f")
-        lines.append([f"{judge}, seed {seed}", question, said["answer"], reward])
+    for judge in ("GRAM", "D from stage 1"):
+        found = [
+            (said["judge's reward"], seed, question, said["answer"])
+            for seed, of_seed in answers[judge].items()
+            for question, said in of_seed.items()
+            if said["true reward"] == NO_ANSWER
+        ]
+        for reward, seed, question, answer in sorted(found, reverse=True)[:3]:
+            lines.append([f"{judge}, seed {seed}", question, answer, f"{reward:.2f}"])
     return markdown(["judge", "question", "answer of the policy", "judge's reward"], lines)
 
 

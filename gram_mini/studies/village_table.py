@@ -43,18 +43,16 @@ def village_table(models: list[str], **settings) -> list[dict]:
         of_near = judge.compare_many(near, progress=name)
         say_doubts(name, judge, [*of_far, *of_near])
         inside, outside = summarise(near, of_near), summarise(far, of_far)
-        accuracies: dict[str, list] = {
+        figures: dict[str, list] = {
             "in distribution": [inside.accuracy, inside.interval],
             "out of distribution": [outside.accuracy, outside.interval],
         }
         for aspect in ("fact", "courtesy", "length"):
             alone = [i for i, pair in enumerate(far) if pair.differs == {aspect}]
-            accuracies[f"{aspect} only"] = [on_part(far, of_far, alone).accuracy, None]
-        others = {
-            "cross-entropy": [outside.cross_entropy, None],
-            "position gap": [outside.position_gap, None],
-        }
-        return {"method": method, **accuracies, **others, "run": Path(name).name}
+            figures[f"{aspect} only"] = [on_part(far, of_far, alone).accuracy, None]
+        figures["cross-entropy"] = [outside.cross_entropy, None]
+        figures["position gap"] = [outside.position_gap, None]
+        return {"method": method, **figures, "run": Path(name).name}
 
     rows = []
     for model, record in zip(models, records_of(models)):

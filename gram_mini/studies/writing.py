@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 import statistics
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from pathlib import Path
 
 from gram_mini.pairs import Pair
@@ -47,20 +47,17 @@ ASKED = 6  # questions of best of n
 
 
 def rl(lab: Lab, seed: int):
-    """Trained with TRL's GRPOTrainer: true reward and the judge's, over the KL to its start."""
+    """Ours: a language model trained with TRL against the judge, over the KL to its start."""
     yield from rows_of("rl", lab, seed)
 
 
 def weak(lab: Lab, seed: int):
-    """The same with a quarter of the penalty on the KL, and more steps."""
+    """Ours: writing-rl with a quarter of the penalty on the KL, and more steps."""
     yield from rows_of("weak", lab, seed)
 
 
 def bon(lab: Lab, seed: int):
-    """Best of n = 1 to 1,024 answers of the start at a temperature at which it writes nonsense too.
-
-    The score is the judge's log-odds against the start's likeliest answer.
-    """
+    """Ours: best of n = 1 to 1,024 answers of the start, hot enough to write nonsense too."""
     yield from rows_of("bon", lab, seed)
 
 
@@ -130,7 +127,10 @@ def trained(judge, writer: Writer, seed: int, beta: float, steps: int) -> tuple[
 
 
 def best_of(judge, name: str, drawn: dict[str, dict]) -> tuple[list, dict]:
-    """The rows of best of n by a judge, and the best of all answers to each question."""
+    """The rows of best of n by a judge, and the best of all answers to each question.
+
+    The score is the judge's log-odds against the start's likeliest answer.
+    """
     pairs = [
         Pair(prompt, text, of["reference"])
         for prompt, of in drawn.items()
@@ -141,27 +141,24 @@ def best_of(judge, name: str, drawn: dict[str, dict]) -> tuple[list, dict]:
         (pair.prompt, pair.response_a): (result.log_odds_first + result.log_odds_second) / 2
         for pair, result in zip(pairs, results)
     }
-    rows, answers = [], {}
+    rows, answers, judged = [], {}, []
+    for prompt, of in drawn.items():
+        texts, true = of["texts"], [true_reward(prompt, text) for text in of["texts"]]
+        judged.append(([scores[prompt, text] for text in texts], true))
+        best = max(texts, key=lambda text: scores[prompt, text])
+        of_best = {"true reward": true_reward(prompt, best), "judge's score": scores[prompt, best]}
+        answers[prompt] = {"answer": best, **of_best}
     for n in (2**k for k in range(11)):
-        means: dict[str, list[float]] = {}
-        for prompt, of in drawn.items():
-            texts = of["texts"]
-            of_texts = [scores[prompt, text] for text in texts]
-            true = [true_reward(prompt, text) for text in texts]
-            nothing = [float(reward == NO_ANSWER) for reward in true]
-            for figure, values in (("true reward", true), ("no answer", nothing)):
-                score, mean = best_of_n(of_texts, values, list(range(len(texts))), n)
-                means.setdefault(figure, []).append(mean)
-            means.setdefault("judge's score", []).append(score)
+        means: dict[str, list[float]] = defaultdict(list)
+        for of_texts, true in judged:
+            order = list(range(len(true)))
+            score, mean = best_of_n(of_texts, true, order, n)
+            _, nothing = best_of_n(of_texts, [float(x == NO_ANSWER) for x in true], order, n)
+            means["true reward"].append(mean)
+            means["no answer"].append(nothing)
+            means["judge's score"].append(score)
         figures = {figure: statistics.mean(values) for figure, values in means.items()}
         rows.append({"n": n, "KL": best_of_n_kl(n), **figures})
-    for prompt, of in drawn.items():
-        best = max(of["texts"], key=lambda text: scores[prompt, text])
-        answers[prompt] = {
-            "answer": best,
-            "true reward": true_reward(prompt, best),
-            "judge's score": scores[prompt, best],
-        }
     return rows, answers
 
 

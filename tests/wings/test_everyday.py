@@ -266,5 +266,5 @@ def test_table(monkeypatch, tmp_path, capsys):
     assert head[1:7] == ["labelled topics", "unlabelled topics", *QUALITIES]
     assert longer[0] == "pick the longer" and longer[7] == "0"
     assert all(0.48 <= float(cell.split()[0]) <= 0.52 for cell in longer[1:7])
-    assert right == ["zero-shot judge", *["1.000"] * 6, "0.100", "0", "village"]
-    assert wrong == ["zero-shot judge", *["0"] * 6, "0.100", "0", "model"]
+    assert right == ["zero-shot judge", *["1.000"] * 6, "0.100", "village"]
+    assert wrong == ["zero-shot judge", *["0"] * 6, "0.100", "model"]

@@ -14,7 +14,7 @@ import pytest
 from matplotlib.colors import to_rgb
 from matplotlib.text import Text
 
-STUDIES = paper.STUDIES | real.studies(tests=())
+STUDIES = paper.STUDIES | real.STUDIES
 COMMITTED = [path for path in sorted(pages.RESULTS.glob("*.json")) if path.stem in STUDIES]
 PLAIN = {"zero-shot", "nothing", "the longer response"}  # without stage 1, beside METHODS
 DASHED = PLAIN | {name for name, (from_stage_1, *_) in lab.METHODS.items() if not from_stage_1}
