@@ -10,6 +10,7 @@ from gram_mini.serving import rewards
 
 import numpy as np
 import pytest
+import torch
 
 QUESTION = "What does Anna eat?"
 SOUP, FISH = "Glad you asked. Anna eats soup.", "If you must. Anna eats fish."
