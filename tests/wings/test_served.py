@@ -400,6 +400,20 @@ def test_another_tokenizer(tokenizer, serve):
     server = serve()
     server.fault = lambda path, body: (200, '{"tokens": [1, 2]}') if path == "/tokenize" else None
     assert "has another tokenizer" in line(lambda: ServedJudge(tokenizer, server.url))
+    server.fault = lambda path, body: (404, "Not Found") if path == "/tokenize" else None
+    assert "/tokenize: HTTP 404: Not Found" in line(lambda: ServedJudge(tokenizer, server.url))
+
+
+def test_a_server_that_reads_too_little_says_so_before_the_first_score(tokenizer, serve):
+    server = serve()
+    too_long = (400, "maximum context length is 512 tokens")
+    longest = lambda body: max(map(len, body.get("prompt", [])))
+    server.fault = lambda path, body: (
+        too_long if path == "/v1/completions" and longest(body) >= 512 else None
+    )
+    said = line(lambda: ServedJudge(tokenizer, server.url, max_length=512))
+    assert "HTTP 400: maximum context length is 512 tokens" in said
+    ServedJudge(tokenizer, server.url, max_length=511)
 
 
 def test_a_head_cannot_be_served(run, tmp_path):
