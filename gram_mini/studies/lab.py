@@ -274,10 +274,7 @@ def shown(figures: dict[str, float], accuracy: str = "accuracy") -> dict[str, fl
 
 
 def figures_of(judge: Judge, pairs: list[Pair], name: str) -> dict[str, float]:
-    """Figures of a judge on labelled pairs; ``name`` is told.
-
-    "fact only" and so on are accuracies on the pairs that differ in this aspect and in no other.
-    """
+    """Figures of a judge on labelled pairs; "fact only": on those that differ in nothing else."""
     results = judge.compare_many(pairs, progress=name)
     say_doubts(name, judge, results)
     figures = summarise(pairs, results)

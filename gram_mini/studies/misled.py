@@ -60,9 +60,7 @@ def drawn(seed: int, right: float, courteous: float = 0.5, poisoned: float = 0.0
 
 
 def text(rng: random.Random, topic: Topic, right: float, courteous: float, long: float) -> str:
-    """An answer that is right, courteous and rambling with these probabilities; the wrong claim to
-    a question is always the same.
-    """
+    """An answer with these probabilities; the wrong claim to a question is always the same."""
     name, attribute = topic
     values = [value for value in attribute.values if value != FACTS[topic]]
     wrong = random.Random(f"misled/{name}/{attribute.question}").choice(values)

@@ -1,6 +1,4 @@
-"""The paper's studies and ours: each yields the rows of one seed; STUDIES says how they are
-shown.
-"""
+"""The studies of the paper and ours: each yields the rows of a seed, and STUDIES lists them."""
 
 from __future__ import annotations
 

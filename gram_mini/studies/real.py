@@ -84,7 +84,7 @@ class Files:
         used, held_out = split_by_prompt(labelled.pairs, 0.15, seed=0)
         if not held_out:
             raise UserError(
-                f"--labels {labels}: all pairs have the same prompt; some must be held out"
+                f"--labels {labels}: all pairs have the same prompt; hold-out needs two"
             )
         self.used = {"labelled": used, "unlabelled": pool.pairs}
         loaded = {n: _read("--test", source, labelled=True) for n, source in tests.items()}

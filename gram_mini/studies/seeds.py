@@ -61,10 +61,8 @@ def run(
         there, stale, other = reusable(name, lab, results, studies[name])
         missing = [(x, seed) for x, seed in missing if x != name or seed not in there]
         if stale:
-            print(
-                f"{name}: seeds {stale} were made with other {', '.join(other)}; those asked for "
-                "are run anew, the others are dropped from the results"
-            )
+            print(f"{name}: seeds {stale} were made with other {', '.join(other)};", end=" ")
+            print("those asked for are run anew, the others are dropped from the results")
     asked = len(names) * len(seeds)
     print(f"{asked - len(missing)} of {asked} seeds of studies are there", flush=True)
 
