@@ -160,7 +160,7 @@ def test_score_prints_that_all_ways_agree(capsys, bits):
 
 
 @pytest.mark.parametrize(
-    "arguments", ["", "bounds", "train --shape GPT-5", "score --rounds 0", "score --kills 1"]
+    "arguments", ["", "bounds", "train --shape GPT-5", "score --rounds 0", "score --peer trl"]
 )
 def test_usage_errors(arguments, capsys):
     with pytest.raises(SystemExit) as error:

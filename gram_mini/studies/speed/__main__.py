@@ -1,8 +1,7 @@
 """Time and memory of our code on this machine, on models of random weights. See README.md here.
 
-train    a training step of ours beside the usual one, and with --peer trl beside TRL's
-score    scoring in both orders beside one sequence at a time
-memory   what a training command chooses for models and cards; computed, not measured
+train is a training step of ours beside the usual one, and with --peer trl beside TRL's. score is
+scoring in both orders beside one sequence at a time.
 """
 
 from gram_mini.runs import options
@@ -19,7 +18,7 @@ STUDIES = {"train": training.measure, "score": scoring.measure}
 
 def main(argv=None) -> None:
     parser = options.parser(__doc__, EXAMPLES)
-    parser.add_argument("study", choices=STUDIES, help="one of the above")
+    parser.add_argument("study", choices=STUDIES, help="train or score")
     parser.add_argument("--shape", choices=common.SHAPES, default="mid", help="sizes of the model")
     text = "4: NF4; 16: bf16; 32: float32"
     parser.add_argument("--bits", type=int, choices=(4, 16, 32), default=32, help=text)
@@ -33,6 +32,8 @@ def main(argv=None) -> None:
         parser.add_argument(name, type=options.positive_int, default=default, help=text)
     parser.add_argument("--peer", choices=("trl",), help="for train: a library to compare with")
     args = parser.parse_args(argv)
+    if args.peer and args.study != "train":
+        parser.error("--peer goes with train")
     device = pick_device(args.device)
     rows = STUDIES[args.study](args, device)
     columns = list(dict.fromkeys(column for row in rows for column in row))
