@@ -18,7 +18,7 @@ from pathlib import Path
 from gram_mini.errors import UserError
 from gram_mini.runs import options
 from gram_mini.runs.ending import clear_errors
-from gram_mini.runs.output import save_figure, write_whole
+from gram_mini.runs.output import write_whole
 from gram_mini.studies import real
 from gram_mini.studies.drawing import picture_of
 from gram_mini.studies.paper import STUDIES
@@ -115,7 +115,7 @@ def draw(names: list[str]) -> None:
         if name not in known:
             raise UserError(f"{name}: no results of such a study; there are {', '.join(known)}")
         picture = RESULTS / f"{name}.png"
-        save_figure(picture_of(name, studies[name], results(name)["rows"]), picture)
+        picture_of(name, studies[name], results(name)["rows"]).savefig(picture, dpi=100)
         print(f"wrote {picture}")
 
 

@@ -15,7 +15,6 @@ from typing import Any
 
 from gram_mini.errors import Interrupted, UserError
 from gram_mini.runs import options
-from gram_mini.runs.output import save_figure
 from gram_mini.runs.processes import pick_device
 from gram_mini.studies.drawing import picture_of
 from gram_mini.studies.figures import average, table
@@ -34,8 +33,8 @@ def add_folder(parser, name: str, default: Path, text: str) -> None:
 
 
 def add_seeds(parser, default: list[int]) -> None:
-    each: dict[str, Any] = {"type": options.seed, "metavar": "N", "action": options.Distinct}
-    parser.add_argument("--seeds", nargs="+", default=default, help="seeds to run", **each)
+    each: dict[str, Any] = {"type": options.seed, "metavar": "N", "nargs": "+"}
+    parser.add_argument("--seeds", default=default, help="seeds to run, each once", **each)
 
 
 # ---- running -------------------------------------------------------------------------
@@ -56,6 +55,7 @@ def run(
     Raises:
         UserError: if results that are there cannot be read.
     """
+    seeds = list(dict.fromkeys(seeds))
     missing = [(name, seed) for seed in seeds for name in names]
     for name in names:
         there, stale, other = reusable(name, lab, results, studies[name])
@@ -182,7 +182,7 @@ def add_seed(name: str, seed: int, made: dict, lab: Lab, results: Path, study: S
             key: {str(s): made[key] if s == seed else before[key][str(s)] for s in seeds}
             for key in ("seconds", "processor")
         }
-        save_figure(picture_of(name, study, rows), results / f"{name}.png")
+        picture_of(name, study, rows).savefig(results / f"{name}.png", dpi=100)
         # Of the seconds: models that were there already took no time.
         record = {"study": name, "seeds": seeds, **by_seed, **basis(lab, study)}
         write_json(place, {**record, "means": means, "rows": rows})

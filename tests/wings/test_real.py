@@ -161,7 +161,6 @@ def test_the_command_writes_a_table_and_goes_on_with_what_is_there(
         ("table", ["--scalar=--label-smoothing=0.1"], "the study sets --label-smoothing itself"),
         ("table", ["--training=--lr '1"], "invalid split value"),
         ("table", ["--name", "x"], "--name: is no option any more; give each study a --runs"),
-        ("curve", ["--seeds", "2", "1", "2"], "argument --seeds: 2 is given twice"),
     ],
 )
 def test_options_that_would_mislead_are_refused(study, more, said, files, capsys):

@@ -394,7 +394,7 @@ def test_all_studies_of_a_seed_then_the_next_and_none_twice(tiny, capsys):
     tiny(1, 2)
     assert RAN == [("first", 1), ("second", 1), ("first", 2), ("second", 2)]
     assert "0 of 4 seeds of studies are there\n" in capsys.readouterr().out
-    record, _ = tiny(3, 2)
+    record, _ = tiny(3, 2, 3)
     assert RAN == [("first", 3), ("second", 3)]
     assert "2 of 4 seeds of studies are there\n" in capsys.readouterr().out
     assert record["seeds"] == [1, 2, 3] == [row["seed"] for row in record["rows"]]
@@ -567,7 +567,6 @@ def test_without_trl_one_line_says_so_before_anything_is_run(monkeypatch):
 @pytest.mark.parametrize(
     "given, message",
     [
-        (["--seeds", "1", "1"], "argument --seeds: 1 is given twice"),
         (["--quick"], "--quick: is no option any more; give --seeds 1 --results runs/quick"),
         (["--model", "x"], "--model: is no option any more; python -m gram_mini.studies.real"),
         (["--jobs", "0"], "--jobs"),
