@@ -9,7 +9,6 @@ from gram_mini.village import (
     ATTRIBUTES,
     GROUPS,
     SPURIOUS,
-    Response,
     Topic,
     draw_response,
     question,
@@ -65,26 +64,24 @@ def village_pairs(split: str, count: int | None = None, seed: int = 0) -> list[P
         excluded = {_texts(pair) for pair in village_pairs("out-of-distribution")}
     pairs: list[Pair] = []
     while len(pairs) < (count or default):
-        name, attribute = rng.choice(questions)
-        a, b = (draw_response(rng, name, attribute, p_right, spurious) for _ in range(2))
+        topic = rng.choice(questions)
+        a, b = (draw_response(rng, *topic, p_right, spurious) for _ in range(2))
         if a.text == b.text or (test and a.reward == b.reward):
             continue
         probability = true_probability(a.reward, b.reward)
-        if split == "unlabelled":
-            label = None
-        elif test:
+        label = None
+        if test:
             label = int(b.reward > a.reward)
-        else:
+        elif split != "unlabelled":
             label = int(rng.random() >= probability)
-        pair = Pair(
-            question(name, attribute),
-            a.text,
-            b.text,
-            label,
-            probability,
-            _differs(a, b),
-            row=len(pairs) + 1,
-        )
+        aspects = {
+            "fact": a.right != b.right,
+            "courtesy": a.courteous != b.courteous,
+            "length": a.rambling != b.rambling,
+        }
+        differs = frozenset(name for name, unequal in aspects.items() if unequal)
+        row = len(pairs) + 1
+        pair = Pair(question(*topic), a.text, b.text, label, probability, differs, row=row)
         if _texts(pair) not in excluded:
             pairs.append(pair)
     return pairs
@@ -93,12 +90,3 @@ def village_pairs(split: str, count: int | None = None, seed: int = 0) -> list[P
 def _texts(pair: Pair) -> tuple[str, frozenset[str]]:
     """What identifies a pair in any order of its responses."""
     return pair.prompt, frozenset((pair.response_a, pair.response_b))
-
-
-def _differs(a: Response, b: Response) -> frozenset[str]:
-    aspects = {
-        "fact": a.right != b.right,
-        "courtesy": a.courteous != b.courteous,
-        "length": a.rambling != b.rambling,
-    }
-    return frozenset(name for name, differs in aspects.items() if differs)
