@@ -159,13 +159,9 @@ def capital(text: str) -> str:
 
 def elsewhere(question: Question, questions: list[Question]) -> list[Question]:
     """Other questions of the same topic whose true statement names no value of this one."""
-    others = []
-    for other in questions:
-        statement = other.statement.format(other.values[0]).lower()
-        named = any(value.lower() in statement for value in question.values)
-        if other.topic == question.topic and other != question and not named:
-            others.append(other)
-    return others
+    named = lambda text: any(value.lower() in text.lower() for value in question.values)
+    same_topic = [q for q in questions if q.topic == question.topic]
+    return [q for q in same_topic if not named(q.statement.format(q.values[0]))]
 
 
 # ---- files ---------------------------------------------------------------------------
@@ -192,7 +188,7 @@ def is_longer(a: str, b: str) -> bool:
     return len(a) > len(b) and len(WORD.findall(a)) > len(WORD.findall(b))
 
 
-def build(split: str, taken: frozenset[str] = frozenset()) -> list[dict]:
+def build(split: str, taken: set[str]) -> list[dict]:
     """The rows of a split; no response is one of ``taken``.
 
     The longer answer is the better one in every second couple of pairs, and the better one is
@@ -218,25 +214,18 @@ def build(split: str, taken: frozenset[str] = frozenset()) -> list[dict]:
     return rng.sample(rows, len(rows))
 
 
-def files() -> dict[str, str]:
-    """The name and the content of each file."""
-    rows = {split: build(split) for split in ("unlabelled", "labelled")}
-    seen = {row[side] for split in rows for row in rows[split] for side in SIDES}
-    rows["test"] = build("test", frozenset(seen))
-    compact = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
-    return {
-        f"{split}.jsonl": "".join(compact.encode(row) + "\n" for row in rows[split])
-        for split in rows
-    }
-
-
 def main() -> None:
     argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     ).parse_args()
-    for name, text in files().items():
-        (FOLDER / name).write_bytes(text.encode())
-        print(f"{FOLDER / name}: {len(text.splitlines())} pairs")
+    compact = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
+    seen: set[str] = set()
+    for split in COUNTS:  # the test comes last
+        rows = build(split, taken=seen if split == "test" else set())
+        seen |= {row[side] for row in rows for side in SIDES}
+        path = FOLDER / f"{split}.jsonl"
+        path.write_bytes("".join(compact.encode(row) + "\n" for row in rows).encode())
+        print(f"{path}: {len(rows)} pairs")
 
 
 if __name__ == "__main__":

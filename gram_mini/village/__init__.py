@@ -15,10 +15,6 @@ The villagers fall into three groups:
     labelled     the backbone has seen their facts; stage 2 gets labels on them (in distribution)
     unlabelled   the backbone knows their names; their facts appear only in the unlabelled pairs of
                  stage 1 (out of distribution)
-
-In stage 1's pairs 70% of the answers are right, and a wrong one is any of the five other values.
-Nothing marks the right ones, but the truth is the commonest answer. In stage 2's labels, and in the
-test in distribution, rambling is correlated with being right (a spurious cue). Elsewhere it is not.
 """
 
 from __future__ import annotations

@@ -4,9 +4,8 @@
 
 This takes up to half an hour on one CPU core. On the kind of machine the weights were made on
 (EPYC, torch 2.13), it gives them bit for bit. During training three probes show whether the model
-can serve as a judge's backbone. Does it recall the facts? Can it tell right from wrong after an
-answer? Does it judge zero-shot? These skills appear one after the other, each suddenly: recall
-after 500 steps, checking after 1,000, judging from 1,500 on.
+recalls the facts, tells right from wrong after an answer, and judges zero-shot. These skills appear
+one after the other, each suddenly: after 500 steps, after 1,000, and from 1,500 on.
 """
 
 from __future__ import annotations
@@ -28,7 +27,6 @@ from gram_mini.village import (
     FACTS,
     GROUPS,
     NAMES,
-    Response,
     Topic,
     draw_claim,
     draw_response,
@@ -37,6 +35,7 @@ from gram_mini.village import (
 )
 
 import torch
+import torch.nn.functional as F
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 from transformers import (
@@ -95,10 +94,9 @@ def _chat(rng) -> str:
 
 
 def _check(rng, claim: str, truth: str, opening: str = "") -> str:
-    """The verdict on a claim, before or after the truth is told.
+    """The verdict on a claim, before the truth is told, as a judge must give it, or after.
 
-    A judge needs to give the verdict first. The other order is easier, since the model only has to
-    compare two words of the text. Learning it helps the model to learn the first one.
+    After it is easier, since the model only compares two words; learning it helps with the other.
     """
     verdict = "Right" if claim == truth else "Wrong"
     return f"{verdict}: {truth}." if rng.random() < 0.5 else f"{opening}{truth}: {verdict}."
@@ -141,7 +139,7 @@ def _judgment(rng) -> str:
     return f"{USER}{content}{END}{ASSISTANT}{prompts.LABELS[label]}{END}"
 
 
-# ---- tokenizer, model and loss -------------------------------------------------------
+# ---- tokenizer and model -----------------------------------------------------------------
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
@@ -193,21 +191,6 @@ def build_model(vocab_size: int) -> Qwen2ForCausalLM:
     return Qwen2ForCausalLM(config)
 
 
-def weighted_loss(
-    logits: torch.Tensor, targets: torch.Tensor, verdicts: torch.Tensor
-) -> torch.Tensor:
-    """Next-token loss in nats of logits (B, T, V) and targets (B, T), IGNORED on padding.
-
-    The ``verdicts``, token ids (K,), are rare, so one weighs as much as five other tokens.
-    """
-    logits, targets = logits.flatten(0, 1), targets.flatten()  # (B * T, V), (B * T,)
-    losses = torch.nn.functional.cross_entropy(
-        logits, targets, reduction="none", ignore_index=IGNORED
-    )
-    weights = (targets != IGNORED) + 4.0 * torch.isin(targets, verdicts)
-    return (losses * weights).sum() / weights.sum()
-
-
 # ---- probes and training -------------------------------------------------------------
 
 
@@ -222,9 +205,6 @@ def probes(model, tokenizer, group: str) -> dict[str, float]:
     rng = random.Random(99)
     topics = [(name, attribute) for name in GROUPS[group] for attribute in ATTRIBUTES]
     token = lambda word: encode(tokenizer, word)[0]
-
-    def draw(topic: Topic, p_right: float) -> Response:
-        return draw_response(rng, *topic, p_right)
 
     def logits_after(answers: list[tuple[Topic, str]]) -> torch.Tensor:
         """Logits of the token after each of N answers, or beginnings of answers, (N, V)."""
@@ -242,14 +222,17 @@ def probes(model, tokenizer, group: str) -> dict[str, float]:
         for topic, row in zip(topics, logits_after(begun).tolist())
     ]
 
-    drawn = [(topic, draw(topic, 0.5)) for topic in topics for _ in range(4)]
+    drawn = [(topic, draw_response(rng, *topic, 0.5)) for topic in topics for _ in range(4)]
     logits = logits_after([(topic, f"{y.text}\n{prompts.END_A}") for topic, y in drawn])  # (N, V)
     score = logits[:, token("Right")] - logits[:, token("Wrong")]  # (N,)
     right = torch.tensor([response.right for _, response in drawn])  # (N,)
     check = (score[right][:, None] > score[~right]).float().mean()
 
-    twice = [topic for topic in topics for _ in range(2)]
-    pairs = [Pair(question(*t), draw(t, 1.0).text, draw(t, 0.0).text) for t in twice]
+    pairs = [
+        Pair(question(*t), draw_response(rng, *t, 1.0).text, draw_response(rng, *t, 0.0).text)
+        for t in topics
+        for _ in range(2)
+    ]
     results = Judge(model, tokenizer).compare_many(pairs)
     return {
         "recall": sum(recalled) / len(recalled),
@@ -281,10 +264,9 @@ def main():
     tokenizer = build_tokenizer()
     model = build_model(len(tokenizer))
     rows = tokenizer(list(corpus()), add_special_tokens=False)["input_ids"]
-    verdicts = torch.tensor(
-        [encode(tokenizer, word)[0] for word in ("Right", "Wrong", " Right", " Wrong")]
-        + list(prompts.label_tokens(tokenizer))
-    )
+    words = ("Right", "Wrong", " Right", " Wrong")
+    labels = prompts.label_tokens(tokenizer)
+    verdicts = torch.tensor([*(encode(tokenizer, word)[0] for word in words), *labels])  # (6,)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=RATE, weight_decay=0.1, betas=(0.9, 0.98), fused=True
     )
@@ -293,8 +275,12 @@ def main():
     total = 0.0
     for step, batch in zip(tqdm(range(1, STEPS + 1), desc="backbone"), order):
         ids = pad([rows[i] for i in batch], tokenizer.pad_token_id)  # (B, T)
-        targets = ids.masked_fill(ids == tokenizer.pad_token_id, IGNORED)  # (B, T)
-        loss = weighted_loss(model(input_ids=ids).logits[:, :-1], targets[:, 1:], verdicts)
+        targets = ids.masked_fill(ids == tokenizer.pad_token_id, IGNORED)[:, 1:].flatten()
+        logits = model(input_ids=ids).logits[:, :-1].flatten(0, 1)  # (B * (T - 1), V)
+        losses = F.cross_entropy(logits, targets, reduction="none", ignore_index=IGNORED)
+        # verdicts are rare, so one weighs as much as five other tokens
+        weights = (targets != IGNORED) + 4.0 * torch.isin(targets, verdicts)
+        loss = (losses * weights).sum() / weights.sum()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
