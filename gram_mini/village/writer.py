@@ -119,7 +119,7 @@ class Written:
     lengths: list[int]  # tokens of each text, at most LONGEST
     ids: torch.Tensor  # (N, T): the question, padded on the left, and then the text
     mask: torch.Tensor  # (N, T): 1 on both
-    written: torch.Tensor  # (N, W): 1 on the text alone
+    written: torch.Tensor  # (N, W): 1 on the text and its end alone
 
 
 class Writer:
