@@ -277,8 +277,9 @@ def _plain_rows(
         if not isinstance(completions, list) or not all(isinstance(c, dict) for c in completions):
             raise UserError(f"{where}: column 'completions' must be a list of objects")
         others = {name: row[name] for name in row if name != "completions"}
-        return [(where, {**others, **completion}) for completion in completions]
-    if columns is None and {"instruction", "output"} <= row.keys() and "chosen" not in row:
+        read = [{name: c.get(name) for name in ("response", "overall_score")} for c in completions]
+        return [(where, {**others, **completion}) for completion in read]
+    if columns is None and {"instruction", "output"} <= row.keys() and "rejected" not in row:
         row = _official(row, where, notes)
     return [(where, row)]
 

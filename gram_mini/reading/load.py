@@ -66,7 +66,7 @@ class PairData:
             "used": len(self.pairs),
             "dropped": dict(self.dropped),
             "unreadable": self.unreadable,
-            "notes": self.notes.record(),
+            "notes": vars(self.notes),
             "fingerprint": self.fingerprint,
         }
 

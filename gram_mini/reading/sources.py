@@ -45,10 +45,6 @@ class Notes:
         counted = [f"{count} rows {what}" for what, count in sorted(self.rows.items())]
         return [*self.source, *counted, *unread]
 
-    def record(self) -> dict:
-        """What run.json keeps."""
-        return {"source": self.source, "rows": dict(self.rows), "unread": dict(self.unread)}
-
 
 def read_rows(
     source: str,

@@ -370,7 +370,7 @@ BAD = {
     ),
     "a completion without a response": (
         {**ULTRA, "completions": [{"overall_score": 1}]},
-        "are of no known format",
+        "column 'response' must be text, found NoneType",
     ),
     "verdict": (
         {**JUDGEBENCH, "label": "C>A"},
