@@ -95,7 +95,8 @@ def _group_of(columns: Columns | None, numbered: tuple[int, Row]):
         form = columns or _recognise(row, where)
         if isinstance(row, dict) and "response" in form.sources:
             prompt = form.value(row, "prompt", where)
-            return number if is_nothing(prompt) else [prompt, not columns and row.get("system")]
+            system = None if columns else row.get("system")
+            return number if is_nothing(prompt) else [prompt, system]
     except UserError:  # said where the row is read
         pass
     return number

@@ -113,7 +113,7 @@ def _message(message, where: str, column: str) -> tuple[str, str]:
     if not isinstance(message, dict):
         raise UserError(
             f"{where}: column {column!r} must be text or a list of messages, found a list of "
-            f"{type(message).__name__}; give --columns {column}={column}.0 for the first"
+            f"{type(message).__name__}; name one with --columns ({column}.0 is the first)"
         )
     role = message.get("role", message.get("from"))
     text = message.get("content", message.get("value"))

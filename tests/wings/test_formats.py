@@ -392,7 +392,7 @@ BAD = {
         {**SKYWORK, "chosen": [*dialogue("1 + 1?"), "2"]},
         "column 'chosen' must be text or a list of messages, found a list of str",
     ),
-    "several responses": (RM_BENCH, "give --columns chosen=chosen.0 for the first"),
+    "several responses": (RM_BENCH, "name one with --columns (chosen.0 is the first)"),
     "no texts": ({**RM_BENCH, "chosen": []}, "column 'chosen' must be text or a list of messages"),
     "half a character": (
         {"chosen": "\n\nHuman: a\n\nAssistant: \ud800", "rejected": "\n\nHuman: a\n\nAssistant: b"},

@@ -28,7 +28,7 @@ class RMBench(base.Benchmark):
     parts = {"safety": SAFETY}
 
     def files(self, source, notes):
-        """The source; of the official folder, data/, the one file that holds all others, or these."""
+        """The source; of the official folder, data/, the one file of all rows, or all others."""
         whole = Path(source) / "total_dataset.json"
         if not whole.is_file():
             return [*map(str, sorted(Path(source).glob("*_filtered.json")))] or [source]
