@@ -14,7 +14,7 @@ from pathlib import Path
 
 from gram_mini.errors import UserError
 from gram_mini.judge import AVERAGES
-from gram_mini.reading.columns import Columns, check_columns
+from gram_mini.reading.columns import given_columns
 from gram_mini.reading.usable import is_blank
 from gram_mini.runs import defaults
 from gram_mini.runs.output import check_output
@@ -236,8 +236,7 @@ def _check_scoring(p: argparse.ArgumentParser, args: argparse.Namespace) -> None
         p.error("--bits and --device do not go with --server, which has its own")
     if args.likelihood and (args.server or args.judge_template):
         p.error("--likelihood goes with neither --server nor --judge-template; it asks no judge")
-    if args.columns and args.labels:
-        Columns(args.columns, args.labels)
+    given_columns(args.columns, args.labels)
     if args.reference is not None and args.rank not in (None, "reference"):
         p.error(f"--reference does not go with --rank {args.rank}")
     for text in (args.prompt, args.reference, *args.response):
@@ -500,7 +499,6 @@ def add_reading_options(group) -> None:
     )
     group.add_argument(
         "--columns",
-        type=check_columns,
         metavar="TARGET=COLUMN,...",
         help="which columns hold what, for a table of no known format: prompt=instruction+input, "
         "with chosen= and rejected=, or a= and b= and perhaps label=, or response= and perhaps "

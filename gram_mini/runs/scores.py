@@ -14,9 +14,10 @@ from gram_mini.errors import Interrupted, UserError
 from gram_mini.judge import Comparison, Judge, preferred
 from gram_mini.pairs import Pair
 from gram_mini.prompts import LABELS
-from gram_mini.reading.formats import parse_pairs, read_ranking, readable
-from gram_mini.reading.load import NOT_DRAWN, draw_pairs, read_groups
-from gram_mini.reading.sources import Notes, Row
+from gram_mini.reading.columns import Columns, given_columns
+from gram_mini.reading.formats import group_rows, parse_pairs, read_ranking, readable
+from gram_mini.reading.load import NOT_DRAWN, draw_pairs
+from gram_mini.reading.sources import Notes, Row, read_rows
 from gram_mini.reading.usable import is_blank, unusable
 from gram_mini.runs import options
 from gram_mini.runs.partial import PartialFile
@@ -89,46 +90,52 @@ def read_questions(
             rows are counted.
     """
     notes = Notes() if notes is None else notes
-    given = args.split, args.limit, args.subset, args.streaming, args.columns, args.labels
-    for number, group in read_groups(args.data, *given, notes, progress):
+    columns = given_columns(args.columns, args.labels)
+    given = args.split, args.limit, args.subset, args.streaming
+    rows = read_rows(args.data, *given, notes, progress)
+    for number, group in group_rows(rows, columns):
         row = group[0][1]
         head = {"row": number}
         if isinstance(row, dict) and "id" in row:
             head["id"] = row["id"]
         question = Question(head, len(group))
         try:
-            _read(question, group, args)
+            _read(question, group, args, columns)
         except UserError as error:
             if args.on_bad_row == "error":
                 raise
-            good, reason = readable(group, lambda rows: _read(Question({"row": 0}), rows, args))
+            good, reason = readable(
+                group, lambda rows: _read(Question({"row": 0}), rows, args, columns)
+            )
             good = good if reason else []  # unreadable together only
             question = replace(question, notes=Notes(), left_out=Counter(), unlabelled=None)
             question.unreadable = reason or str(error)
             if good:
-                _read(question, good, args)
+                _read(question, good, args, columns)
             question.left_out += Counter({UNREADABLE: len(group) - len(good)})
         yield question
 
 
-def _read(question: Question, group: list[Row], args) -> None:
+def _read(question: Question, group: list[Row], args, columns: Columns | None) -> None:
     """Fill in the pairs or responses of a question."""
     where, row = group[0]
     if isinstance(row, UserError):
         raise row
-    if row.get("responses") is None:
+    if columns or row.get("responses") is None:
         if args.rank or args.reference is not None:
             raise UserError(
                 f"{where}: --rank and --reference need rows with a column 'responses', a list of "
                 "texts"
             )
         try:
-            pairs, question.left_out = parse_pairs(group, True, args.pairs, question.notes)
+            pairs, question.left_out = parse_pairs(group, True, args.pairs, question.notes, columns)
         except UserError as error:  # a pair whose label cannot be read can still be scored
             pairs, question.unlabelled = [], str(error)
         if not pairs:
             question.notes = Notes()
-            pairs, question.left_out = parse_pairs(group, False, args.pairs, question.notes)
+            pairs, question.left_out = parse_pairs(
+                group, False, args.pairs, question.notes, columns
+            )
         drawn = draw_pairs(pairs, args.pairs_per_prompt)
         question.pairs = [replace(pair, row=question.head["row"]) for pair in drawn]
         question.left_out += Counter({NOT_DRAWN: len(pairs) - len(drawn)})

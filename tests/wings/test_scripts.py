@@ -650,7 +650,7 @@ def test_pairs_are_scored_whether_their_labels_can_be_read_or_not(tmp_path, caps
             "context": [{"role": "user", "content": "p"}],
             "response1": "a",
             "response2": "b",
-            "overall_preference": None,
+            "overall_preference": "A",
         },
         {"prompt": "p", "response_a": "a", "response_b": "b", "label": 1},
         {"prompt": 3, "response_a": "a", "response_b": "b"},
@@ -665,7 +665,7 @@ def test_pairs_are_scored_whether_their_labels_can_be_read_or_not(tmp_path, caps
     assert lines[2]["skipped"] == "that cannot be read"
     said = capsys.readouterr().out
     assert "2 rows whose label cannot be read: scored, and not in the accuracy; the first: " in said
-    assert "line 1: column 'overall_preference' must be a number" in said
+    assert "line 1: the label in column 'overall_preference' is \"A\", which is not" in said
 
 
 def test_a_draw_counts_half_in_every_accuracy(tmp_path, capsys, monkeypatch):

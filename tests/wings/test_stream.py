@@ -30,13 +30,14 @@ ROWS = [
     *[{"id": i, **dict(zip(COLUMNS, (p.prompt, p.response_a, p.response_b)))}
       for i, p in enumerate(village_pairs("labelled", 20))],
     {"prompt": "What does Anna eat?", "responses": ["soup", "Anna eats soup.", "No."]},
-    {"prompt": "Who?", "chosen": ["Anna.", "Ben."], "rejected": ["No.", "Why?"]},  # four pairs
+    {"instruction": "Who?", "completions": [dict(response=r, overall_score=n)
+     for n, r in enumerate(["No.", "Anna.", "Ben."])]},  # three pairs
     {"instruction": "Who?", "completions": []},  # none
     *[{"prompt": "Why?", "response": r, "helpfulness": n} for n, r in enumerate("abcd")],  # six
     {"prompt": "When?", "responses": ["now"], "reference": "never", "id": "naïve \ud800"},
     *[{"prompt": "How?", "response_a": f"so {i}", "response_b": "no", "x": 1} for i in range(9)],
 ]  # fmt: skip
-LINES = 20 + 1 + 4 + 1 + 6 + 1 + 9
+LINES = 20 + 1 + 3 + 1 + 6 + 1 + 9
 
 
 @pytest.fixture(autouse=True)
@@ -198,7 +199,7 @@ def test_after_ctrl_c_it_goes_on_with_the_same_bytes_and_summary(
     assert resumed.startswith(f"--resume: {lines} lines kept; going on at row ")
     scored(data, out, "--overwrite")
     assert capsys.readouterr().out.splitlines() == summary
-    assert "of 30 labelled pairs judged as labelled" in summary[-1]
+    assert "of 29 labelled pairs judged as labelled" in summary[-1]
 
 
 def test_wherever_the_partial_file_was_torn(data, whole, tmp_path, monkeypatch, capsys):
@@ -239,7 +240,7 @@ def child(action):
     return pid
 
 
-@pytest.mark.parametrize(("place", "done"), [("judging", 21), ("writing", 37)])
+@pytest.mark.parametrize(("place", "done"), [("judging", 21), ("writing", 36)])
 def test_sigkill_loses_at_most_a_chunk(place, done, data, whole, tmp_path):
     """It comes when pairs are encoded for the fifth time, or when most of the fifth chunk is
     written."""
@@ -385,7 +386,7 @@ def test_an_error_keeps_what_is_done_and_one_at_once_leaves_nothing(
             with pytest.raises(UserError, match="no numbers"):
                 scored(data, out)
         assert left_over(out) == left
-        assert ("14 of 42 lines are kept in" in capsys.readouterr().err) == bool(left)
+        assert ("14 of 41 lines are kept in" in capsys.readouterr().err) == bool(left)
     assert scored(data, out, "--resume") == whole
 
 
