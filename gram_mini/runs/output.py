@@ -11,6 +11,8 @@ from pathlib import Path
 
 from gram_mini.errors import UserError
 
+from filelock import FileLock, Timeout
+
 
 def check_output(path: Path, overwrite: bool, name: str) -> None:
     """Check before the work begins that a file can be written.
@@ -41,6 +43,8 @@ def write_whole(path: Path, parts: Iterable[str], name: str) -> None:
     try:
         with open(partial, "w", encoding="utf-8", errors="replace") as file:
             file.writelines(parts)
+            file.flush()
+            os.fsync(file.fileno())
         partial.replace(path)
     except OSError as error:
         raise UserError(f"{name} {path}: cannot be written: {error.strerror}") from None
@@ -53,6 +57,32 @@ def save_figure(figure, picture: Path) -> None:
     partial = picture.with_name(picture.name + ".partial")
     figure.savefig(partial, dpi=100, format="png")
     partial.replace(picture)
+
+
+def lock(path: Path, name: str) -> FileLock:
+    """Keep other processes from writing a file or folder; a process that dies lets go of it.
+
+    ``name`` is the option that names it, for the error message.
+
+    Raises:
+        UserError: another process is writing it.
+    """
+    # A run that failed in this process, as in a notebook, does not bar the next one.
+    held = FileLock(path.with_name(f".{path.name}.lock"), timeout=0, is_singleton=True)
+    try:
+        held.acquire()
+    except Timeout:
+        raise UserError(
+            f"{name} {path}: another process is writing it; wait for it, stop it, or give another "
+            f"{name}"
+        ) from None
+    return held
+
+
+def unlock(held: FileLock) -> None:
+    """Let go of a lock."""
+    Path(held.lock_file).unlink(missing_ok=True)
+    held.release(force=True)
 
 
 def changes(saved: dict, now: dict) -> str:

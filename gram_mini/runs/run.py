@@ -67,6 +67,7 @@ import torch
 from tqdm import tqdm
 
 LORA_RANK = 32  # if there is neither --lora-rank nor --init
+SKIP_LIMIT = 5  # steps in a row that are not finite, after which a run stops
 TITLES = {"pretrain": "stage 1", "reward": "stage 2"}
 
 
@@ -336,16 +337,15 @@ class Run:
         """Count a step whose loss or gradient is not finite; it changes nothing.
 
         Raises:
-            UserError: if ``--skip-limit`` steps in a row were skipped; names the rows of the last
-                one.
+            UserError: if SKIP_LIMIT steps in a row were skipped; names the rows of the last one.
         """
         self._applied = False
         self.skipped += 1
         self._skipped_in_a_row += 1
-        if self._skipped_in_a_row >= self.args.skip_limit:
+        if self._skipped_in_a_row >= SKIP_LIMIT:
             rows = ", ".join(map(str, sorted(row.row for row in self._batch)))
             raise UserError(
-                f"{self.args.skip_limit} steps in a row had a loss or gradient that is not finite "
+                f"{SKIP_LIMIT} steps in a row had a loss or gradient that is not finite "
                 f"(loss {self._loss:.4g}, gradient norm {gradient_norm:.4g}), the last one on rows "
                 f"{rows} of {self.data.source}; lower --lr, or look at these rows"
             )

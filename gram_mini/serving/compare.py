@@ -31,7 +31,7 @@ def main(argv=None) -> None:
     parser.add_argument("--limit", type=options.positive_int, default=300, help="rows of them")
     parser.add_argument("--batch-size", type=options.positive_int, help="as in score.py, for both")
     options.add_model_options(parser)
-    options.add_judge_template(parser, default="as in score.py")
+    options.add_judge_template(parser)
     args = parser.parse_args(argv)
     if not args.server:
         parser.error("--server is needed")

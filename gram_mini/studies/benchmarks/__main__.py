@@ -50,14 +50,11 @@ def main(argv=None) -> None:
     )
     options.add_model_options(group)
     options.add_server(group)
-    options.add_judge_template(group, default="as in score.py")
+    options.add_judge_template(group)
     args = parser.parse_args(argv)
     if args.out.suffix != ".json":
         parser.error(f"--out {args.out}: give FILE.json")
-    if args.served_name and not args.server:
-        parser.error("--served-name goes with --server")
-    if args.server and (args.bits or args.device != "auto"):
-        parser.error("--bits and --device do not go with --server, which has its own")
+    options.check_server(parser, args)
     check_output(args.out, args.overwrite, "--out")
     template = read_template(args.judge_template) if args.judge_template else None
     sizes = args.max_length, args.batch_size, template
