@@ -105,7 +105,9 @@ def check_place(folder: Path, name: str) -> None:
     place = folder.absolute()
     above = next(place for place in (place, *place.parents) if place.exists())
     if not (above.is_dir() and os.access(above, os.W_OK)):
-        raise UserError(f"{name} {folder}: {above} cannot be written to; give another folder")
+        raise UserError(
+            f"{name} {folder}: {above} is a file or cannot be written to; give another folder"
+        )
 
 
 def put_in_place(partial: Path, folder: Path) -> None:

@@ -428,7 +428,6 @@ def test_what_another_process_wrote_meanwhile_is_not_thrown_away(tmp_path):
     first.start()
     (first.partial / "log.csv").write_text("")
     first.checkpoint.write_text("half")
-    first._unlock()  # as a process that was killed
     with pytest.raises(UserError, match="an unfinished run is there; go on with --resume"):
         second.start()
     shutil.move(first.partial, first.folder)
@@ -439,12 +438,8 @@ def test_what_another_process_wrote_meanwhile_is_not_thrown_away(tmp_path):
 
 
 def test_a_run_that_was_killed_at_once_is_not_in_the_way(tmp_path):
-    killed = RunFolder(tmp_path / "run", overwrite=False)
-    killed.start()
-    killed._unlock()
-    again = RunFolder(tmp_path / "run", overwrite=False)
-    again.start()
-    again._unlock()
+    for _ in range(2):
+        RunFolder(tmp_path / "run", overwrite=False).start()
 
 
 def test_a_run_does_not_go_on_from_another_init(tmp_path, monkeypatch):

@@ -576,7 +576,7 @@ def test_without_trl_all_leaves_two_studies_out_and_says_so(monkeypatch, tmp_pat
         (["--training", "--max-length 9"], "--training --max-length: the study sets --max-length"),
         (["--jobs", "0"], "--jobs"),
         (["--runs", "README.md"], "README.md: .*cannot be written to"),
-        (["--results", "README.md/results"], "README.md cannot be written to"),
+        (["--results", "README.md/results"], "README.md .*cannot be written to"),
         (["--data", "some.jsonl"], "give them to python -m gram_mini.studies.real as --labels"),
     ],
 )
