@@ -28,7 +28,7 @@ class RunFolder:
     """
 
     def __init__(self, folder: Path, overwrite: bool, resume: bool = False):
-        self.given, self.folder = folder, folder.resolve()
+        self.folder = folder.resolve()
         self.overwrite, self.resume = overwrite, resume
         self.partial = self.folder.with_name(self.folder.name + ".partial")
         self.checkpoint = self.partial / "checkpoint.pt"
@@ -36,7 +36,7 @@ class RunFolder:
 
     def _check(self) -> None:
         """See that the run can be begun, or gone on with."""
-        folder = self.given
+        folder = self.folder
         check_place(folder, "--out")
         if folder.exists() and any(folder.iterdir()):
             if not (folder / "run.json").is_file():
@@ -73,7 +73,7 @@ class RunFolder:
         """
         try:
             self.folder.parent.mkdir(parents=True, exist_ok=True)
-            self._lock = lock(self.folder, "--out")
+            self._lock = lock(self.folder)
             self._check()  # again: another process may have written here until now
             if self.partial.exists() and not self.resumes:
                 self._remove_partial()

@@ -46,7 +46,6 @@ WITHOUT_EFFECT = (
     "resume",
     "save_every",
     "log_every",
-    "report_to",
     "device",
     "gradient_checkpointing",
     "batch_tokens",
@@ -56,6 +55,7 @@ REMOVED = {
     "--benchmark": "python -m gram_mini.studies.benchmarks gives the figures of a benchmark",
     "--debug": "set GRAM_DEBUG=1 in the environment",
     "--grad-accum": "a step is --batch-size pairs, and --batch-tokens splits it into passes",
+    "--report-to": "log.csv in the run folder grows while training goes on",
     "--skip-limit": "a run stops after 5 steps in a row that are not finite",
 }
 
@@ -151,10 +151,10 @@ def score_options(description: str, argv=None) -> argparse.Namespace:
         "--batch-size",
         type=positive_int,
         metavar="N",
-        help="judge prompts of --max-length per forward pass; of shorter ones as many more as have "
-        "the same number of tokens (default: on a GPU what its memory admits; elsewhere "
-        f"{defaults.SCORED[0]} for the village's backbone, {defaults.SCORED[1]} for any other); "
-        f"with --server requests at a time (default: {defaults.REQUESTS})",
+        help="judge prompts of --max-length per forward pass, or as many tokens of shorter ones "
+        f"(default: on a GPU what its memory admits; elsewhere {defaults.SCORED[0]} for the "
+        f"village's backbone, {defaults.SCORED[1]} for any other); with --server requests at a "
+        f"time (default: {defaults.REQUESTS})",
     )
     add_model_options(group)
     add_server(group)
@@ -163,22 +163,13 @@ def score_options(description: str, argv=None) -> argparse.Namespace:
     check_server(p, args)
     _check_scoring(p, args)
     if args.model == DEFAULT_JUDGE and not Path(args.model).is_dir():
-        raise UserError(
-            f"{args.model}: not trained yet; run train_reward.py, or give --model "
-            "(runs/demo/reward after make demo)"
-        )
+        how = "run train_reward.py, or give --model (runs/demo/reward after make demo)"
+        raise UserError(f"{args.model}: not trained yet; {how}")
     return args
 
 
 def _check_scoring(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Check that the options go together and that the outputs can be written.
-
-    Options that do not go together are a usage error (exit status 2).
-
-    Raises:
-        UserError: anything else that is wrong.
-    """
-    texts = [args.prompt, args.reference, *args.response]
+    """Check that the options go together, which is a usage error, and that --out can be written."""
     if (args.data is not None) == (args.prompt is not None or bool(args.response)):
         p.error("give either --prompt with --response, or --data with --out")
     if args.likelihood and (args.server or args.judge_template):
@@ -186,14 +177,12 @@ def _check_scoring(p: argparse.ArgumentParser, args: argparse.Namespace) -> None
     if args.reference is not None and args.rank:
         p.error(f"--reference does not go with --rank {args.rank}")
     if args.data == VILLAGE:
-        raise UserError(
-            "--data village: is for training; python -m gram_mini.studies.village_table judges "
-            "its test sets"
-        )
+        how = "python -m gram_mini.studies.village_table judges its test sets"
+        raise UserError(f"--data village: is for training; {how}")
     if args.data is not None:
         if args.out is None or args.out.suffix != ".jsonl":
             p.error("--data needs --out FILE.jsonl, which gets a line for each pair or ranking")
-        check_partial(args.out, args.overwrite, args.resume, "--out")
+        check_partial(args.out, args.overwrite, args.resume)
         return
     for name in ("out", "overwrite", "resume", *READING):
         if getattr(args, name) != p.get_default(name):
@@ -202,9 +191,6 @@ def _check_scoring(p: argparse.ArgumentParser, args: argparse.Namespace) -> None
         p.error("give --prompt and at least one --response")
     if len(args.response) == 1 and args.reference is None:
         p.error("one response alone cannot be compared; give another --response or a --reference")
-    # The system turns bytes that are not UTF-8 into lone surrogates.
-    if any("\ud800" <= c <= "\udfff" for text in texts for c in text or ""):
-        raise UserError("a text on the command line is not UTF-8; give it in a file with --data")
 
 
 # ---- groups of options ---------------------------------------------------------------
@@ -222,7 +208,7 @@ def parser(description: str, examples: str) -> argparse.ArgumentParser:
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        for word in message.split():  # one of them is the option that is not recognised
+        for word in message.partition("unrecognized arguments: ")[2].split():
             name = word.partition("=")[0]
             if name in REMOVED:
                 raise UserError(f"{name}: is no option any more; {REMOVED[name]}")
@@ -237,11 +223,9 @@ class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescription
 
 
 def add_training_options(p: argparse.ArgumentParser, stage: str, out: str, rates: str = "") -> None:
-    """Options of both stages; ``out`` is the default of --out.
+    """Options of both stages. Their defaults are None where defaults.choose gives them.
 
-    ``rates`` says what the default of --lr is, if it is not that of the stage.
-
-    Those that depend on the backbone are None until defaults.choose has been called.
+    ``out`` is the default of --out. ``rates`` says what that of --lr is, if not the stage's.
     """
     group = p.add_argument_group("what to train on what")
     add = group.add_argument
@@ -264,8 +248,6 @@ def add_training_options(p: argparse.ArgumentParser, stage: str, out: str, rates
     text = "go on with the unfinished run of --out; give the same options again"
     add("--resume", action="store_true", help=text)
     add("--log-every", type=positive_int, default=20, metavar="N", help="steps per line of log.csv")
-    text = "a tracker that gets what log.csv gets (default: log.csv alone)"
-    add("--report-to", choices=("tensorboard", "wandb"), help=text)
 
     group = p.add_argument_group("optimisation")
     add = group.add_argument
@@ -326,60 +308,45 @@ def add_both_orders(group) -> None:
     )
 
 
-# Options of every command that reads pairs; load_pairs has the same arguments.
-READING: dict[str, dict[str, Any]] = {
-    "split": {
-        "metavar": "NAME",
-        "help": "split of a hub data set or of a folder with several (default: train)",
-    },
-    "subset": {
-        "metavar": "NAME",
-        "help": "configuration of a hub data set (default: its default)",
-    },
-    "limit": {
-        "type": positive_int,
-        "metavar": "N",
-        "help": "use the first N rows only (default: all)",
-    },
-    "streaming": {
-        "action": "store_true",
-        "help": "download no more rows of a hub data set than --limit needs (default: all of them, "
-        "once)",
-    },
-    "on_bad_row": {
-        "choices": ("error", "skip"),
-        "default": "error",
-        "help": "what to do with a row that cannot be read",
-    },
-    "pairs": {
-        "choices": ("all", "best-worst"),
-        "default": "all",
-        "help": "which pairs of a row with several scored responses",
-    },
-    "pairs_per_prompt": {
-        "type": positive_int,
-        "metavar": "K",
-        "help": "draw at most K pairs of several responses to one prompt (default: all)",
-    },
-    "columns": {
-        "type": check_columns,
-        "metavar": "TARGET=COLUMN,...",
-        "help": "which columns hold what, for a table of no known format: "
-        "prompt=instruction+input, with chosen= and rejected=, or a= and b= and perhaps label=, or "
-        "response= and perhaps score= (default: known by their names)",
-    },
-    "labels": {
-        "metavar": "VERDICT=VALUE,...",
-        "help": "the values of label= in --columns, for example a=1,b=2,tie=0 (default: A, B and "
-        "tie)",
-    },
-}
+# The options of add_reading_options, which are arguments of load_pairs.
+READING = (
+    "split",
+    "subset",
+    "limit",
+    "streaming",
+    "on_bad_row",
+    "pairs",
+    "pairs_per_prompt",
+    "columns",
+    "labels",
+)
 
 
 def add_reading_options(group) -> None:
     """Options of every command that reads pairs."""
-    for name, how in READING.items():
-        group.add_argument(f"--{name.replace('_', '-')}", **how)
+    add = group.add_argument
+    text = "split of a hub data set or of a folder with several (default: train)"
+    add("--split", metavar="NAME", help=text)
+    text = "configuration of a hub data set (default: its default)"
+    add("--subset", metavar="NAME", help=text)
+    text = "use the first N rows only (default: all)"
+    add("--limit", type=positive_int, metavar="N", help=text)
+    text = "download only the rows of a hub data set that --limit needs (default: all, once)"
+    add("--streaming", action="store_true", help=text)
+    text = "what to do with a row that cannot be read"
+    add("--on-bad-row", choices=("error", "skip"), default="error", help=text)
+    text = "which pairs of a row with several scored responses"
+    add("--pairs", choices=("all", "best-worst"), default="all", help=text)
+    text = "draw at most K pairs of several responses to one prompt (default: all)"
+    add("--pairs-per-prompt", type=positive_int, metavar="K", help=text)
+    text = (
+        "which columns hold what, for a table of no known format: prompt=instruction+input, with "
+        "chosen= and rejected=, or a= and b= and perhaps label=, or response= and perhaps score= "
+        "(default: known by their names)"
+    )
+    add("--columns", type=check_columns, metavar="TARGET=COLUMN,...", help=text)
+    text = "values of label= in --columns, as in a=1,b=2,tie=0 (default: A, B and tie)"
+    add("--labels", metavar="VERDICT=VALUE,...", help=text)
 
 
 def reading_options(args) -> dict:
@@ -440,9 +407,5 @@ def add_judge_template(group) -> None:
 
 def as_record(args: argparse.Namespace) -> dict:
     """The options as run.json keeps them."""
-    record = {
-        name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()
-    }
-    if "split" in record:  # what it comes to where there are splits
-        record["split"] = record["split"] or "train"
-    return record
+    given = vars(args).items()
+    return {name: str(value) if isinstance(value, Path) else value for name, value in given}

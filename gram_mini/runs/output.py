@@ -1,4 +1,7 @@
-"""Files and folders that are written whole or not at all."""
+"""Files and folders that are written whole or not at all.
+
+``name`` is the option that names a file or folder, for error messages; it is --out if not given.
+"""
 
 from __future__ import annotations
 
@@ -14,22 +17,19 @@ from gram_mini.errors import UserError
 from filelock import FileLock, Timeout
 
 
-def check_output(path: Path, overwrite: bool, name: str) -> None:
+def check_output(path: Path, overwrite: bool) -> None:
     """Check before the work begins that a file can be written.
 
-    ``name`` is the option that names it, for the error message.
-
     Raises:
-        UserError: the file is already there and may not be replaced, or its folder cannot be
-            written to.
+        UserError: it is there and may not be replaced, or its folder cannot be written to.
     """
     if path.exists() and not overwrite:
         raise UserError(
-            f"{name} {path}: already there; give another file, or --overwrite to replace it"
+            f"--out {path}: already there; give another file, or --overwrite to replace it"
         )
     if path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
         raise UserError(
-            f"{name} {path}: give the name of a file in a folder that exists and can be written to"
+            f"--out {path}: give the name of a file in a folder that exists and can be written to"
         )
 
 
@@ -52,17 +52,8 @@ def write_whole(path: Path, parts: Iterable[str], name: str) -> None:
         partial.unlink(missing_ok=True)
 
 
-def save_figure(figure, picture: Path) -> None:
-    """Write a matplotlib figure as PNG to another name and rename it when it is complete."""
-    partial = picture.with_name(picture.name + ".partial")
-    figure.savefig(partial, dpi=100, format="png")
-    partial.replace(picture)
-
-
-def lock(path: Path, name: str) -> FileLock:
+def lock(path: Path) -> FileLock:
     """Keep other processes from writing a file or folder; a process that dies lets go of it.
-
-    ``name`` is the option that names it, for the error message.
 
     Raises:
         UserError: another process is writing it.
@@ -73,8 +64,7 @@ def lock(path: Path, name: str) -> FileLock:
         held.acquire()
     except Timeout:
         raise UserError(
-            f"{name} {path}: another process is writing it; wait for it, stop it, or give another "
-            f"{name}"
+            f"--out {path}: another process is writing it; wait for it, stop it, or give another"
         ) from None
     return held
 
@@ -96,8 +86,6 @@ def changes(saved: dict, now: dict) -> str:
 
 def check_place(folder: Path, name: str) -> None:
     """Check before the work begins that a folder can be made.
-
-    ``name`` is the option that names it, for the error message.
 
     Raises:
         UserError: it, or the folder it would be made in, is a file or cannot be written to.

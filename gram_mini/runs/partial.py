@@ -11,14 +11,14 @@ from gram_mini.errors import UserError
 from gram_mini.runs.output import changes, check_output, lock, unlock, write_whole
 
 
-def check_partial(path: Path, overwrite: bool, resume: bool, name: str) -> None:
+def check_partial(path: Path, overwrite: bool, resume: bool) -> None:
     """Check before the work begins that a file can be begun, or gone on with: see PartialFile.
 
     Raises:
         UserError: as check_output; there is an unfinished one and neither ``resume`` nor
             ``overwrite`` is on, none to resume, or something else of its name.
     """
-    check_output(path, overwrite, name)
+    check_output(path, overwrite)
     partial, state = partial_names(path)
     unfinished = partial.is_file() and state.is_file()
     if resume and not unfinished:
@@ -27,7 +27,7 @@ def check_partial(path: Path, overwrite: bool, resume: bool, name: str) -> None:
         )
     if unfinished and not (resume or overwrite):
         raise UserError(
-            f"{name} {path}: unfinished, in {partial}; go on with --resume, or start anew with "
+            f"--out {path}: unfinished, in {partial}; go on with --resume, or start anew with "
             "--overwrite"
         )
     if partial.is_dir() or partial.exists() and not (unfinished or overwrite):
@@ -55,23 +55,15 @@ class PartialFile:
             settings (names them), or as check_partial.
     """
 
-    def __init__(
-        self,
-        path: Path,
-        name: str,
-        settings: dict,
-        noted: dict,
-        resume: bool,
-        overwrite: bool = False,
-    ):
-        self.path, self.name = path, name
+    def __init__(self, path: Path, settings: dict, noted: dict, resume: bool, overwrite=False):
+        self.path = path
         self.partial, self._state = partial_names(path)
         self._settings = {"settings": settings, "noted": noted}
         self.chunks = self.lines = 0
         self.totals: dict = {}
-        self._lock = lock(path, name)
+        self._lock = lock(path)
         try:
-            check_partial(path, overwrite, resume, name)  # another process may have written here
+            check_partial(path, overwrite, resume)  # another process may have written here
             size = self._saved() if resume else 0
             if not resume:
                 # First, so that old lines never stand beside new settings.
@@ -107,7 +99,7 @@ class PartialFile:
 
     def _save(self, size: int) -> None:
         whole = {"chunks": self.chunks, "lines": self.lines, "bytes": size, "totals": self.totals}
-        write_whole(self._state, [json.dumps({**self._settings, **whole}, indent=1)], self.name)
+        write_whole(self._state, [json.dumps({**self._settings, **whole}, indent=1)], "--out")
 
     def add(self, lines: list[str], totals: dict) -> None:
         """Append the lines of a chunk; when this returns, they are on the disk.

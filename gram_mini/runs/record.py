@@ -35,10 +35,8 @@ def read_record(folder: Path, name: str = "run.json") -> dict:
         record = json.loads((folder / name).read_text())
     except FileNotFoundError:
         raise UserError(f"{folder}: holds no {name}, so it is no finished run") from None
-    except json.JSONDecodeError as error:
-        raise UserError(
-            f"{folder / name}, line {error.lineno}: invalid JSON: {error.msg}"
-        ) from None
+    except json.JSONDecodeError:
+        record = None
     whole = isinstance(record, dict) and record.keys() >= PARTS
     if not (whole and "pieces" in record["prompt"]):
         raise UserError(

@@ -39,10 +39,8 @@ def without_cut_alike(rows: list[EncodedPair], max_length: int) -> list[EncodedP
 def lengths(rows: list[EncodedPair], pieces: PromptPieces) -> dict:
     """Lengths of the sequences before cutting, in tokens with the prompt pieces, and cuts.
 
-    Returns {"half", "nine_in_ten", "longest", "truncated", "cut_alike", "longer_preferred"}. The
-    first three are the median, the 90% quantile and the maximum of the lengths. ``truncated``
-    counts the sequences that are cut, ``cut_alike`` those in which that has left nothing but length
-    to tell the responses apart; :func:`without_cut_alike` takes these out of the training pairs.
+    The first three are the median, the 90% quantile and the maximum of the lengths. ``truncated``
+    counts the sequences that are cut, and ``cut_alike`` those of :func:`without_cut_alike`.
     ``longer_preferred`` is the share of labelled pairs in which the longer response is preferred,
     of those with responses of different length (None if there are none). Far from 1/2, length alone
     is a cue.

@@ -80,15 +80,13 @@ class Run:
         evaluation: the latest figures of the held-out pairs; empty if there are none.
 
     Raises:
-        UserError: a folder, device, tracker or --init that cannot be used.
+        UserError: a folder, device or --init that cannot be used.
     """
 
     def __init__(self, stage: str, args):
         self.stage, self.args = stage, args
         self.folder = RunFolder(args.out, args.overwrite, args.resume)
-        self._accelerator, self.device = start_processes(
-            args.device, args.report_to, self.folder.partial
-        )
+        self._accelerator, self.device = start_processes(args.device)
         self.backbone = args.model
         self._template: str = ""  # from --judge-template or --init; "" for the default
         init = getattr(args, "init", None)
@@ -289,12 +287,10 @@ class Run:
                 if self._step < steps and (stop or due):
                     self._save(optimizer, schedule)
                     if stop:
-                        accelerator.end_training()
                         raise Interrupted(
                             f"stopped after step {self._step}, saved in {self.folder.partial}; "
                             "go on with the same command and --resume"
                         )
-        accelerator.end_training()
 
     def passes(self, batch: list[EncodedPair]) -> Iterator[list[EncodedPair]]:
         """Yield this process's pairs of a step, one forward pass at a time.

@@ -74,11 +74,8 @@ def read_questions(
 ) -> Iterator[Question]:
     """What the rows of ``--data`` ask for, one question after the other.
 
-    Args:
-        args: the options of score.py.
-        notes: gets what was skipped or assumed on the whole source; what is noted on a row is with
-            its question.
-        progress: the name of a progress bar, if there is to be one.
+    ``notes`` gets what was skipped or assumed on the whole source; what is noted on a row is with
+    its question. ``progress`` is the name of a progress bar, if there is to be one.
 
     Raises:
         UserError: a row that cannot be read (names file and line); with ``--on-bad-row skip`` such
@@ -219,18 +216,12 @@ class Scores:
         self.args, self.judge = args, judge
         self.contents = read_through(args)
         same, noted = settings(args, judge, self.contents)
-        self.file = PartialFile(args.out, "--out", same, noted, args.resume, args.overwrite)
+        self.file = PartialFile(args.out, same, noted, args.resume, args.overwrite)
         self.totals = Totals(**self.file.totals)
         if args.resume:
             print(f"--resume: {self.file.lines} of {self.contents.lines} lines are there")
-        self.bar = tqdm(
-            total=self.contents.lines,
-            initial=self.file.lines,
-            desc="scoring",
-            unit=" lines",
-            delay=2,
-            leave=False,
-        )
+        total, done = self.contents.lines, self.file.lines
+        self.bar = tqdm(total=total, initial=done, desc="scoring", unit=" lines", delay=2)
 
     def chunks(self) -> Iterator[list[Question]]:
         """Yield the chunks that have no lines yet, in order.
@@ -250,12 +241,7 @@ class Scores:
             )
 
     def write(self, chunk: list[Question], answers: Sequence[list[Comparison] | Ranking]) -> None:
-        """Write the lines of a chunk.
-
-        Args:
-            chunk: the questions.
-            answers: for each of them, the comparisons of its pairs or the ranking of its responses.
-        """
+        """Write the lines of a chunk; its answers are comparisons of pairs, or rankings."""
         lines: list[dict] = []
         for question, answer in zip(chunk, answers, strict=True):
             if isinstance(answer, Ranking):

@@ -345,7 +345,7 @@ def test_an_unfinished_file_is_not_thrown_away_unasked(data, whole, tmp_path, mo
 
 def test_what_another_process_wrote_meanwhile_is_not_thrown_away(tmp_path):
     out = tmp_path / "o.jsonl"
-    given = out, "--out", {"data": "d"}, {}, False
+    given = out, {"data": "d"}, {}, False
     first = PartialFile(*given)
     first.add(["{}\n"], {})
     first.leave()  # stopped, after another process was told that there is nothing

@@ -55,7 +55,7 @@ def main(argv=None) -> None:
     if args.out.suffix != ".json":
         parser.error(f"--out {args.out}: give FILE.json")
     options.check_server(parser, args)
-    check_output(args.out, args.overwrite, "--out")
+    check_output(args.out, args.overwrite)
     template = read_template(args.judge_template) if args.judge_template else None
     sizes = args.max_length, args.batch_size, template
     if not args.server:
