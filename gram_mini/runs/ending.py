@@ -55,7 +55,7 @@ def _explain(error: Exception) -> str | None:
     refused = isinstance(error, OSError) and error.errno in FULL_OR_FORBIDDEN
     # What safetensors and torch make of an OSError is known by its text.
     if refused or "No space left on device" in text or "File too large" in text:
-        return f"a file could not be used: {reason}; make room or choose another folder"
+        return f"a file could not be read or written: {reason}; make room or choose another folder"
     if type(error).__name__ == "OutOfMemoryError":
         return f"out of GPU memory ({reason.split('. ')[0]}); {LESS_MEMORY}, --bits 4"
     if isinstance(error, MemoryError) or "can't allocate memory" in text:

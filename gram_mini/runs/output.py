@@ -1,6 +1,6 @@
 """Files and folders that are written whole or not at all.
 
-``name`` is the option that names a file or folder, for error messages; it is --out if not given.
+``name`` is the option that names a file or folder, where it can be another than --out.
 """
 
 from __future__ import annotations

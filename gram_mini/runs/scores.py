@@ -195,10 +195,10 @@ class Totals:
         """Add whether a pair is judged as labelled, if it says something about the judge."""
         if pair.label is None or unusable(pair):
             return
-        verdict = preferred(answer.probability)
+        verdict, as_labelled = preferred(answer.probability), 1 if pair.label == 0 else -1
         self.labelled += 1
         self.draws += verdict == 0
-        self.hits += 0.5 if verdict == 0 else (verdict > 0) == (pair.label == 0)
+        self.hits += 0.5 if verdict == 0 else float(verdict == as_labelled)
 
 
 class Scores:

@@ -685,7 +685,6 @@ def test_a_bad_row_takes_no_other_response_to_its_prompt_with_it(tmp_path, capsy
 def test_texts_that_say_nothing_are_named(tmp_path, capsys):
     pair = {"prompt": "p", "chosen": "a", "rejected": "b"}
     rows = [pair, {**pair, "chosen": " "}, {**pair, "chosen": "b"}]
-    rows.append({"prompt": "p", "responses": ["a", ""]})
     (tmp_path / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     village = ["--model", "village"]
     files = ["--data", str(tmp_path / "d.jsonl"), "--out"]
@@ -693,7 +692,6 @@ def test_texts_that_say_nothing_are_named(tmp_path, capsys):
     said = capsys.readouterr().out
     assert "1 with an empty response: scored, and in no accuracy\n" in said
     assert "1 with equal responses: scored, and in no accuracy\n" in said
-    assert "1 ranked with an empty text: scored, and in no accuracy\n" in said
     assert " of 1 labelled pairs judged as labelled" in said
     with pytest.raises(SystemExit):
         score.main([*village, *files, str(tmp_path / "s.csv")])
