@@ -40,14 +40,9 @@ class RunFolder:
         check_place(folder, "--out")
         if folder.exists() and any(folder.iterdir()):
             if not (folder / "run.json").is_file():
-                raise UserError(
-                    f"--out {folder}: holds files that are not a run; give another folder"
-                )
+                raise UserError(f"--out {folder}: holds files that are not a run; give another")
             if not self.overwrite:
-                raise UserError(
-                    f"--out {folder}: already holds a run; give another folder, or --overwrite "
-                    "to replace it"
-                )
+                raise UserError(f"--out {folder}: already holds a run; give another or --overwrite")
         if self.resume and not (self.partial / "log.csv").is_file():
             raise UserError(
                 f"--resume: there is no unfinished run {folder}.partial; leave the option out to "

@@ -24,9 +24,7 @@ def check_output(path: Path, overwrite: bool) -> None:
         UserError: it is there and may not be replaced, or its folder cannot be written to.
     """
     if path.exists() and not overwrite:
-        raise UserError(
-            f"--out {path}: already there; give another file, or --overwrite to replace it"
-        )
+        raise UserError(f"--out {path}: already there; give another file, or --overwrite")
     if path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
         raise UserError(
             f"--out {path}: give the name of a file in a folder that exists and can be written to"

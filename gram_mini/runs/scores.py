@@ -107,10 +107,7 @@ def _read(question: Question, group: list[Row], args) -> None:
         raise row
     if row.get("responses") is None:
         if args.rank or args.reference is not None:
-            raise UserError(
-                f"{where}: --rank and --reference need rows with a column 'responses', a list of "
-                "texts"
-            )
+            raise UserError(f"{where}: --rank and --reference need a column 'responses'")
         try:
             pairs, question.left_out = parse_pairs(group, True, args.pairs, question.notes)
         except UserError as error:  # a pair whose label cannot be read can still be scored
