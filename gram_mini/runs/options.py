@@ -121,7 +121,8 @@ def score_options(description: str, argv=None) -> argparse.Namespace:
     group = p.add_argument_group("what to score")
     add = group.add_argument
     add("--prompt", metavar="TEXT", help="the prompt that the responses answer")
-    add("--response", action="append", default=[], metavar="TEXT", help="one of them; give several")
+    text = "a response; give it once for each"
+    add("--response", action="append", default=[], metavar="TEXT", help=text)
     text = "reference response: each response gets P(better than it) as reward"
     add("--reference", metavar="TEXT", help=text)
     text = "score the rows of a file, folder or hub data set instead"
