@@ -642,7 +642,7 @@ def test_pairs_are_scored_whether_their_labels_can_be_read_or_not(tmp_path, caps
     assert ["probability" in line for line in lines] == [True, True, False]
     assert lines[2]["skipped"] == "that cannot be read"
     said = capsys.readouterr().out
-    assert "2 rows whose label cannot be read: scored, and not in the accuracy; the first: " in said
+    assert "2 rows whose label cannot be read: scored, and in no accuracy; the first: " in said
     assert "line 1: column 'overall_preference' must be a number" in said
 
 
