@@ -9,7 +9,9 @@ tests/lesson/test_losses.py holds both functions equal.
 
 from __future__ import annotations
 
+from gram_mini.batches import IGNORED
 from gram_mini.losses import pair_loss
+from gram_mini.model import output_head
 
 import torch
 
@@ -21,14 +23,21 @@ def rows_at_once(head) -> int:
     return max(1, LOGITS_AT_ONCE // len(head.weight))
 
 
-def chunked_pair_loss(hidden: torch.Tensor, targets: torch.Tensor, head) -> torch.Tensor:
-    """``pair_loss(head(hidden), targets)`` without holding the logits of more than a few hundred
-    tokens at once.
+def chunked_pair_loss(model, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """The mean loss per trained token, in nats.
 
     Args:
-        hidden: (N, H), the last hidden states where a trained token follows.
-        targets: (N,), the token that follows.
-        head: model.OutputHead; its weights are taken as frozen.
+        model: its output matrix is taken as frozen.
+        hidden: (B, T, H), the last hidden states.
+        targets: (B, T), the token that follows, or IGNORED where none is trained.
+    """
+    trained = targets != IGNORED  # (B, T)
+    return token_loss(hidden[trained], targets[trained], output_head(model))
+
+
+def token_loss(hidden: torch.Tensor, targets: torch.Tensor, head) -> torch.Tensor:
+    """``pair_loss(head(hidden), targets)`` without holding the logits of more than a few hundred
+    tokens at once, for hidden states (N, H) and targets (N,); ``head`` is a model.OutputHead.
     """
     rows = rows_at_once(head)
     if len(hidden) <= rows:

@@ -16,10 +16,10 @@ from typing import Any
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler announces each start and stop
 
 from gram_mini import batches
-from gram_mini.batches import IGNORED, EncodedPair
+from gram_mini.batches import EncodedPair
 from gram_mini.errors import UserError
 from gram_mini.losses import reward_loss
-from gram_mini.model import add_lora, hidden_states, output_head, output_logits
+from gram_mini.model import add_lora, hidden_states, output_logits
 from gram_mini.prompts import PromptPieces
 from gram_mini.reading.load import load_pairs
 from gram_mini.runs import options
@@ -168,8 +168,7 @@ def loss_of(model, stage: str, rows: list[EncodedPair]) -> torch.Tensor:
     if stage == "pretrain":
         ids, targets = batches.pair_batch(rows, PIECES[stage], model.device)  # (B, T), (B, T)
         hidden = hidden_states(model, ids)  # (B, T, H)
-        trained = targets != IGNORED
-        return chunked_pair_loss(hidden[trained], targets[trained], output_head(model))
+        return chunked_pair_loss(model, hidden, targets)
     ids, last, right = batches.judge_batch(rows, PIECES[stage], model.device)  # (B, T), (B,), (B,)
     hidden = hidden_states(model, ids)  # (B, T, H)
     logits = output_logits(model, hidden[torch.arange(len(rows)), last], LABELS)  # (B, 2)
