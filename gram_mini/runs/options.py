@@ -161,7 +161,6 @@ def score_options(description: str, argv=None) -> argparse.Namespace:
     add_server(group)
     add_judge_template(group)
     args = p.parse_args(argv)
-    check_server(p, args)
     _check_scoring(p, args)
     if args.model == DEFAULT_JUDGE and not Path(args.model).is_dir():
         how = "run train_reward.py, or give --model (runs/demo/reward after make demo)"
@@ -173,6 +172,10 @@ def _check_scoring(p: argparse.ArgumentParser, args: argparse.Namespace) -> None
     """Check that the options go together, which is a usage error, and that --out can be written."""
     if (args.data is not None) == (args.prompt is not None or bool(args.response)):
         p.error("give either --prompt with --response, or --data with --out")
+    if args.served_name and not args.server:
+        p.error("--served-name goes with --server")
+    if args.server and (args.bits or args.device != "auto"):
+        p.error("--bits and --device do not go with --server, which has its own")
     if args.likelihood and (args.server or args.judge_template):
         p.error("--likelihood goes with neither --server nor --judge-template; it asks no judge")
     if args.reference is not None and args.rank:
@@ -386,14 +389,6 @@ def add_server(group) -> None:
     group.add_argument("--server", type=address, metavar="URL", help=text)
     text = "name of the judge there (default: the only one)"
     group.add_argument("--served-name", metavar="NAME", help=text)
-
-
-def check_server(p: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Check that the options of add_server go together with those of add_model_options."""
-    if args.served_name and not args.server:
-        p.error("--served-name goes with --server")
-    if args.server and (args.bits or args.device != "auto"):
-        p.error("--bits and --device do not go with --server, which has its own")
 
 
 def add_judge_template(group) -> None:
