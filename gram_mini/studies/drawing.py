@@ -11,7 +11,6 @@ from pathlib import Path
 from textwrap import fill
 from typing import NamedTuple
 
-from gram_mini.runs.output import save_figure
 from gram_mini.studies.figures import average, figure_text
 from gram_mini.studies.paper import Study
 from gram_mini.studies.style import color_of, dash_of, name_lines, without_stage_1
@@ -68,7 +67,7 @@ BOUND = "mean best margin, noisy labels"  # of paper.smoothing
 
 def draw(name: str, study: Study, rows: list[dict], picture: Path) -> None:
     """Write the picture of a study, from the rows of all seeds, as PNG."""
-    save_figure(picture_of(name, study, rows), picture)
+    picture_of(name, study, rows).savefig(picture, dpi=100, format="png")
 
 
 @matplotlib.rc_context(FONT)

@@ -43,8 +43,8 @@ def add_folders(parser, runs: str, results: str) -> None:
 
 
 def add_seeds(parser, default: list[int]) -> None:
-    each: dict[str, Any] = {"type": options.seed, "metavar": "N", "action": options.Distinct}
-    parser.add_argument("--seeds", nargs="+", default=default, help="seeds to run", **each)
+    each: dict[str, Any] = {"type": options.seed, "metavar": "N", "nargs": "+"}
+    parser.add_argument("--seeds", default=default, help="seeds to run, each once", **each)
 
 
 def words(text: str) -> list[str]:
@@ -74,7 +74,7 @@ def run(
     Raises:
         UserError: if results that are there cannot be read.
     """
-    asked = [(name, seed) for seed in seeds for name in names]
+    asked = [(name, seed) for seed in dict.fromkeys(seeds) for name in names]
     found = {name: reusable(name, lab, results, studies[name]) for name in names}
     missing = [(name, seed) for name, seed in asked if seed not in found[name][0]]
     again = [name for name in names if found[name][0].intersection(seeds)]

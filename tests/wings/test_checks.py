@@ -1,6 +1,7 @@
 """A model computes what we take it to compute, or is refused in one line."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -371,9 +372,10 @@ def test_not_a_number_names_its_row(village_judge, monkeypatch):
 # ---- errors of a model's own code ------------------------------------------------------
 
 
-def run(*arguments, cwd=ROOT):
+def run(*arguments, cwd=ROOT, **variables):
     command = [sys.executable, str(ROOT / "score.py"), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, cwd=cwd)
+    environment = {**os.environ, **variables}
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=environment)
 
 
 def test_a_model_folder_can_be_the_current_one(llama):
@@ -381,14 +383,15 @@ def test_a_model_folder_can_be_the_current_one(llama):
     assert done.returncode == 0 and "P(A better)" in done.stdout, done.stderr
 
 
-def test_an_error_of_the_models_code_is_one_line_and_debug_shows_the_whole(tmp_path):
+def test_an_error_of_the_models_code_is_one_line_and_gram_debug_shows_the_whole(tmp_path):
     folder = model_folder(tmp_path / "m", "phimoe", num_local_experts=4, num_key_value_heads=2)
     with pytest.raises(UserError, match=f"{folder}: its own code fails: ") as error:
         add_lora(load_model(folder, 32), 2)
     assert "\n" not in str(error.value)
     (tmp_path / "empty").mkdir()
     plain, debug = (
-        run("--model", str(tmp_path / "empty"), *ONE_PAIR, *o) for o in ([], ["--debug"])
+        run("--model", str(tmp_path / "empty"), *ONE_PAIR, **more)
+        for more in ({}, {"GRAM_DEBUG": "1"})
     )
     assert plain.returncode == 2 and "Traceback" not in plain.stderr
     assert "Traceback" in debug.stderr and "UserError" in debug.stderr

@@ -169,7 +169,6 @@ def test_the_command_writes_a_table_and_goes_on_with_what_is_there(
         ("table", ["--training=--bits 16"], "--training --bits: the study sets --bits itself"),
         ("table", ["--stage-2=--both-orders 1"], "the study sets --both-orders itself"),
         ("table", ["--scalar=--label-smoothing=0.1"], "the study sets --label-smoothing itself"),
-        ("curve", ["--seeds", "2", "1", "2"], "argument --seeds: 2 is given twice"),
     ],
 )
 def test_options_that_would_mislead_are_refused(study, more, said, files, capsys):
