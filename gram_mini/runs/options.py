@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -206,22 +206,31 @@ def _check_scoring(p: argparse.ArgumentParser, args: argparse.Namespace) -> None
 # ---- groups of options ---------------------------------------------------------------
 
 
-def parser(description: str, examples: str) -> argparse.ArgumentParser:
-    """A parser whose help begins with commands to copy and shows every default."""
-    return _Parser(
+def parser(
+    description: str, examples: str, removed: Mapping[str, str] = REMOVED
+) -> argparse.ArgumentParser:
+    """A parser whose help begins with commands to copy and shows every default.
+
+    ``removed`` says what to give instead of options of former versions.
+    """
+    p = _Parser(
         usage=f"\n{examples}",
         description=description,
         formatter_class=_Formatter,
         allow_abbrev=False,
     )
+    p.removed = removed
+    return p
 
 
 class _Parser(argparse.ArgumentParser):
+    removed: Mapping[str, str] = {}
+
     def error(self, message: str) -> NoReturn:
         for word in message.partition("unrecognized arguments: ")[2].split():
             name = word.partition("=")[0]
-            if name in REMOVED:
-                raise UserError(f"{name}: is no option any more; {REMOVED[name]}")
+            if name in self.removed:
+                raise UserError(f"{name}: is no option any more; {self.removed[name]}")
         super().error(message)
 
 

@@ -49,7 +49,6 @@ VILLAGERS = {
 }
 LENGTH = 3.0  # what it is worth in "context"; a right claim is worth 2
 RECIPES = {"D from stage 1": Recipe("1e-3", 2, 64), "GRAM": Recipe("3e-4", 2, 64)}  # their rates
-BEST = "the best scalar"
 TRUTHS = {question(*topic): statement(*topic, value) for topic, value in FACTS.items()}
 
 
@@ -127,28 +126,26 @@ def best_scalar(pairs: list[Pair]) -> list[Comparison]:
     kinds = list(itertools.product((False, True), repeat=3))
     wins: Counter = Counter()
     for pair in pairs:
-        better, worse = qualities(pair)[:: -1 if pair.label else 1]
-        wins[better, worse] += 1
+        a, b = qualities(pair)
+        wins[(b, a) if pair.label else (a, b)] += 1
     best = max(
         itertools.permutations(kinds),
         key=lambda order: sum(wins[pair] for pair in itertools.combinations(order, 2)),
     )
     results = []
     for pair in pairs:
-        a, b = map(best.index, qualities(pair))
-        p = 0.5 + 0.5 * ((a < b) - (a > b))
-        results.append(Comparison(p, p, p, b - a, b - a, 1.0, False))
+        first, second = map(best.index, qualities(pair))
+        p = 0.5 + 0.5 * ((first < second) - (first > second))
+        odds = second - first
+        results.append(Comparison(p, p, p, odds, odds, 1.0, False))
     return results
 
 
-def qualities(pair: Pair) -> list[tuple[bool, bool, bool]]:
+def qualities(pair: Pair) -> list[tuple[bool, ...]]:
     """Of each response whether it is right, courteous and rambling."""
+    marks = (TRUTHS[pair.prompt],), COURTEOUS, RAMBLING
     return [
-        (
-            TRUTHS[pair.prompt] in text,
-            any(words in text for words in COURTEOUS),
-            any(words in text for words in RAMBLING),
-        )
+        tuple(any(words in text for words in some) for some in marks)
         for text in (pair.response_a, pair.response_b)
     ]
 
@@ -163,7 +160,7 @@ def beside(lab: Lab, seed: int):
         for name in RECIPES:
             yield {"method": f"{kind}: {name}", **judged(lab, seed, kind, name, test)}
         if kind == "context":
-            yield {"method": f"{kind}: {BEST}", **figures(test, best_scalar(test))}
+            yield {"method": f"{kind}: the best scalar", **figures(test, best_scalar(test))}
 
 
 def judged(lab: Lab, seed: int, kind: str, name: str, test: list[Pair]) -> dict[str, float]:
@@ -190,14 +187,10 @@ def figures(pairs: list[Pair], results: list[Comparison]) -> dict[str, float]:
 
     These may differ in courtesy too.
     """
-    row = {}
-    parts = {
-        "accuracy": lambda pair: True,
-        "length, same claim": lambda pair: pair.differs == {"length"},
-        "length, other claim": lambda pair: pair.differs == {"length", "claim"},
-    }
-    for part, of in parts.items():
-        chosen = [i for i, pair in enumerate(pairs) if of(pair)]
-        if chosen:
-            row[part] = on_part(pairs, results, chosen).accuracy
-    return {**row, "position gap": summarise(pairs, results).position_gap}
+    of_all = summarise(pairs, results)
+    row = {"accuracy": of_all.accuracy}
+    parts = {"length, same claim": {"length"}, "length, other claim": {"length", "claim"}}
+    for name, differs in parts.items():
+        if places := [i for i, pair in enumerate(pairs) if pair.differs == differs]:
+            row[name] = on_part(pairs, results, places).accuracy
+    return {**row, "position gap": of_all.position_gap}

@@ -1,16 +1,9 @@
-"""Where does smoothing matter? Its gradient (step 4 of losses.py) names four places to look.
+"""Where does smoothing matter? Step 4 of losses.py says where to look.
 
-With a label that q of the raters agree with, the gradient at margin m is sigmoid(m) minus the
-target q (1 - eps) + (1 - q) eps. So eps matters where it moves the target much, and where the
-margin gets to the target at all:
-
-  certain labels   q = 1: without smoothing the best margin is infinite, with it log((1 - eps)/eps).
-                   Noisy labels bound it anyway
-  many epochs      on few labels: a judge that knows its pairs by heart takes q for 1, although
-                   the raters disagree
-  a cue that fits  the preferred response always rambles. Past the best margin smoothing pushes
-                   back, and whatever else speaks for the response is pushed back with it
-  its own pairs    the judge is asked about the very pairs it learned by heart, against the truth
+  certain labels   without smoothing the best margin is infinite, with it log((1 - eps)/eps)
+  many epochs      on few noisy labels a judge that knows them by heart takes them for certain
+  a cue that fits  the preferred response always rambles
+  its own pairs    asked about the very pairs it learned by heart, against the truth
 
 These cells were chosen on a finer grid with seed 0 (CHANGELOG.md).
 """
@@ -34,21 +27,14 @@ EPOCHS = (2, 32)
 EPS = (0.0, 0.2)
 # name: temperature of the raters (the village's is 1), whether the cue fits all labels
 LABELLING = {"noisy": (1.0, False), "certain": (0.0, False), "cue": (0.0, True)}
-# what is measured: whether more is better
-MEASURES = {
-    "accuracy": True,
-    "cross-entropy": False,
-    "calibration error": False,
-    "position gap": False,
-    "best of 16": True,
-    "policy": True,
-    "own pairs": True,
-}
+MEASURES = (
+    *("accuracy", "cross-entropy", "calibration error", "position gap"),
+    *("best of 16", "policy", "own pairs"),
+)
 
 
 def certain(lab: Lab, seed: int):
-    """Temperature of the raters x epochs x eps: what smoothing changes out of distribution, in the
-    judge's use, and on its own pairs."""
+    """Ours: where smoothing matters, by the noise of the labels, epochs and eps."""
     for labelling, epochs in itertools.product(LABELLING, EPOCHS):
         plain: dict[str, float] = {}
         for eps in EPS:
@@ -102,8 +88,7 @@ def rated(pairs: list[Pair], temperature: float, seed: int) -> list[Pair]:
     """
     draws, again = random.Random(f"rated/{seed}"), []
     for pair in pairs:
-        draw, p = draws.random(), pair.probability
-        assert p is not None  # the village knows it of all labelled pairs
+        draw, p = draws.random(), chance(pair)
         if p == 0.5:
             continue
         odds = math.log(p / (1 - p))  # at the village's temperature, 1
@@ -112,10 +97,15 @@ def rated(pairs: list[Pair], temperature: float, seed: int) -> list[Pair]:
     return again
 
 
+def chance(pair: Pair) -> float:
+    """P(the first response is better), which the village knows of all labelled pairs."""
+    assert pair.probability is not None
+    return pair.probability
+
+
 def better(pair: Pair) -> int:
     """The truly better response, as a label."""
-    assert pair.probability is not None
-    return int(pair.probability < 0.5)
+    return int(chance(pair) < 0.5)
 
 
 def the_better_rambles(pair: Pair) -> bool:

@@ -1,4 +1,4 @@
-"""The pictures of the studies: methods side by side, methods over an x, and a table of changes.
+"""The pictures of the studies: methods side by side, or methods over an x.
 
 Seeds are small dots or thin lines, and what stands out is their mean.
 """
@@ -7,13 +7,11 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from pathlib import Path
-from textwrap import fill
 from typing import NamedTuple
 
 from gram_mini.studies.figures import average, figure_text
 from gram_mini.studies.paper import Study
-from gram_mini.studies.style import color_of, dash_of, name_lines, without_stage_1
+from gram_mini.studies.style import color_of, dash_of, without_stage_1
 
 import matplotlib
 from matplotlib.figure import Figure  # not pyplot: its state belongs to the notebook that calls us
@@ -21,7 +19,6 @@ from matplotlib.figure import Figure  # not pyplot: its state belongs to the not
 WIDTH = 8.0  # inches; a page shows them in about 800 pixels
 FONT = {"font.size": 9, "axes.titlesize": 10, "figure.titlesize": 11, "axes.titlelocation": "left"}
 GREY, PALE = "#777777", "#DDDDDD"
-BETTER, WORSE = "#0072B2", "#D55E00"  # red and green look alike to many
 
 
 class Scale(NamedTuple):
@@ -53,72 +50,57 @@ SCALES = {
     "true reward of the first": REWARD,
 }
 X_LABELS = {
-    "KL": "KL to the start, nats",
+    "KL": SCALES["KL"].unit,
     "comparisons": "number of comparisons",
-    "eps": "eps, the share of the target that smoothing gives to the other label",
+    "eps": "eps of the smoothing",
     "flipped": "share of the labels flipped",
     "labels": "number of labels",
     "share": "share of the unlabelled pairs in stage 1",
     "step": "step of training",
 }
 PATHS = ("KL", "step")  # the x of which a seed is a thin line; over another x it is dots
+ABOUT = ": without stage 1; dotted: chance"
 BOUND = "mean best margin, noisy labels"  # of paper.smoothing
-
-
-def draw(name: str, study: Study, rows: list[dict], picture: Path) -> None:
-    """Write the picture of a study, from the rows of all seeds, as PNG."""
-    picture_of(name, study, rows).savefig(picture, dpi=100, format="png")
 
 
 @matplotlib.rc_context(FONT)
 def picture_of(name: str, study: Study, rows: list[dict]) -> Figure:
-    """The picture of a study; what it is of, ``study.x`` and ``study.shown`` say."""
+    """The picture of a study from the rows of all seeds; ``study`` says what is shown over what."""
     means = average(rows, study.keys)
     counts = Counter(tuple(row[key] for key in study.keys) for row in rows).values()
     seeds = " to ".join(str(count) for count in sorted({min(counts), max(counts)}))
-    title = f"{name} ({seeds} seed{'s' * (max(counts) > 1)})"
-    if isinstance(study.shown, dict):
-        return _changes(means, study.shown, title)
-    panels = [panel for panel in study.shown if any(_has(row, panel) for row in rows)]
+    panels = [panel for panel in study.shown if any(panel in row for row in rows)]
     methods = list(dict.fromkeys(row["method"] for row in rows))
-    dots = study.x is None
-    # Each panel of lines needs room for names; a row of panels of dots shares them.
-    columns = min(len(panels), 2 if dots or len(panels) > 3 else 1)
-    lines = math.ceil(len(panels) / columns)
-    height = 0.7 + 0.19 * len(methods) if dots else 2.4
-    figure = Figure((WIDTH, 0.8 + lines * height), layout="constrained")
-    axes = list(figure.subplots(lines, columns, squeeze=False, sharey=dots).flat)
-    for axis in axes[len(panels) :]:
-        axis.remove()
-    with_chance = False
+    dots, columns = study.x is None, min(len(panels), 2)
+    down = math.ceil(len(panels) / columns)
+    names = 0.19 * len(methods)  # inches: the heights of their lines in each panel, or below all
+    height = 0.8 + down * (0.7 + names) if dots else 1.0 + down * 2.2 + names / 2
+    figure = Figure((WIDTH, height), layout="constrained")
+    axes = list(figure.subplots(down, columns, squeeze=False, sharey=dots).flat)
+    while len(axes) > len(panels):
+        axes.pop().remove()
     for axis, panel in zip(axes, panels):
-        shown = [row for row in rows if _has(row, panel)]
+        shown = [row for row in rows if panel in row]
         if study.x is None:
-            begin = _dots(axis, panel, shown, means, methods)
+            _dots(axis, panel, shown, means, methods)
         else:
-            begin = _lines(axis, panel, shown, means, study.x)
+            _lines(axis, panel, shown, means, study.x)
         axis.grid(color=PALE, lw=0.6)
-        axis.set_title(panel.replace("-", " "))
-        chance = _scale(panel).chance
-        if chance is not None and begin < chance:
-            (axis.axvline if dots else axis.axhline)(chance, color=GREY, lw=0.8, zorder=1.9)
-            with_chance = True
+        axis.set_title(panel)
+        if (chance := _scale(panel).chance) is not None:
+            (axis.axvline if dots else axis.axhline)(chance, color=GREY, ls=":", lw=1)
+    figure.suptitle(f"{name} ({seeds} seed{'s' * (max(counts) > 1)})")
     if dots:
-        said = ["small dots: seeds; large dots and numbers: mean ± 95% interval"]
+        said = f"small dots: seeds; large dots and numbers: mean ± 95% interval; hollow{ABOUT}"
+        figure.supxlabel(said, fontsize=FONT["font.size"], color=GREY)
     else:
-        said = [f"{'thin lines' if study.x in PATHS else 'dots'}: seeds; thick lines: their mean"]
-    if any(map(without_stage_1, methods)):
-        said.append(f"{'hollow' if dots else 'dashed'}: without stage 1")
-    if with_chance:
-        said.append("grey line at 0.5: chance")
-    _head_and_foot(figure, title, "; ".join(said))
-    if not dots:
-        name_lines(figure)
+        seeds = "thin lines" if study.x in PATHS else "dots"
+        said = f"{seeds}: seeds; thick lines: their mean; dashed{ABOUT}"
+        lines = [line for axis in axes for line in axis.lines]
+        named = {line.get_label(): line for line in lines if line.get_label()[0] != "_"}
+        below = {"loc": "outside lower center", "ncols": 2, "frameon": False}
+        figure.legend(named.values(), named, title=said, **below)
     return figure
-
-
-def _has(row: dict, name: str) -> bool:
-    return row.get(name) is not None
 
 
 def _scale(panel: str) -> Scale:
@@ -136,8 +118,8 @@ def _limits(scale: Scale, values: list[float]) -> tuple[float, float]:
     return begin, scale.end if scale.chance else min(scale.end, high + room)
 
 
-def _dots(axis, panel: str, rows: list[dict], means: list[dict], methods: list[str]) -> float:
-    """A line for each method: its seeds, and their mean with figures. Returns where x begins."""
+def _dots(axis, panel: str, rows: list[dict], means: list[dict], methods: list[str]) -> None:
+    """A line for each method: its seeds, and their mean with figures."""
     for place, method in enumerate(methods):
         values = [row[panel] for row in rows if row["method"] == method]
         if not values:
@@ -152,11 +134,10 @@ def _dots(axis, panel: str, rows: list[dict], means: list[dict], methods: list[s
     axis.set_xlim(_limits(_scale(panel), [row[panel] for row in rows]))
     axis.set_yticks(range(len(methods)), methods)
     axis.tick_params(length=0)
-    return axis.get_xlim()[0]
 
 
-def _lines(axis, panel: str, rows: list[dict], means: list[dict], x: str) -> float:
-    """Each method over x: its seeds, and a line of their means. Returns where y begins."""
+def _lines(axis, panel: str, rows: list[dict], means: list[dict], x: str) -> None:
+    """Each method over x: its seeds, and a line of their means."""
     seen = [row[panel] for row in rows]
     for method in dict.fromkeys(row["method"] for row in rows):
         style = {"color": color_of(method), "ls": dash_of(method), "clip_on": False}
@@ -182,37 +163,3 @@ def _lines(axis, panel: str, rows: list[dict], means: list[dict], x: str) -> flo
     elif x == "comparisons":
         axis.set_xscale("log", base=2)
         axis.xaxis.set_major_formatter("{x:,.0f}")
-    return axis.get_ylim()[0]
-
-
-def _changes(means: list[dict], measures: dict[str, bool], title: str) -> Figure:
-    """What eps changes against eps = 0, as a table; ``measures`` say whether more is better.
-
-    What is within the interval is white. One seed has no interval, so all of it is coloured.
-    """
-    rows = [row for row in means if row["eps"]]  # eps = 0 changes nothing
-    figure = Figure((WIDTH, 1.5 + 0.34 * len(rows)), layout="constrained")
-    axis = figure.subplots()
-    for column, (name, more_is_better) in enumerate(measures.items()):
-        changes = [row[f"{name}, change"] for row in rows]
-        largest = max(abs(change) for change, _ in changes) or 1.0
-        for line, (change, half) in enumerate(changes):
-            color = BETTER if (change > 0) == more_is_better else WORSE
-            color = color if abs(change) > (half or 0.0) else "white"
-            strength = 0.15 + 0.6 * abs(change) / largest
-            sides = [column, column + 1]
-            axis.fill_between(sides, line, line + 1, color=color, alpha=strength, lw=0)
-            axis.text(column + 0.5, line + 0.5, f"{change:+.3f}", ha="center", va="center")
-    heads = [f"{fill(name, 13)}\n{fill(f'({_scale(name).unit})', 13)}" for name in measures]
-    axis.set(xlim=(0, len(measures)), ylim=(len(rows), 0))
-    axis.set_xticks([i + 0.5 for i in range(len(measures))], heads)
-    axis.set_yticks([i + 0.5 for i in range(len(rows))], [row["method"] for row in rows])
-    axis.tick_params(length=0)
-    said = "blue: better; orange: worse; white: within the 95% interval over the seeds"
-    _head_and_foot(figure, f"{title}: eps = {rows[0]['eps']:g} minus eps = 0", said)
-    return figure
-
-
-def _head_and_foot(figure: Figure, title: str, said: str) -> None:
-    figure.suptitle(title)
-    figure.supxlabel(said, fontsize=FONT["font.size"], color=GREY)

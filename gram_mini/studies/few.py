@@ -1,10 +1,8 @@
-"""Few labels on a new topic: Figure 5 (``adapt``). gram_mini/runs/README.md says the recipe as a
-command.
-"""
+"""Few labels on a new topic: Figure 5. gram_mini/runs/README.md has the recipe as a command."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import train_reward
 from gram_mini.studies.lab import JOINT, LIKELIHOOD, METHODS, Lab
@@ -13,8 +11,7 @@ NOTHING = "nothing"  # the plain backbone as a starting point
 COUNTS = (0, 50, 100, 200, 2000)  # new labels
 
 
-@dataclass(frozen=True)
-class Recipe:
+class Recipe(NamedTuple):
     """How a judge is trained on new labels, as options of the training script."""
 
     lr: str
@@ -26,7 +23,6 @@ class Recipe:
 
     @property
     def options(self) -> list[str]:
-        """The options of the training script."""
         sizes = ["--epochs", str(self.epochs), "--batch-size", str(self.batch_size)]
         return ["--lr", self.lr, *sizes]
 

@@ -37,20 +37,23 @@ def average(rows: list[dict], keys: tuple[str, ...]) -> list[dict]:
     return means
 
 
-def table(means: list[dict], keys: tuple[str, ...]) -> str:
-    """The means, a line each; cuts and mass stand in the file alone."""
-    names = dict.fromkeys(name for row in means for name in row)
-    head = [name for name in names if not name.endswith((", pairs cut", ", mass on the labels"))]
-    lines = [head]
-    for row in means:
-        cells = (row[name] if name in keys else figure_text(row.get(name)) for name in head)
-        lines.append([str(cell) for cell in cells])
-    return aligned(lines)
+def table(means: list[dict]) -> str:
+    """Rows of figures for the terminal, a line each."""
+    head = list(dict.fromkeys(name for row in means for name in row))
+    return aligned([head, *([figure_text(row.get(name)) for name in head] for row in means)])
 
 
-def figure_text(value: list | None) -> str:
-    """A mean with its interval, if it has one; empty for None."""
-    if value is None:
-        return ""
-    mean, half = value
-    return f"{mean:.3f}" if not half else f"{mean:.3f} ± {half:.3f}"
+def figure_text(value, form: str = ".3f") -> str:
+    """0.869, 0.869 ± 0.012, or 0.589 (0.544 to 0.637); an exact zero is 0.
+
+    Text, and what is no figure with its interval, stays as it is; None is empty.
+    """
+    if not isinstance(value, list):
+        return "" if value is None else str(value)
+    center, *interval = value
+    if len(interval) == 2:
+        low, high = interval
+        return f"{center:{form}} ({low:{form}} to {high:{form}})"
+    if any(interval):
+        return f"{center:{form}} ± {interval[0]:{form}}"
+    return f"{center:{form}}" if center else "0"

@@ -7,7 +7,6 @@ import io
 import json
 import re
 import shlex
-import time
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -62,10 +61,6 @@ LIKELIHOODS = {
 # The methods of those studies that do not compare all of them.
 MAIN = ("D-Baseline", "D from stage 1", "G-Baseline", "GRAM", LIKELIHOOD, JOINT)
 CUT = re.compile(r"[1-9]\d* cut to |dropped, since cutting|cutting made")  # of runs/report.py
-# What a study gives to the scripts itself.
-ITS_OWN = ("model", "data", "out", "init", "seed", "held-out", "bits", "max-length", "device")
-
-
 TEST = "out-of-distribution"  # the split that the studies on the village are about
 # What they show of the figures, in this order.
 SHOWN = (
@@ -105,12 +100,10 @@ class Lab:
         loading: dict | None = None,
         stages: dict[str, Sequence[str]] | None = None,
     ):
-        self.folder, self.model, self.source, self.stages = folder, model, source, stages or {}
-        self.loading = {name: value for name, value in (loading or {}).items() if value is not None}
-        self.training = [
-            *training,
-            *(f"--{name.replace('_', '-')}={value}" for name, value in self.loading.items()),
-        ]
+        self.folder, self.model, self.source, self.pairs = folder, model, source, source.pairs
+        self.loading, self.stages = loading or {}, stages or {}
+        given = [f"--{name.replace('_', '-')}={value}" for name, value in self.loading.items()]
+        self.training = [*training, *given]
         about = {
             "model": model,
             "backbone": fingerprint(model),
@@ -140,30 +133,21 @@ class Lab:
             UserError: if it is that of others.
         """
         about = self.folder / "about.json"
-        try:
-            before = json.loads(about.read_text())
-            if "methods" in before:
-                self.about["methods"] = before["methods"] | self.about["methods"]
-                new = self.about["methods"].keys() - before["methods"].keys()
-                before["methods"] = self.about["methods"] | before["methods"]
-            other = [name for name in self.about if before.get(name) != self.about[name]]
-            other = [name if name in before else f"{name} (not noted there)" for name in other]
-            if new and not other:
-                write_json(about, self.about)
-        except FileNotFoundError:
-            other = []
-        except (ValueError, TypeError, AttributeError):
-            other = ["about.json, which cannot be read"]
+        if not (before := read_json(about)):
+            return
+        known = before.setdefault("methods", {})
+        self.about["methods"] = known | self.about["methods"]
+        before["methods"] = self.about["methods"] | known
+        other = [name for name in self.about if before.get(name) != self.about[name]]
         if other:
             raise UserError(
                 f"--runs {self.folder}: what is there was made with other {', '.join(other)}; "
                 "give another folder"
             )
+        if known != self.about["methods"]:
+            write_json(about, self.about)
 
     # ---- files -----------------------------------------------------------------------
-
-    def pairs(self, split: str, seed: int) -> list[Pair]:
-        return self.source.pairs(split, seed)
 
     def file(self, name: str, pairs: list[Pair]) -> str:
         """The pairs as a file that the training scripts read."""
@@ -188,8 +172,8 @@ class Lab:
                 write_json(about, self.about)
         return FileLock(lock)
 
-    def keep(self, path: Path, make: Callable[[], dict[str, float]]) -> dict[str, float]:
-        """The figures of this file; made unless it is there already."""
+    def keep(self, path: Path, make: Callable[[], dict]) -> dict:
+        """What is in this file; made unless it is there already."""
         with self.alone(path):
             if not path.is_file():
                 write_json(path, make())
@@ -206,13 +190,9 @@ class Lab:
         init: Path | None = None,
         options: Sequence[str] = (),
     ) -> Path:
-        """The run of this name, trained unless it is there already.
-
-        Its seconds are kept beside it. Of a run that was resumed they are those of its last part.
-        """
+        """The run of this name, trained unless it is there already."""
         out = self.folder / f"seed{seed}" / name.replace(" ", "-")
         with self.alone(out):
-            began = time.perf_counter()
             if not (out / "run.json").is_file():
                 arguments = [
                     *[*self.training, "--model", self.model, "--seed", str(seed), "--data", data],
@@ -221,8 +201,6 @@ class Lab:
                     *self.stages.get(script.__name__, []),
                 ]
                 self._train(script, out, arguments)
-            if not seconds_of(out).is_file():
-                write_json(seconds_of(out), {"seconds": round(time.perf_counter() - began)})
         return out
 
     def _train(self, script, out: Path, arguments: list[str]) -> None:
@@ -234,7 +212,7 @@ class Lab:
                 script.main(arguments)
         except SystemExit:
             module = script.__name__.removesuffix(".__main__")
-            raise UserError(f"--training: {module} does not take {shlex.join(arguments)}") from None
+            raise UserError(f"{module} does not take {shlex.join(arguments)}") from None
         except Interrupted:
             raise Interrupted(f"{out}: stopped; the same command goes on with it") from None
         for line in filter(CUT.search, said.getvalue().splitlines()):
@@ -295,24 +273,8 @@ def shown(figures: dict[str, float], accuracy: str = "accuracy") -> dict[str, fl
     return row | {name: figures[name] for name in SHOWN if name in figures}
 
 
-def check_handed_on(option: str, words: Sequence[str], taken: Sequence[str] = ITS_OWN) -> None:
-    """See that options for the scripts, handed on as one text, are none that are given anyway.
-
-    Raises:
-        UserError: if one is; it would have no effect, or make another method of one.
-    """
-    for word in words:
-        name = word.partition("=")[0].removeprefix("--")
-        if word.startswith("--") and name in taken:
-            raise UserError(f"{option} {word}: the study sets --{name} itself; leave it out here")
-
-
 def figures_of(judge: Judge, pairs: list[Pair], name: str) -> dict[str, float]:
-    """Figures of a judge on labelled pairs; ``name`` is told.
-
-    "fact only" and so on are accuracies on the pairs that differ in this aspect and in no other.
-    """
-    began = time.perf_counter()
+    """Figures of a judge on labelled pairs; "fact only": on those that differ in nothing else."""
     results = judge.compare_many(pairs, progress=name)
     say_doubts(name, judge, results)
     figures = summarise(pairs, results)
@@ -326,9 +288,6 @@ def figures_of(judge: Judge, pairs: list[Pair], name: str) -> dict[str, float]:
         "margin": figures.margin,
         "loss": figures.loss,
         "calibration error": calibration([r.probability for r in results], truth)[0],
-        "pairs cut": figures.truncated,
-        "mass on the labels": figures.label_mass,
-        "seconds": round(time.perf_counter() - began),
     }
     if figures.cross_entropy is not None:
         row["cross-entropy"] = figures.cross_entropy
@@ -337,11 +296,6 @@ def figures_of(judge: Judge, pairs: list[Pair], name: str) -> dict[str, float]:
         if alone:
             row[f"{aspect} only"] = on_part(pairs, results, alone).accuracy
     return row
-
-
-def seconds_of(run: Path) -> Path:
-    """The file beside a run that says how long its training took."""
-    return run.with_name(f"{run.name}.seconds.json")
 
 
 def read_json(path: Path) -> dict:
@@ -365,9 +319,5 @@ def write_json(path: Path, record: dict) -> None:
 def row_of(pair: Pair) -> dict:
     """The pair as a row of a file that the scripts read."""
     label = {} if pair.label is None else {"label": LABELS[pair.label]}
-    return {
-        "prompt": pair.prompt,
-        "response_a": pair.response_a,
-        "response_b": pair.response_b,
-        **label,
-    }
+    responses = {"response_a": pair.response_a, "response_b": pair.response_b}
+    return {"prompt": pair.prompt, **responses, **label}

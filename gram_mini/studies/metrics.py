@@ -44,17 +44,13 @@ def calibration(
 
     Returns the ECE and (mean P, share right, count) of each bin; without pairs (None, None, 0).
     """
-    # (N,)
-    p, better = (
-        torch.as_tensor(values, dtype=torch.float64) for values in (probabilities, outcomes)
-    )
+    p, better = _double(probabilities), _double(outcomes)  # (N,)
     confidence = torch.maximum(p, 1 - p)  # P of the response that the judge prefers
     right = torch.where(p > 0.5, better, 1 - better)
     right[(p - 0.5).abs() <= TIE] = 0.5
     place = ((2 * confidence - 1) * bins).long().clamp(max=bins - 1)  # number of the bin
     counts = torch.bincount(place, minlength=bins)  # (bins,)
-    # (bins,)
-    total_p, total_right = (torch.bincount(place, values, bins) for values in (confidence, right))
+    total_p, total_right = (torch.bincount(place, x, bins) for x in (confidence, right))  # (bins,)
     ece = float((total_p - total_right).abs().sum() / len(p))
     return ece, [
         (float(a / n), float(b / n), int(n)) if n else (None, None, 0)
@@ -67,11 +63,11 @@ def brier(probabilities, outcomes) -> float:
 
     Takes the same as :func:`calibration`; which response is called a does not matter here either.
     """
-    # (N,)
-    p, better = (
-        torch.as_tensor(values, dtype=torch.float64) for values in (probabilities, outcomes)
-    )
-    return float(((p - better) ** 2).mean())
+    return float(((_double(probabilities) - _double(outcomes)) ** 2).mean())
+
+
+def _double(values) -> torch.Tensor:
+    return torch.as_tensor(values, dtype=torch.float64)
 
 
 def orders_agree(result: Comparison) -> bool:

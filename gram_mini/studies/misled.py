@@ -13,8 +13,6 @@ from __future__ import annotations
 
 import random
 
-import train_reward
-from gram_mini.likelihood import __main__ as joint
 from gram_mini.pairs import Pair
 from gram_mini.studies.lab import JOINT, LIKELIHOOD, LIKELIHOODS, METHODS, Lab
 from gram_mini.village import FACTS, Topic, question, worded
@@ -27,18 +25,15 @@ POISONED = 0.2
 
 
 def misled(lab: Lab, seed: int):
-    """The likelihood, GRAM, and both, after unlabelled pairs that say the wrong thing often."""
+    """Ours: the likelihood, GRAM, and both, after unlabelled pairs that often are wrong."""
     for name, pairs in unlabelled(seed).items():
         start = lab.stage1(seed, f"misled-{name}", pairs)
-        yield {
-            "method": f"{name}: {LIKELIHOOD}",
-            **lab.row(start, likelihood=LIKELIHOODS[LIKELIHOOD]),
-        }
-        for method, script in {"GRAM": train_reward, JOINT: joint}.items():
-            options = METHODS[method][2]
-            run = lab.train(
-                script, f"misled-{name}-{method}", seed, lab.labelled(seed), start, options
-            )
+        likely = lab.row(start, likelihood=LIKELIHOODS[LIKELIHOOD])
+        yield {"method": f"{name}: {LIKELIHOOD}", **likely}
+        for method in ("GRAM", JOINT):
+            _, script, options = METHODS[method]
+            tag, data = f"misled-{name}-{method}", lab.labelled(seed)
+            run = lab.train(script, tag, seed, data, start, options)
             yield {"method": f"{name}: {method}", **lab.row(run)}
 
 
@@ -65,9 +60,7 @@ def drawn(seed: int, right: float, courteous: float = 0.5, poisoned: float = 0.0
 
 
 def text(rng: random.Random, topic: Topic, right: float, courteous: float, long: float) -> str:
-    """An answer that is right, courteous and rambling with these probabilities; the wrong claim to
-    a question is always the same.
-    """
+    """An answer with these probabilities; the wrong claim to a question is always the same."""
     name, attribute = topic
     values = [value for value in attribute.values if value != FACTS[topic]]
     wrong = random.Random(f"misled/{name}/{attribute.question}").choice(values)

@@ -12,17 +12,21 @@ form that it has there: 0.869, 0.87, 0.869 ± 0.012, +0.01 or 87%. Its NAME is o
 
 from __future__ import annotations
 
-import argparse
-import difflib
 import re
-import sys
 from pathlib import Path
 
 from gram_mini.errors import UserError
+from gram_mini.runs import options
 from gram_mini.runs.ending import clear_errors
 from gram_mini.runs.output import write_whole
-from gram_mini.studies.tables import mean, results, select, tables
+from gram_mini.studies import real
+from gram_mini.studies.drawing import picture_of
+from gram_mini.studies.paper import STUDIES
+from gram_mini.studies.tables import RESULTS, mean, results, select, tables
 
+EXAMPLES = """\
+  python -m gram_mini.studies.pages                     # git diff shows what was written
+  python -m gram_mini.studies.pages --draw table bon"""
 ROOT = Path(__file__).parents[2]
 TABLE = re.compile(r"(<!-- table: (.+?) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 FIGURE = re.compile(r"(<!-- figure: (.+?) -->)(.*?)(<!-- /figure -->)")
@@ -99,38 +103,38 @@ def in_the_form_of(old: str, value: list, name: str) -> str:
     return f"{text} ± {value[1] * unit:.{decimals}f}{form[3]}" if form[4] else text
 
 
+def draw(names: list[str]) -> None:
+    """Draw the pictures of these studies again, or of all.
+
+    Raises:
+        UserError: a study without results.
+    """
+    studies = STUDIES | real.STUDIES
+    known = [name for name in studies if (RESULTS / f"{name}.json").is_file()]
+    for name in names or known:
+        if name not in known:
+            raise UserError(f"{name}: no results of such a study; there are {', '.join(known)}")
+        picture = RESULTS / f"{name}.png"
+        picture_of(name, studies[name], results(name)["rows"]).savefig(picture, dpi=100)
+        print(f"wrote {picture}")
+
+
 def main(argv=None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m gram_mini.studies.pages",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument(
-        "--check",
-        action="store_true",
-        help="write nothing; print what differs, and end with status 1 if anything does",
-    )
+    parser = options.parser(__doc__, EXAMPLES, {"--check": "git diff shows what was written"})
+    text = "draw the pictures of these studies again, or of all"
+    parser.add_argument("--draw", nargs="*", metavar="STUDY", help=text)
     args = parser.parse_args(argv)
-    different = 0
+    if args.draw is not None:
+        draw(args.draw)
     for path in pages():
         name, before = str(path.relative_to(ROOT)), path.read_text("utf-8")
         try:
             after = written(before)
         except UserError as error:
             raise UserError(f"{name}: {error}") from None
-        if after == before:
-            continue
-        different += 1
-        if args.check:
-            lines = before.splitlines(), after.splitlines()
-            print(*difflib.unified_diff(*lines, name, "as it would be", "", "", 0, ""), sep="\n")
-        else:
+        if after != before:
             write_whole(path, [after], name)
             print(f"wrote {name}")
-    print(f"{len(pages())} pages, {different} {'differ' if args.check else 'changed'}")
-    if args.check and different:
-        sys.exit(1)
 
 
 if __name__ == "__main__":

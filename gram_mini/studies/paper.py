@@ -1,6 +1,4 @@
-"""The paper's studies and ours: each yields the rows of one seed; STUDIES says how they are
-shown.
-"""
+"""The studies of the paper and ours: each yields the rows of a seed, and STUDIES lists them."""
 
 from __future__ import annotations
 
@@ -17,7 +15,7 @@ from gram_mini.losses import best_margin
 from gram_mini.pairs import Pair
 from gram_mini.studies import writing
 from gram_mini.studies.beside import beside
-from gram_mini.studies.certain import MEASURES, certain
+from gram_mini.studies.certain import MEASURES, certain, chance
 from gram_mini.studies.few import adapt
 from gram_mini.studies.lab import JOINT, LIKELIHOODS, MAIN, METHODS, TEST, Lab
 from gram_mini.studies.misled import misled
@@ -62,11 +60,8 @@ def best_mean_margin(pairs: list[Pair], eps: float) -> float:
 
     A pair's probability says which share of the raters agrees with it, so noise counts, too.
     """
-    margins = []
-    for pair in pairs:
-        assert pair.probability is not None  # the village knows it of all labelled pairs
-        margins.append(best_margin(eps, max(pair.probability, 1 - pair.probability)))
-    return statistics.mean(margins)
+    chances = map(chance, pairs)
+    return statistics.mean(best_margin(eps, max(p, 1 - p)) for p in chances)
 
 
 def smoothed(lab: Lab, seed: int, eps: float) -> Path:
@@ -107,30 +102,19 @@ def flipped(pairs: list[Pair], share: float, side: str, seed: int) -> list[Pair]
 
     Clear is a pair whose true probability is far from 1/2, hard is one near 1/2.
     """
-
-    def clearness(i: int) -> float:
-        probability = pairs[i].probability
-        assert probability is not None  # the village knows it of all labelled pairs
-        return abs(probability - 0.5)
-
+    clearness = [abs(chance(pair) - 0.5) for pair in pairs]
     order = random.Random(f"noise/{seed}").sample(range(len(pairs)), len(pairs))
     if side != "random":
-        # The label of a tie is a coin flip already.
-        order = [i for i in order if pairs[i].probability != 0.5]
-        order.sort(key=clearness, reverse=side == "clearest")
+        order = [i for i in order if clearness[i]]  # the label of a tie is a coin flip already
+        order.sort(key=clearness.__getitem__, reverse=side == "clearest")
     noisy = list(pairs)
     for i in order[: round(share * len(pairs))]:
-        label = pairs[i].label
-        assert label is not None  # the pairs are labelled ones
-        noisy[i] = replace(pairs[i], label=1 - label)
+        noisy[i] = replace(pairs[i], label=int(not pairs[i].label))
     return noisy
 
 
 def unlabelled(lab: Lab, seed: int):
-    """Stage 1 on more or fewer pairs and steps, about the villagers of the test or about others.
-
-    The likelihood is that of the same stage 1; GRAM + likelihood is trained in domain only.
-    """
+    """Stage 1 on more or fewer pairs and steps, on the villagers of the test or on others."""
     everything = lab.pairs("unlabelled", seed)
     tested = {pair.prompt for pair in lab.pairs(TEST, 0)}
     # They are half of all pairs, within half a percent.
@@ -184,9 +168,9 @@ class Study(NamedTuple):
     rows: Callable[[Lab, int], Iterable[dict]]  # its docstring is printed above the table
     keys: tuple[str, ...]  # the columns that tell rows apart
     x: str | None  # x axis of the figure; None for dots side by side
-    shown: tuple[str, ...] | dict[str, bool]  # panels, or measures of a table of changes
+    shown: tuple[str, ...]  # its panels
     methods: tuple[str, ...]  # of METHODS, those that the rows depend on
-    after: Callable[[str, Lab, int, list, set[int], Path], None] | None = None  # writes more
+    after: Callable[[str, Lab, int, set[int], Path], None] | None = None  # writes more
     packages: tuple[str, ...] = ()  # that it needs beside requirements.txt
 
 

@@ -24,51 +24,45 @@ from gram_mini.studies.seeds import RESULTS
 import torch
 
 EXAMPLES = """\
-  python -m gram_mini.studies.processors --runs runs/processors"""
+  python -m gram_mini.studies.processors"""
 CAPABILITIES = ("default", "avx2", "avx512")  # of ATEN_CPU_CAPABILITY
 THREADS = (1, 2)
+RUNS = Path("runs/processors")
 
 
-def row(folder: Path, capability: str, threads: int) -> list[dict]:
-    """The rows of the village's table after both stages in processes of their own.
+def rows(capability: str, threads: int) -> list[dict]:
+    """The village's table after both stages, in processes of their own.
 
     Raises:
         UserError: a command that fails.
     """
-    table = folder / "table.json"
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-    environment["ATEN_CPU_CAPABILITY"] = capability
-    stage_1, judge = str(folder / "pretrain"), str(folder / "reward")
+    folder = RUNS / f"{capability}-{threads}"
+    stage_1, judge, table = (str(folder / x) for x in ("pretrain", "reward", "table.json"))
     commands = [
         ["train_pretrain.py", "--out", stage_1, "--overwrite"],
         ["train_reward.py", "--init", stage_1, "--out", judge, "--overwrite"],
-        [*"-m gram_mini.studies.village_table".split(), "village", stage_1, judge]
-        + ["--record", str(table)],
+        ["-m", "gram_mini.studies.village_table", "village", stage_1, judge, "--record", table],
     ]
-    for command in [] if table.is_file() else commands:
-        if subprocess.run([sys.executable, *command], env=environment).returncode:
+    settings = {"ATEN_CPU_CAPABILITY": capability, "OMP_NUM_THREADS": str(threads)}
+    for command in [] if Path(table).is_file() else commands:
+        if subprocess.run([sys.executable, *command], env={**os.environ, **settings}).returncode:
             raise UserError(f"{' '.join(command)}: failed with {capability}, {threads} threads")
-    return json.loads(table.read_text())["means"]
+    return json.loads(Path(table).read_text())["means"]
 
 
 def main(argv=None) -> None:
-    parser = options.parser(__doc__, EXAMPLES)
-    folder = "where the runs are kept"
-    parser.add_argument("--runs", type=Path, default=Path("runs/processors"), help=folder)
-    args = parser.parse_args(argv)
+    options.parser(__doc__, EXAMPLES).parse_args(argv)
     means = []
     for capability, threads in itertools.product(CAPABILITIES, THREADS):
         if capability == "avx512" and torch.backends.cpu.get_cpu_capability() != "AVX512":
             print("avx512: left out, since this processor has none")
             continue
         name = f"{capability}, {threads} thread{'s' * (threads > 1)}"
-        for of in row(args.runs / name.replace(", ", "-").replace(" ", "-"), capability, threads):
-            if of["method"] != "the true rewards":
-                means.append({**of, "method": f"{of['method']}: {name}"})
-        write_json(
-            RESULTS / "processors.json",
-            {"study": "processors", "machine": processor(), "means": means},
-        )
+        for row in rows(capability, threads):
+            if row["method"] != "the true rewards":
+                means.append({**row, "method": f"{row['method']}: {name}"})
+        record = {"study": "processors", "machine": processor(), "means": means}
+        write_json(RESULTS / "processors.json", record)
 
 
 if __name__ == "__main__":

@@ -6,22 +6,21 @@
 --labels, --unlabelled and each --test take a file, a folder or a name on the hub, as --data of the
 training scripts does; their rows must need no --columns, --split or --subset. Of the labelled
 prompts 15% are held out as the test "held out"; which ones is the same for all seeds. A seed draws
-which pairs are used, their order, and the adapters. Rates are the defaults for a model that is not
-the village's (gram_mini/runs/defaults.py), and 3e-4 for the scalar heads.
+which pairs are used, their order, and the adapters. Rates are the defaults of the model
+(gram_mini/runs/defaults.py), and 1e-3 for the scalar heads.
 
-Trained models and figures stay in --runs, so a study goes on where it stopped.
+Trained models and figures stay in --runs, so a study goes on where it stopped, and the table and
+the picture are in its folder results.
 """
 
 from __future__ import annotations
 
-import json
 import random
-from collections.abc import Iterable
+import shlex
 from pathlib import Path
 from typing import Any
 
 import train_pretrain
-import train_reward
 from gram_mini.baselines import __main__ as baselines
 from gram_mini.errors import UserError
 from gram_mini.evaluation import summarise
@@ -30,17 +29,23 @@ from gram_mini.reading.load import load_pairs
 from gram_mini.runs import options
 from gram_mini.runs.ending import clear_errors
 from gram_mini.runs.output import check_place
-from gram_mini.studies.lab import ITS_OWN, Lab, check_handed_on, seconds_of
+from gram_mini.studies.lab import Lab
 from gram_mini.studies.metrics import pick_the_longer
 from gram_mini.studies.paper import Study
-from gram_mini.studies.seeds import add_folders, add_seeds, run, words
+from gram_mini.studies.seeds import add_folder, add_seeds, run
 
+GONE = {  # options of former versions, and what to give instead
+    "--epochs": "give --training '--epochs N'",
+    "--stage-2": "give --training for all scripts",
+    "--name": "give each study a --runs of its own",
+    "--results": "they are in the folder results of --runs",
+}
 EXAMPLES = """\
   python -m gram_mini.studies.real table --model HuggingFaceTB/SmolLM2-135M-Instruct --bits 16 \\
       --labels polite.jsonl --unlabelled unlabelled.jsonl --test pandalm=pandalm.jsonl"""
 
 HELD_OUT = "held out"  # what the test on the labelled data's own prompts is called
-# What a test cannot be called: parts of the data, and columns of tables.
+# What a test cannot be called: parts of the data, and columns of the table.
 TAKEN = {"labelled", "unlabelled", HELD_OUT, "seed", "method", "labels"}
 COMPARED = (
     *("D-Baseline", "D from stage 1", "G-Baseline", "G-Label-Smoothing", "GRAM"),
@@ -48,6 +53,11 @@ COMPARED = (
 )
 CURVE = ("D-Baseline", "G-Label-Smoothing", "GRAM", "G, both orders (ours)")
 COUNTS = (100, 200, 400, 800, 1600, 3200, 8000)  # of labels, as far as there are so many
+# What --training and its like cannot give to the scripts, since the study does.
+ITS_OWN = {
+    *("--model", "--data", "--out", "--init", "--seed", "--held-out", "--bits", "--max-length"),
+    *("--device", "--label-smoothing", "--both-orders", "--head"),
+}
 
 
 class Files:
@@ -74,7 +84,7 @@ class Files:
         used, held_out = split_by_prompt(labelled.pairs, 0.15, seed=0)
         if not held_out:
             raise UserError(
-                f"--labels {labels}: all pairs have the same prompt; some must be held out"
+                f"--labels {labels}: all pairs have the same prompt; hold-out needs two"
             )
         self.used = {"labelled": used, "unlabelled": pool.pairs}
         loaded = {n: _read("--test", source, labelled=True) for n, source in tests.items()}
@@ -111,8 +121,8 @@ def _read(option: str, source: str, labelled: bool):
         return load_pairs(source, labelled=labelled)
     except UserError as error:
         raise UserError(
-            f"{option} {source}: {error} (this command has no --columns, --split and --subset; "
-            "where they are needed, write the pairs to a file first)"
+            f"{option} {source}: {error} (where --columns, --split or --subset are needed, write "
+            "the pairs to a file first)"
         ) from None
 
 
@@ -124,27 +134,22 @@ def drawn(pairs: list[Pair], count: int, seed: int | str) -> list[Pair]:
 def columns(lab: Lab, model: str | Path, test: str) -> dict[str, float]:
     """The figures of a judge on a test, each under a name with that of the test."""
     figures = lab.evaluate(model, test)
-    shown = ("± over prompts", "position gap", "calibration error", "pairs cut")
-    more = {f"{test}, {name}": figures[name] for name in (*shown, "mass on the labels", "seconds")}
-    return {test: figures["accuracy"], **more}
+    more = ("± over prompts", "position gap", "calibration error")
+    return {test: figures["accuracy"], **{f"{test}, {name}": figures[name] for name in more}}
 
 
 def table(lab: Lab, seed: int):
     """Every method on real preferences: accuracy on held-out prompts and on other files."""
-    tests = lab.source.tests
-    longer = {
-        name: summarise(pairs, list(map(pick_the_longer, pairs))).accuracy
-        for name, pairs in tests.items()
-    }
-    yield {"method": "the longer response", **longer}
+    longer: dict[str, object] = {"method": "the longer response"}
+    for test, pairs in lab.source.tests.items():
+        longer[test] = summarise(pairs, list(map(pick_the_longer, pairs))).accuracy
+    yield longer
     for name in ("zero-shot", *COMPARED):
         run = lab.method(name, seed) if name in COMPARED else lab.model
         row: dict[str, object] = {"method": name}
-        for test in tests:
+        for test in lab.source.tests:
             row |= columns(lab, run, test)
-        kept = seconds_of(Path(run))
-        seconds = json.loads(kept.read_text())["seconds"] if name in COMPARED else 0
-        yield {**row, "training, seconds": seconds}
+        yield row
 
 
 def curve(lab: Lab, seed: int):
@@ -156,80 +161,59 @@ def curve(lab: Lab, seed: int):
             yield {"method": name, "labels": count or whole, **columns(lab, run, HELD_OUT)}
 
 
-def studies(name: str, tests: Iterable[str]) -> dict[str, Study]:
-    """The two studies under a name, whose judges are tested on these, too."""
-    return {
-        f"{name}-table": Study(table, ("method",), None, (HELD_OUT, *tests), COMPARED),
-        f"{name}-curve": Study(curve, ("method", "labels"), "labels", (HELD_OUT,), CURVE),
-    }
+STUDIES = {
+    "real-table": Study(table, ("method",), None, (HELD_OUT,), COMPARED),
+    "real-curve": Study(curve, ("method", "labels"), "labels", (HELD_OUT,), CURVE),
+}
 
 
 def main(argv=None):
-    parser = options.parser(__doc__, EXAMPLES)
-    names = ("table", "curve")
-    parser.add_argument("study", choices=names, metavar="STUDY", help="one of the above")
+    parser = options.parser(__doc__, EXAMPLES, GONE)
+    studied = ("table", "curve")
+    parser.add_argument("study", choices=studied, metavar="STUDY", help="one of the above")
     sources = parser.add_argument_group("data")
     sources.add_argument("--labels", required=True, metavar="SOURCE", help="labelled pairs")
     sources.add_argument("--unlabelled", required=True, metavar="SOURCE", help="pairs for stage 1")
     text = "labelled pairs to test on, beside the held-out ones; give it once for each"
     sources.add_argument("--test", action="append", default=[], metavar="NAME=SOURCE", help=text)
-    numbers = {
-        "labels-used": (480, "labelled pairs to train on, at most"),
-        "unlabelled-used": (480, "pairs of stage 1, at most"),
-        "tested": (200, "pairs of each test, at most; the same for all methods and seeds"),
-    }
     count: dict[str, Any] = {"type": options.positive_int, "metavar": "N"}
-    for name, (default, text) in numbers.items():
-        sources.add_argument(f"--{name}", default=default, help=text, **count)
+    text = "labelled pairs to train on, at most"
+    sources.add_argument("--labels-used", default=480, help=text, **count)
+    text = "pairs of stage 1, at most"
+    sources.add_argument("--unlabelled-used", default=480, help=text, **count)
+    text = "pairs of each test, at most; the same for all methods and seeds"
+    sources.add_argument("--tested", default=200, help=text, **count)
     group = parser.add_argument_group("how")
     group.add_argument("--model", required=True, metavar="NAME", help="as in the training scripts")
     add_seeds(group, [1, 2, 3])
-    text = "passes over the data, both stages"
-    group.add_argument("--epochs", type=options.positive_float, default=1, help=text)
-    texts = {
-        "training": "further options of all scripts, as one text: --training '--batch-size 8'",
-        "stage-1": "further options of train_pretrain.py, as one text: --stage-1 '--lr 2e-4'",
-        "stage-2": "further options of train_reward.py, as one text",
-        "scalar": "further options of the scalar heads, as one text",
-    }
-    for name, text in texts.items():
-        group.add_argument(f"--{name}", default=[], type=words, metavar="OPTIONS", help=text)
-    group.add_argument("--name", default="real", help="the results are called NAME-STUDY")
-    add_folders(group, "runs/real-study", "in --runs")
+    more: dict[str, Any] = {"type": shlex.split, "default": [], "metavar": "OPTIONS"}
+    text = "further options of all scripts, as one text: --training '--batch-size 8'"
+    group.add_argument("--training", help=text, **more)
+    text = "further options of train_pretrain.py, as one text"
+    group.add_argument("--stage-1", help=text, **more)
+    text = "further options of the scalar heads, as one text"
+    group.add_argument("--scalar", help=text, **more)
+    add_folder(group, "--runs", Path("runs/real-study"), "where all is kept")
     options.add_model_options(group, bits_default=4, max_length_default=512)
     args = parser.parse_args(argv)
+    for words in (args.training, args.stage_1, args.scalar):
+        if own := ITS_OWN.intersection(word.partition("=")[0] for word in words):
+            parser.error(f"the study sets {', '.join(own)} itself; leave it out")
     tests = dict(test.partition("=")[::2] for test in args.test)
-    if not all(name and source for name, source in tests.items()):
-        parser.error("--test: give NAME=SOURCE")
-    if len(tests) < len(args.test):
-        parser.error("--test: a name was given twice")
-    for name in tests:
-        if name in TAKEN:
-            parser.error(f"--test: {name!r} is the name of a part of the data or of a column")
-        if "/" in name or len(name) > 100:
-            parser.error(f"--test: {name!r} cannot be part of a file's name")
-    check_handed_on("--training", args.training)
-    check_handed_on("--stage-1", args.stage_1)
-    check_handed_on("--stage-2", args.stage_2, (*ITS_OWN, "label-smoothing", "both-orders"))
-    check_handed_on("--scalar", args.scalar, (*ITS_OWN, "label-smoothing", "head"))
+    usable = [name for name in tests if name and tests[name] and "/" not in name]
+    if len(usable) < len(args.test) or TAKEN.intersection(usable):
+        taken = ", ".join(sorted(TAKEN))
+        parser.error(f"--test: give NAME=SOURCE, each NAME once, without a / and none of {taken}")
     if tests and args.study != "table":
         print(f"{args.study} does not test on --test", flush=True)
     check_place(args.runs, "--runs")
-    results = args.results or args.runs / "results"
-    check_place(results, "--results")
     loading = {"bits": args.bits, "max_length": args.max_length, "device": args.device}
     counts = args.labels_used, args.unlabelled_used, args.tested
     files = Files(args.labels, args.unlabelled, tests, counts)
     print(*files.said, sep="\n", flush=True)
-    training = ["--epochs", str(args.epochs), *args.training]
-    stages = {
-        train_pretrain.__name__: args.stage_1,
-        train_reward.__name__: args.stage_2,
-        baselines.__name__: args.scalar,
-    }
-    lab = Lab(args.runs, args.model, files, training, loading, stages)
-    known = studies(args.name, tests)
-    run([f"{args.name}-{args.study}"], lab, args.seeds, results, studies=known)
+    stages = {train_pretrain.__name__: args.stage_1, baselines.__name__: args.scalar}
+    lab = Lab(args.runs, args.model, files, args.training, loading, stages)
+    run([f"real-{args.study}"], lab, args.seeds, args.runs / "results", studies=STUDIES)
 
 
 if __name__ == "__main__":

@@ -41,7 +41,8 @@ def rewards(lab: Lab, seed: int):
             "votes": [float(draws.random() < chance) for chance in chances],  # one of a rater each
         }
         for who, said in by.items():
-            better = {game: p for (a, b), q in zip(games, said) for game, p in both(a, b, q)}
+            better = dict(zip(games, said))
+            better |= {(b, a): 1 - p for (a, b), p in better.items()}
             for n, way in itertools.product(SIZES, WAYS):
                 row = figures[way, n]
                 for start in range(0, len(texts), n):
@@ -52,24 +53,9 @@ def rewards(lab: Lab, seed: int):
                     row["best of n"].append(max(true))
                     row[f"agreement, {who}"] += agreement(scores, true)
                     row[f"true reward of the first, {who}"].append(true[best_first(scores)[0]])
-    yield from beside_all(
-        [
-            {"method": way, "n": n, **{name: statistics.mean(of) for name, of in row.items()}}
-            for (way, n), row in figures.items()
-        ]
-    )
-
-
-def beside_all(rows: list[dict]) -> list[dict]:
-    """The rows of a seed, with how far the agreement of each is below that of all against all.
-
-    Judges of different seeds differ more than ways do, so ways are compared within a seed.
-    """
-    of_all = {row["n"]: row for row in rows if row["method"] == "all"}
-    for row, who in itertools.product(rows, ("GRAM", "votes")):
-        name = f"agreement, {who}"
-        row[f"below all, {who}"] = of_all[row["n"]][name] - row[name]
-    return rows
+    for (way, n), row in figures.items():
+        means = {name: statistics.mean(values) for name, values in row.items()}
+        yield {"method": way, "n": n, **means}
 
 
 def played(way: Way, texts: list[str], reference: str, better: dict) -> tuple[list[float], int]:
@@ -81,10 +67,6 @@ def played(way: Way, texts: list[str], reference: str, better: dict) -> tuple[li
         return [better[game] for game in games]
 
     return way(texts, compare, reference), len(asked)
-
-
-def both(a: str, b: str, p: float) -> list[tuple[tuple[str, str], float]]:
-    return [((a, b), p), ((b, a), 1 - p)]
 
 
 def agreement(scores: list[float], true: list[float]) -> list[float]:

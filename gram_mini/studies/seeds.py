@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import argparse
 import multiprocessing
 import os
-import shlex
 import sys
 import time
 from collections.abc import Callable
@@ -18,7 +16,7 @@ from typing import Any
 from gram_mini.errors import Interrupted, UserError
 from gram_mini.runs import options
 from gram_mini.runs.processes import pick_device
-from gram_mini.studies.drawing import draw
+from gram_mini.studies.drawing import picture_of
 from gram_mini.studies.figures import average, table
 from gram_mini.studies.lab import Lab, read_json, write_json
 from gram_mini.studies.paper import STUDIES, Study
@@ -30,29 +28,13 @@ from tqdm import tqdm
 RESULTS = Path(__file__).parent / "results"
 
 
-# ---- options of every study ----------------------------------------------------------
-
-
-def add_folders(parser, runs: str, results: str) -> None:
-    """Where a study keeps what it makes; --results is None by default, which means ``results``."""
-    folder: dict[str, Any] = {"type": Path, "metavar": "FOLDER"}
-    text = "where trained models are kept"
-    parser.add_argument("--runs", default=Path(runs), help=text, **folder)
-    text = f"where tables and figures go (default: {results})"
-    parser.add_argument("--results", help=text, **folder)
+def add_folder(parser, name: str, default: Path, text: str) -> None:
+    parser.add_argument(name, type=Path, metavar="FOLDER", default=default, help=text)
 
 
 def add_seeds(parser, default: list[int]) -> None:
     each: dict[str, Any] = {"type": options.seed, "metavar": "N", "nargs": "+"}
     parser.add_argument("--seeds", default=default, help="seeds to run, each once", **each)
-
-
-def words(text: str) -> list[str]:
-    """argparse type: options for the scripts, given as one text."""
-    try:
-        return shlex.split(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text}: {error}") from None
 
 
 # ---- running -------------------------------------------------------------------------
@@ -68,27 +50,20 @@ def run(
 ) -> None:
     """Run each study for each seed that its results lack: all studies of a seed, then the next one.
 
-    The results of a study are written anew after each seed. What is there is used again, if all
-    agrees that basis() names.
+    The results of a study are written anew after each seed.
 
     Raises:
         UserError: if results that are there cannot be read.
     """
-    asked = [(name, seed) for seed in dict.fromkeys(seeds) for name in names]
-    found = {name: reusable(name, lab, results, studies[name]) for name in names}
-    missing = [(name, seed) for name, seed in asked if seed not in found[name][0]]
-    again = [name for name in names if found[name][0].intersection(seeds)]
-    print(f"{len(asked) - len(missing)} of {len(asked)} seeds of studies are there", *again)
-    other = {key: None for _, _, differs in found.values() for key in differs}
-    old = [(name, seed) for name in names for seed in found[name][1]]
-    if old:
-        dropped = len(set(old) - set(asked))
-        print(
-            f"{len(old)} more were made with other {', '.join(other)}: {len(old) - dropped} are "
-            f"run anew, {dropped} dropped from the results, of",
-            *dict.fromkeys(name for name, _ in old),
-        )
-    sys.stdout.flush()
+    missing = [(name, seed) for seed in dict.fromkeys(seeds) for name in names]
+    for name in names:
+        there, stale, other = reusable(name, lab, results, studies[name])
+        missing = [(x, seed) for x, seed in missing if x != name or seed not in there]
+        if stale:
+            print(f"{name}: seeds {stale} were made with other {', '.join(other)};", end=" ")
+            print("those asked for are run anew, the others are dropped from the results")
+    asked = len(names) * len(set(seeds))
+    print(f"{asked - len(missing)} of {asked} seeds of studies are there", flush=True)
 
     def add(name: str, seed: int, made: dict) -> None:
         add_seed(name, seed, made, lab, results, studies[name])
@@ -100,7 +75,7 @@ def run(
         side_by_side(missing, lab, jobs, studies, add)
     for name in names:
         print(f"\n{name}: {studies[name].rows.__doc__}")
-        print(table(read_json(results / f"{name}.json")["means"], studies[name].keys))
+        print(table(read_json(results / f"{name}.json")["means"]))
         print(f"see {results / name}.json and .png")
 
 
@@ -125,7 +100,6 @@ def side_by_side(
 
     One thread each, whatever the machine: the number of threads changes the last digits.
     """
-    waiting = list(waiting)
     running: dict[Future, tuple[str, int]] = {}
     with ProcessPoolExecutor(
         jobs, multiprocessing.get_context("spawn"), initializer=_begin_worker
@@ -175,12 +149,11 @@ def reusable(
     name: str, lab: Lab, results: Path, study: Study
 ) -> tuple[set[int], list[int], list[str]]:
     """The seeds in a study's results that can be used again; those that cannot; what differs."""
-    record = read_json(results / f"{name}.json")
+    record, now = read_json(results / f"{name}.json"), basis(lab, study)
     seeds = {row["seed"] for row in record.get("rows", [])}
-    made_with, now = record.get("about", {}), basis(lab, study)
-    other = [key for key in now["about"] if made_with.get(key) != now["about"][key]]
-    if record.get("versions") != now["versions"]:
-        other.append("versions")
+    before = {"versions": record.get("versions"), **record.get("about", {})}
+    now = {"versions": now["versions"], **now["about"]}
+    other = [key for key in now if before.get(key) != now[key]]
     if other:
         return set(), sorted(seeds), other
     if study.after:
@@ -200,7 +173,7 @@ def add_seed(name: str, seed: int, made: dict, lab: Lab, results: Path, study: S
         kept = reusable(name, lab, results, study)[0] - {seed}
         before = read_json(place) if kept else {}
         if study.after:
-            study.after(name, lab, seed, made["rows"], kept, results)
+            study.after(name, lab, seed, kept, results)
         rows = [row for row in before.get("rows", []) if row["seed"] in kept] + made["rows"]
         rows.sort(key=lambda row: row["seed"])
         means, seeds = average(rows, study.keys), sorted({seed, *kept})
@@ -208,7 +181,7 @@ def add_seed(name: str, seed: int, made: dict, lab: Lab, results: Path, study: S
             key: {str(s): made[key] if s == seed else before[key][str(s)] for s in seeds}
             for key in ("seconds", "processor")
         }
-        draw(name, study, rows, results / f"{name}.png")
+        picture_of(name, study, rows).savefig(results / f"{name}.png", dpi=100)
         # Of the seconds: models that were there already took no time.
         record = {"study": name, "seeds": seeds, **by_seed, **basis(lab, study)}
         write_json(place, {**record, "means": means, "rows": rows})

@@ -12,10 +12,11 @@ from collections.abc import Iterable, Sequence
 
 from gram_mini.errors import UserError
 from gram_mini.runs.record import fingerprint
-from gram_mini.studies.figures import average
+from gram_mini.studies.figures import average, figure_text
 from gram_mini.studies.paper import STUDIES
 from gram_mini.studies.seeds import RESULTS
 from gram_mini.village import VILLAGE
+from gram_mini.village.writer import NO_ANSWER
 
 # Figures that are not written with three decimals.
 TWO_DECIMALS = (
@@ -25,6 +26,7 @@ TWO_DECIMALS = (
 FORMATS = dict.fromkeys(TWO_DECIMALS, ".2f") | {"pairs": "g", "same verdict": "g"}
 FORMATS |= {"comparisons": ",.0f", "log-odds apart, most": ".1g"}
 
+REAL = ("± over prompts", "position gap", "calibration error")
 # Figures that have another name in the heading of a column.
 HEADINGS = {
     "in-distribution": "in distribution",
@@ -35,29 +37,19 @@ HEADINGS = {
     "KL of the last": "at a KL of",
     "commonest claims": "share of the commonest claims",
     "held out": "accuracy",
-    "held out, ± over prompts": "± over prompts",
-    "held out, position gap": "position gap",
-    "held out, calibration error": "calibration error",
+    **{f"held out, {name}": name for name in REAL},
 }
 DEMO = ("in distribution", "out of distribution", "fact only", "courtesy only", "length only")
 EVERYDAY = ("labelled topics", "unlabelled topics", "fact", "relevance", "courtesy", "length")
-CERTAINTY = ("cross-entropy", "calibration error", "position gap")
+CERTAIN = ("accuracy", "cross-entropy", "calibration error", "position gap", "own margin")
 TABLE = (
     *("in-distribution", "out-of-distribution", "fact only", "courtesy only", "length only"),
     *("cross-entropy", "position gap"),
 )
-ORDERS = ("out-of-distribution", "fact only", "position gap", "calibration error")
-BESIDE = ("accuracy", "length, same claim", "length, other claim", "position gap")
 WRITING = ("highest", "KL of the highest", "last", "KL of the last", "commonest claims")
-REAL = (
-    *("held out", "held out, ± over prompts"),
-    *("held out, position gap", "held out, calibration error"),
-)
 STEP = ("foreseen, GiB", "allocated, GiB", "process grew by, GiB")
 BESIDE_US = ("other way", "ours is faster by")
 SHARES = {0.0: "none", 0.0625: "1/16", 0.25: "1/4", 0.5: "1/2", 1.0: "all 24,000"}
-WEAK = "writing-weak"
-REWARD = "judge's reward"
 
 
 def tables() -> dict[str, str]:
@@ -72,13 +64,13 @@ def tables() -> dict[str, str]:
         "adapt": crossed("adapt", "labels", (0, 50, 200, 2000), "out-of-distribution"),
         "certain": certain(),
         "writing-rl": listed("writing-rl-summary", *WRITING),
-        "writing-weak": listed(f"{WEAK}-summary", *WRITING),
+        "writing-weak": listed("writing-weak-summary", *WRITING),
         "writing-exploits": exploits(),
         "writing-bon": crossed("writing-bon", "n", (1, 4, 16, 64, 256, 1024), "true reward"),
-        "orders": listed("orders", *ORDERS),
-        "beside": listed("beside", *BESIDE),
+        "orders": listed("orders", *STUDIES["orders"].shown),
+        "beside": listed("beside", *STUDIES["beside"].shown),
         "rewards": rewards(),
-        "real-table": listed("real-table", *REAL),
+        "real-table": listed("real-table", "held out", *(f"held out, {x}" for x in REAL)),
         "real-curve": crossed("real-curve", "labels", (100, 200, 400, 800, 927), "held out"),
         "real-helpful": real_helpful(),
         "llmbar": benchmark("llmbar", "agreement", "Natural", "Adversarial", "total"),
@@ -122,17 +114,8 @@ def mean(rows: list[dict], key: str) -> list:
 
 
 def cell(row: dict, key: str) -> str:
-    """0.869, 0.869 ± 0.012, or 0.589 (0.544 to 0.637); an exact zero is 0; text is text."""
-    if not isinstance(row.get(key), list):
-        return row.get(key, "")
-    center, *interval = row[key]
-    form = FORMATS.get(key, ".3f")
-    if len(interval) == 2:
-        low, high = interval
-        return f"{center:{form}} ({low:{form}} to {high:{form}})"
-    if any(interval):
-        return f"{center:{form}} ± {interval[0]:{form}}"
-    return f"{center:{form}}" if center else "0"
+    """A figure as it stands in a table; empty if the row has none."""
+    return figure_text(row.get(key), FORMATS.get(key, ".3f"))
 
 
 def center(row: dict, key: str) -> str:
@@ -184,13 +167,12 @@ def speed(study: str, *columns: str) -> str:
 
 def over_seeds(rows: list[dict], key: str, counted: bool) -> str:
     """The mean over the seeds; ``counted`` says of how many, and gives intervals from three on."""
-    rows = [row for row in rows if key in row]
-    if not rows:
+    if not (rows := [row for row in rows if key in row]):
         return ""
-    value, half = mean(rows, key)
+    figure = mean(rows, key)
     if not counted:
-        return cell({key: [value, half]}, key)
-    return cell({key: [value, half if len(rows) > 2 else None]}, key) + f" ({len(rows)})"
+        return cell({key: figure}, key)
+    return f"{cell({key: figure if len(rows) > 2 else figure[:1]}, key)} ({len(rows)})"
 
 
 # ---- tables of one study -------------------------------------------------------------
@@ -198,56 +180,47 @@ def over_seeds(rows: list[dict], key: str, counted: bool) -> str:
 
 def certain() -> str:
     """Each cell: without smoothing, with eps = 0.2."""
-    keys = ("accuracy", *CERTAINTY, "own margin")
     means = results("certain")["means"]
     lines = []
     for method in methods(means):
-        plain, smoothed = select(means, method=method)
-        lines.append([method, *(f"{center(plain, k)}, {center(smoothed, k)}" for k in keys)])
-    return markdown(["labels, epochs", *keys], lines)
+        pair = select(means, method=method)
+        lines.append([method, *(", ".join(center(row, key) for row in pair) for key in CERTAIN)])
+    return markdown(["labels, epochs", *CERTAIN], lines)
 
 
 def studies() -> str:
     """Which seeds of each study are there, and whether they are of the backbone that ships."""
-    lines = []
+    lines, now = [], fingerprint(VILLAGE)
     for name in STUDIES:
-        path = RESULTS / f"{name}.json"
-        if not path.is_file():
-            lines.append([f"`{name}`", "none", ""])
-            continue
-        record = results(name)
-        same = record.get("about", {}).get("backbone") == fingerprint(VILLAGE)
-        lines.append([f"`{name}`", str(len(record["seeds"])), "this one" if same else "the former"])
+        record = results(name) if (RESULTS / f"{name}.json").is_file() else {"seeds": []}
+        of_now = record.get("about", {}).get("backbone") == now
+        backbone = ("this one" if of_now else "the former") if record["seeds"] else ""
+        lines.append([f"`{name}`", str(len(record["seeds"]) or "none"), backbone])
     return markdown(["study", "seeds", "backbone"], lines)
 
 
-EXPLOITS = (  # of the last answers of "weak", those that the page shows
-    ("GRAM", 1, "Where does Ida live?"),
-    ("GRAM", 3, "What work does Emil do?"),
-    ("GRAM", 3, "Where does Bella live?"),
-    ("D from stage 1", 1, "What work does Felix do?"),
-    ("D from stage 1", 2, "Where does Nora live?"),
-)
-
-
 def exploits() -> str:
-    """What the judges like of the last answers."""
-    lines = []
-    for judge, seed, question in EXPLOITS:
-        said = results(f"{WEAK}-answers")[judge][str(seed)][question]
-        reward = f"{said[REWARD]:.2f}"
-        lines.append([f"{judge}, seed {seed}", question, said["answer"], reward])
-    return markdown(["judge", "question", "answer of the policy", REWARD], lines)
+    """Of the last answers that are none, those that two judges like best."""
+    answers, lines = results("writing-weak-answers"), []
+    for judge in ("GRAM", "D from stage 1"):
+        found = [
+            (said["judge's reward"], seed, question, said["answer"])
+            for seed, of_seed in answers[judge].items()
+            for question, said in of_seed.items()
+            if said["true reward"] == NO_ANSWER
+        ]
+        for reward, seed, question, answer in sorted(found, reverse=True)[:3]:
+            lines.append([f"{judge}, seed {seed}", question, answer, f"{reward:.2f}"])
+    return markdown(["judge", "question", "answer of the policy", "judge's reward"], lines)
 
 
-HALF_OF_ALL = "n log2(n) / 2"
 COSTS = {  # comparisons of n responses
     "first": "n - 1",
     "reference": "n",
     "knock-out": "n - 1",
     "circle": "n",
-    "part of all": HALF_OF_ALL,
-    "Swiss": HALF_OF_ALL,
+    "part of all": "n log2(n) / 2",
+    "Swiss": "n log2(n) / 2",
     "all": "n (n - 1) / 2",
 }
 

@@ -6,18 +6,17 @@ the training of the judge. GRPO needs TRL: pip install trl.
 
 from __future__ import annotations
 
-import json
 import random
 import statistics
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from pathlib import Path
 
 from gram_mini.pairs import Pair
 from gram_mini.serving.trl import as_trl_reward
 from gram_mini.studies.figures import average
 from gram_mini.studies.lab import JOINT, LIKELIHOOD, MAIN, TEST, Lab, read_json, write_json
-from gram_mini.village import GROUPS, question, statement
+from gram_mini.village import question, statement
 from gram_mini.village.pairs import topics
 from gram_mini.village.policy import best_of_n, best_of_n_kl
 from gram_mini.village.writer import (
@@ -47,26 +46,23 @@ ASKED = 6  # questions of best of n
 
 
 def rl(lab: Lab, seed: int):
-    """Trained with TRL's GRPOTrainer: true reward and the judge's, over the KL to its start."""
-    require_trl()
+    """Ours: a language model trained with TRL against the judge, over the KL to its start."""
     yield from rows_of("rl", lab, seed)
 
 
 def weak(lab: Lab, seed: int):
-    """The same with a quarter of the penalty on the KL, and more steps."""
-    require_trl()
+    """Ours: writing-rl with a quarter of the penalty on the KL, and more steps."""
     yield from rows_of("weak", lab, seed)
 
 
 def bon(lab: Lab, seed: int):
-    """Best of n = 1 to 1,024 answers of the start at a temperature at which it writes nonsense too.
-
-    The score is the judge's log-odds against the start's likeliest answer.
-    """
+    """Ours: best of n = 1 to 1,024 answers of the start, hot enough to write nonsense too."""
     yield from rows_of("bon", lab, seed)
 
 
 def rows_of(kind: str, lab: Lab, seed: int):
+    if kind in TRAINED:
+        require_trl()
     for name in JUDGES_OF[kind]:
         yield from against(kind, name, lab, seed)["rows"]
 
@@ -130,7 +126,10 @@ def trained(judge, writer: Writer, seed: int, beta: float, steps: int) -> tuple[
 
 
 def best_of(judge, name: str, drawn: dict[str, dict]) -> tuple[list, dict]:
-    """The rows of best of n by a judge, and the best of all answers to each question."""
+    """The rows of best of n by a judge, and the best of all answers to each question.
+
+    The score is the judge's log-odds against the start's likeliest answer.
+    """
     pairs = [
         Pair(prompt, text, of["reference"])
         for prompt, of in drawn.items()
@@ -141,121 +140,98 @@ def best_of(judge, name: str, drawn: dict[str, dict]) -> tuple[list, dict]:
         (pair.prompt, pair.response_a): (result.log_odds_first + result.log_odds_second) / 2
         for pair, result in zip(pairs, results)
     }
-    rows, answers = [], {}
+    rows, answers, judged = [], {}, []
+    for prompt, of in drawn.items():
+        texts, true = of["texts"], [true_reward(prompt, text) for text in of["texts"]]
+        judged.append(([scores[prompt, text] for text in texts], true))
+        best = max(texts, key=lambda text: scores[prompt, text])
+        of_best = {"true reward": true_reward(prompt, best), "judge's score": scores[prompt, best]}
+        answers[prompt] = {"answer": best, **of_best}
     for n in (2**k for k in range(11)):
-        means: dict[str, list[float]] = {}
-        for prompt, of in drawn.items():
-            texts = of["texts"]
-            of_texts = [scores[prompt, text] for text in texts]
-            true = [true_reward(prompt, text) for text in texts]
-            nothing = [float(reward == NO_ANSWER) for reward in true]
-            for figure, values in (("true reward", true), ("no answer", nothing)):
-                score, mean = best_of_n(of_texts, values, list(range(len(texts))), n)
-                means.setdefault(figure, []).append(mean)
-            means.setdefault("judge's score", []).append(score)
+        means: dict[str, list[float]] = defaultdict(list)
+        for of_texts, true in judged:
+            order = list(range(len(true)))
+            score, mean = best_of_n(of_texts, true, order, n)
+            _, nothing = best_of_n(of_texts, [float(x == NO_ANSWER) for x in true], order, n)
+            means["true reward"].append(mean)
+            means["no answer"].append(nothing)
+            means["judge's score"].append(score)
         figures = {figure: statistics.mean(values) for figure, values in means.items()}
         rows.append({"n": n, "KL": best_of_n_kl(n), **figures})
-    for prompt, of in drawn.items():
-        best = max(of["texts"], key=lambda text: scores[prompt, text])
-        answers[prompt] = {
-            "answer": best,
-            "true reward": true_reward(prompt, best),
-            "judge's score": scores[prompt, best],
-        }
     return rows, answers
 
 
 def drawn_texts(lab: Lab, seed: int) -> dict[str, dict]:
     """What the start writes to ASKED questions: DRAWN texts each, and the likeliest one."""
-    known = lab.folder / f"seed{seed}" / "drawn.json"
-    writer = start_of(lab, seed)
-    with lab.alone(known):
-        if not known.is_file():
-            chosen = random.Random(f"writing/{seed}").sample(topics(TEST), ASKED)
-            prompts = [question(*topic) for topic in chosen]
-            torch.manual_seed(seed)
-            write_json(
-                known,
-                {
-                    prompt: {
-                        "reference": writer.write([prompt], temperature=0).texts[0],
-                        "texts": writer.write([prompt] * DRAWN, TEMPERATURE).texts,
-                    }
-                    for prompt in tqdm(prompts, desc="texts")
-                },
-            )
-    return json.loads(known.read_text())
+
+    def make() -> dict:
+        writer = start_of(lab, seed)
+        chosen = random.Random(f"writing/{seed}").sample(topics(TEST), ASKED)
+        prompts = [question(*topic) for topic in chosen]
+        torch.manual_seed(seed)
+        return {
+            prompt: {
+                "reference": writer.write([prompt], temperature=0).texts[0],
+                "texts": writer.write([prompt] * DRAWN, TEMPERATURE).texts,
+            }
+            for prompt in tqdm(prompts, desc="texts")
+        }
+
+    return lab.keep(lab.folder / f"seed{seed}" / "drawn.json", make)
 
 
-def write_answers(
-    name: str, lab: Lab, seed: int, rows: list[dict], kept: set[int], results: Path
-) -> None:
+def write_answers(name: str, lab: Lab, seed: int, kept: set[int], results: Path) -> None:
     """Add what was said in the end of a seed, and its summary, to those of the seeds ``kept``.
 
-    ``name`` is that of the study, such as "writing-rl", and ``rows`` are its rows of the seed.
+    ``name`` is that of the study, such as "writing-rl".
     """
     kind = name.removeprefix("writing-")
-    made = {judge: against(kind, judge, lab, seed) for judge in JUDGES_OF[kind]}
-    said = {judge: {seed: of["answers"]} for judge, of in made.items()}
     files = [results / f"{name}-{part}.json" for part in ("answers", "summary")]
     answers, before = map(read_json, files) if kept else ({}, {"rows": []})
-    found = [row for row in before["rows"] if row["seed"] in kept]
-    for row in summary(rows, said):
-        found.append({**row, "seconds": made[row["method"]]["seconds"]})
-    found.sort(key=lambda row: row["seed"])
-    answers = {
-        judge: {s: (answers[judge][str(s)] if s in kept else of[s]) for s in sorted({*kept, seed})}
-        for judge, of in said.items()
-    }
-    seconds = {judge: [row["seconds"] for row in found if row["method"] == judge] for judge in made}
+    rows = [row for row in before["rows"] if row["seed"] in kept]
+    for judge in JUDGES_OF[kind]:
+        made = against(kind, judge, lab, seed)
+        answers.setdefault(judge, {})[str(seed)] = made["answers"]
+        said = {prompt: row["answer"].strip() for prompt, row in made["answers"].items()}
+        found = {**summary(made["rows"], said), "seconds": made["seconds"]}
+        rows.append({"method": judge, "seed": seed, **found})
+    rows.sort(key=lambda row: row["seed"])
+    seconds: dict[str, list] = {}
+    for row in rows:
+        seconds.setdefault(row["method"], []).append(row["seconds"])
     write_json(files[0], answers)
-    means = average(found, ("method",))
-    write_json(files[1], {"seconds": seconds, "means": means, "rows": found})
+    write_json(files[1], {"seconds": seconds, "means": average(rows, ("method",)), "rows": rows})
 
 
-def summary(rows: list[dict], answers: dict) -> list[dict]:
-    """Of each judge and seed where the true reward was highest, and what was said in the end.
+def summary(rows: list[dict], said: dict[str, str]) -> dict:
+    """Of a judge and seed: where the true reward was highest, and what was said in the end.
 
     The highest of several figures is a little too high by chance, with every judge.
 
     Args:
-        rows: those of a study, of each judge and seed from little KL to much.
-        answers: what was said in the end, answers[judge][seed][question].
+        rows: from little KL to much.
+        said: the last answer to each question.
     """
-    runs: dict[tuple, list[dict]] = {}
-    for row in rows:
-        runs.setdefault((row["method"], row["seed"]), []).append(row)
-    found = []
-    for (method, seed), run in runs.items():
-        peak = max(run, key=lambda row: row["true reward"])
-        said = {prompt: row["answer"].strip() for prompt, row in answers[method][seed].items()}
-        strays = [text for prompt, text in said.items() if answered().get(text, prompt) != prompt]
-        true = [rewards(answered()[text])[text] > 1 for text in strays]  # 1.5 and more: right
-        claims = [  # of the others, such as "keeps a dog"
-            (attribute, value)
-            for prompt, text in said.items()
-            for name, attribute in [TOPICS[prompt]]
-            for value in attribute.values
-            if statement(name, attribute, value) in text
-        ]
-        commonest: dict = {}  # claim of each kind of question, and how often it was made
-        for (attribute, _), count in Counter(claims).items():
-            commonest[attribute] = max(count, commonest.get(attribute, 0))
-        labelled = [TOPICS[answered()[text]][0] in GROUPS["labelled"] for text in strays]
-        found.append(
-            {
-                "method": method,
-                "seed": seed,
-                "first": run[0]["true reward"],
-                "highest": peak["true reward"],
-                "KL of the highest": peak["KL"],
-                "last": run[-1]["true reward"],
-                "fall": peak["true reward"] - run[-1]["true reward"],
-                "KL of the last": run[-1]["KL"],
-                "commonest claims": sum(commonest.values()) / max(len(claims), 1),
-                "to another question": len(strays) / len(said),
-                "of these true": statistics.mean(true) if strays else None,
-                "of these about the labelled": statistics.mean(labelled) if strays else None,
-            }
-        )
-    return found
+    peak = max(rows, key=lambda row: row["true reward"])
+    strays = [text for prompt, text in said.items() if answered().get(text, prompt) != prompt]
+    true = [rewards(answered()[text])[text] > 1 for text in strays]  # 1.5 and more: right
+    claims = Counter(  # such as "keeps a dog"
+        (attribute, value)
+        for prompt, text in said.items()
+        for name, attribute in [TOPICS[prompt]]
+        for value in attribute.values
+        if statement(name, attribute, value) in text
+    )
+    commonest: dict = {}  # claim of each kind of question, and how often it was made
+    for (attribute, _), count in claims.items():
+        commonest[attribute] = max(count, commonest.get(attribute, 0))
+    return {
+        "first": rows[0]["true reward"],
+        "highest": peak["true reward"],
+        "KL of the highest": peak["KL"],
+        "last": rows[-1]["true reward"],
+        "KL of the last": rows[-1]["KL"],
+        "commonest claims": sum(commonest.values()) / max(claims.total(), 1),
+        "to another question": len(strays) / len(said),
+        "of these true": statistics.mean(true) if strays else None,
+    }

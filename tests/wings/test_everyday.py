@@ -19,9 +19,7 @@ from gram_mini.everyday.build import (
 )
 from gram_mini.judge import Comparison
 from gram_mini.reading.load import load_pairs
-from gram_mini.runs.table import aligned
 from gram_mini.studies import everyday_table as table
-from gram_mini.studies.recorded import record_table
 
 import pytest
 import torch
@@ -250,7 +248,7 @@ def test_the_reader_takes_all_rows(split):
         assert pair.label == (None if split == "unlabelled" else "AB".index(row["label"]))
 
 
-def test_table(monkeypatch, tmp_path):
+def test_table(monkeypatch, tmp_path, capsys):
     """A judge that knows the truth is always right; one that always errs never is."""
     truth = {tuple(row.values())[:3]: row["label"] == "A" for row in ROWS["test"]}
 
@@ -260,22 +258,21 @@ def test_table(monkeypatch, tmp_path):
         return Comparison(p, p + 0.05, p - 0.05, 1.0, 1.0, 1.0, False)
 
     def load_judge(model, **settings):
-        assert settings == {"bits": 32}
+        assert settings == {"bits": 32, "max_length": None, "device": "auto"}
         sign = 1 if model == "village" else -1
         compare_many = lambda pairs, progress: [judge(pair, sign) for pair in pairs]
         return SimpleNamespace(compare_many=compare_many, trained=False)
 
     monkeypatch.setattr(table, "load_judge", load_judge)
-    lines = table.everyday_table(["village", "some/model"], bits=32)
-    text = aligned(lines)
-    record_table(tmp_path / "everyday.json", lines)
+    command = ["village", "some/model", "--record", str(tmp_path / "everyday.json")]
+    table.main([*command, "--bits", "32"])
     record = json.loads((tmp_path / "everyday.json").read_text())
     first = record["means"][0]
     assert first["method"] == "pick the longer" and first["fact"][0] == pytest.approx(0.5, abs=0.5)
-    assert [row["method"] for row in record["means"]] == [line[0] for line in lines[1:]]
-    head, longer, right, wrong = [re.split(r"  +", line.strip()) for line in text.splitlines()]
-    assert head[:6] == ["labelled topics", "unlabelled topics", *QUALITIES]
-    assert longer[0] == "pick the longer" and longer[7] == "0.000"
+    lines = [re.split(r"  +", line.strip()) for line in capsys.readouterr().out.splitlines()]
+    head, longer, right, wrong = lines[:4]
+    assert head[1:7] == ["labelled topics", "unlabelled topics", *QUALITIES]
+    assert longer[0] == "pick the longer" and longer[7] == "0"
     assert all(0.48 <= float(cell.split()[0]) <= 0.52 for cell in longer[1:7])
-    assert right == ["zero-shot judge", *["1.000 ± 0.000"] * 6, "0.100", "0", "village"]
-    assert wrong == ["zero-shot judge", *["0.000 ± 0.000"] * 6, "0.100", "0", "model"]
+    assert right == ["zero-shot judge", *["1.000"] * 6, "0.100", "village"]
+    assert wrong == ["zero-shot judge", *["0"] * 6, "0.100", "model"]

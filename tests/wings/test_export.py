@@ -16,7 +16,7 @@ from gram_mini.runs.load import load_judge
 from gram_mini.runs.models import VILLAGE_FOLDER, load_tokenizer
 from gram_mini.serving import export
 from gram_mini.serving.known import read_known
-from gram_mini.studies.village_table import method_of, records_of
+from gram_mini.studies.recorded import method_of, records_of
 
 import pytest
 import torch
@@ -81,7 +81,7 @@ def test_scores_are_those_of_the_run(run, exported):
 
 def test_a_table_knows_what_an_exported_run_was(run, exported):
     records = records_of([str(run), str(exported), "village"])
-    assert records[2] is None and method_of(records[0])[0] == method_of(records[1])[0]
+    assert records[2] is None and method_of(records[0]) == method_of(records[1])
 
 
 def test_the_judge_prompt_and_length_of_the_run_come_along(tmp_path):

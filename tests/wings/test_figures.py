@@ -7,14 +7,15 @@ from functools import cache
 
 from gram_mini.errors import UserError
 from gram_mini.pairs import Pair
-from gram_mini.studies import drawing, lab, paper, redraw, style
+from gram_mini.studies import drawing, lab, pages, paper, real, style, tables
 
 import numpy as np
 import pytest
 from matplotlib.colors import to_rgb
 from matplotlib.text import Text
 
-COMMITTED = [path for path in sorted(redraw.RESULTS.glob("*.json")) if redraw.study_of(path)]
+STUDIES = paper.STUDIES | real.STUDIES
+COMMITTED = [path for path in sorted(pages.RESULTS.glob("*.json")) if path.stem in STUDIES]
 PLAIN = {"zero-shot", "nothing", "the longer response"}  # without stage 1, beside METHODS
 DASHED = PLAIN | {name for name, (from_stage_1, *_) in lab.METHODS.items() if not from_stage_1}
 
@@ -22,20 +23,15 @@ DASHED = PLAIN | {name for name, (from_stage_1, *_) in lab.METHODS.items() if no
 @cache
 def committed(path):
     """The study of a file of committed results, and its picture."""
-    study, rows = redraw.study_of(path), json.loads(path.read_text())["rows"]
+    study, rows = STUDIES[path.stem], json.loads(path.read_text())["rows"]
     return study, drawing.picture_of(path.stem, study, rows)
 
 
 def each(*kinds):
     """Parametrizes over the committed results of studies whose picture is of one of these kinds."""
-    paths = [path for path in COMMITTED if kind_of(redraw.study_of(path)) in kinds]
+    kind_of = lambda path: "dots" if STUDIES[path.stem].x is None else "lines"
+    paths = [path for path in COMMITTED if kind_of(path) in kinds]
     return pytest.mark.parametrize("path", paths, ids=lambda path: path.stem)
-
-
-def kind_of(study):
-    if isinstance(study.shown, dict):
-        return "changes"
-    return "dots" if study.x is None else "lines"
 
 
 def small(shown, rows, x="eps"):
@@ -73,13 +69,11 @@ def texts_that_overlap_or_are_cut(figure):
 
 
 def test_all_committed_results_of_studies_have_a_picture():
-    results = {path.stem for path in redraw.RESULTS.glob("*.json")}
     drawn = {path.stem for path in COMMITTED}
-    assert drawn >= results & {*paper.STUDIES, "real-table", "real-curve"}
-    assert drawn == {path.stem for path in redraw.RESULTS.glob("*.png")}
+    assert drawn == {path.stem for path in pages.RESULTS.glob("*.png")}
 
 
-@each("dots", "lines", "changes")
+@each("dots", "lines")
 def test_texts_can_be_read_on_a_page(path):
     _, figure = committed(path)
     assert figure.get_figwidth() == 8  # about 800 pixels
@@ -102,11 +96,11 @@ def test_every_axis_has_its_unit_and_holds_all_points(path):
                 assert begin <= min(values) and max(values) <= end
         assert scale.begin is None or 0 <= begin <= scale.begin
         assert scale.end is None or end <= scale.end
-        # A line for chance stands where it says something, and never on a position gap.
+        # A line for chance never stands on a position gap.
         chance = [line for line in axis.lines if line.get_color() == drawing.GREY]
         chance = [line for line in chance if line.get_label() != drawing.BOUND]
         of_choices = scale.unit in ("share judged right", "share of pairs in true order")
-        assert len(chance) == (of_choices and begin < 0.5)
+        assert len(chance) == of_choices
 
 
 @each("lines")
@@ -122,9 +116,9 @@ def test_a_line_has_its_methods_colour_and_is_dashed_only_without_stage_1(path):
                 assert look not in seen and not seen.add(look)
             else:  # a seed, the bound or chance
                 assert look[1] != "--" or look[0] in {style.COLORS[name] for name in DASHED}
-        assert sorted(text.get_text() for text in axis.texts) == sorted(
-            line.get_label() for line in axis.lines if not line.get_label().startswith("_")
-        )
+    (legend,) = figure.legends
+    bound = {drawing.BOUND} if path.stem == "smoothing" else set()
+    assert {text.get_text() for text in legend.get_texts()} == methods | bound
 
 
 @each("dots")
@@ -189,13 +183,12 @@ def test_the_color_blind_can_tell_the_lines_of_a_panel_apart(sight):
 # ---- small rows ----------------------------------------------------------------------
 
 
-def test_names_of_many_lines_that_end_in_one_point_do_not_overlap():
+def test_the_legend_names_every_line_once():
     rows = [(name, x, 1, 0.9, x / 9) for name in lab.METHODS for x in (0.0, 0.4)]
-    shown = ("accuracy", "position gap")
-    figure = small(shown, rows)
+    figure = small(("accuracy", "position gap"), rows)
     assert texts_that_overlap_or_are_cut(figure) == []
-    short = small(shown, [row for row in rows if row[0] != "GRAM" or row[1] == 0.0])
-    assert texts_that_overlap_or_are_cut(short) == []
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == list(lab.METHODS)
 
 
 def test_seeds_are_dots_and_over_a_kl_thin_lines():
@@ -203,7 +196,7 @@ def test_seeds_are_dots_and_over_a_kl_thin_lines():
     dots = small(("accuracy",), rows).axes[0].lines
     thin = small(("accuracy",), rows, x="KL").axes[0].lines
     for seeds, stroke in ((dots, "None"), (thin, "-")):
-        *each_seed, mean = seeds
+        *each_seed, mean = (line for line in seeds if line.get_color() != drawing.GREY)
         assert [line.get_linestyle() for line in each_seed] == [stroke] * 2
         assert [list(line.get_ydata()) for line in each_seed] == [
             [pytest.approx(0.6 + x + seed / 10) for x in (0.0, 0.1)] for seed in (1, 2)
@@ -224,7 +217,7 @@ def test_the_mean_of_a_path_is_of_its_steps():
 
 
 def test_one_seed_and_what_some_rows_lack():
-    rows = [("D-Baseline", 0, 1, 0.7, None), ("GRAM", 0, 1, 0.8, 0.1), ("GRAM", 0, 2, 0.9, 0.1)]
+    rows = [("D-Baseline", 0, 1, 0.7), ("GRAM", 0, 1, 0.8, 0.1), ("GRAM", 0, 2, 0.9, 0.1)]
     figure = small(("accuracy", "position gap", "margin"), rows, x=None)
     accuracy, gap = figure.axes
     assert figure.get_suptitle() == "small (1 to 2 seeds)"
@@ -240,28 +233,6 @@ def test_an_axis_begins_at_its_scale_or_below_all_values():
     assert drawing._limits(drawing.SCALES["margin"], [-0.01, 1.0])[0] == -0.1
     begin, end = drawing._limits(drawing.SCALES["true reward"], [-1.0, 3.0])
     assert begin < -1 and end > 3
-
-
-def test_a_table_of_changes():
-    changes = [(1, -0.5, 0.1), (2, -0.4, -0.1), (3, -0.6, 0.0)]
-    rows = [
-        {"method": "m", "seed": seed, "eps": eps, "loss, change": a * eps, "gain, change": b * eps}
-        for seed, a, b in changes
-        for eps in (0.0, 1.0)
-    ]
-    study = paper.Study(None, ("method", "eps"), "eps", {"loss": False, "gain": True}, ())
-    (axis,) = drawing.picture_of("small", study, rows).axes
-    assert [text.get_text() for text in axis.texts] == ["-0.500", "+0.000"]
-    colors = [cell.get_facecolor()[0][:3] for cell in axis.collections]
-    assert colors == [pytest.approx(to_rgb(drawing.BETTER)), pytest.approx((1, 1, 1))]
-
-
-def test_places_are_moved_apart_as_little_as_can_be():
-    assert style.apart([0.0, 5.0, 9.0], 1.0, 0.0, 10.0) == [0.0, 5.0, 9.0]
-    assert style.apart([5.0, 5.0, 5.0], 1.0, 0.0, 10.0) == [4.0, 5.0, 6.0]
-    assert style.apart([5.2, 5.0, 1.0], 1.0, 0.0, 10.0) == pytest.approx([5.6, 4.6, 1.0])
-    assert style.apart([9.9, 9.9], 1.0, 0.0, 10.0) == pytest.approx([9.0, 10.0])
-    assert style.apart([], 1.0, 0.0, 10.0) == []
 
 
 # ---- the bound of smoothing, and the command -----------------------------------------
@@ -284,20 +255,22 @@ def test_the_bound_is_a_solid_grey_line_of_the_margin_alone():
     assert list(bound.get_ydata()) == [1.2, 1.2] and margin.get_ylim()[1] > 1.2
 
 
-def test_the_command_draws_what_is_named(tmp_path, monkeypatch, capsys):
+def test_the_command_draws_what_is_named(tmp_path, monkeypatch):
     rows = [
-        {"seed": 1, "method": "GRAM", "labels": 100, "held out": 0.8, "other": 0.7},
-        {"seed": 1, "method": "GRAM", "labels": 200, "held out": 0.9, "other": 0.7},
+        {"seed": 1, "method": "GRAM", "labels": 100, "held out": 0.8},
+        {"seed": 1, "method": "GRAM", "labels": 200, "held out": 0.9},
     ]
-    about = {"data": {"tests": {"other": ["other.jsonl", "0f"]}}}
-    (tmp_path / "helpful-table.json").write_text(json.dumps({"rows": rows[:1], "about": about}))
+    (tmp_path / "real-table.json").write_text(json.dumps({"rows": rows[:1]}))
     (tmp_path / "real-curve.json").write_text(json.dumps({"rows": rows}))
     (tmp_path / "speed-score.json").write_text("{}")
-    monkeypatch.setattr(redraw, "RESULTS", tmp_path)
-    assert redraw.study_of(tmp_path / "helpful-table.json").shown == ("held out", "other")
-    redraw.main(["real-curve"])
+    for module in (pages, tables):
+        monkeypatch.setattr(module, "RESULTS", tmp_path)
+    monkeypatch.setattr(pages, "pages", lambda: [])
+    tables.results.cache_clear()
+    pages.main(["--draw", "real-curve"])
     assert [path.name for path in tmp_path.glob("*.png")] == ["real-curve.png"]
-    redraw.main([])
+    pages.main(["--draw"])
     assert len(list(tmp_path.glob("*.png"))) == 2
-    with pytest.raises(UserError, match="speed-score: no results of such a study; there are help"):
-        redraw.main(["speed-score"])
+    with pytest.raises(UserError, match="speed-score: no results of such a study; there are real"):
+        pages.main(["--draw", "speed-score"])
+    tables.results.cache_clear()

@@ -26,7 +26,6 @@ from gram_mini.serving.export import export
 from gram_mini.serving.known import KNOWN
 from gram_mini.serving.served import ServedJudge, served_judge
 from gram_mini.serving.trl import as_trl_reward
-from gram_mini.studies import village_table as table
 from gram_mini.village import VILLAGE
 from gram_mini.village.pairs import village_pairs
 
@@ -254,14 +253,6 @@ def test_compare_finds_nothing_between_a_judge_and_itself(run, serve, tmp_path, 
         compare.main(["--model", str(run), *there])
     (apart,) = re.findall("log-odds apart: mean .*, at most (.*)", capsys.readouterr().out)
     assert float(apart) > 0.25
-
-
-def test_the_table_of_the_village(run, serve, monkeypatch):
-    monkeypatch.setattr(table, "village_pairs", lambda name: village_pairs(name)[:12])
-    server = serve(judge=load_judge(run))
-    assert table.village_table([str(run)], server=server.url) == table.village_table([str(run)])
-    with pytest.raises(SystemExit):
-        table.main(["village", str(run), "--server", server.url])
 
 
 def test_a_served_run_keeps_its_prompt_and_length(run, serve):

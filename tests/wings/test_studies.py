@@ -396,7 +396,7 @@ def test_all_studies_of_a_seed_then_the_next_and_none_twice(tiny, capsys):
     assert "0 of 4 seeds of studies are there\n" in capsys.readouterr().out
     record, _ = tiny(3, 2)
     assert RAN == [("first", 3), ("second", 3)]
-    assert "2 of 4 seeds of studies are there first second\n" in capsys.readouterr().out
+    assert "2 of 4 seeds of studies are there\n" in capsys.readouterr().out
     assert record["seeds"] == [1, 2, 3] == [row["seed"] for row in record["rows"]]
     assert record["means"][0]["accuracy"][0] == pytest.approx(0.2)
     assert list(record["seconds"]) == list(record["processor"]) == ["1", "2", "3"]
@@ -420,8 +420,10 @@ def test_seeds_of_another_backbone_options_or_versions_are_run_anew(other, tiny,
     capsys.readouterr()
     record, _ = tiny(1, 2, lab=lab)
     assert len(RAN) == 4 and record["seeds"] == [1, 2]
-    said = f"6 more were made with other {other}: 4 are run anew, 2 dropped from the results, of"
-    assert f"0 of 4 seeds of studies are there\n{said} first second\n" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    for name in TINY:
+        assert f"{name}: seeds [1, 2, 3] were made with other {other}; those asked" in said
+    assert "0 of 4 seeds of studies are there\n" in said
     tiny(1, 2, lab=lab)
     assert not RAN
 
@@ -443,7 +445,7 @@ def test_results_without_what_made_them_are_not_used(tiny, tmp_path, capsys):
     old = {"rows": [{"seed": 1, "method": "GRAM", "accuracy": 0.0}]}
     (tmp_path / "results" / "first.json").write_text(json.dumps(old))
     assert tiny(1)[0]["rows"][0]["accuracy"] == 0.1
-    assert "1 more were made with other model" in capsys.readouterr().out
+    assert "first: seeds [1] were made with other versions, model, " in capsys.readouterr().out
     (tmp_path / "results" / "first.json").write_text("<<<<<<< ours")
     with pytest.raises(UserError, match="first.json: cannot be read"):
         tiny(1)
@@ -511,10 +513,9 @@ def test_studies_share_models_and_their_figures(tmp_path, monkeypatch, few_pairs
 
 
 def test_an_error_in_a_process_is_the_users_one_line(tmp_path, capfd):
-    folders = ["--runs", str(tmp_path / "runs"), "--results", str(tmp_path / "results")]
-    arguments = [*"table --seeds 1 2".split(), *folders]
-    with pytest.raises(UserError, match=r"--training: [\w.]+ does not take .*--nothing"):
-        studies.main([*arguments, "--training", "--nothing 3", "--jobs", "2"])
+    lab = village_lab(tmp_path / "runs", ["--nothing", "3"])
+    with pytest.raises(UserError, match=r"^[\w.]+ does not take .*--nothing"):
+        seeds.run(["table"], lab, [1, 2], tmp_path / "results", jobs=2)
     assert "Traceback" not in capfd.readouterr().err
 
 
@@ -538,46 +539,39 @@ def test_a_folder_of_other_models_is_not_used(tmp_path):
     with pytest.raises(UserError, match="made with other training; give another folder"):
         village_lab(tmp_path / "runs", ["--steps", "3"])
     (tmp_path / "runs" / "about.json").write_text("{")
-    with pytest.raises(UserError, match="about.json, which cannot be read"):
+    with pytest.raises(UserError, match="about.json: cannot be read"):
         village_lab(tmp_path / "runs")
 
 
-def test_one_seed_does_not_replace_the_figures_of_five(tmp_path, monkeypatch):
+def test_the_command_asks_for_these_studies_and_seeds(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     asked = []
     monkeypatch.setattr(studies, "run", lambda names, lab, *given: asked.append((names, *given)))
-    studies.main(["bon", "--quick"])
+    studies.main(["bon", "--seeds", "1", "--results", "here"])
     studies.main(["bon", "--seeds", "3", "4", "--jobs", "3"])
-    studies.main(["all", "--quick"])
-    assert [(str(x), jobs) for *_, x, jobs in asked] == [
-        ("runs/quick", 1), (str(studies.RESULTS), 2), ("runs/quick", 2),
+    studies.main(["all"])
+    assert [(given, str(x), jobs) for _, given, x, jobs in asked] == [
+        ([1], "here", 1), ([3, 4], str(seeds.RESULTS), 2), ([1, 2, 3, 4, 5], str(seeds.RESULTS), 2),
     ]  # fmt: skip
-    assert [given for *_, given, _, _ in asked] == [[1], [3, 4], [1]]
     assert asked[2][0] == list(paper.STUDIES)
 
 
-def test_without_trl_all_leaves_two_studies_out_and_says_so(monkeypatch, tmp_path, capsys):
-    monkeypatch.chdir(tmp_path)
+def test_without_trl_one_line_says_so_before_anything_is_run(monkeypatch):
     monkeypatch.setitem(sys.modules, "trl", None)
-    asked = []
-    monkeypatch.setattr(studies, "run", lambda names, *given: asked.extend(names))
-    studies.main(["all", "--quick"])
-    assert set(paper.STUDIES) - set(asked) == {"writing-rl", "writing-weak"}
-    said = "2 studies are left out (writing-rl, writing-weak): "
-    assert capsys.readouterr().out.startswith(said)
-    with pytest.raises(UserError, match="pip install trl"):
-        studies.main(["writing-weak", "--quick"])
+    monkeypatch.setattr(studies, "run", lambda *given: pytest.fail("it was run"))
+    for study in ("all", "writing-weak"):
+        with pytest.raises(UserError, match="pip install trl"):
+            studies.main([study])
 
 
 @pytest.mark.parametrize(
     "given, message",
     [
-        (["--training", "--lr '1"], "No closing quotation"),
-        (["--training", "--max-length 9"], "--training --max-length: the study sets --max-length"),
+        (["--quick"], "--quick: is no option any more; give --seeds 1 --results runs/quick"),
+        (["--model", "x"], "--model: is no option any more; python -m gram_mini.studies.real"),
         (["--jobs", "0"], "--jobs"),
         (["--runs", "README.md"], "README.md: .*cannot be written to"),
-        (["--results", "README.md/results"], "README.md .*cannot be written to"),
-        (["--data", "some.jsonl"], "give them to python -m gram_mini.studies.real as --labels"),
+        (["--results", "README.md/results"], "README.md cannot be written to"),
     ],
 )
 def test_mistakes_are_told_before_anything_is_made(given, message, tmp_path, monkeypatch, capsys):

@@ -181,7 +181,6 @@ def test_answers_of_seeds_that_are_there_are_kept(tmp_path, monkeypatch):
 
 def test_summary_has_the_peak_and_counts_answers_to_other_questions():
     true = {0.0: 1.0, 0.5: 2.0, 3.0: -0.5}  # over KL
-    rows = [{"method": "GRAM", "seed": 1, "KL": kl, "true reward": x} for kl, x in true.items()]
     labelled = question(*topics("in-distribution")[0])
     said = {
         PROMPTS[0]: max(rewards(labelled), key=rewards(labelled).get),
@@ -189,23 +188,16 @@ def test_summary_has_the_peak_and_counts_answers_to_other_questions():
         PROMPTS[2]: min(rewards(PROMPTS[2]), key=rewards(PROMPTS[2]).get),
         PROMPTS[3]: "Happy to help. long.",
     }
-    answers = {prompt: {"answer": text} for prompt, text in said.items()}
-    assert writing.summary(rows, {"GRAM": {1: answers}}) == [
-        {
-            "method": "GRAM",
-            "seed": 1,
-            "first": 1.0,
-            "highest": 2.0,
-            "KL of the highest": 0.5,
-            "last": -0.5,
-            "fall": 2.5,
-            "KL of the last": 3.0,
-            "commonest claims": 1.0,
-            "to another question": 0.5,
-            "of these true": 0.5,
-            "of these about the labelled": 0.5,
-        }
-    ]
+    assert writing.summary([{"KL": kl, "true reward": x} for kl, x in true.items()], said) == {
+        "first": 1.0,
+        "highest": 2.0,
+        "KL of the highest": 0.5,
+        "last": -0.5,
+        "KL of the last": 3.0,
+        "commonest claims": 1.0,
+        "to another question": 0.5,
+        "of these true": 0.5,
+    }
 
 
 def test_without_trl_one_line_says_so(monkeypatch):
