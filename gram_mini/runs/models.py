@@ -57,8 +57,7 @@ def local_model(name: str) -> Path | None:
         UserError: for what looks like a path, but is neither a folder with a model in it nor GGUF.
     """
     folder = VILLAGE_FOLDER if name == VILLAGE else Path(name)
-    if gguf.is_gguf(folder):
-        gguf.check_file(folder)
+    if gguf.is_gguf(folder) and folder.is_file():
         return folder
     if folder.is_dir():
         if (folder / "adapter_config.json").is_file() and not (folder / "run.json").is_file():
@@ -67,14 +66,15 @@ def local_model(name: str) -> Path | None:
                 "first (peft: merge_and_unload), and give the merged folder"
             )
         if not (folder / "config.json").is_file():
-            files = sorted(folder.glob("*.gguf"))
-            instead = f"; give the GGUF file itself, such as {files[0]}" if files else ""
-            raise UserError(f"{name}: holds no config.json, so it is no model folder{instead}")
+            raise UserError(
+                f"{name}: holds no config.json, so it is no model folder; of a folder of GGUF files "
+                "give the file itself"
+            )
         return folder
-    if looks_like_path(name):
+    if looks_like_path(name) or gguf.is_gguf(folder):
         raise UserError(
-            f"{name}: no such folder; give a model folder, a run folder, a file that ends in .gguf "
-            "or a name on the hub"
+            f"{name}: no such folder or file; give a model folder, a run folder, a GGUF file or a "
+            "name on the hub"
         )
     return None
 
@@ -198,7 +198,6 @@ def load_model(
     plain = device.type == "cpu" and dtype == torch.bfloat16 and not scoring
     folder = local_model(name)
     config = from_pretrained(AutoConfig, name, folder)
-    gguf.say_lost(name, config, bits)
     if device.type == "cuda" and bits == 4 and dtype == torch.float32:
         print(NO_BFLOAT16, file=sys.stderr)
     checks.check_stored(name, config, bits)
