@@ -16,11 +16,6 @@ import torch
 LOGITS_AT_ONCE = 2**25  # as many logits take 128 MiB in float32
 
 
-def rows_at_once(head) -> int:
-    """How many tokens' logits are made at a time."""
-    return max(1, LOGITS_AT_ONCE // len(head.weight))
-
-
 def chunked_pair_loss(hidden: torch.Tensor, targets: torch.Tensor, head) -> torch.Tensor:
     """``pair_loss(head(hidden), targets)`` without holding the logits of more than a few hundred
     tokens at once.
@@ -30,7 +25,7 @@ def chunked_pair_loss(hidden: torch.Tensor, targets: torch.Tensor, head) -> torc
         targets: (N,), the token that follows.
         head: model.OutputHead; its weights are taken as frozen.
     """
-    rows = rows_at_once(head)
+    rows = max(1, LOGITS_AT_ONCE // len(head.weight))
     if len(hidden) <= rows:
         return pair_loss(head(hidden), targets)
     return _InChunks.apply(hidden, targets, head, rows)
@@ -47,9 +42,8 @@ class _InChunks(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, targets, head, rows):
         chunks = zip(hidden.split(rows), targets.split(rows))  # (n, H), (n,)
-        losses, gradients = zip(*(_chunk(h, t, head, ctx.needs_input_grad[0]) for h, t in chunks))
-        if ctx.needs_input_grad[0]:
-            ctx.save_for_backward(torch.cat(gradients) / len(targets))  # (N, H)
+        losses, gradients = zip(*(_chunk(h, t, head) for h, t in chunks))
+        ctx.save_for_backward(torch.cat(gradients) / len(targets))  # (N, H)
         return torch.stack(losses).sum() / len(targets)
 
     @staticmethod
@@ -57,14 +51,12 @@ class _InChunks(torch.autograd.Function):
         return ctx.saved_tensors[0] * gradient, None, None, None
 
 
-def _chunk(
-    hidden: torch.Tensor, targets: torch.Tensor, head, with_gradient: bool
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+def _chunk(hidden: torch.Tensor, targets: torch.Tensor, head) -> tuple[torch.Tensor, torch.Tensor]:
     """Summed negative log-likelihood of a few tokens, and its gradient (n, H).
 
     It needs the memory of one (n, V) of logits: they become probabilities, then their gradient.
     """
-    hidden = hidden.detach().requires_grad_(with_gradient)  # (n, H)
+    hidden = hidden.detach().requires_grad_()  # (n, H)
     targets = targets[:, None]  # (n, 1)
     with torch.enable_grad():
         logits = head(hidden)  # (n, V)
@@ -74,8 +66,6 @@ def _chunk(
     z.sub_(largest).exp_()
     sums = z.sum(dim=1, keepdim=True)  # (n, 1)
     loss = (sums.log() + largest - right).sum()
-    if not with_gradient:
-        return loss, None
     # d loss / d logits: probabilities, less 1 at the target
     z.div_(sums).scatter_add_(1, targets, -torch.ones_like(sums))
     return loss, torch.autograd.grad(logits, hidden, z.to(logits.dtype))[0]

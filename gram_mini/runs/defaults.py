@@ -35,7 +35,7 @@ SCALAR = (1e-3, None)  # the rate of a scalar head and the adapter under it
 FROZEN = {"scalar": 0.1, "labels": 0.01}  # of a head alone, for any model; chosen on the village
 SEARCHED = {576: 1e-3}  # width: rate; SmolLM2-135M
 RULE = "5e-4 x (2000 / {})^0.78"
-SCORED = (32, 8)  # judge prompts of max_length per forward pass, on a CPU
+SCORED = (32, 8)  # judge prompts of max_length per forward pass
 REQUESTS = 32  # to a server at a time
 
 

@@ -67,8 +67,8 @@ def local_model(name: str) -> Path | None:
             )
         if not (folder / "config.json").is_file():
             raise UserError(
-                f"{name}: holds no config.json, so it is no model folder; of a folder of GGUF files "
-                "give the file itself"
+                f"{name}: holds no config.json, so it is no model folder; of a folder of GGUF "
+                "files give the file itself"
             )
         return folder
     if looks_like_path(name) or gguf.is_gguf(folder):
@@ -129,17 +129,12 @@ def load_tokenizer(name: str):
     (GPT2Tokenizer, which SmolLM2 names, splits no digits). Then the file is taken as it is.
 
     Raises:
-        UserError: if there is none under this name, or not the one of the file.
+        UserError: if there is none under this name.
     """
     folder = Path(name) if (Path(name) / "tokenizer_config.json").is_file() else local_model(name)
     tokenizer = from_pretrained(AutoTokenizer, name, folder)
     if not as_in_file(tokenizer, name, folder):
         tokenizer = from_pretrained(PreTrainedTokenizerFast, name, folder)
-        if not as_in_file(tokenizer, name, folder):
-            raise UserError(
-                f"{name}: transformers makes other tokens of a text than its tokenizer.json says; "
-                "another version of transformers may read it"
-            )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token  # padding is never attended to, any token will do
     return tokenizer
@@ -200,7 +195,7 @@ def load_model(
     config = from_pretrained(AutoConfig, name, folder)
     if device.type == "cuda" and bits == 4 and dtype == torch.float32:
         print(NO_BFLOAT16, file=sys.stderr)
-    checks.check_stored(name, config, bits)
+    checks.check_stored(name, config)
     model, report = from_pretrained(
         AutoModelForCausalLM,
         name,
@@ -216,8 +211,6 @@ def load_model(
     checks.check_weights(name, model, report)
     if bits == 4:
         checks.check_quantisation(name, model)
-    elif getattr(model, "is_loaded_in_4bit", False):
-        model = model.dequantize().to(dtype)
     for module in model.modules():
         # On CPUs with AVX512-BF16 bitsandbytes repacks the weights at the first forward pass in
         # eval mode. Gradients computed after that are wrong, silently. This keeps it from
@@ -225,7 +218,6 @@ def load_model(
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
     checks.check_computation(name, model)
-    checks.check_modes(name, model)
     if checkpointing:
         checkpoint_gradients(model)
     return model.requires_grad_(False)

@@ -171,7 +171,7 @@ def score_options(description: str, argv=None) -> argparse.Namespace:
         type=positive_int,
         metavar="N",
         help="judge prompts of --max-length per forward pass; of shorter ones as many more as have "
-        "the same number of tokens (default: on a GPU what its memory admits; elsewhere "
+        "the same number of tokens (default: "
         f"{defaults.SCORED[0]} for the village's backbone, {defaults.SCORED[1]} for any other); "
         f"with --server requests at a time (default: {defaults.REQUESTS})",
     )

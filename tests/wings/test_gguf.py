@@ -323,7 +323,9 @@ def refused(path) -> str:
 
 def test_a_tokenizer_that_adds_a_token_is_refused(tensors, tmp_path):
     for value in (True, None):
-        file = write(tmp_path / "bos.gguf", tensors, changed={"tokenizer.ggml.add_bos_token": value})
+        file = write(
+            tmp_path / "bos.gguf", tensors, changed={"tokenizer.ggml.add_bos_token": value}
+        )
         assert f"add_bos_token is {value}; only False is read" in refused(file)
 
 

@@ -183,7 +183,7 @@ def measured_step(stage: str, sequences: int, attention: str) -> dict[str, str]:
     rows = common.full_rows(sequences, stage, config.vocab_size, length)
     trained = trained_tokens(PIECES[stage], rows) if stage == "pretrain" else 0
     tokens = sequences * length
-    foreseen = runs_memory.measure(model, length).step(tokens, length, trained / tokens)
+    foreseen = runs_memory.measure(model).step(tokens, length, trained / tokens)
     optimizer, _ = optimizer_and_schedule(model, 1e-3, 10)
     step = partial(common.take_step, model, optimizer, common.loss_of, stage, rows)
     gc.collect()
