@@ -27,6 +27,10 @@ import torch
 from peft import get_peft_model_state_dict
 from safetensors import safe_open
 
+ADAPTER = (
+    "holds an adapter, which training would drop; merge it into its model first "
+    "(peft: merge_and_unload), and give the merged folder"
+)
 NEARLY_ALL = 0.95  # fraction of the weights in 4 bits above which nothing is said
 CLOSE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2}  # of the largest logit
 
@@ -41,10 +45,7 @@ def check_weights(name: str, model, report: dict) -> None:
         UserError: if there are any (they would be drawn at random, silently), or an adapter.
     """
     if getattr(model, "_hf_peft_config_loaded", False):
-        raise UserError(
-            f"{name}: holds an adapter, which training would drop; merge it into its model first "
-            "(peft: merge_and_unload), and give the merged folder"
-        )
+        raise UserError(f"{name}: {ADAPTER}")
     problems = {
         "is missing from the file": sorted(report["missing_keys"]),
         "is in the file and not in the model": sorted(report["unexpected_keys"]),

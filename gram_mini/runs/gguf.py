@@ -8,13 +8,13 @@ refused. Source: github.com/ggml-org/ggml, docs/gguf.md.
 
 from __future__ import annotations
 
-import re
 import sys
 from collections import Counter
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from gram_mini.errors import UserError, last_line
+from gram_mini.runs.checks import check_weights
 from gram_mini.runs.output import check_place, sampled_hash
 
 import torch
@@ -23,7 +23,7 @@ from huggingface_hub.constants import HF_HOME
 from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models
 from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 FORMAT = 1  # raise it with every change to what is unpacked; older folders are then left alone
 CACHE = Path(HF_HOME) / "gram_mini"
@@ -35,12 +35,10 @@ PROVEN = {  # keys and the values that they must have
     "general.architecture": "llama", "tokenizer.ggml.model": "gpt2",
     "tokenizer.ggml.pre": "smollm", "tokenizer.ggml.add_bos_token": False,
 }  # fmt: skip
-CONFIG = {  # keys that must be there, and their names in the config
-    "llama.context_length": "max_position_embeddings", "llama.embedding_length": "hidden_size",
-    "llama.block_count": "num_hidden_layers", "llama.feed_forward_length": "intermediate_size",
-    "llama.attention.head_count": "num_attention_heads",
-    "llama.attention.head_count_kv": "num_key_value_heads",
-    "llama.attention.layer_norm_rms_epsilon": "rms_norm_eps", "llama.rope.freq_base": "rope_theta",
+CONFIG = {  # keys that transformers reads
+    "llama.context_length", "llama.embedding_length", "llama.block_count",
+    "llama.feed_forward_length", "llama.attention.head_count", "llama.attention.head_count_kv",
+    "llama.attention.layer_norm_rms_epsilon", "llama.rope.freq_base",
 }  # fmt: skip
 TOKENS = "tokenizer.ggml.tokens"
 NEEDED = (TOKENS, "tokenizer.ggml.token_type", "tokenizer.ggml.merges", "tokenizer.chat_template")
@@ -104,21 +102,36 @@ def _unpack(path: Path, folder: Path) -> str:
             "download it again"
         ) from error
     try:
-        tensors = {tensor.name: tensor for tensor in reader.tensors}
         _check_keys(keys)
         tokenizer = _tokenizer(keys)
-        config = _config(keys, tied="output.weight" not in tensors)
-        weights = _weights(gguf, config, tensors)
+        model, report = AutoModelForCausalLM.from_pretrained(
+            path.parent,
+            gguf_file=path.name,
+            dtype=torch.float32,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are reported, and refused just below
+        )
     except Exception as error:  # ours, or of a library for which something is too odd
         if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
             raise
         raise UserError(f"{path}: {last_line(error)}; {ELSE}") from error
+    check_weights(str(path), model, report)
+    weights = dict(model.named_parameters())  # without the output matrix if it is tied
+    if len(reader.tensors) != len(weights):
+        raise UserError(
+            f"{path}: holds {len(reader.tensors)} weights, and the model has {len(weights)}; {ELSE}"
+        )
+    kinds = Counter(tensor.tensor_type.name for tensor in reader.tensors if len(tensor.shape) > 1)
+    kind = kinds.most_common(1)[0][0]
+    for name, weight in weights.items():
+        # The rounding of float16 is far below that of 8 bits, and it takes half of float32.
+        weights[name] = weight.half() if weight.ndim > 1 and kind not in EXACT else weight
     folder.mkdir()
-    config.save_pretrained(folder)
+    vars(model.config).pop("quantization_config", None)  # it is not quantised any more
+    model.config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    kinds = Counter(tensor.tensor_type.name for tensor in reader.tensors if len(tensor.shape) > 1)
-    return kinds.most_common(1)[0][0]
+    return kind
 
 
 def _check_keys(keys: dict) -> None:
@@ -128,8 +141,9 @@ def _check_keys(keys: dict) -> None:
             raise UserError(f"its {key} is {keys.get(key)}; only {value} is read")
     if missing := [key for key in (*CONFIG, *NEEDED) if key not in keys]:
         raise UserError(f"its key {missing[0]} is missing")
+    head_dim = keys["llama.embedding_length"] // keys["llama.attention.head_count"]
     may_be = {
-        "llama.rope.dimension_count": _head_dim(keys),
+        "llama.rope.dimension_count": head_dim,
         "llama.vocab_size": len(keys[TOKENS]),
         "tokenizer.ggml.add_space_prefix": False,
         "tokenizer.ggml.add_eos_token": False,
@@ -138,10 +152,6 @@ def _check_keys(keys: dict) -> None:
         said = keys[key]
         if key.startswith(("llama.", "tokenizer.")) and said != may_be.get(key):
             raise UserError(f"its key {key} ({str(said)[:40]}) is not read")
-
-
-def _head_dim(keys: dict) -> int:
-    return keys["llama.embedding_length"] // keys["llama.attention.head_count"]
 
 
 def _tokenizer(keys: dict) -> PreTrainedTokenizerFast:
@@ -165,43 +175,3 @@ def _tokenizer(keys: dict) -> PreTrainedTokenizerFast:
         chat_template=keys["tokenizer.chat_template"],
         **{name: tokens[keys[key]] if key in keys else None for key, name in SPECIAL.items()},
     )
-
-
-def _config(keys: dict, tied: bool) -> LlamaConfig:
-    values = {name: keys[key] for key, name in CONFIG.items()}
-    return LlamaConfig(
-        rope_parameters={"rope_type": "default", "rope_theta": values.pop("rope_theta")},
-        **values,
-        head_dim=_head_dim(keys),
-        vocab_size=len(keys[TOKENS]),
-        tie_word_embeddings=tied,
-        bos_token_id=keys.get("tokenizer.ggml.bos_token_id"),
-        eos_token_id=keys.get("tokenizer.ggml.eos_token_id"),
-    )
-
-
-def _weights(gguf, config: LlamaConfig, tensors: dict) -> dict[str, torch.Tensor]:
-    """The weights by their names in a model folder, each of the shape that the config asks for."""
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
-    weights, left = {}, dict(tensors)
-    for name, wanted in model.named_parameters():  # without the output matrix if it is tied
-        tensor = left.pop(names.get_name(name, (".weight", ".bias")), None)
-        if tensor is None:
-            raise UserError(f"its weight {name} is missing")
-        weight = torch.tensor(gguf.dequantize(tensor.data, tensor.tensor_type))
-        if weight.shape != wanted.shape:
-            shapes = f"{list(weight.shape)}, not {list(wanted.shape)}"
-            raise UserError(f"its weight {name} has the shape {shapes}")
-        if re.search(r"\.[qk]_proj\.", name):
-            # We turn one half of a head by the other. llama.cpp turns neighbours, and so writes
-            # the rows of queries and keys in another order.
-            pairs = weight.view(-1, config.head_dim // 2, 2, weight.shape[1])
-            weight = pairs.transpose(1, 2).reshape(weight.shape)
-        # The rounding of float16 is far below that of 8 bits, and it takes half of float32.
-        exact = tensor.tensor_type.name in EXACT
-        weights[name] = (weight if exact else weight.half()).contiguous()
-    if left:
-        raise UserError(f"its weight {min(left)} is none of the model's")
-    return weights

@@ -5,7 +5,6 @@ Each model is tried on a few tokens before it is used (checks.py).
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 from gram_mini.errors import UserError
@@ -38,11 +37,6 @@ PROBES = (
     "é ﬁ Å ½",
     "a_b-c/d == 10**6;",
 )
-NO_BFLOAT16 = (
-    "this GPU has no bf16, so 4-bit weights compute in float32, which is slow; prefer a GPU with "
-    "bf16 (Ampere or newer) or a smaller model; --bits 16 computes in float16, which is fast but "
-    "may overflow"
-)
 PLAIN_UP_TO = 512  # tokens of a sequence in training with plain attention; see keep_no_square
 VILLAGE_FOLDER = Path(__file__).parents[1] / "village" / "backbone"
 
@@ -61,10 +55,7 @@ def local_model(name: str) -> Path | None:
         return folder
     if folder.is_dir():
         if (folder / "adapter_config.json").is_file() and not (folder / "run.json").is_file():
-            raise UserError(
-                f"{name}: holds an adapter, which training would drop; merge it into its model "
-                "first (peft: merge_and_unload), and give the merged folder"
-            )
+            raise UserError(f"{name}: {checks.ADAPTER}")
         if not (folder / "config.json").is_file():
             raise UserError(
                 f"{name}: holds no config.json, so it is no model folder; of a folder of GGUF "
@@ -79,13 +70,19 @@ def local_model(name: str) -> Path | None:
     return None
 
 
-def from_pretrained(kind, name: str, folder: Path | None, **options):
-    """What the hub or a folder holds; a hub name may end in @COMMIT, which pins the version."""
+def source(name: str, folder: Path | None) -> tuple[str, str]:
+    """(folder or name on the hub, commit) of a model. A hub name may end in @COMMIT."""
     if folder and gguf.is_gguf(folder):
         folder = gguf.model_folder(folder)
-    source, _, commit = (str(folder), "", "") if folder else name.partition("@")
+    place, _, commit = (str(folder), "", "") if folder else name.partition("@")
+    return place, commit or "main"
+
+
+def from_pretrained(kind, name: str, folder: Path | None, **options):
+    """What the hub or a folder holds."""
+    place, commit = source(name, folder)
     try:
-        return kind.from_pretrained(source, revision=commit or "main", **options)
+        return kind.from_pretrained(place, revision=commit, **options)
     except Exception as error:  # whatever the loader raises, this name gives no model
         lines = [line for line in str(error).splitlines() if line.strip()]
         reason = lines[0] if lines else type(error).__name__
@@ -142,22 +139,15 @@ def load_tokenizer(name: str):
 
 def as_in_file(tokenizer, name: str, folder: Path | None) -> bool:
     """Whether a tokenizer makes the tokens of its tokenizer.json; True if there is no such file."""
-    if folder and folder.is_file():  # a GGUF file
-        return True
-    source, _, commit = (str(folder), "", "") if folder else name.partition("@")
-    file = cached_file(
-        source,
-        "tokenizer.json",
-        revision=commit or "main",
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False,
-    )
+    place, commit = source(name, folder)
+    quiet = ("_raise_exceptions_for_missing_entries", "_raise_exceptions_for_connection_errors")
+    file = cached_file(place, "tokenizer.json", revision=commit, **dict.fromkeys(quiet, False))
     if file is None or not tokenizer.is_fast:
         return True
+    options = {"add_special_tokens": False}
     of_file = Tokenizer.from_file(file)
     return all(
-        tokenizer(text, add_special_tokens=False)["input_ids"]
-        == of_file.encode(text, add_special_tokens=False).ids
+        tokenizer(text, **options)["input_ids"] == of_file.encode(text, **options).ids
         for text in (PROBE, *PROBES)
     )
 
@@ -193,8 +183,6 @@ def load_model(
     plain = device.type == "cpu" and dtype == torch.bfloat16 and not scoring
     folder = local_model(name)
     config = from_pretrained(AutoConfig, name, folder)
-    if device.type == "cuda" and bits == 4 and dtype == torch.float32:
-        print(NO_BFLOAT16, file=sys.stderr)
     checks.check_stored(name, config)
     model, report = from_pretrained(
         AutoModelForCausalLM,
