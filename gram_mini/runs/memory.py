@@ -1,21 +1,17 @@
 """How much memory a training step will take and how much is free, estimated before the first step.
 
-No formula fits what the layers of all models keep for the backward pass. So the loaded model takes
-three small steps, and after each operation the bytes of all tensors that exist are noted. With R
-rows of T tokens each of these figures is c + a R T + b R T^2: adapters in half precision and
-dequantised matrices are in c, activations in a, attention without a fused kernel in b. Three steps
-give c, a and b, and the peak of the longest pass is the largest figure there. Added to it are
+The loaded model takes three small steps, and after each operation the bytes of all tensors that
+exist are noted. With R rows of T tokens each of these figures is c + a R T + b R T^2: adapters in
+half precision and dequantised matrices are in c, activations in a, attention without a fused kernel
+in b. Three steps give c, a and b, and the peak of the longest pass is the largest figure there.
+Added to it are
 
   logits         of stage 1, 12 bytes each, or 8 for as many as are made at once (chunked.py)
   the adapter's  gradients and Adam's two moments, 12 bytes for each number
 
-If the operations of a model depend on the length (a mixture of experts, a scan), only the peaks of
-the three steps are used. The estimate leaves out what a kernel takes within one operation, and the
-judging of held-out pairs, which keeps nothing for a backward pass. It is between 90% and 120% of
-what torch allocates (tests/wings/test_memory.py). The process may grow by more, because freed
-memory lies scattered between what is kept.
-
-On a GPU the same estimate chooses the passes of a step.
+The estimate leaves out what a kernel takes within one operation. It is between 90% and 120% of what
+torch allocates (tests/wings/test_memory.py). The process may grow by more, because freed memory
+lies scattered between what is kept. On a GPU the same estimate chooses the passes of a step.
 """
 
 from __future__ import annotations
@@ -147,10 +143,11 @@ def measure(model) -> Estimate:
     two, three, long = kept
     if long - two < 1.5 * (three - two):  # twice the length should keep what two more rows keep
         raise ValueError(f"the model pads sequences of {TOKENS} tokens")
-    alike = len(set(map(len, noted))) == 1
-    figures = noted if alike else [[max(each)] for each in noted]
+    if len(set(map(len, noted))) > 1:  # operations depend on the length (a mixture of experts)
+        noted = [[max(each)] for each in noted]
     vocabulary = model.get_input_embeddings().num_embeddings
-    return Estimate(_fit(figures), _fit(kept), vocabulary, sum(p.numel() for p in trainable(model)))
+    adapter = sum(p.numel() for p in trainable(model))
+    return Estimate(_fit(noted), _fit(kept), vocabulary, adapter)
 
 
 def _fit(figures) -> torch.Tensor:
