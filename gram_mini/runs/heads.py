@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from gram_mini.batches import IGNORED, EncodedPair, Segments, next_tokens, pad, right_labels
+from gram_mini.batches import EncodedPair, Segments, judge_batch, right_labels
 from gram_mini.chat import SLOTS, encode, encode_beginning, render, split_at_slots
 from gram_mini.judge import Judge
 from gram_mini.model import evaluating, output_head
@@ -144,35 +144,16 @@ def response_batch(
     Returns ids (2B, T); last (2B,), the position of the last token; and right (B,), the preferred
     response as in batches.judge_batch.
     """
-    orders = [*rows, *(row.swapped() for row in rows)]
-    sequences = [_sequence(pieces, row) for row in orders]
-    last = torch.tensor([len(ids) - 1 for ids in sequences])
-    return pad(sequences).to(device), last.to(device), right_labels(rows).to(device)
+    orders = [first_alone(order) for order in (*rows, *(row.swapped() for row in rows))]
+    ids, last, _ = judge_batch(orders, pieces, device)
+    return ids, last, right_labels(rows).to(device)
 
 
-def chosen_batch(
-    rows: list[EncodedPair], pieces: PromptPieces, device="cpu"
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The preferred response of each labelled row after its prompt, for the text loss.
-
-    Returns ids (B, T) and targets (B, T), IGNORED on the prompt and on padding.
-    """
-    preferred = _preferred(rows)
-    sequences = [_sequence(pieces, row) for row in preferred]
-    given = [len(pieces.start) + len(row.prompt) + pieces.given for row in preferred]
-    targets = [next_tokens(ids, n) for ids, n in zip(sequences, given)]
-    return pad(sequences).to(device), pad(targets, IGNORED).to(device)
+def preferred_alone(rows: list[EncodedPair]) -> list[EncodedPair]:
+    """Labelled rows with the preferred response only, which the text loss reads."""
+    return [first_alone(row.swapped() if row.label else row) for row in rows]
 
 
-def chosen_tokens(rows: list[EncodedPair], pieces: PromptPieces) -> int:
-    """Number of tokens that the text loss is a mean over: preferred responses and their ends."""
-    return sum(len(row.response_a) + len(pieces.end) for row in _preferred(rows))
-
-
-def _preferred(rows: list[EncodedPair]) -> list[EncodedPair]:
-    """The rows with the preferred response first."""
-    return [row.swapped() if row.label else row for row in rows]
-
-
-def _sequence(pieces: PromptPieces, row: EncodedPair) -> list[int]:
-    return [token for segment in response_segments(pieces, row) for token in segment]
+def first_alone(row: EncodedPair) -> EncodedPair:
+    """A row without its second response."""
+    return replace(row, response_b=())
