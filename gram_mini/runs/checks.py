@@ -1,15 +1,7 @@
 """Checks that a model computes what we assume. A model that does not is refused in one line.
 
 Architectures differ in what they compute, and no list of names would stay true. So each model is
-tried on a few tokens when it is loaded:
-
-    check_weights        every weight comes from the file, and no adapter is dropped
-    check_stored         the file is not quantised itself
-    check_quantisation   how many weights are in 4 bits, and layers that cannot come back
-    check_computation    our logits are the model's own; later tokens, padding, the rest of a batch
-                         and the mode change nothing; shared beginnings give the same states
-    check_adapter        an adapter's file holds what the model wants, no less and no more
-    check_sizes          the tokenizer fits the embedding, and --max-length the positions
+tried on a few tokens when it is loaded.
 """
 
 from __future__ import annotations
@@ -27,8 +19,8 @@ from peft import get_peft_model_state_dict
 from safetensors import safe_open
 
 ADAPTER = (
-    "holds an adapter, which training would drop; merge it into its model first "
-    "(peft: merge_and_unload), and give the merged folder"
+    "holds an adapter and no run.json of a finished run; merge it into its model first (peft: "
+    "merge_and_unload), and give the merged folder"
 )
 NEARLY_ALL = 0.95  # fraction of the weights in 4 bits above which nothing is said
 CLOSE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2}  # of the largest logit
@@ -63,11 +55,7 @@ def check_weights(name: str, model, report: dict) -> None:
 
 
 def check_stored(name: str, config) -> None:
-    """See that a checkpoint is not stored in few bits.
-
-    Raises:
-        UserError: if it is, because a judge that is trained on it could not be exported.
-    """
+    """Refuse a checkpoint that is stored in few bits: a judge of it could not be exported."""
     if getattr(config, "quantization_config", None):
         raise UserError(
             f"{name}: is stored in few bits, as its quantization_config says; give the model as it "
@@ -81,9 +69,8 @@ def check_quantisation(name: str, model) -> None:
     Embeddings, output matrix, norms and biases are never quantised and do not count.
 
     Raises:
-        UserError: if no layer is, or if layers cannot be turned back as they were: GPT-2's Conv1D,
-            and rows that are not whole blocks, which bitsandbytes (0.50.2) reads with the scales of
-            other blocks on CPUs with AVX-512.
+        UserError: if no layer is, or if some cannot be turned back: GPT-2's Conv1D, and rows that
+            are no whole blocks, which bitsandbytes 0.50.2 misreads on CPUs with AVX-512.
     """
     in_four, others = 0, 0
     ends = {id(model.get_input_embeddings()), id(model.get_output_embeddings())}
@@ -108,10 +95,7 @@ def check_quantisation(name: str, model) -> None:
         raise UserError(f"{name}: none of its layers can be put into 4 bits; give --bits 16")
     share = in_four / (in_four + others)
     if share < NEARLY_ALL:
-        say(
-            f"{name}: {share:.0%} of the weights of its layers are in 4 bits, the others in "
-            f"{str(model.dtype).removeprefix('torch.')}"
-        )
+        say(f"{name}: only {share:.0%} of the weights of its layers are in 4 bits")
 
 
 # ---- adapters ------------------------------------------------------------------------
@@ -119,8 +103,6 @@ def check_quantisation(name: str, model) -> None:
 
 def check_adapter(name: str, model, file: Path, adapter: str = "default") -> None:
     """See that an adapter's file holds the weights that the adapted model wants, and no others.
-
-    ``adapter`` is what peft calls it.
 
     Raises:
         UserError: if not, because peft would go on with fresh weights, which change nothing.
@@ -215,19 +197,15 @@ def _fault(model) -> str:
             if not torch.equal(hidden_states(model.eval(), ids), states):
                 return "changes between training and evaluation change what it computes"
     base.sharing_is_exact = True
-    base.sharing_is_exact = can_share(model) and _shares(model, ids, same)
+    if can_share(model):
+        question = tuple(ids[0].tolist())
+        ends = [tuple(ids[1, k : k + n].tolist()) for k, n in ((0, 3), (5, 5), (9, 4))]
+        sequences: list[Segments] = [(question, a, b) for a in ends for b in ends]
+        whole = [torch.tensor([sum(s, ())], device=model.device) for s in sequences]
+        alone = torch.cat([ours(s)[:, -1] for s in whole])  # (9, V)
+        shared = output_logits(model, end_states(model, sequences))  # (9, V)
+        base.sharing_is_exact = same(shared, alone)
     return ""
-
-
-def _shares(model, ids: torch.Tensor, same) -> bool:
-    """Whether states of sequences with a shared beginning are those of whole sequences."""
-    question = tuple(ids[0].tolist())
-    ends = [tuple(ids[1, k : k + n].tolist()) for k, n in ((0, 3), (5, 5), (9, 4))]
-    sequences: list[Segments] = [(question, a, b) for a in ends for b in ends]
-    shared = end_states(model, sequences)  # (9, H)
-    whole = [torch.tensor([sum(s, ())], device=model.device) for s in sequences]
-    alone = torch.cat([hidden_states(model, s)[:, -1] for s in whole])  # (9, H)
-    return same(output_logits(model, shared), output_logits(model, alone))
 
 
 # ---- sizes ---------------------------------------------------------------------------
@@ -237,8 +215,7 @@ def check_sizes(name: str, model, tokenizer, max_length: int) -> None:
     """See before any work that tokens and positions fit.
 
     Raises:
-        UserError: if the tokenizer has more tokens than the embedding rows, or sequences of
-            ``max_length`` more positions than the model was made for.
+        UserError: if they do not.
     """
     rows = model.get_input_embeddings().num_embeddings
     largest = max(tokenizer.get_vocab().values())

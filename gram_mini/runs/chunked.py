@@ -1,10 +1,9 @@
 """losses.pair_loss with little memory: the same number and the same gradient.
 
-The logits fill the memory in stage 1. With 151,936 tokens in the vocabulary they take 0.6 MB for
-each trained token, more than all layers keep for it. Here the logits of a few hundred tokens are
-made, turned into their gradient in place, and dropped before the next ones are made. This works
-because the output matrix is frozen: only the gradient of the hidden states, (N, H), has to be kept.
-tests/lesson/test_losses.py holds both functions equal.
+With 151,936 tokens in the vocabulary the logits take 0.6 MB for each trained token, more than all
+layers keep for it. Here the logits of a few hundred tokens are made, turned into their gradient in
+place, and dropped before the next ones are made. This works because the output matrix is frozen:
+only the gradient of the hidden states, (N, H), has to be kept.
 """
 
 from __future__ import annotations
@@ -17,13 +16,9 @@ LOGITS_AT_ONCE = 2**25  # as many logits take 128 MiB in float32
 
 
 def chunked_pair_loss(hidden: torch.Tensor, targets: torch.Tensor, head) -> torch.Tensor:
-    """``pair_loss(head(hidden), targets)`` without holding the logits of more than a few hundred
-    tokens at once.
+    """``pair_loss(head(hidden), targets)`` of hidden states (N, H) and the tokens (N,) that follow.
 
-    Args:
-        hidden: (N, H), the last hidden states where a trained token follows.
-        targets: (N,), the token that follows.
-        head: model.OutputHead; its weights are taken as frozen.
+    ``head`` is a model.OutputHead; its weights are taken as frozen.
     """
     rows = max(1, LOGITS_AT_ONCE // len(head.weight))
     if len(hidden) <= rows:
@@ -32,8 +27,7 @@ def chunked_pair_loss(hidden: torch.Tensor, targets: torch.Tensor, head) -> torc
 
 
 class _InChunks(torch.autograd.Function):
-    """Computes the gradient of each chunk right after its loss, so that never more than the logits
-    of one chunk exist.
+    """Computes the gradient of each chunk right after its loss.
 
     torch 2.13 has F.linear_cross_entropy, which does the same, but in bfloat16 it adds up the loss
     in bfloat16 (with 100 chunks it was off by 2%), and it knows no cap.

@@ -8,7 +8,6 @@ refused. Source: github.com/ggml-org/ggml, docs/gguf.md.
 
 from __future__ import annotations
 
-import sys
 from collections import Counter
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -16,6 +15,7 @@ from tempfile import TemporaryDirectory
 from gram_mini.errors import UserError, last_line
 from gram_mini.runs.checks import check_weights
 from gram_mini.runs.output import check_place, sampled_hash
+from gram_mini.runs.report import say
 
 import torch
 from filelock import FileLock
@@ -42,9 +42,7 @@ CONFIG = {  # keys that transformers reads
 }  # fmt: skip
 TOKENS = "tokenizer.ggml.tokens"
 NEEDED = (TOKENS, "tokenizer.ggml.token_type", "tokenizer.ggml.merges", "tokenizer.chat_template")
-# Keys of special tokens, which may be left out. If one is, it must be None by name, because some
-# classes have tokens of their own.
-SPECIAL = {
+SPECIAL = {  # keys that may be left out
     f"tokenizer.ggml.{key}_token_id": f"{name}_token"
     for key, name in {"bos": "bos", "eos": "eos", "unknown": "unk", "padding": "pad"}.items()
 }
@@ -80,10 +78,8 @@ def model_folder(path: Path) -> Path:
             made = Path(partial) / "model"
             kind = _unpack(path, made)
             made.rename(folder)
-            size = sum(file.stat().st_size for file in folder.iterdir()) / 1e6
-            line = f"{path}: unpacked into {folder} ({size:,.0f} MB), where it can be deleted"
             rounded = "" if kind in EXACT else f"; its weights were rounded to {kind}"
-            print(f"{line}{rounded}", file=sys.stderr)
+            say(f"{path}: unpacked into {folder}, where it can be deleted{rounded}")
     return folder
 
 
@@ -112,8 +108,6 @@ def _unpack(path: Path, folder: Path) -> str:
             ignore_mismatched_sizes=True,  # they are reported, and refused just below
         )
     except Exception as error:  # ours, or of a library for which something is too odd
-        if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
-            raise
         raise UserError(f"{path}: {last_line(error)}; {ELSE}") from error
     check_weights(str(path), model, report)
     weights = dict(model.named_parameters())  # without the output matrix if it is tied

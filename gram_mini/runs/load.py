@@ -55,10 +55,9 @@ def load_judge(
         batch_size: judge prompts of max_length per forward pass; by default 32 for the village's
             backbone and 8 for any other.
         template: the judge prompt; by default as in training, else prompts.default_judge.
-        merge: merge the run's adapter into the weights, in float32. That saves the adapter's
-            products and the unpacking of NF4, and changes no score by more than 1e-5. By default
-            this is done on a CPU if the float32 weights take at most 1 GiB. (On a GPU, export the
-            run and score with that: gram_mini/serving/export.py.)
+        merge: merge the run's adapter into the weights, in float32. That is faster and changes no
+            score by more than 1e-5. By default this is done on a CPU if the float32 weights take at
+            most 1 GiB. (On a GPU, export the run: gram_mini/serving/export.py.)
         likelihood: one of options.LIKELIHOODS asks how likely the responses are under the model
             of a stage-1 run, instead of for a verdict.
 
@@ -138,16 +137,11 @@ def find_record(path: str | Path) -> dict | None:
     """The record of a run folder or of an exported run; None for any other model.
 
     Raises:
-        UserError: an unfinished run, or an adapter without a record.
+        UserError: an unfinished run.
     """
     folder = Path(path).resolve()
     if (folder / "run.json").is_file():
         return read_record(folder)
-    if (folder / "adapter_model.safetensors").is_file():
-        raise UserError(
-            f"{path}: holds an adapter but no run.json, so its backbone is unknown; is the run "
-            "finished?"
-        )
     if folder.with_name(f"{folder.name}.partial").is_dir() and not folder.is_dir():
         raise UserError(
             f"{path}: is not finished; train it to its end with the same command and --resume"

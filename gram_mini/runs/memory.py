@@ -1,17 +1,15 @@
 """How much memory a training step will take and how much is free, estimated before the first step.
 
 The loaded model takes three small steps, and after each operation the bytes of all tensors that
-exist are noted. With R rows of T tokens each of these figures is c + a R T + b R T^2: adapters in
-half precision and dequantised matrices are in c, activations in a, attention without a fused kernel
-in b. Three steps give c, a and b, and the peak of the longest pass is the largest figure there.
-Added to it are
+exist are noted. With R rows of T tokens each of these figures is c + a R T + b R T^2: dequantised
+matrices are in c, activations in a, attention without a fused kernel in b. Three steps give c, a
+and b, and the largest figure of the longest pass is its peak. Added are the logits of stage 1 (12
+bytes each, or 8 for as many as are made at once), and the adapter's gradients and Adam's two
+moments (12 bytes for each number).
 
-  logits         of stage 1, 12 bytes each, or 8 for as many as are made at once (chunked.py)
-  the adapter's  gradients and Adam's two moments, 12 bytes for each number
-
-The estimate leaves out what a kernel takes within one operation. It is between 90% and 120% of what
-torch allocates (tests/wings/test_memory.py). The process may grow by more, because freed memory
-lies scattered between what is kept. On a GPU the same estimate chooses the passes of a step.
+The estimate is between 90% and 120% of what torch allocates (tests/wings/test_memory.py). The
+process may grow by more, because freed memory lies scattered between what is kept. On a GPU the
+same estimate chooses the passes of a step.
 """
 
 from __future__ import annotations
@@ -81,7 +79,7 @@ def _storages(values) -> list:
 def _small_step(model, rows: int, length: int) -> tuple[list[int], int]:
     """Bytes that are held after each operation of a step, and how many the forward pass keeps.
 
-    The gradients of the adapter are not among them. The model comes out as it was.
+    The gradients of the adapter are not among them.
     """
     parameters = trainable(model)
     for p in parameters:
@@ -130,8 +128,7 @@ def measure(model) -> Estimate:
     """Let a model take three small steps. It comes out as it was, and so do torch's random numbers.
 
     Raises:
-        ValueError: if it pads these sequences to a length of its own, which would be misread.
-        Exception: whatever the model's code raises.
+        ValueError: if it pads these sequences to a length of its own; or what its code raises.
     """
     training = model.training
     model.train()  # as in the run: there may be dropout, and checkpointing is for training only
@@ -140,8 +137,7 @@ def measure(model) -> Estimate:
         noted, kept = zip(*(_small_step(model, *size) for size in sizes))
     finally:
         model.train(training)
-    two, three, long = kept
-    if long - two < 1.5 * (three - two):  # twice the length should keep what two more rows keep
+    if kept[2] - kept[0] < 1.5 * (kept[1] - kept[0]):  # twice the length is about two rows more
         raise ValueError(f"the model pads sequences of {TOKENS} tokens")
     if len(set(map(len, noted))) > 1:  # operations depend on the length (a mixture of experts)
         noted = [[max(each)] for each in noted]
@@ -164,8 +160,7 @@ def _fit(figures) -> torch.Tensor:
 def free_bytes(device: torch.device) -> int | None:
     """Bytes that this process can still take on ``device``; None where nobody says.
 
-    On a CPU the smaller of what the system and the process's cgroups leave; less the files that the
-    process has mapped, such as weights: they count as free there, but it needs them.
+    The files that it has mapped, such as weights, count as free on a CPU, but it needs them.
     """
     if device.type == "cuda":
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -253,13 +248,11 @@ def choose_passes(
 ) -> tuple[int, bool] | None:
     """(tokens of a pass, gradient checkpointing) for a GPU with ``total`` bytes.
 
-    As many tokens as fit, at most the whole step; with checkpointing, which is then switched on,
-    only if not even one pair fits without. What is free plays no part, so one machine always splits
-    a step alike. None if nothing can be measured.
+    Checkpointing is switched on only if not even one pair fits without. What is free plays no part,
+    so one machine always splits a step alike. None if nothing can be measured.
     """
-    held = [tensor.untyped_storage() for tensor in (*model.parameters(), *model.buffers())]
-    weights = {storage.data_ptr(): storage.nbytes() for storage in held}
-    room = room_on(total, sum(weights.values()))
+    weights = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+    room = room_on(total, weights)
     try:
         tokens = largest_pass(measure(model).steps(longest), longest, room)
         if not tokens and not checkpointing:

@@ -84,15 +84,12 @@ def from_pretrained(kind, name: str, folder: Path | None, **options):
     try:
         return kind.from_pretrained(place, revision=commit, **options)
     except Exception as error:  # whatever the loader raises, this name gives no model
-        lines = [line for line in str(error).splitlines() if line.strip()]
-        reason = lines[0] if lines else type(error).__name__
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"{name!r} cannot be loaded: {reason}") from error
 
 
 def fast_bfloat16() -> bool:
-    """Whether this CPU multiplies bf16 matrices itself (AMX or AVX512-BF16). Others emulate it,
-    which is slower than float32.
-    """
+    """Whether this CPU multiplies bf16 matrices itself. Others emulate it, which is slow."""
     has = (
         getattr(torch.cpu, f"_is_{name}_supported", bool) for name in ("amx_tile", "avx512_bf16")
     )
@@ -140,8 +137,13 @@ def load_tokenizer(name: str):
 def as_in_file(tokenizer, name: str, folder: Path | None) -> bool:
     """Whether a tokenizer makes the tokens of its tokenizer.json; True if there is no such file."""
     place, commit = source(name, folder)
-    quiet = ("_raise_exceptions_for_missing_entries", "_raise_exceptions_for_connection_errors")
-    file = cached_file(place, "tokenizer.json", revision=commit, **dict.fromkeys(quiet, False))
+    file = cached_file(
+        place,
+        "tokenizer.json",
+        revision=commit,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
     if file is None or not tokenizer.is_fast:
         return True
     options = {"add_special_tokens": False}
@@ -200,9 +202,8 @@ def load_model(
     if bits == 4:
         checks.check_quantisation(name, model)
     for module in model.modules():
-        # On CPUs with AVX512-BF16 bitsandbytes repacks the weights at the first forward pass in
-        # eval mode. Gradients computed after that are wrong, silently. This keeps it from
-        # repacking.
+        # On CPUs with AVX512-BF16 bitsandbytes would repack the weights at the first forward pass
+        # in eval mode, and gradients after that would be wrong, silently.
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
     checks.check_computation(name, model)
@@ -247,8 +248,7 @@ def load_lora(model, folder: Path, trainable: bool = True, adapter: str = "defau
         else:
             adapted = PeftModel.from_pretrained(model, str(folder), adapter, trainable)
     except Exception as error:  # as in from_pretrained
-        raise UserError(
-            f"{folder}: the adapter cannot be loaded: {str(error).splitlines()[0]}"
-        ) from None
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{folder}: the adapter cannot be loaded: {reason}") from None
     checks.check_adapter(str(folder), adapted, file, adapter)
     return adapted

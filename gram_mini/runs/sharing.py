@@ -37,8 +37,7 @@ class SharingJudge(Judge):
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Yield (places (B,) in ``orders``, hidden states (B, H) of their verdicts) by passes.
 
-        Sequences of similar length go together, so that little is padded, and those that begin
-        alike, so that it is shared.
+        Sequences of similar length go together, and those that begin alike.
         """
         lengths = [sum(map(len, self.segments(row))) for row in orders]
         questions = [bytes(array("i", row.prompt)) for row in orders]

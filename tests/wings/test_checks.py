@@ -182,7 +182,7 @@ def test_an_adapter_in_a_model_folder_is_not_dropped(copy, beside):
     if not beside:
         (copy / "model.safetensors").unlink()
         (copy / "config.json").unlink()
-    with pytest.raises(UserError, match="holds an adapter, which training would drop; merge it"):
+    with pytest.raises(UserError, match="holds an adapter and no run.json .*; merge it"):
         load_model(str(copy), 32)
 
 
