@@ -141,9 +141,9 @@ def main(argv=None):
             weight = len(rows) / len(batch)
             if args.text_weight:  # a mean over the tokens of the step, however it is split
                 preferred = preferred_alone(rows)
-                tokens = trained_tokens(prompt, preferred)
-                tokens /= trained_tokens(prompt, preferred_alone(batch))
-                text = text_loss(model, preferred, prompt, run.device) * (tokens / weight)
+                of_step = trained_tokens(prompt, preferred_alone(batch))
+                share = trained_tokens(prompt, preferred) / of_step
+                text = text_loss(model, preferred, prompt, run.device) * (share / weight)
                 loss = loss + args.text_weight * text
             (loss * weight).backward()
             m = margins(z, right)  # (B,)

@@ -140,7 +140,7 @@ def measure(model) -> Estimate:
     if kept[2] - kept[0] < 1.5 * (kept[1] - kept[0]):  # twice the length is about two rows more
         raise ValueError(f"the model pads sequences of {TOKENS} tokens")
     if len(set(map(len, noted))) > 1:  # operations depend on the length (a mixture of experts)
-        noted = [[max(each)] for each in noted]
+        noted = tuple([max(each)] for each in noted)
     vocabulary = model.get_input_embeddings().num_embeddings
     adapter = sum(p.numel() for p in trainable(model))
     return Estimate(_fit(noted), _fit(kept), vocabulary, adapter)
