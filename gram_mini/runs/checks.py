@@ -37,18 +37,12 @@ def check_weights(name: str, model, report: dict) -> None:
     """
     if getattr(model, "_hf_peft_config_loaded", False):
         raise UserError(f"{name}: {ADAPTER}")
-    problems = {
-        "is missing from the file": sorted(report["missing_keys"]),
-        "is in the file and not in the model": sorted(report["unexpected_keys"]),
-        "has another shape in the file": sorted(str(key[0]) for key in report["mismatched_keys"]),
-    }
-    for problem, names in problems.items():
-        if names:
-            more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
-            raise UserError(
-                f"{name}: the weight {names[0]}{more} {problem}; download or save the model again, "
-                "with the config.json that belongs to it"
-            )
+    shapes = {key[0] for key in report["mismatched_keys"]}
+    if odd := {*report["missing_keys"], *report["unexpected_keys"], *shapes}:
+        raise UserError(
+            f"{name}: its file does not belong to its config.json: {len(odd)} weights are missing, "
+            f"left over or of another shape, such as {min(odd)}; download or save the model again"
+        )
 
 
 # ---- quantisation --------------------------------------------------------------------

@@ -76,11 +76,8 @@ def _storages(values) -> list:
     return [each.untyped_storage() for each in tree_leaves(values) if torch.is_tensor(each)]
 
 
-def _small_step(model, rows: int, length: int) -> tuple[list[int], int]:
-    """Bytes that are held after each operation of a step, and how many the forward pass keeps.
-
-    The gradients of the adapter are not among them.
-    """
+def _small_step(model, rows: int, length: int) -> list[int]:
+    """Bytes that are held after each operation of a step, without the adapter's gradients."""
     parameters = trainable(model)
     for p in parameters:
         p.grad = torch.zeros_like(p)
@@ -90,13 +87,12 @@ def _small_step(model, rows: int, length: int) -> tuple[list[int], int]:
         with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []):
             with _Live() as live:
                 loss = hidden_states(model, ids).sum()
-                kept = live.bytes
                 if loss.requires_grad:  # not that of a head on a frozen model
                     loss.backward()
     finally:
         for p in parameters:
             p.grad = None
-    return live.noted, kept
+    return live.noted
 
 
 @dataclass
@@ -104,7 +100,6 @@ class Estimate:
     """What a training step takes beside the loaded model, from :func:`measure`."""
 
     noted: torch.Tensor  # (3, N): c, a and b after each of N operations of a step
-    kept: torch.Tensor  # (3,): c, a and b of what the forward pass keeps
     vocabulary: int
     adapter: int  # its numbers
 
@@ -116,8 +111,7 @@ class Estimate:
         at = torch.tensor([1, tokens, tokens * length], dtype=torch.float64)
         logits = self.vocabulary * logits * tokens
         logits = 12 * logits if logits <= LOGITS_AT_ONCE else 8 * LOGITS_AT_ONCE
-        peak = max(float((at @ self.noted).max()), float(at @ self.kept) + logits)
-        return round(peak) + 12 * self.adapter
+        return round(float((at @ self.noted).max()) + logits) + 12 * self.adapter
 
     def steps(self, longest: Longest) -> Callable[[int], int]:
         """Bytes of a pass of so many tokens of a run with this longest pass."""
@@ -134,24 +128,20 @@ def measure(model) -> Estimate:
     model.train()  # as in the run: there may be dropout, and checkpointing is for training only
     try:
         sizes = (2, TOKENS), (3, TOKENS), (2, 2 * TOKENS)
-        noted, kept = zip(*(_small_step(model, *size) for size in sizes))
+        noted = [_small_step(model, *size) for size in sizes]
     finally:
         model.train(training)
-    if kept[2] - kept[0] < 1.5 * (kept[1] - kept[0]):  # twice the length is about two rows more
+    two, three, long = map(max, noted)
+    if long - two < 1.5 * (three - two):  # twice the length should be at least two rows more
         raise ValueError(f"the model pads sequences of {TOKENS} tokens")
     if len(set(map(len, noted))) > 1:  # operations depend on the length (a mixture of experts)
-        noted = tuple([max(each)] for each in noted)
-    vocabulary = model.get_input_embeddings().num_embeddings
+        noted = [[two], [three], [long]]
+    first, second, third = torch.tensor(noted, dtype=torch.float64)  # (N,) each
+    row, fixed = second - first, 3 * first - 2 * second  # the first step is fixed + 2 row
+    b = ((third - fixed) / 2 - 2 * row).clamp(min=0) / (2 * TOKENS**2)
     adapter = sum(p.numel() for p in trainable(model))
-    return Estimate(_fit(noted), _fit(kept), vocabulary, adapter)
-
-
-def _fit(figures) -> torch.Tensor:
-    """c, a and b of the figures of the three small steps: (3, ...) -> (3, ...)."""
-    two, three, long = torch.tensor(figures, dtype=torch.float64)
-    row, fixed = three - two, 3 * two - 2 * three  # of `two`, fixed + 2 row
-    b = ((long - fixed) / 2 - 2 * row).clamp(min=0) / (2 * TOKENS**2)
-    return torch.stack([fixed, row / TOKENS - b * TOKENS, b])
+    vocabulary = model.get_input_embeddings().num_embeddings
+    return Estimate(torch.stack([fixed, row / TOKENS - b * TOKENS, b]), vocabulary, adapter)
 
 
 # ---- what is free --------------------------------------------------------------------

@@ -57,10 +57,7 @@ def local_model(name: str) -> Path | None:
         if (folder / "adapter_config.json").is_file() and not (folder / "run.json").is_file():
             raise UserError(f"{name}: {checks.ADAPTER}")
         if not (folder / "config.json").is_file():
-            raise UserError(
-                f"{name}: holds no config.json, so it is no model folder; of a folder of GGUF "
-                "files give the file itself"
-            )
+            raise UserError(f"{name}: holds no config.json; give the folder or file of a model")
         return folder
     if looks_like_path(name) or gguf.is_gguf(folder):
         raise UserError(
