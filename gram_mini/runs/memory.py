@@ -3,9 +3,9 @@
 The loaded model takes three small steps, and after each operation the bytes of all tensors that
 exist are noted. With R rows of T tokens each of these figures is c + a R T + b R T^2: dequantised
 matrices are in c, activations in a, attention without a fused kernel in b. Three steps give c, a
-and b, and the largest figure of the longest pass is its peak. Added are the logits of stage 1 (12
-bytes each, or 8 for as many as are made at once), and the adapter's gradients and Adam's two
-moments (12 bytes for each number).
+and b, and the largest figure of the longest pass is its peak. The logits of stage 1 come on top of
+what the forward pass keeps (12 bytes each, or 8 for as many as are made at once), and the adapter's
+gradients and Adam's two moments on top of all (12 bytes for each number).
 
 The estimate is between 90% and 120% of what torch allocates (tests/wings/test_memory.py). The
 process may grow by more, because freed memory lies scattered between what is kept. On a GPU the
@@ -77,7 +77,9 @@ def _storages(values) -> list:
 
 
 def _small_step(model, rows: int, length: int) -> list[int]:
-    """Bytes that are held after each operation of a step, without the adapter's gradients."""
+    """Bytes that are held after each operation of a step, without the adapter's gradients; the last
+    one is what the forward pass keeps.
+    """
     parameters = trainable(model)
     for p in parameters:
         p.grad = torch.zeros_like(p)
@@ -87,19 +89,20 @@ def _small_step(model, rows: int, length: int) -> list[int]:
         with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []):
             with _Live() as live:
                 loss = hidden_states(model, ids).sum()
+                kept = live.bytes
                 if loss.requires_grad:  # not that of a head on a frozen model
                     loss.backward()
     finally:
         for p in parameters:
             p.grad = None
-    return live.noted
+    return [*live.noted, kept]
 
 
 @dataclass
 class Estimate:
     """What a training step takes beside the loaded model, from :func:`measure`."""
 
-    noted: torch.Tensor  # (3, N): c, a and b after each of N operations of a step
+    noted: torch.Tensor  # (3, N): c, a and b of the figures of _small_step
     vocabulary: int
     adapter: int  # its numbers
 
@@ -111,7 +114,9 @@ class Estimate:
         at = torch.tensor([1, tokens, tokens * length], dtype=torch.float64)
         logits = self.vocabulary * logits * tokens
         logits = 12 * logits if logits <= LOGITS_AT_ONCE else 8 * LOGITS_AT_ONCE
-        return round(float((at @ self.noted).max()) + logits) + 12 * self.adapter
+        figures = at @ self.noted  # (N,)
+        peak = max(float(figures.max()), float(figures[-1]) + logits)
+        return round(peak) + 12 * self.adapter
 
     def steps(self, longest: Longest) -> Callable[[int], int]:
         """Bytes of a pass of so many tokens of a run with this longest pass."""
@@ -135,7 +140,7 @@ def measure(model) -> Estimate:
     if long - two < 1.5 * (three - two):  # twice the length should be at least two rows more
         raise ValueError(f"the model pads sequences of {TOKENS} tokens")
     if len(set(map(len, noted))) > 1:  # operations depend on the length (a mixture of experts)
-        noted = [[two], [three], [long]]
+        noted = [[max(each), each[-1]] for each in noted]
     first, second, third = torch.tensor(noted, dtype=torch.float64)  # (N,) each
     row, fixed = second - first, 3 * first - 2 * second  # the first step is fixed + 2 row
     b = ((third - fixed) / 2 - 2 * row).clamp(min=0) / (2 * TOKENS**2)
