@@ -5,10 +5,9 @@ them, after the prompt x.
 Any preference data will do: labels are dropped, and which response comes first is drawn at random.
 """
 
-from gram_mini.batches import IGNORED, encode_pairs, pair_batch, trained_tokens
+from gram_mini.batches import encode_pairs, pair_batch
 from gram_mini.evaluation import pair_losses
-from gram_mini.model import add_lora, hidden_states, output_head
-from gram_mini.pairs import split_by_prompt
+from gram_mini.model import add_lora, hidden_states
 from gram_mini.prompts import pair_prompt
 from gram_mini.runs.chunked import chunked_pair_loss
 from gram_mini.runs.ending import clear_errors
@@ -23,9 +22,8 @@ def main(argv=None):
     args = pretrain_options(__doc__, argv)
     run = Run("pretrain", args)
 
-    # Pairs
-    pairs = run.load_pairs(labelled=False)
-    train_pairs, held_out_pairs = split_by_prompt(pairs, args.held_out, args.seed)
+    # Pairs; no prompt is in both lists
+    train_pairs, held_out_pairs = run.load_split_pairs(labelled=False)
 
     # Model: the language model that becomes a judge in stage 2, with a fresh adapter
     torch.manual_seed(args.seed)
@@ -35,7 +33,6 @@ def main(argv=None):
     # Token ids
     prompt = pair_prompt(tokenizer)  # the fixed words around x, y_a and y_b
     train = encode_pairs(train_pairs, prompt, tokenizer, args.max_length)
-    train = run.without_cut_alike(train)
     held_out = encode_pairs(held_out_pairs, prompt, tokenizer, args.max_length)
     steps = run.plan(model, train, held_out, prompt)  # says how many, how long, in which passes
 
@@ -43,15 +40,14 @@ def main(argv=None):
     optimizer, schedule = optimizer_and_schedule(model, args.lr, steps)
     batches = draw_batches(train, run.rows_per_step, args.seed)  # y_a or y_b first, at random
     for batch in run.steps(batches, steps, model, optimizer, schedule):
-        for rows in run.passes(batch):  # the step in one forward pass, or in several
-            ids, targets = pair_batch(rows, prompt, run.device)  # (B, T), (B, T): the next token
+        # The step in one forward pass, or in several; their weights add up to 1
+        for rows, weight in run.passes(batch):
+            # The target is the next token if that is of y_a, y_b or a marker, else -100: ignored
+            ids, targets = pair_batch(rows, prompt, run.device)  # (B, T), (B, T)
             hidden = hidden_states(model, ids)  # (B, T, H)
-            trained = targets != IGNORED  # (B, T): where a token of y_a, y_b or a marker comes next
-            states, following = hidden[trained], targets[trained]  # (N, H), (N,)
             # -log pi(y_a, y_b | x) per token: losses.pair_loss, with less memory
-            loss = chunked_pair_loss(states, following, output_head(model))
-            weight = trained_tokens(prompt, rows) / trained_tokens(prompt, batch)
-            (loss * weight).backward()  # the passes add up to the mean over the step's tokens
+            loss = chunked_pair_loss(model, hidden, targets)
+            (loss * weight).backward()
             run.note(weight, ids.numel(), loss=loss)
         run.sum_over_processes()
         gradient_norm = clip_gradients(model)

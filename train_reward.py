@@ -11,7 +11,6 @@ from gram_mini.evaluation import summarise
 from gram_mini.judge import Judge
 from gram_mini.losses import averaged_loss, best_margin, margins, reward_loss
 from gram_mini.model import add_lora, hidden_states, output_logits
-from gram_mini.pairs import split_by_prompt
 from gram_mini.runs.ending import clear_errors
 from gram_mini.runs.models import load_lora
 from gram_mini.runs.options import reward_options
@@ -25,9 +24,8 @@ def main(argv=None):
     args = reward_options(__doc__, argv)
     run = Run("reward", args)
 
-    # Pairs
-    pairs = run.load_pairs(labelled=True)
-    train_pairs, held_out_pairs = split_by_prompt(pairs, args.held_out, args.seed)
+    # Pairs; no prompt is in both lists
+    train_pairs, held_out_pairs = run.load_split_pairs(labelled=True)
 
     # Model: the language model with the adapter of stage 1 or a fresh one, and the judge's question
     torch.manual_seed(args.seed)
@@ -48,8 +46,8 @@ def main(argv=None):
     optimizer, schedule = optimizer_and_schedule(model, args.lr, steps)
     batches = draw_batches(train, run.rows_per_step, args.seed)  # y_a or y_b first, at random
     for batch in run.steps(batches, steps, model, optimizer, schedule):
-        for rows in run.passes(batch):  # the step in one forward pass, or in several
-            weight = len(rows) / len(batch)
+        # The step in one forward pass, or in several; their weights add up to 1
+        for rows, weight in run.passes(batch):
             if args.both_orders:  # ours, not the paper's: step 8 of losses.py
                 rows = [order for row in rows for order in (row, row.swapped())]
             ids, last, right = judge_batch(rows, prompt, run.device)  # (B, T), (B,), (B,)
@@ -60,7 +58,7 @@ def main(argv=None):
             if args.both_orders:
                 c = args.both_orders * run.fraction_left  # from C down to nearly 0
                 loss = (1 - c) * loss + c * averaged_loss(z, right, args.label_smoothing)
-            (loss * weight).backward()  # the passes add up to the mean over the step's pairs
+            (loss * weight).backward()
             m = margins(z, right)  # (B,): Z_w - Z_l
             accuracy = (m > 0).float().mean()
             run.note(weight, ids.numel(), loss=loss, accuracy=accuracy, margin=m.mean())

@@ -1,4 +1,4 @@
-"""The peak memory of a training step, for the tests that hold the formula against it."""
+"""The peak memory of a training step, for the tests that hold the estimate against it."""
 
 from functools import partial
 
@@ -10,7 +10,7 @@ import torch
 
 
 def built_fused(config, bits: int, rank: int, device=torch.device("cpu")):
-    """An adapted model whose attention keeps no T x T matrix on a CPU either, as in the formula."""
+    """An adapted model whose attention keeps no T x T matrix on a CPU either, as on a GPU."""
     model = build(config, bits, rank, device)
     model.get_base_model().set_attn_implementation("sdpa")
     return model

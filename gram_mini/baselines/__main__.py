@@ -13,13 +13,12 @@ difference of two rewards, and with --label-smoothing 0 that is the Bradley-Terr
 
 from dataclasses import asdict
 
-from gram_mini.batches import IGNORED, judge_batch, pair_batch, trained_tokens
+from gram_mini.batches import judge_batch, pair_batch, trained_tokens
 from gram_mini.evaluation import summarise
 from gram_mini.losses import margins, reward_loss
-from gram_mini.model import add_lora, hidden_states, output_head
-from gram_mini.pairs import split_by_prompt
+from gram_mini.model import add_lora, hidden_states
 from gram_mini.prompts import label_tokens
-from gram_mini.runs import defaults
+from gram_mini.runs import defaults, options
 from gram_mini.runs.chunked import chunked_pair_loss
 from gram_mini.runs.ending import clear_errors
 from gram_mini.runs.heads import (
@@ -32,7 +31,7 @@ from gram_mini.runs.heads import (
     response_batch,
 )
 from gram_mini.runs.models import load_lora
-from gram_mini.runs.options import add_reward_options, parser, weight
+from gram_mini.runs.options import add_reward_options, parser
 from gram_mini.runs.record import HEAD
 from gram_mini.runs.run import Run
 from gram_mini.training import clip_gradients, draw_batches, optimizer_and_schedule
@@ -61,7 +60,7 @@ def baseline_options(argv=None):
     )
     g.add_argument(
         "--text-weight",
-        type=weight,
+        type=options.weight,
         default=0.0,
         metavar="W",
         help="scalar head: add W times the negative log-likelihood of the preferred response, per "
@@ -87,8 +86,7 @@ def main(argv=None):
     run = Run("reward", args)
 
     # Pairs
-    pairs = run.load_pairs(labelled=True)
-    train_pairs, held_out_pairs = split_by_prompt(pairs, args.held_out, args.seed)
+    train_pairs, held_out_pairs = run.load_split_pairs(labelled=True)
 
     # Model
     torch.manual_seed(args.seed)
@@ -126,7 +124,7 @@ def main(argv=None):
     optimizer, schedule = optimizer_and_schedule(model, args.lr, steps)
     batches = draw_batches(train, run.rows_per_step, args.seed)
     for batch in run.steps(batches, steps, model, optimizer, schedule):
-        for rows in run.passes(batch):
+        for rows, weight in run.passes(batch):
             if args.head == "labels":
                 ids, last, right = judge_batch(rows, prompt, run.device)  # (B, T), (B,), (B,)
             else:
@@ -138,7 +136,6 @@ def main(argv=None):
             else:
                 z = judge.label_logits(states)  # (B, 2): Z_A, Z_B
             loss = reward_loss(z, right, args.label_smoothing)  # -log sigmoid(m) + eps m
-            weight = len(rows) / len(batch)
             if args.text_weight:  # a mean over the tokens of the step, however it is split
                 preferred = preferred_alone(rows)
                 of_step = trained_tokens(prompt, preferred_alone(batch))
@@ -171,9 +168,7 @@ def main(argv=None):
 def text_loss(model, rows, prompt, device):
     """Negative log-likelihood of the responses, nats per token, by the output matrix."""
     ids, targets = pair_batch(rows, prompt, device)  # (B, T), (B, T)
-    hidden = hidden_states(model, ids)  # (B, T, H)
-    response = targets != IGNORED  # (B, T)
-    return chunked_pair_loss(hidden[response], targets[response], output_head(model))
+    return chunked_pair_loss(model, hidden_states(model, ids), targets)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,6 @@ from gram_mini.batches import judge_batch
 from gram_mini.evaluation import summarise
 from gram_mini.losses import averaged_loss, margins, reward_loss
 from gram_mini.model import hidden_states, output_logits
-from gram_mini.pairs import split_by_prompt
 from gram_mini.runs import defaults
 from gram_mini.runs.ending import clear_errors
 from gram_mini.runs.likelihood import JointJudge, stored_beta
@@ -63,8 +62,7 @@ def main(argv=None):
     run = Run("reward", args)
 
     # Pairs
-    pairs = run.load_pairs(labelled=True)
-    train_pairs, held_out_pairs = split_by_prompt(pairs, args.held_out, args.seed)
+    train_pairs, held_out_pairs = run.load_split_pairs(labelled=True)
 
     # Model: an adapter to train, which begins as that of stage 1, and beside it that of stage 1
     torch.manual_seed(args.seed)
@@ -97,8 +95,7 @@ def main(argv=None):
     optimizer, schedule = optimizer_and_schedule(model, args.lr, steps, {"beta": args.beta_lr})
     batches = draw_batches(train, run.rows_per_step, args.seed)  # y_a or y_b first, at random
     for batch in run.steps(batches, steps, model, optimizer, schedule):
-        for rows in run.passes(batch):
-            weight = len(rows) / len(batch)
+        for rows, weight in run.passes(batch):
             if args.both_orders:  # step 8 of losses.py
                 rows = [order for row in rows for order in (row, row.swapped())]
             ids, last, right = judge_batch(rows, prompt, run.device)  # (B, T), (B,), (B,)

@@ -8,17 +8,30 @@ only the gradient of the hidden states, (N, H), has to be kept.
 
 from __future__ import annotations
 
+from gram_mini.batches import IGNORED
 from gram_mini.losses import pair_loss
+from gram_mini.model import output_head
 
 import torch
 
 LOGITS_AT_ONCE = 2**25  # as many logits take 128 MiB in float32
 
 
-def chunked_pair_loss(hidden: torch.Tensor, targets: torch.Tensor, head) -> torch.Tensor:
-    """``pair_loss(head(hidden), targets)`` of hidden states (N, H) and the tokens (N,) that follow.
+def chunked_pair_loss(model, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """The mean loss per trained token, in nats.
 
-    ``head`` is a model.OutputHead; its weights are taken as frozen.
+    Args:
+        model: its output matrix is taken as frozen.
+        hidden: (B, T, H), the last hidden states.
+        targets: (B, T), the token that follows, or IGNORED where none is trained.
+    """
+    trained = targets != IGNORED  # (B, T)
+    return token_loss(hidden[trained], targets[trained], output_head(model))
+
+
+def token_loss(hidden: torch.Tensor, targets: torch.Tensor, head) -> torch.Tensor:
+    """``pair_loss(head(hidden), targets)`` for hidden states (N, H) and targets (N,); ``head`` is a
+    model.OutputHead.
     """
     rows = max(1, LOGITS_AT_ONCE // len(head.weight))
     if len(hidden) <= rows:

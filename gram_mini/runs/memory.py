@@ -17,7 +17,7 @@ from __future__ import annotations
 import os
 import weakref
 from bisect import bisect_right
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -118,9 +118,9 @@ class Estimate:
         peak = max(float(figures.max()), float(figures[-1]) + logits)
         return round(peak) + 12 * self.adapter
 
-    def steps(self, longest: Longest) -> Callable[[int], int]:
-        """Bytes of a pass of so many tokens of a run with this longest pass."""
-        return lambda tokens: self.step(tokens, longest.length, longest.logits)
+    def of(self, longest: Longest, tokens: int) -> int:
+        """Bytes at the peak of a pass of ``tokens`` tokens that is otherwise the longest one."""
+        return self.step(tokens, longest.length, longest.logits)
 
 
 def measure(model) -> Estimate:
@@ -243,40 +243,29 @@ def choose_passes(
 ) -> tuple[int, bool] | None:
     """(tokens of a pass, gradient checkpointing) for a GPU with ``total`` bytes.
 
-    Checkpointing is switched on only if not even one pair fits without. What is free plays no part,
-    so one machine always splits a step alike. None if nothing can be measured.
+    The tokens are those of the whole step, a multiple of ROUND, or those of one pair. Checkpointing
+    is switched on only if not even one pair fits without. What is free plays no part, so one
+    machine always splits a step alike. None if nothing can be measured.
     """
     weights = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
-    room = room_on(total, weights)
+    room = TIGHT * (total - CONTEXT - weights)
     try:
-        tokens = largest_pass(measure(model).steps(longest), longest, room)
+        tokens = most_tokens(measure(model), longest, room)
         if not tokens and not checkpointing:
             checkpointing = True
             checkpoint_gradients(model)
-            tokens = largest_pass(measure(model).steps(longest), longest, room)
+            tokens = most_tokens(measure(model), longest, room)
     except Exception:  # check_memory says that nothing can be measured
         return None
-    return tokens or longest.row, checkpointing
+    if tokens < longest.tokens:
+        tokens = max(longest.row, tokens // ROUND * ROUND)
+    return tokens, checkpointing
 
 
-def largest_pass(step: Callable[[int], float], longest: Longest, room: float) -> int:
-    """Most tokens of a pass that takes ``room`` bytes at most: the whole step, a multiple of ROUND,
-    or one pair; 0 if not even one pair fits. ``step`` gives the bytes of a pass.
-    """
-    tokens = _most(step, longest, room)
-    if tokens in (0, longest.tokens):
-        return tokens
-    return max(longest.row, tokens // ROUND * ROUND)
-
-
-def room_on(total: int, weights: int) -> float:
-    """Bytes that a step may take beside the weights on an otherwise empty GPU."""
-    return TIGHT * (total - CONTEXT - weights)
-
-
-def _most(step: Callable[[int], float], longest: Longest, room: float) -> int:
+def most_tokens(estimate: Estimate, longest: Longest, room: float) -> int:
+    """Most tokens of a pass that takes ``room`` bytes at most; 0 if not even one pair fits."""
     sizes = range(longest.row, longest.tokens + 1)
-    fitting = bisect_right(sizes, room, key=step)
+    fitting = bisect_right(sizes, room, key=lambda tokens: estimate.of(longest, tokens))
     return sizes[fitting - 1] if fitting else 0
 
 
@@ -290,15 +279,16 @@ def check_memory(model, longest: Longest, checkpointing: bool, free: int) -> str
         UserError: if it takes more; names options that help, with their values.
     """
     try:
-        step = measure(model).steps(longest)
+        estimate = measure(model)
     except Exception as error:  # no reason not to train
         return f"memory: not estimated: {last_line(error)}"
-    need = step(longest.tokens)
+    need = estimate.of(longest, longest.tokens)
     line = f"memory: a step takes up to {gib(need)} beside the model, {gib(free)} are free"
     if need <= TIGHT * free:
         return line
-    if tokens := _most(step, longest, TIGHT * free):
-        helps = f"give --batch-tokens {tokens} ({gib(step(tokens))}), which trains the same"
+    if tokens := most_tokens(estimate, longest, TIGHT * free):
+        size = gib(estimate.of(longest, tokens))
+        helps = f"give --batch-tokens {tokens} ({size}), which trains the same"
     else:
         more = "" if checkpointing else "--gradient-checkpointing, "
         helps = (

@@ -42,10 +42,9 @@ def lengths(rows: list[EncodedPair], pieces: PromptPieces) -> dict:
     Returns {"half", "nine_in_ten", "longest", "truncated", "cut_alike", "longer_preferred"}. The
     first three are the median, the 90% quantile and the maximum of the lengths. ``truncated``
     counts the sequences that are cut, ``cut_alike`` those in which that has left nothing but length
-    to tell the responses apart; :func:`without_cut_alike` takes these out of the training pairs.
-    ``longer_preferred`` is the share of labelled pairs in which the longer response is preferred,
-    of those with responses of different length (None if there are none). Far from 1/2, length alone
-    is a cue.
+    to tell the responses apart. ``longer_preferred`` is the share of labelled pairs in which the
+    longer response is preferred, of those with responses of different length (None if there are
+    none). Far from 1/2, length alone is a cue.
     """
     tokens = sorted(sum(row.uncut) + pieces.fixed_tokens for row in rows)
     longer_wins = [
@@ -74,7 +73,7 @@ def describe(lengths: dict, max_length: int, dropped: int = 0) -> str:
     if dropped:
         line += f"; {dropped} more dropped, since cutting made their responses {alike}"
     if lengths.get("cut_alike"):
-        line += f"; cutting made the responses of {lengths['cut_alike']} held-out pairs {alike}"
+        line += f"; cutting made the responses of {lengths['cut_alike']} pairs {alike} (kept)"
     preferred = lengths["longer_preferred"]
     if preferred is not None:
         line += f"; the longer response preferred in {preferred:.0%} of the pairs"

@@ -2,7 +2,7 @@
 
     run = Run("reward", args)               folder, processes, device; errors come before any work
     for batch in run.steps(...):            resumes before the first step; logs and saves after each
-        for rows in run.passes(batch):      this process's pairs of the step, as many as fit at once
+        for rows, weight in run.passes(batch):    this process's pairs, as many as fit at once
             run.note(...)                   figures for the log
         run.sum_over_processes()            gradients and loss
         if run.step_is_finite(norm): ...    else run.skip_step(norm)
@@ -22,7 +22,7 @@ from dataclasses import replace
 from gram_mini.batches import EncodedPair, trained_tokens
 from gram_mini.errors import Interrupted, UserError
 from gram_mini.model import output_head
-from gram_mini.pairs import Pair
+from gram_mini.pairs import Pair, split_by_prompt
 from gram_mini.prompts import PromptPieces, default_judge, label_tokens
 from gram_mini.reading.load import PairData, load_pairs
 from gram_mini.reading.template import read_template
@@ -133,8 +133,10 @@ class Run:
         tokens = self.args.batch_size * self.args.max_length
         return min(tokens, self.args.batch_tokens) if self.args.batch_tokens else tokens
 
-    def load_pairs(self, labelled: bool) -> list[Pair]:
-        """The pairs of ``--data``; prints what was read and dropped, and run.json keeps it.
+    def load_split_pairs(self, labelled: bool) -> tuple[list[Pair], list[Pair]]:
+        """The pairs of ``--data`` to train on, and those of the prompts that are held out.
+
+        It prints what was read and dropped, and run.json keeps that.
 
         Raises:
             UserError: as reading.load.load_pairs.
@@ -152,7 +154,7 @@ class Run:
                     f"--init {self.args.init}: was trained on other labels or another split, so "
                     "prompts that are held out here may have been trained on there"
                 )
-        return self.data.pairs
+        return split_by_prompt(self.data.pairs, self.args.held_out, self.args.seed)
 
     def load_checked_model(self):
         """The model of ``--model`` with frozen weights, and its tokenizer.
@@ -295,16 +297,23 @@ class Run:
                         )
         accelerator.end_training()
 
-    def passes(self, batch: list[EncodedPair]) -> Iterator[list[EncodedPair]]:
-        """Yield this process's pairs of a step, one forward pass at a time.
+    def passes(self, batch: list[EncodedPair]) -> Iterator[tuple[list[EncodedPair], float]]:
+        """Yield this process's pairs of a step, one forward pass at a time, with its weight.
 
-        A pass holds at most ``--batch-tokens`` tokens, padding included.
+        A pass holds at most ``--batch-tokens`` tokens, padding included. Its weight is its part of
+        the step, so that the weighted losses of the passes add up to the loss of the step, however
+        it is split. In stage 1 that is a mean over trained tokens, in stage 2 over pairs.
         """
         # The rows are sorted by length, so every process gets equal work.
         own = batch[self._accelerator.process_index :: self._accelerator.num_processes]
         sizes = [self._sequences * self._length(row) for row in own]
         for part in split_by_tokens(sizes, self.args.batch_tokens):
-            yield own[part]
+            rows = own[part]
+            yield rows, self._terms(rows) / self._terms(batch)
+
+    def _terms(self, rows: list[EncodedPair]) -> int:
+        """How many terms the loss of these rows is the mean of."""
+        return trained_tokens(self._prompt, rows) if self.stage == "pretrain" else len(rows)
 
     def sum_over_processes(self) -> None:
         """Sum the gradients and the loss of a step over the processes of accelerate launch."""

@@ -1,1 +1,1 @@
-"""A judge in other tools: model folders, training loops, official files. See README.md here."""
+"""A judge in other tools: model folders, servers, training loops. See README.md here."""

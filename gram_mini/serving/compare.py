@@ -12,7 +12,6 @@ from statistics import mean
 
 from gram_mini.judge import preferred
 from gram_mini.reading.load import load_pairs
-from gram_mini.reading.template import read_template
 from gram_mini.runs import options
 from gram_mini.runs.ending import clear_errors
 from gram_mini.runs.load import find_record, load_judge
@@ -29,31 +28,24 @@ def main(argv=None) -> None:
     options.add_server(parser)
     parser.add_argument("--data", required=True, metavar="SOURCE", help="labelled pairs to score")
     parser.add_argument("--limit", type=options.positive_int, default=300, help="rows of them")
-    parser.add_argument("--batch-size", type=options.positive_int, help="as in score.py, for both")
     options.add_model_options(parser)
-    options.add_judge_template(parser, default="as in score.py")
     args = parser.parse_args(argv)
     if not args.server:
         parser.error("--server is needed")
-    template = read_template(args.judge_template) if args.judge_template else None
     bits = args.bits or (None if find_record(args.model) else 16)
 
     pairs = load_pairs(args.data, labelled=True, limit=args.limit).pairs
-    given = args.max_length, args.batch_size, template
-    there = served_judge(args.model, args.server, args.served_name, *given)
-    here = load_judge(args.model, bits, args.device, *given)
+    there = served_judge(args.model, args.server, args.served_name, args.max_length)
+    here = load_judge(args.model, bits, args.device, args.max_length)
     rows = here.encode(pairs)
-    results = [here.compare_encoded(rows, progress="here")]
-    results += [there.compare_encoded(rows, progress="server")]
-    both = list(zip(*results))
-    odds = [abs(x.log_odds_first - y.log_odds_first) for x, y in both]
-    odds += [abs(x.log_odds_second - y.log_odds_second) for x, y in both]
-    p = [abs(x.probability - y.probability) for x, y in both]
-    alike = sum(preferred(x.probability) == preferred(y.probability) for x, y in both)
-    print(f"log-odds apart: mean {mean(odds):.2g}, at most {max(odds):.2g}")
-    print(f"P apart: mean {mean(p):.2g}, at most {max(p):.2g}")
-    print(f"the same verdict on {alike} of {len(pairs)} pairs")
-    if max(odds) > there.rounding:
+    ours, theirs = (x.compare_encoded(rows, progress="comparing") for x in (here, there))
+    apart = [abs(x.log_odds_first - y.log_odds_first) for x, y in zip(ours, theirs)]
+    apart += [abs(x.log_odds_second - y.log_odds_second) for x, y in zip(ours, theirs)]
+    verdicts = [(preferred(x.probability), preferred(y.probability)) for x, y in zip(ours, theirs)]
+    same = sum(x == y for x, y in verdicts)
+    print(f"log-odds apart: mean {mean(apart):.2g}, at most {max(apart):.2g}")
+    print(f"the same verdict on {same} of {len(pairs)} pairs")
+    if max(apart) > there.rounding:
         sys.exit(
             f"the server is not this judge: rounding explains log-odds {there.rounding:.2g} apart"
         )

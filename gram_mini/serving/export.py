@@ -1,18 +1,17 @@
 """Merge the adapter of a run into its backbone: a model folder for vLLM, transformers and others.
 
-The backbone is dequantised to float32 and the adapter is merged in float32. So the merged model
-gives the logits of the NF4 backbone with its adapter, to 1e-5. (Merging into the 4-bit weights
-would round the adapter away.) At the end the weights are rounded to --dtype. The default is
-bfloat16, since most models are published and served in it, and servers cast to it or to float16
-anyway. On the village's backbone bfloat16 changes log-odds by at most 0.03 and probabilities by at
-most 0.006 (300 test pairs). float32 keeps both to 1e-5 and takes twice the space. float16 is finer
-than bfloat16 (0.002 and 0.0005), but large models overflow in it.
+The backbone is dequantised to float32 and the adapter is merged in float32, on the CPU. So the
+merged model gives the logits of the NF4 backbone with its adapter, to 1e-5. (Merging into the 4-bit
+weights would round the adapter away.) At the end the weights are rounded to --dtype. The default is
+bfloat16, since most models are published and served in it. On the village's backbone bfloat16
+changes log-odds by at most 0.03 and probabilities by at most 0.006 (300 test pairs). float32 keeps
+both to 1e-5 and takes twice the space.
 """
 
 from __future__ import annotations
 
-import os
 import shutil
+import tempfile
 from pathlib import Path
 
 from gram_mini.errors import UserError
@@ -29,7 +28,7 @@ EXAMPLES = """\
   python -m gram_mini.serving.export runs/reward runs/exported
   python -m gram_mini.serving.export runs/reward runs/exported --dtype float32 --overwrite"""
 
-DTYPES = ("bfloat16", "float16", "float32")
+DTYPES = ("bfloat16", "float32")
 
 
 def main(argv=None) -> None:
@@ -44,18 +43,13 @@ def main(argv=None) -> None:
     parser.add_argument(
         "--overwrite", action="store_true", help="replace a folder that this command wrote before"
     )
-    parser.add_argument(
-        "--device", default="cpu", help="where to merge; it takes 4 bytes per weight"
-    )
     args = parser.parse_args(argv)
-    export(args.run, args.out, args.dtype, args.overwrite, args.device)
+    export(args.run, args.out, args.dtype, args.overwrite)
     print(f"wrote {args.out}: model, tokenizer, {EXPORTED}; to score with it:")
     print(f"  python score.py --model {args.out} --prompt ... --response ... --response ...")
 
 
-def export(
-    run: Path, out: Path, dtype: str = "bfloat16", overwrite: bool = False, device: str = "cpu"
-) -> None:
+def export(run: Path, out: Path, dtype: str = "bfloat16", overwrite: bool = False) -> None:
     """Write the merged model of ``run`` to ``out``, under another name until it is complete.
 
     Raises:
@@ -63,61 +57,32 @@ def export(
             missing or has changed, or something else at ``out``.
     """
     out = out.resolve()
-    partial = out.with_name(out.name + ".partial")
     read_record(run)  # raises unless this is a finished run
-    check_out(out, partial, overwrite)
-    if (run / HEAD).is_file():
+    if (run / HEAD).is_file() or (run / LIKELIHOOD).is_dir():
         raise UserError(
-            f"{run}: has a head of its own, which an ordinary model cannot hold; export a run of "
-            "train_reward.py"
+            f"{run}: has a head or a likelihood of its own, which an ordinary model cannot hold; "
+            "score with the run itself"
         )
-
-    if (run / LIKELIHOOD).is_dir():
-        raise UserError(
-            f"{run}: asks one adapter for a verdict and another for a likelihood, and an ordinary "
-            "model holds but one; score with the run itself"
-        )
-
-    judge = load_judge(run, device=device, merge=True)
-    try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        shutil.copy(run / "run.json", partial / EXPORTED)
-        write_known(partial, judge, getattr(torch, dtype))
-        judge.model.to(getattr(torch, dtype)).save_pretrained(partial)
-        judge.tokenizer.save_pretrained(partial)
-        make_readable(partial)
-        put_in_place(partial, out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def make_readable(folder: Path) -> None:
-    """Give the files of a folder the mode of any new file; safetensors lets only their owner read
-    them, and a server may run as another user.
-    """
-    umask = os.umask(0)
-    os.umask(umask)
-    for file in folder.iterdir():
-        file.chmod(0o666 & ~umask)
-
-
-def check_out(out: Path, partial: Path, overwrite: bool) -> None:
-    """Check that ``out`` can be written; only a folder that this command wrote is ever replaced.
-
-    Raises:
-        UserError: if it cannot.
-    """
-    for folder in (out, partial):
-        empty = folder.is_dir() and not any(folder.iterdir())
-        if folder.exists() and not empty and not (folder / EXPORTED).is_file():
-            raise UserError(f"{folder}: is in the way and no exported model; give another folder")
-    if (out / EXPORTED).is_file() and not overwrite:
+    if out.exists() and not (out / EXPORTED).is_file():
+        raise UserError(f"{out}: is in the way and no exported model; give another folder")
+    if out.exists() and not overwrite:
         raise UserError(
             f"{out}: already holds an exported model; give another folder, or --overwrite to "
             "replace it"
         )
     check_place(out, "OUT")
+    judge = load_judge(run, device="cpu", merge=True)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as scratch:
+        partial = Path(scratch) / out.name
+        partial.mkdir()
+        shutil.copy(run / "run.json", partial / EXPORTED)
+        write_known(partial, judge, getattr(torch, dtype))
+        judge.model.to(getattr(torch, dtype)).save_pretrained(partial)
+        judge.tokenizer.save_pretrained(partial)
+        for file in partial.iterdir():  # only their owner may read those of safetensors
+            shutil.copymode(partial / EXPORTED, file)
+        put_in_place(partial, out)
 
 
 if __name__ == "__main__":

@@ -29,9 +29,8 @@ def write_known(folder: Path, judge: Judge, dtype: torch.dtype) -> None:
     rows = judge.encode(village_pairs("in-distribution")[:PAIRS])
     orders = [order for row in rows for order in (row, row.swapped())]
     z, _ = judge.verdicts(orders)  # (2 PAIRS, 2): Z_A, Z_B
-    prompts = [join(judge.prompt, row) for row in orders]
     known = {
-        "prompts": prompts,
+        "prompts": [join(judge.prompt, row) for row in orders],
         "log_odds": (z[:, 0] - z[:, 1]).tolist(),  # Z_A - Z_B after each
         "rounding": 0.01 + 2 * torch.finfo(dtype).eps * z.abs().max().item(),
     }
@@ -44,11 +43,11 @@ def read_known(folder: Path) -> dict | None:
     Raises:
         UserError: it cannot be read.
     """
+    if not (folder / KNOWN).is_file():
+        return None
     try:
         known = json.loads((folder / KNOWN).read_text())
         assert len(known["prompts"]) == len(known["log_odds"]) and known["rounding"] > 0
         return known
-    except OSError:
-        return None
     except (ValueError, KeyError, TypeError, AssertionError):
         raise UserError(f"{folder / KNOWN}: cannot be read; export the run anew") from None

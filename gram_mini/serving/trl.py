@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from gram_mini.serving.rewards import AGAINST, group_rewards
+from statistics import mean
+
+from gram_mini.serving.rewards import group_rewards
 
 
 def as_trl_reward(judge, against: str = "first"):
@@ -14,30 +16,22 @@ def as_trl_reward(judge, against: str = "first"):
     TRL spreads the completions of one prompt over several processes, add ``reference``, so that all
     have the same reference.
 
-    The trainer's log gets gram/position_gap and gram/label_mass, the means over the comparisons, if
-    TRL passes ``log_metric`` (trl/trainer/grpo_trainer.py, _calculate_rewards; not before TRL 1.0).
+    The trainer's log gets gram/position_gap and gram/label_mass, the means over the comparisons.
 
     Args:
         judge: a Judge, or a served judge with the same ``compare_many``.
         against: "first" or "all".
 
-    Returns f(prompts, completions, completion_ids=None, reference=None, log_metric=None, **others)
-    -> one reward for each completion. Texts and lists of messages are read as in training, by
-    reading.formats.parse_pairs. Tool messages are not supported.
-
-    Raises:
-        ValueError: another ``against``; from f, a completion with nothing to be compared with.
+    Returns f(prompts, completions, reference=None, log_metric=None, **others) -> one reward for
+    each completion. Texts and lists of messages are read as in training, by
+    reading.formats.parse_pairs. Tool messages are not supported. It raises what group_rewards does.
     """
-    if against not in AGAINST:
-        raise ValueError(f"against must be one of {AGAINST}, got {against!r}")
 
-    def gram_reward(
-        prompts, completions, completion_ids=None, reference=None, log_metric=None, **others
-    ) -> list[float]:
+    def gram_reward(prompts, completions, reference=None, log_metric=None, **others) -> list[float]:
         found = group_rewards(judge, prompts, completions, reference, against)
-        if log_metric:
-            for name, mean in found.means.items():
-                log_metric(f"gram/{name}", mean)
+        if log_metric and found.comparisons:
+            for name in ("position_gap", "label_mass"):
+                log_metric(f"gram/{name}", mean(getattr(x, name) for x in found.comparisons))
         return found.rewards
 
     return gram_reward

@@ -15,7 +15,6 @@ from gram_mini.runs.record import fingerprint
 from gram_mini.studies.figures import average
 from gram_mini.studies.paper import STUDIES
 from gram_mini.studies.seeds import RESULTS
-from gram_mini.studies.speed.tables import tables as speed_tables
 from gram_mini.village import VILLAGE
 
 # Figures that are not written with three decimals.
@@ -54,7 +53,8 @@ REAL = (
     *("held out", "held out, ± over prompts"),
     *("held out, position gap", "held out, calibration error"),
 )
-JUDGED = ("accuracy", "agreement", "longer preferred")
+STEP = ("foreseen, GiB", "allocated, GiB", "process grew by, GiB")
+BESIDE_US = ("other way", "ours is faster by")
 SHARES = {0.0: "none", 0.0625: "1/16", 0.25: "1/4", 0.5: "1/2", 1.0: "all 24,000"}
 WEAK = "writing-weak"
 REWARD = "judge's reward"
@@ -82,14 +82,12 @@ def tables() -> dict[str, str]:
         "real-table": listed("real-table", *REAL),
         "real-curve": crossed("real-curve", "labels", (100, 200, 400, 800, 927), "held out"),
         "real-helpful": real_helpful(),
-        "llmbar": listed(
-            "benchmarks", *JUDGED, "Natural", "Adversarial", "total", benchmark="llmbar"
-        ),
-        "judge-bench": listed("benchmarks", *JUDGED, "total", benchmark="judge-bench"),
-        "rm-bench": listed(
-            "benchmarks", *JUDGED, "hard", "normal", "easy", benchmark="rm-bench, chat"
-        ),
-        **speed_tables(),
+        "llmbar": benchmark("llmbar", "agreement", "Natural", "Adversarial", "total"),
+        "judge-bench": benchmark("judge-bench", "agreement", "total"),
+        "rm-bench": benchmark("rm-bench, chat", "longer preferred", "hard", "normal", "easy"),
+        "speed-train": speed("train", "what", *BESIDE_US, "peak GiB, ours and other"),
+        "speed-score": speed("score", "what", *BESIDE_US),
+        "speed-step": speed("step", "a pass", "attention", *STEP),
     }
 
 
@@ -154,6 +152,10 @@ def listed(study: str, *keys: str, **where: str) -> str:
     return markdown(["method", *(HEADINGS.get(key, key) for key in keys)], lines)
 
 
+def benchmark(name: str, *keys: str) -> str:
+    return listed("benchmarks", "accuracy", *keys, benchmark=name)
+
+
 def crossed(study: str, across: str, values, key: str) -> str:
     """A line for each method, and one figure of it for each of ``values``: keys, or {key: heading}.
 
@@ -171,6 +173,14 @@ def crossed(study: str, across: str, values, key: str) -> str:
     )
     headings = values.values() if isinstance(values, dict) else [f"{value:,}" for value in values]
     return markdown([f"method, {across}", *headings], lines)
+
+
+def speed(study: str, *columns: str) -> str:
+    """These columns of a speed study, beside its settings if there are several."""
+    records = results(f"speed-{study}")
+    rows = [{"setting": name, **row} for name in records for row in records[name]["rows"]]
+    shown = ["setting", *columns] if len(records) > 1 else columns
+    return markdown(shown, ([row[column] for column in shown] for row in rows))
 
 
 def over_seeds(rows: list[dict], key: str, counted: bool) -> str:

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
+from gram_mini.runs.memory import GIB
 from gram_mini.runs.output import write_whole
-from gram_mini.studies.speed.common import GIB, table
 
 import pytest
 import torch
@@ -23,19 +23,20 @@ class Page:
     def __init__(self, file: Path):
         self.file = file
         self.began = time.monotonic()
-        self.rows: list[dict[str, str]] = []
+        self.rows: list[tuple[str, str]] = []
 
-    def add(self, test: str, result: str, seconds: float, figures: str) -> None:
+    def add(self, test: str, result: str, figures: str) -> None:
         figures = " ".join(figures.replace("|", "/").split())
-        row = {"test": test, "result": result, "seconds": f"{seconds:.0f}", "figures": figures}
-        self.rows.append(row)
+        self.rows.append((test, figures if result == "passed" else f"{result}: {figures}"))
         self.file.parent.mkdir(exist_ok=True)
         write_whole(self.file, [self.text()], "the page of the GPU tests")
 
     def text(self) -> str:
         versions = ", ".join(f"{name} {version(name)}" for name in LIBRARIES)
         head = f"{card()}; {versions}; {time.strftime('%Y-%m-%d')}."
-        return f"# GPU tests\n\n`python -m pytest -m gpu`: {head}\n\n{table(self.rows)}\n"
+        lines = [("test", "figures"), ("---", "---"), *self.rows]
+        table = "\n".join(f"| {test} | {figures} |" for test, figures in lines)
+        return f"# GPU tests\n\n`python -m pytest -m gpu`: {head}\n\n{table}\n"
 
 
 def card() -> str:
@@ -60,13 +61,13 @@ def note(page, request) -> Callable[[str], None]:
     """A function that takes the figures of a test; they go to the page with its result."""
     name = request.node.name.removeprefix("test_")
     if torch.cuda.is_available() and time.monotonic() - page.began > 60 * MINUTES:
-        page.add(name, "left out", 0, f"{MINUTES} minutes were over")
+        page.add(name, "left out", f"{MINUTES} minutes were over")
         pytest.fail(f"{MINUTES} minutes were over")
     figures: list[str] = []
     yield figures.append
     report = request.node.report
     reason = [report.longrepr.reprcrash.message] if report.failed else []
-    page.add(name, report.outcome, report.duration, "; ".join(figures + reason))
+    page.add(name, report.outcome, "; ".join(figures + reason))
     if torch.cuda.is_available():
         gc.collect()
         torch.cuda.empty_cache()

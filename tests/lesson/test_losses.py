@@ -12,7 +12,7 @@ from gram_mini.losses import (
 )
 from gram_mini.model import OutputHead
 from gram_mini.runs import chunked
-from gram_mini.runs.chunked import chunked_pair_loss
+from gram_mini.runs.chunked import token_loss
 
 import pytest
 import torch
@@ -149,7 +149,7 @@ def test_chunks_of_logits_give_the_same_loss_and_gradient(bias, scale, cap, dtyp
     results = []
     for loss in (
         lambda h: pair_loss(head(h), targets),
-        lambda h: chunked_pair_loss(h, targets, head),
+        lambda h: token_loss(h, targets, head),
     ):
         states = hidden.clone().requires_grad_()
         value = loss(states)
@@ -172,7 +172,7 @@ def test_no_more_logits_than_a_chunk_are_made(monkeypatch):
     )
     head = OutputHead(torch.randn(500, 16), None, 1.0, None)
     hidden, targets = torch.randn(20, 16), torch.randint(500, (20,))
-    chunked_pair_loss(hidden.requires_grad_(), targets, head).backward()
+    token_loss(hidden.requires_grad_(), targets, head).backward()
     assert made == [7, 7, 6]
 
 

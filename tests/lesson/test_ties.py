@@ -7,7 +7,7 @@ import score
 from gram_mini.batches import IGNORED, encode_pairs, pair_batch
 from gram_mini.evaluation import pair_losses, summarise
 from gram_mini.judge import TIE, Comparison, Judge, preferred
-from gram_mini.model import hidden_states, output_head
+from gram_mini.model import hidden_states
 from gram_mini.pairs import Pair
 from gram_mini.prompts import pair_prompt
 from gram_mini.runs.chunked import chunked_pair_loss
@@ -124,8 +124,6 @@ def test_pair_losses_add_up_to_the_loss_of_training(village_judge, tokenizer):
     ids, targets = pair_batch(rows, prompt)
     trained, model = targets != IGNORED, village_judge.model
     with torch.no_grad():
-        loss = chunked_pair_loss(
-            hidden_states(model, ids)[trained], targets[trained], output_head(model)
-        )
+        loss = chunked_pair_loss(model, hidden_states(model, ids), targets)
     nats, tokens = map(sum, zip(*pair_losses(model, rows, prompt, pass_tokens=300)))
     assert tokens == int(trained.sum()) and nats / tokens == pytest.approx(loss.item(), rel=1e-5)

@@ -190,7 +190,7 @@ def test_scripts_take_a_scalar_head(runs, tmp_path, capsys):
         ["--model", str(runs / "d-baseline"), "--prompt", "x", "--response", "y", "--response", "z"]
     )
     assert "position gap 0.000" in capsys.readouterr().out
-    with pytest.raises(UserError, match="has a head of its own"):
+    with pytest.raises(UserError, match="has a head or a likelihood of its own"):
         export.main([str(runs / "d-baseline"), str(tmp_path / "out")])
     for options in (["--head", "labels", "--freeze", "--text-weight", "1"], ["--head", "labels"]):
         with pytest.raises(SystemExit):

@@ -219,14 +219,6 @@ def test_a_failure_leaves_the_old_model_and_nothing_else(run, exported, tmp_path
     assert sorted(tmp_path.iterdir()) == [out]
 
 
-def test_something_in_the_place_of_the_unfinished_folder(run, tmp_path):
-    (tmp_path / "out.partial").mkdir()
-    (tmp_path / "out.partial" / "thesis.txt").write_text("years of work")
-    with pytest.raises(UserError, match="out.partial: is in the way"):
-        export.export(run, tmp_path / "out")
-    assert (tmp_path / "out.partial" / "thesis.txt").is_file()
-
-
 def test_no_run_is_one_line_and_status_2(tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", "gram_mini.serving.export", str(tmp_path), str(tmp_path / "out")],

@@ -187,8 +187,6 @@ def test_every_command_on_a_page_is_real(page, command):
     if program[0].startswith("tests/"):
         assert (ROOT / program[0]).is_file(), f"{page}: {command}"
         return
-    if program[-1] == "gram_mini.studies.speed":  # each of its studies has its own options
-        program.append(words[3])
     text = help_of(*program)
     for option in [word for word in words if word.startswith("--")]:
         assert re.search(rf"{option.split('=')[0]}\b", text), (

@@ -173,7 +173,7 @@ def test_what_has_no_meaning_is_refused(runs, tmp_path):
         likelihood.main([*SMALL, "--init", str(tmp_path / "reward"), "--out", str(tmp_path / "x")])
     with pytest.raises(SystemExit):
         likelihood.main([*SMALL, "--out", str(tmp_path / "x")])
-    with pytest.raises(UserError, match="an ordinary model holds but one"):
+    with pytest.raises(UserError, match="which an ordinary model cannot hold"):
         export.main([str(runs / "joint"), str(tmp_path / "exported")])
     with pytest.raises(UserError, match="likelihood of its own, which no engine knows"):
         served_judge(runs / "joint", "http://127.0.0.1:9")

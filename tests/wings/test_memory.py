@@ -1,6 +1,4 @@
-"""The formula of studies/speed/memory.py against small models: it computes what they hold. And
-what a run foresees before its first step (runs/memory.py).
-"""
+"""What a run foresees before its first step (runs/memory.py), against what small models take."""
 
 import csv
 import re
@@ -19,17 +17,8 @@ from gram_mini.runs.models import (
     keep_no_square,
 )
 from gram_mini.runs.record import read_record
-from gram_mini.studies.speed import common, memory
-from gram_mini.studies.speed.common import MODELS, PIECES, held_bytes, shape
-from gram_mini.studies.speed.memory import (
-    adapter_parameters,
-    kept_bytes,
-    largest_pass,
-    layer_bytes,
-    peak,
-    weight_bytes,
-)
-from gram_mini.training import optimizer_and_schedule
+from gram_mini.studies.speed import common
+from gram_mini.studies.speed.common import PIECES, held_bytes, shape
 
 import psutil
 import pytest
@@ -49,13 +38,6 @@ def rows_and_trained(stage, config):
     return rows, trained_tokens(PIECES[stage], rows) if stage == "pretrain" else 0
 
 
-def ratio_of_peaks(model, stage, bits, checkpointing):
-    """The measured peak of a step as a share of the computed one, and the computed one."""
-    rows, trained = rows_and_trained(stage, model.config)
-    computed = peak(model.config, bits, checkpointing, BATCH * LENGTH, RANK, trained)
-    return measured_peak(model, stage, checkpointing, rows) / computed, computed
-
-
 @pytest.fixture(
     scope="module", params=[(kind, bits) for kind in SHAPES for bits in (4, 16)], ids=str
 )
@@ -68,41 +50,6 @@ def built(request):
             "gram_mini.runs.models.compute_dtype", lambda bits, device, name="": torch.bfloat16
         )
         yield SHAPES[kind], bits, built_fused(SHAPES[kind], bits, RANK)
-
-
-def test_sizes_are_those_of_the_public_models():
-    """Parameter counts as their model cards and safetensors headers say."""
-    counts = {
-        "Qwen2.5-0.5B": 494_032_768,
-        "Qwen3-0.6B": 596_049_920,
-        "Llama-3.2-1B": 1_235_814_400,
-        "SmolLM2-1.7B": 1_711_376_384,
-        "Qwen3-1.7B": 1_720_574_976,
-        "Llama-3.2-3B": 3_212_749_824,
-        "Qwen3-8B": 8_190_735_360,
-    }
-    assert {name: weight_bytes(s, bits=16) // 2 for name, s in MODELS.items()} == counts
-
-
-def test_weights_and_adapter_to_the_byte(built):
-    s, bits, model = built
-    optimizer, _ = optimizer_and_schedule(model, 1e-4, 1)
-    assert held_bytes(model, optimizer) == weight_bytes(s, bits) + 4 * adapter_parameters(s, RANK)
-
-
-def test_training_holds_sixteen_bytes_per_parameter_of_the_adapter(built):
-    s, bits, model = built
-    optimizer, _ = optimizer_and_schedule(model, 1e-4, 1)
-    hidden_states(model.train(), torch.zeros(1, 4, dtype=torch.long)).sum().backward()
-    optimizer.step()
-    gradients = sum(
-        p.grad.untyped_storage().nbytes() for p in model.parameters() if p.grad is not None
-    )
-    counters = 4 * len(optimizer.state)  # Adam's count of steps, one number per tensor
-    assert held_bytes(model, optimizer) + gradients - counters == weight_bytes(
-        s, bits
-    ) + 16 * adapter_parameters(s, RANK)
-    model.zero_grad()
 
 
 def saved_bytes(model):
@@ -121,101 +68,23 @@ def saved_bytes(model):
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
 
 
-def test_activations_within_three_percent(built):
-    s, _, model = built
-    model.gradient_checkpointing_disable()
-    assert saved_bytes(model) == pytest.approx(
-        kept_bytes(s, RANK, BATCH * LENGTH, checkpointing=False), rel=0.03
-    )
-
-
 def test_checkpointing_keeps_a_layer_s_input_only(built):
-    s, _, model = built
+    _, _, model = built
+    model.gradient_checkpointing_disable()
+    whole = saved_bytes(model)
     checkpoint_gradients(model)
-    kept = saved_bytes(model)
-    # The last hidden states, 2 H, are held by the loss and not by the backward pass.
-    assert kept == pytest.approx(
-        kept_bytes(s, RANK, BATCH * LENGTH, checkpointing=True)
-        - 2 * BATCH * LENGTH * s.hidden_size,
-        rel=0.03,
-    )
-    assert kept < 0.1 * s.num_hidden_layers * BATCH * LENGTH * layer_bytes(s, RANK)
-
-
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("stage", ["pretrain", "reward"])
-def test_peak_is_between_85_and_105_percent_of_the_computed_one(built, stage, checkpointing):
-    _, bits, model = built
-    ratio, _ = ratio_of_peaks(model, stage, bits, checkpointing)
-    assert 0.85 < ratio < 1.05
+    assert saved_bytes(model) < 0.1 * whole
 
 
 def test_where_the_logits_are_most_of_the_peak_chunks_bound_them(monkeypatch, fast_bfloat16):
     config = shape("llama", 64, 2, 4, 2, 16, 128, 30_000, True)
     model = built_fused(config, 16, RANK)
-    _, trained = rows_and_trained("pretrain", config)
-    ratio, whole = ratio_of_peaks(model, "pretrain", 16, True)
-    assert 12 * config.vocab_size * trained > 0.9 * whole
-    assert ratio == pytest.approx(1, rel=0.05)
-    for module in (chunked, memory):
-        monkeypatch.setattr(module, "LOGITS_AT_ONCE", 2**20)
-    ratio, in_chunks = ratio_of_peaks(model, "pretrain", 16, True)
-    assert ratio < 1.05 and ratio * in_chunks < 0.3 * whole
-
-
-def test_without_bf16_a_step_in_nf4_takes_what_float32_takes(monkeypatch):
-    """As on a T4; the suite's CPU computes in float32."""
-    monkeypatch.setattr("gram_mini.runs.models.compute_dtype", lambda *_: torch.float32)
-    config = SHAPES["qwen3"]
-    model = built_fused(config, 4, RANK)
-    assert model.get_input_embeddings().weight.dtype == torch.float32
-    rows, trained = rows_and_trained("reward", config)
-    computed = peak(config, 4, False, BATCH * LENGTH, RANK, trained, width=4)
-    assert 0.75 < measured_peak(model, "reward", False, rows) / computed < 1.05
-
-
-def test_the_computed_table(capsys):
-    memory.main([])
-    lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 2 + len(memory.CHOSEN) and len({len(line) for line in lines}) == 1
-    assert "| SmolLM2-135M | 1.0e-03 | 16 x 2,048 (" in lines[2] and ", run |" in lines[2]
-    assert "| Qwen3-8B     | 2.9e-04 | does not fit " in lines[-1]
-
-
-def test_the_chosen_passes_leave_room_and_larger_ones_would_not():
-    for config in MODELS.values():
-        for card in (8, 12, 24, 80):
-            tokens = largest_pass(config, card, checkpointing=True)
-            most = lambda tokens, config=config: peak(config, 4, True, tokens, 32, 0) / common.GIB
-            assert not tokens or most(tokens) < 0.9 * card
-            if 0 < tokens < memory.STEP.tokens:
-                assert most(tokens + foresee.ROUND) > 0.8 * (card - 1)
-    assert largest_pass(MODELS["Qwen3-8B"], 4, checkpointing=True) == 0
-
-
-def test_a_larger_card_gets_larger_passes_and_checkpointing_only_where_it_must():
-    found = [memory.chosen(MODELS["Qwen3-8B"], size, 2) for size in (6, 12, 24, 80)]
-    assert found[0] == "does not fit" and ["*" in text for text in found[1:]] == [True, True, False]
-    small = [memory.chosen(MODELS["Qwen3-0.6B"], size, 2) for size in (8, 24, 80)]
-    passes = [int(text.split(" x ")[0]) for text in small]
-    assert passes == sorted(passes, reverse=True) and "*" not in "".join(small)
-
-
-def test_a_name_to_record_needs_something_measured(capsys):
-    with pytest.raises(SystemExit) as error:
-        memory.main(["--record", "x"])
-    assert error.value.code == 2 and "--record goes with --measure" in capsys.readouterr().err
-
-
-def test_a_measured_step_takes_what_was_foreseen(monkeypatch, fast_bfloat16):
-    monkeypatch.setitem(memory.SHAPES, memory.RUN, SHAPES["llama"])
-    monkeypatch.setattr(memory, "GIB", 2**10)  # so that two decimals say more
-    figures = memory.measured_step("reward", 1, "sdpa")
-    foreseen, allocated, _ = map(float, figures.values())
-    assert list(figures) == [
-        f"{name}, GiB" for name in ("foreseen", "allocated", "process grew by")
-    ]
-    assert 0.8 < foreseen / allocated < 1.2
+    rows, trained = rows_and_trained("pretrain", config)
+    whole = measured_peak(model, "pretrain", True, rows)
+    logits = 12 * config.vocab_size * trained
+    assert logits < whole < logits / 0.9
+    monkeypatch.setattr(chunked, "LOGITS_AT_ONCE", 2**20)
+    assert measured_peak(model, "pretrain", True, rows) < 0.3 * whole
 
 
 # ---- the estimate before the first step: runs/memory.py ------------------------------
@@ -365,8 +234,8 @@ def test_a_tight_run_is_warned_of_and_a_refused_one_can_be_tried(tmp_path, monke
 class Fixed:
     """An estimate of 100 bytes for what the run would do, and of 50 for less."""
 
-    def steps(self, longest):
-        return lambda tokens: 100 if tokens == longest.tokens else 50
+    def of(self, longest, tokens):
+        return 100 if tokens == longest.tokens else 50
 
 
 def test_where_nothing_can_be_measured_a_line_says_so(tmp_path, monkeypatch, capsys):

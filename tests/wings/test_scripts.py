@@ -19,6 +19,7 @@ from gram_mini.losses import smoothed
 from gram_mini.model import OutputHead
 from gram_mini.pairs import Pair
 from gram_mini.reading.load import load_pairs
+from gram_mini.runs import chunked
 from gram_mini.runs.defaults import SCORED
 from gram_mini.runs.load import load_judge
 from gram_mini.runs.models import VILLAGE_FOLDER, load_tokenizer
@@ -229,10 +230,10 @@ def test_a_tracker_that_is_not_installed(tmp_path, data, monkeypatch):
 
 
 def test_stage_1_builds_logits_for_trained_tokens_only(tmp_path, monkeypatch):
-    seen, real = [], train_pretrain.chunked_pair_loss
+    seen, real = [], chunked.token_loss
     monkeypatch.setattr(
-        train_pretrain,
-        "chunked_pair_loss",
+        chunked,
+        "token_loss",
         lambda h, t, head: seen.append((len(h), len(t), int((t >= 0).sum()))) or real(h, t, head),
     )
     train_pretrain.main(["--out", str(tmp_path / "run"), "--limit", "50", "--steps", "2", *SMALL])

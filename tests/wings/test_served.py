@@ -21,7 +21,7 @@ from gram_mini.runs import scores
 from gram_mini.runs.defaults import REQUESTS
 from gram_mini.runs.load import load_judge
 from gram_mini.runs.ranking import rank
-from gram_mini.serving import compare, served
+from gram_mini.serving import compare, engine
 from gram_mini.serving.export import export
 from gram_mini.serving.known import KNOWN
 from gram_mini.serving.served import ServedJudge, served_judge
@@ -40,21 +40,20 @@ PAIR = ("What does Anna eat?", "Anna eats soup.", "Stop bothering me. Anna eats 
 class StandIn(ThreadingHTTPServer):
     """Speaks vLLM's protocol; ``named`` is whether it knows logprob_token_ids.
 
-    ``fault(path, body)`` may give (status, text) instead. ``adapters``
-    are judges by the names of their models. ``cut`` is what the server makes of a prompt, and
-    ``number`` of the index of an answer. ``defaults`` are its own settings of sampling.
+    ``fault(path, body)`` may give (status, text) instead. ``cut`` is what the server makes of a
+    prompt, ``count`` how many tokens of it count as read, and ``number`` what it makes of the index
+    of an answer. ``defaults`` are its own settings of sampling.
     """
 
     def __init__(self, judge, named):
         super().__init__(("127.0.0.1", 0), Handler)
         self.judge, self.named = judge, named
         self.fault = lambda path, body: None
-        self.adapters: dict[str, Judge] = {}
         self.cut = lambda ids: ids
+        self.count = len
         self.number = lambda k: k
         self.defaults: dict[str, float] = {}
-        self.usage = True
-        self.cards = [{"id": "judge", "max_model_len": 2048}]
+        self.cards = [{"id": "judge"}]
         self.seen: list[tuple[str, dict]] = []
         self.keys: list[str | None] = []
         self.active = self.most = 0
@@ -64,11 +63,10 @@ class StandIn(ThreadingHTTPServer):
 
     @torch.no_grad()
     def logs(self, ids: list[int], body: dict) -> torch.Tensor:
-        judge = self.adapters.get(body["model"], self.judge)
         neutral = {"temperature": 1, "top_p": 1, "top_k": -1, "repetition_penalty": 1}
         sampling = self.defaults | {k: v for k, v in body.items() if k in self.defaults}
         with self.lock:
-            z = judge.model(input_ids=torch.tensor([self.cut(ids)])).logits[0, -1]
+            z = self.judge.model(input_ids=torch.tensor([self.cut(ids)])).logits[0, -1]
         wrong = sum(value != neutral.get(name, 0) for name, value in sampling.items())
         return (z * (1 + wrong)).log_softmax(0)
 
@@ -82,10 +80,10 @@ class StandIn(ThreadingHTTPServer):
         if path != "/v1/completions":
             return None
         prompts = body["prompt"]
-        reply: dict = {"choices": [self.choice(k, ids, body) for k, ids in enumerate(prompts)]}
-        if self.usage:
-            reply["usage"] = {"prompt_tokens": sum(len(self.cut(ids)) for ids in prompts)}
-        return reply
+        return {
+            "choices": [self.choice(k, ids, body) for k, ids in enumerate(prompts)],
+            "usage": {"prompt_tokens": sum(self.count(self.cut(ids)) for ids in prompts)},
+        }
 
     def choice(self, index: int, ids: list[int], body: dict) -> dict:
         logs, index = self.logs(ids, body), self.number(index)
@@ -127,7 +125,7 @@ class Handler(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def serve(village_judge, monkeypatch):
-    monkeypatch.setattr(served, "WAITS", (0.01, 0.01))
+    monkeypatch.setattr(engine, "WAITS", (0.01, 0.01))
     servers = []
 
     def start(judge=village_judge, named=True) -> StandIn:
@@ -159,7 +157,7 @@ def test_everything_that_a_judge_does(serve, tokenizer, village_judge):
     server.seen.clear()
     ours, theirs = (rank(one, PAIR[0], texts) for one in (judge, village_judge))
     assert ours.scores == pytest.approx(theirs.scores, abs=1e-5) and ours.order == theirs.order
-    # 20 prompts of one question: 16 and 4 in a request
+    # 20 prompts: 16 and 4 in a request
     assert sorted(len(body["prompt"]) for _, body in server.seen) == [4, 16]
     rewards = [
         as_trl_reward(one)([PAIR[0]] * 2, list(PAIR[1:]), reference=[texts[2]] * 2)
@@ -182,7 +180,7 @@ def test_requests_go_out_together_and_no_more_than_allowed(serve, tokenizer):
     server = serve()
     judge = ServedJudge(tokenizer, server.url, batch_size=3)
     server.fault = lambda path, body: time.sleep(0.05)
-    judge.log_odds(judge.encode([Pair(f"{k}?", *PAIR[1:]) for k in range(9)]))
+    judge.log_odds(judge.encode([Pair(f"{k}?", *PAIR[1:]) for k in range(40)]))
     assert server.most == 3
 
 
@@ -323,44 +321,59 @@ def test_a_busy_server_is_asked_again_but_not_for_ever(tokenizer, serve, village
     expected = village_judge.compare(*PAIR).probability
     assert judge.compare(*PAIR).probability == pytest.approx(expected, abs=1e-5)
     server.seen.clear()
-    server.fault = lambda path, body: (500, json.dumps({"error": {"message": "out\nof memory"}}))
+    server.fault = lambda path, body: (500, "out\nof memory")
     assert "after 3 tries (HTTP 500: out of memory)" in line(lambda: judge.compare(*PAIR))
     assert len(server.seen) == 3
     server.seen.clear()
-    server.fault = lambda path, body: (400, '{"error": {"message": "too long"}}')
+    server.fault = lambda path, body: (400, "too long")
     assert "HTTP 400: too long" in line(lambda: judge.compare(*PAIR))
     assert len(server.seen) == 1
 
 
-def test_a_server_that_hangs(tokenizer, serve):
+def test_a_server_that_hangs(tokenizer, serve, monkeypatch):
     server = serve()
     judge = ServedJudge(tokenizer, server.url)
-    judge.engine.timeout = 0.3
+    monkeypatch.setattr(engine, "TIMEOUT", 0.3)
     server.fault = lambda path, body: time.sleep(1)
     assert "no answer within 0.3 s" in line(lambda: judge.compare(*PAIR))
 
 
 def choices(*logs):
     top = [{"top_logprobs": [{f"token_id:{k}": v for k, v in one.items()}]} for one in logs]
-    return json.dumps({"choices": [dict(index=k, logprobs=one) for k, one in enumerate(top)]})
+    return [dict(index=k, logprobs=one) for k, one in enumerate(top)]
+
+
+def answering(choices):
+    """A fault: the server gives these choices, and says that it has read every token."""
+
+    def fault(path, body):
+        usage = {"prompt_tokens": sum(map(len, body["prompt"]))}
+        return 200, json.dumps({"choices": choices, "usage": usage})
+
+    return fault
 
 
 def test_nonsense(tokenizer, serve):
     server = serve()
     judge = ServedJudge(tokenizer, server.url)
+    for text, what in (
+        ("<html>", "no JSON object"),
+        ("[]", "something else"),
+        ('{"choices": []}', "something else (KeyError('usage'))"),
+    ):
+        server.fault = lambda path, body, text=text: (200, text)
+        assert what in line(lambda: judge.compare(*PAIR))
     a, b = judge.labels
     good = {a: -1.0, b: -1.0}
-    for reply, what in (
-        ("<html>", "not JSON"),
-        ("[]", "something else"),
-        ('{"choices": [{"index": 0}]}', "does not give 2 answers"),
+    for found, what in (
+        ([{"index": 0}], "does not give 2 answers"),
         (choices(good), "does not give 2 answers"),
         (choices(good, {a: math.nan, b: -1.0}), "no probabilities"),
         (choices(good, {a: -0.1, b: -0.1}), "no probabilities"),
         (choices(good, {a: "x", b: -0.1}), "something else"),
         (choices(good, {a: -0.1, 1: -0.2}), "does not give both labels"),
     ):
-        server.fault = lambda path, body, reply=reply: (200, reply)
+        server.fault = answering(found)
         assert what in line(lambda: judge.compare(*PAIR))
 
 
@@ -376,9 +389,9 @@ def test_another_model(tokenizer, serve, run):
     assert "serves no model 'reward'; give --served-name, one of judge" in said
     server.cards.append({"id": "base"})
     assert "serves several models" in line(lambda: ServedJudge(tokenizer, server.url))
-    server.cards = [{"id": "judge", "max_model_len": 512}]
-    said = line(lambda: ServedJudge(tokenizer, server.url, max_length=512))
-    assert "reads 512 tokens" in said and "give --max-length 511" in said
+    server.cards.append({"id": "reward", "parent": "base"})
+    said = line(lambda: ServedJudge(tokenizer, server.url, "reward"))
+    assert "is an adapter beside its base" in said and "export the run" in said
     server.fault = lambda path, body: (200, "{}") if path == "/v1/models" else None
     assert "names no models" in line(lambda: ServedJudge(tokenizer, server.url))
 
@@ -387,6 +400,20 @@ def test_another_tokenizer(tokenizer, serve):
     server = serve()
     server.fault = lambda path, body: (200, '{"tokens": [1, 2]}') if path == "/tokenize" else None
     assert "has another tokenizer" in line(lambda: ServedJudge(tokenizer, server.url))
+    server.fault = lambda path, body: (404, "Not Found") if path == "/tokenize" else None
+    assert "/tokenize: HTTP 404: Not Found" in line(lambda: ServedJudge(tokenizer, server.url))
+
+
+def test_a_server_that_reads_too_little_says_so_before_the_first_score(tokenizer, serve):
+    server = serve()
+    too_long = (400, "maximum context length is 512 tokens")
+    longest = lambda body: max(map(len, body.get("prompt", [])))
+    server.fault = lambda path, body: (
+        too_long if path == "/v1/completions" and longest(body) >= 512 else None
+    )
+    said = line(lambda: ServedJudge(tokenizer, server.url, max_length=512))
+    assert "HTTP 400: maximum context length is 512 tokens" in said
+    ServedJudge(tokenizer, server.url, max_length=511)
 
 
 def test_a_head_cannot_be_served(run, tmp_path):
@@ -402,23 +429,25 @@ def test_a_head_cannot_be_served(run, tmp_path):
 # ---- a figure is right, or one line says why not --------------------------------------
 
 
-@pytest.mark.parametrize("usage", [True, False], ids=["counted", "not counted"])
+@pytest.mark.parametrize("counted", [True, False], ids=["counted", "not counted"])
 @pytest.mark.parametrize(
     "cut",
     [lambda ids: ids[:200], lambda ids: ids[:-1], lambda ids: ids[1:], lambda ids: ids[-200:]],
     ids=["end", "last", "first", "beginning"],
 )
-def test_a_server_that_cuts_prompts(cut, usage, tokenizer, serve):
+def test_a_server_that_cuts_prompts(cut, counted, tokenizer, serve):
     server = serve()
     server.cut = lambda ids: cut(ids) if len(ids) > 200 else ids
-    server.usage = usage
+    if not counted:  # it says that it has read what it was sent
+        server.count = lambda ids: 256
     said = line(lambda: ServedJudge(tokenizer, server.url, max_length=256))
-    assert ("of 256 (usage" in said) == usage and ("does not read all of them" in said) != usage
+    assert ("of 256 (usage" in said) == counted
+    assert ("does not read all of them" in said) != counted
+    server.count = len
     judge = ServedJudge(tokenizer, server.url, max_length=200)
     judge.compare(*PAIR)
     server.cut = lambda ids: ids[:-1]  # cuts from now on
-    if usage:
-        assert "(usage.prompt_tokens)" in line(lambda: judge.compare(*PAIR))
+    assert "(usage)" in line(lambda: judge.compare(*PAIR))
 
 
 def test_answers_without_their_numbers(tokenizer, serve):
@@ -433,7 +462,7 @@ def test_no_probability_is_none(none, tokenizer, serve):
     server = serve()
     judge = ServedJudge(tokenizer, server.url)
     values = dict(zip(judge.labels, none))
-    server.fault = lambda path, body: (200, choices(*[values] * len(body["prompt"])))
+    server.fault = answering(choices(values, values))
     assert "which are no probabilities" in line(lambda: judge.compare(*PAIR))
 
 
@@ -448,25 +477,6 @@ def test_the_sampling_of_the_server_changes_nothing(tokenizer, serve, village_ju
     assert found == pytest.approx(expected, abs=1e-5)
 
 
-def test_adapters(tokenizer, serve, run):
-    trained, server = load_judge(run), serve()
-    base = {"id": "base", "root": "village", "parent": None, "max_model_len": 2048}
-    server.cards = [
-        base,
-        {"id": "reward", "root": "runs/reward", "parent": "base", "max_model_len": None},
-        {"id": "other", "max_model_len": 60},
-    ]
-    server.adapters = {"reward": trained}
-    judge = lambda: served_judge(run, server.url, "reward")
-    expected = trained.compare(*PAIR).probability
-    assert judge().compare(*PAIR).probability == pytest.approx(expected, abs=1e-5)
-    base["max_model_len"] = 64
-    assert "give --max-length 63" in line(judge)
-    base["max_model_len"] = 2048
-    server.adapters = {}
-    assert "does not use the adapter" in line(judge)
-
-
 def test_an_exported_run_knows_its_scores(run, serve, tmp_path, capsys):
     exported = tmp_path / "exported"
     export(run, exported, "bfloat16")
@@ -476,13 +486,9 @@ def test_an_exported_run_knows_its_scores(run, serve, tmp_path, capsys):
     server.judge = load_judge(VILLAGE, bits=32)
     said = line(lambda: served_judge(exported, server.url))
     assert "'judge' is not" in said and "serve that folder" in said
-    known = json.loads((exported / KNOWN).read_text())
-    known["prompts"] = [ids * 9 for ids in known["prompts"]]  # longer than --max-length
-    (exported / KNOWN).write_text(json.dumps(known))
-    for _ in range(2):
-        served_judge(exported, server.url)
-        assert f"holds no {KNOWN} that fits" in capsys.readouterr().err
-        (exported / KNOWN).unlink(missing_ok=True)
+    (exported / KNOWN).unlink()
+    served_judge(exported, server.url)
+    assert f"holds no {KNOWN}, so whether" in capsys.readouterr().err
     (exported / KNOWN).write_text("{}")
     assert "export the run anew" in line(lambda: served_judge(exported, server.url))
 
@@ -528,21 +534,10 @@ def self_stopping(write, after: int):
 # ---- what a server says ---------------------------------------------------------------
 
 
-def test_an_error_with_status_200(tokenizer, serve, village_judge):
-    server = serve()
-    judge = ServedJudge(tokenizer, server.url)
-    faults = iter([(200, '{"error": {"message": "loading"}}')])
-    server.fault = lambda path, body: next(faults, None)
-    expected = village_judge.compare(*PAIR).probability
-    assert judge.compare(*PAIR).probability == pytest.approx(expected, abs=1e-5)
-    server.fault = lambda path, body: (200, '{"error": "out\\nof memory"}')
-    assert "after 3 tries (out of memory)" in line(lambda: judge.compare(*PAIR))
-
-
 def test_keys_and_proxies(tokenizer, serve, monkeypatch):
     server = serve()
     judge = lambda: ServedJudge(tokenizer, server.url)
-    server.fault = lambda path, body: (401, '{"error": "no key"}')
+    server.fault = lambda path, body: (401, "no key")
     assert "HTTP 401: no key; put its API key into the variable GRAM_SERVER_KEY" in line(judge)
     server.fault = lambda path, body: None
     monkeypatch.setenv("GRAM_SERVER_KEY", " secret\n")

@@ -137,7 +137,7 @@ def test_a_completion_with_nothing_to_compare_it_with(village_judge):
     ):
         as_trl_reward(village_judge)(["x", "y", "y"], ["a", "b", "c"])
     with pytest.raises(ValueError, match="against must be one of"):
-        as_trl_reward(village_judge, against="last")
+        as_trl_reward(village_judge, against="last")(["x", "x"], ["a", "b"])
 
 
 # TRL still uses the old name of the option.

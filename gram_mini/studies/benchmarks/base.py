@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,13 +45,10 @@ Figures = dict[str, float | None]  # None where rows are missing
 
 
 class Benchmark:
-    """A public benchmark; to add one, fill in its sections, read, credit and figures."""
+    """A public benchmark; to add one, fill in its groups, read, credit and figures."""
 
-    sections: tuple[str, ...]
-    # parts of sections that must be there for the official figure: Row.group, by section
-    parts: Mapping[str, Sequence[str]] = {}
-    # compare all responses of a row with each other, not only chosen with rejected ones
-    all_pairs = False
+    groups: dict[str, str]  # the section of each group that the official figures need
+    all_pairs = False  # compare all responses of a row, not only chosen with rejected ones
 
     def files(self, source: str, notes: Notes) -> list[str]:
         """The sources to read in place of the one that was given."""
@@ -69,16 +66,8 @@ class Benchmark:
         """The official figures."""
         raise NotImplementedError
 
-    def details(self, units: Units) -> dict:
-        """What the JSON file has beside them."""
-        return {}
-
 
 # ---- means ---------------------------------------------------------------------------
-
-
-def flat(units: Units) -> list[Judged]:
-    return [judged for unit in units for judged in unit]
 
 
 def mean(values: Sequence[float]) -> float:
@@ -95,8 +84,9 @@ def complete_mean(values: Iterable[float | None]) -> float | None:
 def credits(units: Units, name: str) -> dict[str, list]:
     """The credits of the rows of each "group" or "section"."""
     by_name = defaultdict(list)
-    for judged in flat(units):
-        by_name[getattr(judged.row, name)].append(judged.credit)
+    for unit in units:
+        for judged in unit:
+            by_name[getattr(judged.row, name)].append(judged.credit)
     return by_name
 
 
@@ -108,14 +98,10 @@ def means(units: Units, name: str) -> dict[str, float]:
 # ---- columns -------------------------------------------------------------------------
 
 
-def known(row: dict, column: str, values, where: str) -> str:
-    """The value of a column, which must be one of these."""
-    value = row.get(column)
-    if not isinstance(value, str) or value not in values:
-        raise UserError(
-            f"{where}: unknown {column} {value!r} in column {column!r}; "
-            f"known are {', '.join(values)}"
-        )
+def known(what: str, value, values: Iterable[str], where: str) -> str:
+    """A name, which must be one of these."""
+    if value not in list(values):
+        raise UserError(f"{where}: unknown {what} {value!r}; known are {', '.join(values)}")
     return value
 
 
@@ -123,19 +109,14 @@ def texts(row: dict, column: str, where: str, count: int | None = None) -> list[
     """The texts of a column: a list of ``count`` of them, or of one or more."""
     value = row.get(column)
     if not isinstance(value, list) or not value or len(value) != (count or len(value)):
-        kind = f"a list of {len(value)}" if isinstance(value, list) else type(value).__name__
-        raise UserError(
-            f"{where}: column {column!r} must be a list of {count or 'one or more'} texts, "
-            f"found {kind}"
-        )
+        wanted = count or "one or more"
+        raise UserError(f"{where}: column {column!r} must be a list of {wanted} texts")
     return [read_prompt(text, where, column) for text in value]
 
 
 def one_pair(row: dict, where: str, notes: Notes) -> Pair:
     """The labelled pair of a row in any format of reading/formats.py."""
-    own = Notes()
-    pairs, _ = parse_pairs([(where, row)], notes=own)
-    notes.rows += own.rows  # what was changed; columns of its own a benchmark has many
+    pairs, _ = parse_pairs([(where, row)], notes=notes)
     if len(pairs) != 1 or pairs[0].label is None:
         raise UserError(
             f"{where}: needs one pair with a label: 'chosen' and 'rejected' texts, "
@@ -146,6 +127,6 @@ def one_pair(row: dict, where: str, notes: Notes) -> Pair:
 
 def row_of(pair: Pair, group: str, section: str) -> Row:
     """A labelled pair as a row."""
-    texts = [pair.response_a], [pair.response_b]
-    chosen, rejected = texts[::-1] if pair.label == 1 else texts
+    a, b = [pair.response_a], [pair.response_b]
+    chosen, rejected = (b, a) if pair.label == 1 else (a, b)
     return Row(group, section, pair.prompt, pair.prompt, chosen, rejected)

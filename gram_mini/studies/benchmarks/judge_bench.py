@@ -7,7 +7,6 @@ groups is the plain mean of the four categories: it is what the GRAM paper's eva
 by the average of both orders instead.
 """
 
-from gram_mini.errors import UserError
 from gram_mini.judge import preferred
 from gram_mini.studies.benchmarks import base
 
@@ -20,30 +19,21 @@ CATEGORIES = {  # by how the source begins
 
 
 class JudgeBench(base.Benchmark):
-    sections = tuple(CATEGORIES.values())
+    groups = {category: category for category in CATEGORIES.values()}
 
     def read(self, where, row, notes):
-        """A row of ScalerLab/JudgeBench, or of NiuTrans/GRAM (evaluation/scalerlab_judgebench).
-
-        The rows of NiuTrans/GRAM have the columns prompt, chosen and rejected.
-        """
-        source = row.get("source")
-        for begin, category in CATEGORIES.items():
-            if isinstance(source, str) and source.startswith(begin):
-                return base.row_of(base.one_pair(row, where, notes), source, category)
-        raise UserError(
-            f"{where}: unknown source {source!r} in column 'source'; "
-            f"known are {', '.join(CATEGORIES)}..."
-        )
+        """A row of ScalerLab/JudgeBench, or of NiuTrans/GRAM with prompt, chosen and rejected."""
+        source = str(row.get("source"))
+        begins = (begin for begin in CATEGORIES if source.startswith(begin))
+        category = CATEGORIES[base.known("source", next(begins, source), CATEGORIES, where)]
+        return base.row_of(base.one_pair(row, where, notes), source, category)
 
     def credit(self, row, results):
         """1 where more of the two verdicts are right than wrong, else 0."""
         return float(preferred(results[0, 1].a_first) + preferred(results[0, 1].a_second) > 0)
 
     def figures(self, units):
-        figures: base.Figures = dict.fromkeys(self.sections) | base.means(units, "section")
+        figures: base.Figures = dict.fromkeys(self.groups) | base.means(units, "section")
         figures["mean of groups"] = base.complete_mean(figures.values())
-        return figures | {"total": base.complete_mean(judged.credit for judged in base.flat(units))}
-
-    def details(self, units):
-        return {"sources": base.means(units, "group")}
+        figures["total"] = base.mean([judged.credit for unit in units for judged in unit])
+        return figures

@@ -14,64 +14,34 @@ from gram_mini.errors import UserError
 from gram_mini.judge import preferred
 from gram_mini.pairs import Pair
 from gram_mini.reading.messages import read_text
-from gram_mini.reading.usable import unusable
 from gram_mini.studies.benchmarks import base
 
 ADVERSARIAL = ("Neighbor", "GPTInst", "GPTOut", "Manual")  # 134, 92, 47, 46 rows
 SETS = ("Natural", *ADVERSARIAL)  # Natural has 100
-COLUMNS = ("input", "output_1", "output_2", "label")
 
 
 class LLMBar(base.Benchmark):
-    sections = SETS
+    groups = {name: name for name in SETS}
 
     def files(self, source, notes):
-        """The official files below a folder, SET/dataset.json, in the paper's order.
-
-        A source without any is returned as it is. The notes say which other dataset.json there are.
-
-        Raises:
-            UserError: two files of one set.
-        """
-        folder = Path(source)
-        there = sorted(folder.rglob("dataset.json")) if folder.is_dir() else []
-        found = []
-        for name in SETS:
-            of_set = [file for file in there if file.resolve().parent.name == name]
-            if len(of_set) > 1:
-                raise UserError(
-                    f"{source}: holds two files of the set {name}, {of_set[0]} and {of_set[1]}; "
-                    "give the folder of one"
-                )
-            found += of_set
-        others = [str(file.relative_to(folder)) for file in there if file not in found]
+        """The official files below a folder, SET/dataset.json, in the paper's order."""
+        there = sorted(Path(source).resolve().rglob("dataset.json"))
+        found = [file for name in SETS for file in there if file.parent.name == name]
+        names = [file.parent.name for file in found]
+        if len(set(names)) < len(names):
+            raise UserError(f"{source}: holds two files of one set; give the folder of one of them")
+        others = [str(file) for file in there if file not in found]
         if found and others:
             notes.source.append(f"{len(others)} files of other sets not read: {', '.join(others)}")
         return [str(file) for file in found] or [source]
 
     def read(self, where, row, notes):
-        for column in COLUMNS:
-            if column not in row:
-                raise UserError(
-                    f"{where}: column {column!r} is missing; a row of LLMBar has "
-                    f"{', '.join(COLUMNS)}"
-                )
-        label = str(row["label"])
-        if label not in ("1", "2"):
-            raise UserError(f"{where}: column 'label' must be 1 or 2, found {row['label']!r}")
-        prompt, a, b = (read_text(row[name], where, name) for name in COLUMNS[:3])
-        pair = Pair(prompt, a, b, label=int(label) - 1)
-        if reason := unusable(pair):
-            raise UserError(
-                f"{where}: a pair {reason}, so neither can be better; take this row out"
-            )
-        name = Path(where.rsplit(", ", 1)[0]).resolve().parent.name
-        if name not in SETS:
-            raise UserError(
-                f"{where}: is of no set of LLMBar; give its folder Dataset/LLMBar, or a file "
-                f"SET/dataset.json with the SET one of {', '.join(SETS)}"
-            )
-        return base.row_of(pair, name, name)
+        label = base.known("label", str(row.get("label")), ("1", "2"), where)
+        columns = ("input", "output_1", "output_2")
+        prompt, a, b = (read_text(row.get(name), where, name) for name in columns)
+        folder = Path(where.rsplit(", ", 1)[0]).resolve().parent
+        name = base.known("set, by the folder of the file,", folder.name, SETS, where)
+        return base.row_of(Pair(prompt, a, b, label=int(label) - 1), name, name)
 
     def credit(self, row, results):
         """Share of the orders that are right, and whether both name the same winner, or none."""

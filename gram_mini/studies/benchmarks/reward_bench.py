@@ -31,28 +31,23 @@ EXAMPLE_COUNTS = {
         "hep-python": 164, "hep-rust": 164,
     },
 }  # fmt: skip
-SECTION_OF = {subset: section for section, counts in EXAMPLE_COUNTS.items() for subset in counts}
 
 
 class RewardBench(base.Benchmark):
-    sections = tuple(EXAMPLE_COUNTS)
-    parts = {section: tuple(counts) for section, counts in EXAMPLE_COUNTS.items()}
+    groups = {subset: section for section, counts in EXAMPLE_COUNTS.items() for subset in counts}
 
     def read(self, where, row, notes):
-        subset = base.known(row, "subset", SECTION_OF, where)
-        return base.row_of(base.one_pair(row, where, notes), subset, SECTION_OF[subset])
+        subset = base.known("subset", row.get("subset"), self.groups, where)
+        return base.row_of(base.one_pair(row, where, notes), subset, self.groups[subset])
 
     def credit(self, row, results):
         """1 where the chosen response is preferred, strictly, else 0."""
         return float(preferred(results[0, 1].probability) > 0)
 
     def figures(self, units):
-        subsets, figures = base.means(units, "group"), base.Figures()
+        scores, figures = base.means(units, "group"), base.Figures()
         for section, counts in EXAMPLE_COUNTS.items():
-            there = {subset: count for subset, count in counts.items() if subset in subsets}
-            weighted = sum(subsets[subset] * count for subset, count in there.items())
+            there = {subset: count for subset, count in counts.items() if subset in scores}
+            weighted = sum(scores[subset] * count for subset, count in there.items())
             figures[section] = weighted / sum(there.values()) if there else None
         return figures | {"total": base.complete_mean(figures.values())}
-
-    def details(self, units):
-        return {"subsets": base.means(units, "group")}

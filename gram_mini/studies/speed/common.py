@@ -1,40 +1,33 @@
 """What the speed studies share: shapes of models, rows, a training step, and how it is measured."""
 
-import argparse
 import gc
 import itertools
-import json
 import os
 import random
 import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler announces each start and stop
 
 from gram_mini import batches
-from gram_mini.batches import IGNORED, EncodedPair
+from gram_mini.batches import EncodedPair
 from gram_mini.errors import UserError
 from gram_mini.losses import reward_loss
-from gram_mini.model import add_lora, hidden_states, output_head, output_logits
+from gram_mini.model import add_lora, hidden_states, output_logits
 from gram_mini.prompts import PromptPieces
-from gram_mini.reading.load import load_pairs
-from gram_mini.runs import options
+from gram_mini.runs import memory
 from gram_mini.runs.chunked import chunked_pair_loss
+from gram_mini.runs.memory import GIB
 from gram_mini.runs.models import load_model
-from gram_mini.runs.output import write_whole
+from gram_mini.runs.run import LORA_RANK
 from gram_mini.training import clip_gradients
 
 import torch
-import transformers
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoConfig, AutoModelForCausalLM
 
-GIB = 2**30
-RESULTS = Path(__file__).parent.parent / "results"
 STAGES = {"pretrain": "stage 1", "reward": "stage 2", "score": "scoring, both orders"}
 LABELS = (5, 6)
 # As many fixed tokens as our prompts have with Qwen's tokenizer. Which ones does not matter.
@@ -62,30 +55,18 @@ def shape(kind, hidden, layers, heads, kv_heads, head_dim, mlp, vocabulary, tied
     )
 
 
-MODELS = {  # as their public config.json
+SHAPES = {
+    "village": shape("qwen2", 96, 4, 4, 4, 24, 288, 718, True),
+    # a real vocabulary on a body that a CPU can train
+    "mid": shape("qwen2", 512, 4, 8, 2, 64, 2048, 151936, True),
+    # as their public config.json
+    "SmolLM2-135M": shape("llama", 576, 30, 9, 3, 64, 1536, 49152, True),
     "Qwen2.5-0.5B": shape("qwen2", 896, 24, 14, 2, 64, 4864, 151936, True),
     "Qwen3-0.6B": shape("qwen3", 1024, 28, 16, 8, 128, 3072, 151936, True),
     "Llama-3.2-1B": shape("llama", 2048, 16, 32, 8, 64, 8192, 128256, True),
-    "SmolLM2-1.7B": shape("llama", 2048, 24, 32, 32, 64, 8192, 49152, True),
     "Qwen3-1.7B": shape("qwen3", 2048, 28, 16, 8, 128, 6144, 151936, True),
-    "Llama-3.2-3B": shape("llama", 3072, 28, 24, 8, 128, 8192, 128256, True),
     "Qwen3-8B": shape("qwen3", 4096, 36, 32, 8, 128, 12288, 151936, False),
 }
-SHAPES = {
-    "village": shape("qwen2", 96, 4, 4, 4, 24, 288, 718, True),
-    "SmolLM2-135M": shape("llama", 576, 30, 9, 3, 64, 1536, 49152, True),  # that of `make real`
-    # a real vocabulary on a body that a CPU can train
-    "mid": shape("qwen2", 512, 4, 8, 2, 64, 2048, 151936, True),
-    **MODELS,
-}
-
-
-def linear(config) -> list[tuple[int, int]]:
-    """(inputs, outputs) of the linear layers of a decoder layer: q, k, v, o, gate, up, down."""
-    h, i = config.hidden_size, config.intermediate_size
-    heads = config.num_attention_heads, config.num_key_value_heads
-    q, k = (number * config.head_dim for number in heads)
-    return [(h, q), (h, k), (h, k), (q, h), (h, i), (h, i), (i, h)]
 
 
 def save(config, folder) -> None:
@@ -100,67 +81,24 @@ def build(config, bits: int, rank: int, device: torch.device):
         return add_lora(load_model(folder, bits, device), rank)
 
 
-NUMBER: dict[str, Any] = dict(type=options.positive_int, metavar="N")
-OPTIONS: dict[str, dict[str, Any]] = {
-    "shape": dict(choices=SHAPES, default="mid", help="sizes of the model"),
-    "bits": dict(type=int, choices=(4, 16, 32), default=32, help="4: NF4; 16: bf16; 32: float32"),
-    "lora-rank": dict(**NUMBER, default=32, help="rank of the LoRA adapter"),
-    "device": dict(default="auto", help="cpu, cuda, ...; auto takes the GPU where there is one"),
-    "data": dict(metavar="FILE", help="pairs whose lengths are taken (default: all are full)"),
-    "max-length": dict(**NUMBER, default=512, help="tokens of a sequence at most"),
-    "batch-size": dict(**NUMBER, help="pairs of a forward pass"),
-    "rounds": dict(**NUMBER, help="times that everything is measured"),
-    "record": dict(metavar="NAME", help="keep the figures under this name, for the page"),
-    "gradient-checkpointing": dict(action="store_true", help="for all ways alike"),
-    "peer": dict(choices=("trl",), help="another library to compare with"),
-    "pairs": dict(**NUMBER, default=8, help="pairs of a turn"),
-    "responses": dict(**NUMBER, default=16, help="responses of a ranking"),
-}
-
-
-def parser(description: str, examples: str, names: str) -> argparse.ArgumentParser:
-    """A parser with some of the options above, named in one text without their dashes."""
-    p = options.parser(description, examples)
-    for name in names.split():
-        p.add_argument(f"--{name}", **OPTIONS[name])
-    return p
-
-
 # ---- rows and steps ------------------------------------------------------------------
 
 
-def rows_of(sizes: list, stage: str, vocabulary: int, max_length: int, seed: int = 0):
-    """Pairs of random tokens, cut as real ones are; sizes are (prompt, response, response).
+def full_rows(count: int, stage: str, vocabulary: int, length: int) -> list[EncodedPair]:
+    """Pairs of random tokens that fill ``length``: half is question, a quarter each response.
 
     Raises:
         UserError: the judge prompt leaves no room for them.
     """
-    if max_length < SHORTEST:
-        raise UserError(f"{max_length} tokens: too few for a judge prompt; give {SHORTEST} or more")
-    rng, budget, rows = random.Random(seed), max_length - PIECES[stage].fixed_tokens, []
-    for i, uncut in enumerate(sizes):
-        prompt, a, b = (rng.choices(range(vocabulary), k=size) for size in uncut)
-        cut = batches.truncate(prompt, a, b, budget)
-        rows.append(EncodedPair(*cut, label=i % 2, row=i, uncut=uncut))
+    if length < SHORTEST:
+        raise UserError(f"{length} tokens: too few for a judge prompt; give {SHORTEST} or more")
+    room, rng = length - PIECES[stage].fixed_tokens, random.Random(0)
+    sizes = room - 2 * (room // 4), room // 4, room // 4
+    rows = []
+    for i in range(count):
+        prompt, a, b = (rng.choices(range(vocabulary), k=size) for size in sizes)
+        rows.append(EncodedPair(prompt, a, b, label=i % 2, row=i, uncut=sizes))
     return rows
-
-
-def full_rows(count: int, stage: str, vocabulary: int, length: int, seed: int = 0):
-    """Pairs that fill ``length`` tokens: half is question, a quarter each response."""
-    room = length - PIECES[stage].fixed_tokens
-    sizes = [(room - 2 * (room // 4), room // 4, room // 4)] * count
-    return rows_of(sizes, stage, vocabulary, length, seed)
-
-
-def rows_like(data: str | None, count: int, stage: str, vocabulary: int, length: int, seed: int):
-    """Pairs as long as those of a file, a token for every four characters; full ones without it."""
-    if data is None:
-        return full_rows(count, stage, vocabulary, length, seed)
-    tokens = lambda *texts: tuple(-(-len(text) // 4) for text in texts)
-    pairs = load_pairs(data, labelled=False, seed=seed).pairs
-    drawn = random.Random(seed).choices(pairs, k=count)
-    sizes = [tokens(pair.prompt, pair.response_a, pair.response_b) for pair in drawn]
-    return rows_of(sizes, stage, vocabulary, length, seed)
 
 
 def loss_of(model, stage: str, rows: list[EncodedPair]) -> torch.Tensor:
@@ -168,8 +106,7 @@ def loss_of(model, stage: str, rows: list[EncodedPair]) -> torch.Tensor:
     if stage == "pretrain":
         ids, targets = batches.pair_batch(rows, PIECES[stage], model.device)  # (B, T), (B, T)
         hidden = hidden_states(model, ids)  # (B, T, H)
-        trained = targets != IGNORED
-        return chunked_pair_loss(hidden[trained], targets[trained], output_head(model))
+        return chunked_pair_loss(model, hidden, targets)
     ids, last, right = batches.judge_batch(rows, PIECES[stage], model.device)  # (B, T), (B,), (B,)
     hidden = hidden_states(model, ids)  # (B, T, H)
     logits = output_logits(model, hidden[torch.arange(len(rows)), last], LABELS)  # (B, 2)
@@ -184,34 +121,34 @@ def take_step(model, optimizer, loss: Callable, stage: str, rows: list[EncodedPa
     optimizer.zero_grad()
 
 
-def operations(config, stage: str, rows: list[EncodedPair], rank: int) -> float:
-    """Floating-point operations that a step, or scoring in both orders, needs without padding.
+def tokens_of(stage: str, rows: list[EncodedPair]) -> int:
+    """Tokens of the sequences of some pairs, each in one order."""
+    return sum(row.length + PIECES[stage].fixed_tokens for row in rows)
+
+
+def operations(config, stage: str, rows: list[EncodedPair]) -> float:
+    """Floating-point operations of a step on rows of one length, or of scoring both orders.
 
     A frozen matrix is multiplied forward and for the gradient of its input. Attention (half of its
-    square is masked) and LoRA cost twice as much backward as forward. Scoring is forward only. What
-    gradient checkpointing computes again does not count.
+    square is masked) and LoRA cost twice as much backward as forward. Scoring is forward only.
     """
-    adapted_passes = 2 if stage == "score" else 3  # scoring: both orders
-    frozen = sum(i * o for i, o in linear(config))
-    adapter = sum(rank * (i + o) for i, o in linear(config))
-    queries = config.num_attention_heads * config.head_dim
-    total = 0
-    for row in rows:
-        length = row.length + PIECES[stage].fixed_tokens
-        adapted = length * adapter + length**2 * queries
-        layer = 2 * 2 * length * frozen + adapted_passes * 2 * adapted
-        logits = len(LABELS)
-        if stage == "pretrain":
-            logits = batches.trained_tokens(PIECES[stage], [row]) * config.vocab_size
-        total += config.num_hidden_layers * layer + 2 * 2 * logits * config.hidden_size
-    return total
+    tokens, adapted_passes = tokens_of(stage, rows), 2 if stage == "score" else 3
+    h, i = config.hidden_size, config.intermediate_size
+    q, k = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
+    sizes = [(h, q), (h, k), (h, k), (q, h), (h, i), (h, i), (i, h)]  # q, k, v, o and the MLP's
+    adapted = sum(LORA_RANK * (n + m) for n, m in sizes) + tokens / len(rows) * q
+    layer = tokens * (2 * 2 * sum(n * m for n, m in sizes) + adapted_passes * 2 * adapted)
+    logits = len(LABELS) * len(rows)
+    if stage == "pretrain":
+        logits = batches.trained_tokens(PIECES[stage], rows) * config.vocab_size
+    return config.num_hidden_layers * layer + 2 * 2 * logits * h
 
 
 # ---- measuring -----------------------------------------------------------------------
 
 
-def held_bytes(model, optimizer) -> int:
-    """Bytes of all weights, quantised or not, and of the state of the optimiser (or None)."""
+def held_bytes(model, optimizer=None) -> int:
+    """Bytes of all weights, quantised or not, and of the state of the optimiser."""
     states = optimizer.state.values() if optimizer else ()
     tensors = [*model.parameters(), *(t for state in states for t in state.values())]
     for parameter in model.parameters():
@@ -220,6 +157,14 @@ def held_bytes(model, optimizer) -> int:
             tensors += [state.state2.absmax, state.state2.code]
     storages = [tensor.untyped_storage() for tensor in tensors]
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
+def foreseen_bytes(model, stage: str, rows: list[EncodedPair]) -> int:
+    """What a run says at its start that such a batch takes, with the model itself."""
+    tokens = tokens_of(stage, rows)
+    trained = batches.trained_tokens(PIECES[stage], rows) if stage == "pretrain" else 0
+    step = memory.measure(model).step(tokens, tokens // len(rows), trained / tokens)
+    return held_bytes(model) + step
 
 
 def peak_bytes(model, optimizer, action, *arguments) -> int:
@@ -257,55 +202,26 @@ def matrix_peak(device: torch.device, dtype: torch.dtype) -> float:
     return 2 * n**3 / min(seconds(device, torch.matmul, a, b) for _ in range(8))
 
 
-def compare(ways: dict[str, tuple], turns: list, amounts: list[int], unit: str):
-    """Run all ways on the batch of each turn, one after the other; the first is "ours".
+def compare(ways: dict[str, tuple], batch: list, rounds: int, amount: int, unit: str):
+    """Run all ways on a batch of so many tokens or pairs, in turns; the first is "ours".
 
-    A way is (action on a batch, model, optimiser or None); ``amounts`` are the tokens or pairs of
-    each batch. Returns a row of figures for each other way, and the seconds of ours. Speeds are
-    medians, with the ratios of the turns; peaks are those of the largest batch.
+    A way is (action on a batch, model, optimiser or None). Returns a row of figures for each other
+    way, and the median seconds of ours. Ratios are medians over the rounds, with their range.
     """
-    actions = [action for action, *_ in ways.values()]
-    device = ways["ours"][1].device
+    actions, device = [action for action, *_ in ways.values()], ways["ours"][1].device
     for action in actions:
-        action(turns[0])  # warm-up
-    times = [[seconds(device, action, batch) for action in actions] for batch in turns]
-    largest = turns[amounts.index(max(amounts))]
-    peaks = [peak_bytes(*held, action, largest) / GIB for action, *held in ways.values()]
-    ours = [of_ours for of_ours, *_ in times]
-    speed = lambda taken: f"{statistics.median(n / t for n, t in zip(amounts, taken)):,.4g}"
-    rows = []
-    for way, taken, peak in list(zip(ways, zip(*times), peaks))[1:]:
-        ratios = sorted(t / of_ours for of_ours, t in zip(ours, taken))
-        median = statistics.median(ratios)
-        row = {"other way": way, f"ours, {unit}/s": speed(ours), f"other, {unit}/s": speed(taken)}
-        row["ours is faster by"] = f"{median:.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})"
+        action(batch)  # warm-up
+    times = [[seconds(device, action, batch) for action in actions] for _ in range(rounds)]
+    peaks = [peak_bytes(*held, action, batch) / GIB for action, *held in ways.values()]
+    ours, *others = zip(*times)
+    median, rows = statistics.median(ours), []
+    for way, taken, peak in zip(list(ways)[1:], others, peaks[1:]):
+        ratios = sorted(other / our for our, other in zip(ours, taken))
+        spread = f"({ratios[0]:.2f} to {ratios[-1]:.2f})"
+        row = {"other way": way, "ours, seconds": f"{median:.3g}"}
+        row[f"ours, {unit}/s"] = f"{amount / median:,.4g}"
+        row[f"other, {unit}/s"] = f"{amount / statistics.median(taken):,.4g}"
+        row["ours is faster by"] = f"{statistics.median(ratios):.2f} {spread}"
         row["peak GiB, ours and other"] = f"{peaks[0]:.2f}, {peak:.2f}"
         rows.append(row)
-    return rows, ours
-
-
-def table(rows: list[dict[str, str]]) -> str:
-    """A Markdown table of rows (column -> text), the columns set under each other."""
-    columns = list(dict.fromkeys(column for row in rows for column in row))
-    lines = [columns, *([row.get(column, "") for column in columns] for row in rows)]
-    widths = [max(map(len, cells)) for cells in zip(*lines)]
-    lines.insert(1, [width * "-" for width in widths])
-    return "\n".join(
-        "| " + " | ".join(cell.ljust(w) for cell, w in zip(line, widths)) + " |" for line in lines
-    )
-
-
-def report(file: str, rows: list[dict[str, str]], args, device: torch.device) -> None:
-    """Print rows as a table. --record NAME also keeps them in this file of results."""
-    place = f"{torch.get_num_threads()} CPU threads"
-    if device.type == "cuda":
-        place = torch.cuda.get_device_name(device)
-    place += f", torch {torch.__version__}, transformers {transformers.__version__}"
-    print(f"{table(rows)}\n\n{place}")
-    if args.record:
-        path = RESULTS / file
-        records = json.loads(path.read_text()) if path.is_file() else {}
-        given = {name: str(value) for name, value in vars(args).items()}
-        records[args.record] = {"measured": place, "options": given, "rows": rows}
-        write_whole(path, [json.dumps(records, indent=1) + "\n"], "--record")
-        print(f"kept as {args.record!r} in {path}")
+    return rows, median

@@ -2,39 +2,32 @@
 
 The usual way is one sequence at a time with the logits of all its positions, in both orders, as the
 official evaluation does. Ours is SharingJudge: batches by tokens, two rows of the output matrix,
-and what sequences begin with computed once. "unshared" is ours without the last. The tasks are
-
-  pairs        pairs of different prompts, each in both orders
-  reference    --responses responses to one prompt, each against the same reference
-  round robin  six of these responses, each against each
-
-The figures are those of the study train, in pairs, and the largest difference of log-odds.
+and what sequences begin with computed once. "unshared" is ours without the last.
 """
 
-import itertools
-from dataclasses import replace
 from functools import partial
 
 from gram_mini.batches import EncodedPair, join
-from gram_mini.errors import UserError
 from gram_mini.judge import Judge
 from gram_mini.model import half_precision
 from gram_mini.runs.models import load_tokenizer
+from gram_mini.runs.run import LORA_RANK
 from gram_mini.runs.sharing import SharingJudge
 from gram_mini.studies.speed import common
-from gram_mini.studies.speed.common import LABELS, PIECES, SHAPES
+from gram_mini.studies.speed.common import LABELS, PIECES, SHAPES, STAGES
 from gram_mini.village import VILLAGE
 
 import torch
 
 
-def judge_of(config, args, device: torch.device) -> Judge:
-    """A reward model with random weights, for rows of token ids."""
+def judge_of(config, bits: int, length: int, pairs: int, device: torch.device) -> Judge:
+    """A reward model with random weights, for rows of token ids, so many pairs in a pass."""
     torch.manual_seed(0)
-    model = common.build(config, args.bits, args.lora_rank, device)
-    if args.bits == 32:
+    model = common.build(config, bits, LORA_RANK, device)
+    if bits == 32:
         model = model.merge_and_unload()
-    judge = SharingJudge(model.eval(), load_tokenizer(VILLAGE), args.max_length, args.batch_size)
+    model.eval().requires_grad_(False)
+    judge = SharingJudge(model, load_tokenizer(VILLAGE), length, batch_size=2 * pairs)
     judge.prompt, judge.labels = PIECES["score"], LABELS
     return judge
 
@@ -65,35 +58,14 @@ def usual(judge: Judge, rows: list[EncodedPair]) -> torch.Tensor:
     return odds
 
 
-def tasks(args) -> dict[str, list[list[EncodedPair]]]:
-    """name -> the rows of each turn."""
-    given = "score", SHAPES[args.shape].vocab_size, args.max_length
-    count = args.pairs + args.responses + 1
-    turns: dict[str, list[list[EncodedPair]]] = {"pairs": [], "reference": [], "round robin": []}
-    for seed in range(args.rounds):
-        rows = common.rows_like(args.data, count, *given, seed)
-        turns["pairs"].append(rows[: args.pairs])
-        # One prompt, and a response of each of the other pairs, cut so that any two of them fit.
-        prompt = rows[args.pairs].prompt
-        room = (args.max_length - PIECES["score"].fixed_tokens - len(prompt)) // 2
-        group = [replace(row, prompt=prompt) for row in rows[args.pairs :]]
-        first, *others = [replace(row, response_a=row.response_a[:room]) for row in group]
-        turns["reference"].append([replace(row, response_b=first.response_a) for row in others])
-        games = itertools.combinations(others[:6], 2)
-        turns["round robin"].append([replace(a, response_b=b.response_a) for a, b in games])
-    return turns
-
-
 def measure(args, device: torch.device) -> list[dict[str, str]]:
-    """The rows of all tasks."""
-    if args.responses < 2:
-        raise UserError("--responses 1: a ranking needs at least 2")
-    judge, rows = judge_of(SHAPES[args.shape], args, device), []
-    ways = {f.__name__: (partial(f, judge), judge.model, None) for f in (ours, unshared, usual)}
-    for task, turns in tasks(args).items():
-        figures, _ = common.compare(ways, turns, [len(batch) for batch in turns], "pairs")
-        for row in figures:
-            others = ways[row["other way"]][0](turns[0])
-            apart = (others - ours(judge, turns[0])).abs().max()
-            rows.append({"what": task, **row, "log-odds apart": f"{apart:.0e}"})
-    return rows
+    """A row for each way that ours is compared with."""
+    config, ways = SHAPES[args.shape], (ours, unshared, usual)
+    judge = judge_of(config, args.bits, args.max_length, args.batch_size, device)
+    batch = common.full_rows(args.batch_size, "score", config.vocab_size, args.max_length)
+    timed = {way.__name__: (partial(way, judge), judge.model, None) for way in ways}
+    rows, _ = common.compare(timed, batch, args.rounds, args.batch_size, "pairs")
+    for row, way in zip(rows, ways[1:]):
+        apart = (way(judge, batch) - ours(judge, batch)).abs().max()
+        row["log-odds apart"] = f"{apart:.0e}"
+    return [{"what": STAGES["score"], **row} for row in rows]

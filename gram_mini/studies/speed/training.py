@@ -4,25 +4,21 @@ The usual step is that of SFT trainers: transformers' own forward pass with labe
 whole sequence in float32, and a cross-entropy over the tokens that count (stage 1: the pair; stage
 2: the one token of the verdict). Both take the same adapted model, the same pairs and AdamW. --peer
 trl adds TRL's SFTTrainer and, in stage 2, its RewardTrainer, which reads each response by itself.
-
-Figures: tokens per second without padding (the median over --rounds turns), how many times as fast
-ours is (median and range of the turns' ratios), the peak of memory, and the share of the speed at
-which this machine multiplies large matrices. Weights are random, which changes none of these.
+Weights are random, which changes neither time nor memory.
 """
 
-import random
-import statistics
 import tempfile
 from functools import partial
 from typing import Any
 
-from gram_mini.batches import IGNORED, EncodedPair, batch_order, join, pad, pair_batch
+from gram_mini.batches import IGNORED, EncodedPair, join, pad, pair_batch
 from gram_mini.errors import UserError
 from gram_mini.model import half_precision
 from gram_mini.runs.heads import response_segments
-from gram_mini.runs.models import checkpoint_gradients, compute_dtype, load_tokenizer, quantization
+from gram_mini.runs.models import compute_dtype, load_tokenizer, quantization
+from gram_mini.runs.run import LORA_RANK
 from gram_mini.studies.speed import common
-from gram_mini.studies.speed.common import LABELS, PIECES, SHAPES, STAGES, take_step
+from gram_mini.studies.speed.common import GIB, LABELS, PIECES, SHAPES, STAGES, take_step
 from gram_mini.training import optimizer_and_schedule
 from gram_mini.village import VILLAGE
 
@@ -56,17 +52,12 @@ def usual_loss(model, stage: str, rows: list[EncodedPair]) -> torch.Tensor:
 
 def trl_rows(kind: str, stage: str, rows: list[EncodedPair]) -> list[dict]:
     """The rows as the collator of one of TRL's trainers takes them."""
-    examples = []
-    for row in rows:
-        if kind == "SFTTrainer":
-            batch = usual_batch(stage, [row])
-            example = {name: batch[name][0].tolist() for name in ("input_ids", "labels")}
-        else:  # which response is the chosen one changes no time
-            chosen = response_segments(PIECES[stage], row)
-            rejected = response_segments(PIECES[stage], row.swapped())
-            example = {"chosen_ids": sum(chosen, ()), "rejected_ids": sum(rejected, ())}
-        examples.append(example)
-    return examples
+    if kind == "SFTTrainer":
+        found = [usual_batch(stage, [row]) for row in rows]
+        return [{name: one[name][0].tolist() for name in ("input_ids", "labels")} for one in found]
+    response = lambda row: sum(response_segments(PIECES[stage], row), ())
+    # which response is the chosen one changes no time
+    return [{"chosen_ids": response(row), "rejected_ids": response(row.swapped())} for row in rows]
 
 
 def trl_loss(kind: str, stage: str, rows: list[EncodedPair], args, device):
@@ -84,17 +75,17 @@ def trl_loss(kind: str, stage: str, rows: list[EncodedPair], args, device):
     dtype = compute_dtype(args.bits, device)
     settings: dict[str, Any] = dict(output_dir="runs/trl", max_length=None, report_to=[])
     settings |= dict(bf16=dtype == torch.bfloat16, use_cpu=device.type == "cpu")
-    settings["gradient_checkpointing"] = args.gradient_checkpointing
+    settings |= dict(gradient_checkpointing=False)
     data = Dataset.from_list(trl_rows(kind, stage, rows))
     given: dict[str, Any] = dict(train_dataset=data, processing_class=load_tokenizer(VILLAGE))
     if kind == "SFTTrainer":
         config = trl.SFTConfig(**settings, dataset_kwargs={"skip_prepare_dataset": True})
-        model = common.build(SHAPES[args.shape], args.bits, args.lora_rank, device)
+        model = common.build(SHAPES[args.shape], args.bits, LORA_RANK, device)
         trainer = trl.SFTTrainer(model, config, **given)
     else:
         loading = {"dtype": dtype, "device_map": {"": device}, **quantization(args.bits, dtype)}
         config = trl.RewardConfig(**settings, model_init_kwargs=loading)
-        size = dict(r=args.lora_rank, lora_alpha=2 * args.lora_rank)
+        size = dict(r=LORA_RANK, lora_alpha=2 * LORA_RANK)
         lora = LoraConfig(**size, target_modules="all-linear", task_type="SEQ_CLS")
         with tempfile.TemporaryDirectory() as folder:
             common.save(SHAPES[args.shape], folder)
@@ -108,32 +99,28 @@ def trl_loss(kind: str, stage: str, rows: list[EncodedPair], args, device):
     return loss, trainer.accelerator.prepare_model(trainer.model.train())  # with its autocast
 
 
-def compare(stage: str, args, device: torch.device) -> list[dict[str, str]]:
+def of_stage(stage: str, args, device: torch.device) -> list[dict[str, str]]:
     """The figures of one stage: a row for each way that ours is compared with."""
-    config, count = SHAPES[args.shape], args.batch_size * max(16, args.rounds)
-    rows = common.rows_like(args.data, count, stage, config.vocab_size, args.max_length, 0)
-    order = batch_order([row.length for row in rows], args.batch_size, random.Random(0))
-    turns = [[rows[i] for i in batch] for batch in order][: args.rounds]
+    config = SHAPES[args.shape]
+    batch = common.full_rows(args.batch_size, stage, config.vocab_size, args.max_length)
     torch.manual_seed(0)
-    model = common.build(config, args.bits, args.lora_rank, device).train()
+    model = common.build(config, args.bits, LORA_RANK, device).train()
     losses = {"ours": (common.loss_of, model), "usual": (usual_loss, model)}
     for kind in TRAINERS[stage] if args.peer else ():
-        losses[f"TRL {kind}"] = trl_loss(kind, stage, rows, args, device)
+        losses[f"TRL {kind}"] = trl_loss(kind, stage, batch, args, device)
     ways = {}
-    for way, (loss, model) in losses.items():
-        if args.gradient_checkpointing:
-            checkpoint_gradients(model)
-        optimizer, _ = optimizer_and_schedule(model, 1e-4, 100)
-        ways[way] = (partial(take_step, model, optimizer, loss, stage), model, optimizer)
-    tokens = [sum(row.length + PIECES[stage].fixed_tokens for row in batch) for batch in turns]
-    figures, times = common.compare(ways, turns, tokens, "tokens")
-    needed = [common.operations(config, stage, batch, args.lora_rank) for batch in turns]
+    for way, (loss, of_way) in losses.items():
+        optimizer, _ = optimizer_and_schedule(of_way, 1e-4, 100)
+        ways[way] = (partial(take_step, of_way, optimizer, loss, stage), of_way, optimizer)
+    tokens = common.tokens_of(stage, batch)
+    rows, seconds = common.compare(ways, batch, args.rounds, tokens, "tokens")
     best = common.matrix_peak(device, compute_dtype(args.bits, device))
-    share = statistics.median(n / t for n, t in zip(needed, times)) / best
-    figures[0]["ours, of matrix products"] = f"{share:.0%} of {best / 1e9:,.0f} GFLOP/s"
-    return [{"what": STAGES[stage], **row} for row in figures]
+    share = common.operations(config, stage, batch) / seconds / best
+    rows[0]["ours, of matrix products"] = f"{share:.0%} of {best / 1e9:,.0f} GFLOP/s"
+    rows[0]["foreseen GiB"] = f"{common.foreseen_bytes(model, stage, batch) / GIB:.2f}"
+    return [{"what": STAGES[stage], **row} for row in rows]
 
 
 def measure(args, device: torch.device) -> list[dict[str, str]]:
     """The rows of both stages."""
-    return [row for stage in TRAINERS for row in compare(stage, args, device)]
+    return [row for stage in TRAINERS for row in of_stage(stage, args, device)]
