@@ -35,11 +35,11 @@ PROVEN = {  # keys and the values that they must have
     "general.architecture": "llama", "tokenizer.ggml.model": "gpt2",
     "tokenizer.ggml.pre": "smollm", "tokenizer.ggml.add_bos_token": False,
 }  # fmt: skip
-CONFIG = {  # keys that transformers reads
+CONFIG = (  # keys that transformers reads
     "llama.context_length", "llama.embedding_length", "llama.block_count",
     "llama.feed_forward_length", "llama.attention.head_count", "llama.attention.head_count_kv",
     "llama.attention.layer_norm_rms_epsilon", "llama.rope.freq_base",
-}  # fmt: skip
+)  # fmt: skip
 TOKENS = "tokenizer.ggml.tokens"
 NEEDED = (TOKENS, "tokenizer.ggml.token_type", "tokenizer.ggml.merges", "tokenizer.chat_template")
 SPECIAL = {  # keys that may be left out
