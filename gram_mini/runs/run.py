@@ -392,7 +392,6 @@ class Run:
             length=max(map(self._length, self._train)),
             logits=logits,
             limit=args.batch_tokens,
-            least=self._prompt.fixed_tokens + 6,
         )
         keep_no_square(model, longest.length)
         total = least_of_all(total_bytes(self.device))
