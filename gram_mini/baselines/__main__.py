@@ -13,7 +13,7 @@ difference of two rewards, and with --label-smoothing 0 that is the Bradley-Terr
 
 from dataclasses import asdict
 
-from gram_mini.batches import judge_batch
+from gram_mini.batches import judge_batch, pair_batch, trained_tokens
 from gram_mini.evaluation import summarise
 from gram_mini.losses import margins, reward_loss
 from gram_mini.model import add_lora, hidden_states
@@ -24,11 +24,10 @@ from gram_mini.runs.ending import clear_errors
 from gram_mini.runs.heads import (
     ScalarJudge,
     add_head,
-    chosen_batch,
-    chosen_tokens,
     freeze_all_but_head,
     judge_with_head,
     load_head,
+    preferred_alone,
     response_batch,
 )
 from gram_mini.runs.models import load_lora
@@ -138,8 +137,10 @@ def main(argv=None):
                 z = judge.label_logits(states)  # (B, 2): Z_A, Z_B
             loss = reward_loss(z, right, args.label_smoothing)  # -log sigmoid(m) + eps m
             if args.text_weight:  # a mean over the tokens of the step, however it is split
-                tokens = chosen_tokens(rows, prompt) / chosen_tokens(batch, prompt)
-                text = text_loss(model, rows, prompt, run.device) * (tokens / weight)
+                preferred = preferred_alone(rows)
+                of_step = trained_tokens(prompt, preferred_alone(batch))
+                share = trained_tokens(prompt, preferred) / of_step
+                text = text_loss(model, preferred, prompt, run.device) * (share / weight)
                 loss = loss + args.text_weight * text
             (loss * weight).backward()
             m = margins(z, right)  # (B,)
@@ -165,8 +166,8 @@ def main(argv=None):
 
 
 def text_loss(model, rows, prompt, device):
-    """Negative log-likelihood of the preferred responses, nats per token, by the output matrix."""
-    ids, targets = chosen_batch(rows, prompt, device)  # (B, T), (B, T)
+    """Negative log-likelihood of the responses, nats per token, by the output matrix."""
+    ids, targets = pair_batch(rows, prompt, device)  # (B, T), (B, T)
     return chunked_pair_loss(model, hidden_states(model, ids), targets)
 
 

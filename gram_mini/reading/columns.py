@@ -1,39 +1,42 @@
-"""Any table in, rows of a known format out: what --columns and --labels say.
+"""Which columns of a table hold a pair: what --columns and --labels say.
 
     --columns prompt=instruction+input,a=output_1,b=output_2,label=preference
     --labels a=1,b=2,tie=0
 
-A target is a part of a pair, a source is where a row holds it.
+A target is a part of a pair. A source is where a row holds it: a column, a path into one (text.0,
+output.-1.content), or several texts joined with +.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
 from typing import Any
 
 from gram_mini.errors import UserError
-from gram_mini.reading.messages import is_nothing, literal, read_number, read_text
-from gram_mini.reading.sources import Notes, Row
+from gram_mini.reading.messages import is_nothing, read_number, read_text
 
 # The targets of each kind of row, and those that it may have besides.
 KINDS: tuple[tuple[set[str], set[str]], ...] = (
     ({"chosen", "rejected"}, {"prompt"}),
-    ({"prompt", "a", "b"}, {"label"}),
-    ({"prompt", "a", "b", "score_a", "score_b"}, set()),
+    ({"a", "b"}, {"prompt", "label"}),
+    ({"a", "b", "score_a", "score_b"}, {"prompt"}),
     ({"prompt", "response"}, {"score"}),
 )
-TARGETS = (
-    "prompt", "chosen", "rejected", "a", "b", "label", "score_a", "score_b", "response", "score",
-)  # fmt: skip
-VERDICTS = {"a": "A", "b": "B", "tie": "tie"}
+TEXTS = ("prompt", "chosen", "rejected", "a", "b", "response")
+TARGETS = (*TEXTS, "label", "score_a", "score_b", "score")
 
-MISSING = object()
+Scores = tuple[float | None, float | None]  # of two responses, the higher the better; or unknown
+
+VERDICTS: dict[str, Scores] = {"a": (1, 0), "b": (0, 1), "tie": (0, 0)}
+LABELS = "a=A,a=A>B,b=B,b=B>A,tie=tie,tie=A=B"  # what a label means without --labels
+
+# Beside 'chosen' and 'rejected' these say that neither is better, where they are equal.
+TIED = ("score_chosen", "score_rejected")
 
 
 class Columns:
-    """What --columns and --labels say, and the rows that they make.
+    """What --columns and --labels say, and what a row holds for it.
 
     Raises:
         UserError: what they say cannot be understood, or does not make a pair.
@@ -50,122 +53,83 @@ class Columns:
             )
         if labels and "label" not in targets:
             raise UserError(f"--labels {labels}: goes with a label in --columns; add label=COLUMN")
-        self.labels = None
-        if labels:
-            listed = _assignments("--labels", labels, tuple(VERDICTS), "VALUE")
-            self.labels = {_comparable(value): VERDICTS[name] for name, value in listed}
-            if len(self.labels) < len(listed):
-                raise UserError(f"--labels {labels}: gives one value two meanings; give each once")
+        listed = _assignments("--labels", labels or LABELS, tuple(VERDICTS), "VALUE")
+        self.labels = {comparable(value): VERDICTS[name] for name, value in listed}
+        if len(self.labels) < len(listed):
+            raise UserError(f"--labels {labels}: gives one value two meanings; give each once")
 
-    # ---- rows ------------------------------------------------------------------------
+    def names(self, row: dict) -> set[str]:
+        """The columns that are read of a row."""
+        paths = [path for source in self.sources.values() for path in source.split("+")]
+        if "chosen" in self.sources:
+            paths += [name for name in TIED if name in row]
+        return {path if path in row else path.split(".")[0] for path in paths}
 
-    def rows(self, rows: Iterator[Row], notes: Notes) -> Iterator[Row]:
-        """Each row with the columns of a format that exists, or the reason why it cannot be."""
-        for where, row in rows:
-            if isinstance(row, dict):
-                try:
-                    row = self._row(row, where, notes)
-                except UserError as error:
-                    row = error
-            yield where, row
+    def value(self, row: dict, target: str, where: str):
+        """What a row holds for a target: any value, or texts with a blank line between them.
 
-    def _row(self, row: dict, where: str, notes: Notes) -> dict:
-        read: set[str] = {"id"}  # score.py repeats it
-        text = lambda target: self._text(row, target, where, read)
-
-        def later(value):
-            """A label or a score is wrong only where it is needed: stage 1 reads none."""
-            try:
-                return value()
-            except UserError as error:
-                return error
-
-        s = self.sources
-        mapped: dict[str, Any]
-        if "chosen" in s:
-            mapped = {name: text(name) for name in ("prompt", "chosen", "rejected") if name in s}
-        elif "response" in s:
-            mapped = {"prompt": text("prompt"), "response": text("response")}
-            mapped["helpfulness"] = later(lambda: self._score(row, "score", where, read))
-        else:
-            mapped = {"prompt": text("prompt"), "response_a": text("a"), "response_b": text("b")}
-            if "label" in s:
-                mapped["label"] = later(lambda: self._label(row, where, read))
-            elif "score_a" in s:
-                mapped["label"] = later(lambda: self._by_scores(row, where, read))
-        notes.unread.update(
-            str(name) for name, value in row.items() if name not in read and value not in (None, "")
-        )
-        return {**({"id": row["id"]} if "id" in row else {}), **mapped}
-
-    # ---- values ----------------------------------------------------------------------
-
-    def _value(self, row: dict, target: str, source: str, where: str, read: set[str]):
-        """The value of a column, or of a path into one.
+        Empty ones of several texts are left out.
 
         Raises:
             UserError: the row holds none.
         """
-        name, value = _look_up(row, source)
-        if value is MISSING:
+        paths = self.sources[target].split("+")
+        values = [self._look_up(row, path, target, where) for path in paths]
+        if len(paths) == 1:
+            return values[0]
+        there = [(path, value) for path, value in zip(paths, values) if not is_nothing(value)]
+        return "\n\n".join(read_text(value, where, path) for path, value in there)
+
+    def _look_up(self, row: dict, path: str, target: str, where: str) -> Any:
+        column, *steps = [path] if path in row else path.split(".")
+        try:
+            value = row[column]
+            for step in steps:
+                value = json.loads(value) if isinstance(value, str) else value
+                value = value[int(step)] if isinstance(value, list) else value[step]
+        except (LookupError, ValueError, TypeError, RecursionError):
             raise UserError(
-                f"{where}: --columns {target}={self.sources[target]}: the row holds no {source!r}; "
+                f"{where}: --columns {target}={self.sources[target]}: the row holds no {path!r}; "
                 f"its columns are {', '.join(map(str, row))}"
-            )
-        read |= {name}
+            ) from None
         return value
 
-    def _text(self, row: dict, target: str, where: str, read: set[str]):
-        """What one column holds, or the texts of several with a blank line between; empty ones are
-        left out.
-        """
-        source = self.sources[target]
-        if source in row or "+" not in source:
-            return self._value(row, target, source, where, read)
-        texts = []
-        for part in source.split("+"):
-            value = self._value(row, target, part, where, read)
-            if not is_nothing(value):
-                texts.append(read_text(value, where, part))
-        return "\n\n".join(texts)
+    def scores(self, row: dict, where: str) -> Scores:
+        """What a row says about its two responses.
 
-    def _label(self, row: dict, where: str, read: set[str]) -> str:
-        source = self.sources["label"]
-        value = self._value(row, "label", source, where, read)
-        twin = source[:-1] + {"a": "b", "b": "a"}.get(source[-1], source[-1])
-        if twin != source and twin in row:
-            raise UserError(
-                f"{where}: the verdict stands in {source!r} and {twin!r}, and one alone does not "
-                "tell a tie; give both as score_a= and score_b=, and no label"
-            )
-        if self.labels is None:
-            if value in (*VERDICTS.values(), "A>B", "B>A", "A=B"):
-                return value
-            wanted = "say what it means with --labels a=...,b=...,tie=..."
-        elif _comparable(value) in self.labels:
-            return self.labels[_comparable(value)]
-        else:
-            wanted = "add it to --labels"
+        Raises:
+            UserError: a label that is not listed, or a score that is no number.
+        """
+        if "chosen" in self.sources:
+            chosen, rejected = (comparable(row.get(name)) for name in TIED)
+            return (0, 0) if chosen == rejected and chosen != "" else (1, 0)
+        if "score_a" in self.sources:
+            return self.score(row, "score_a", where), self.score(row, "score_b", where)
+        label = self.value(row, "label", where) if "label" in self.sources else None
+        if comparable(label) in self.labels:
+            return self.labels[comparable(label)]
+        if label is None or label == "":
+            return None, None
         raise UserError(
-            f"{where}: the label in column {source!r} is {json.dumps(value, default=str)[:60]}, "
-            f"which is not listed; {wanted}"
+            f"{where}: the label in column {self.sources['label']!r} is "
+            f"{json.dumps(label, default=str)[:60]}, which is not listed; say what it means with "
+            "--columns and --labels a=...,b=...,tie=..."
         )
 
-    def _score(self, row: dict, target: str, where: str, read: set[str]) -> float:
+    def score(self, row: dict, target: str, where: str) -> float | None:
+        """A score; None where a row holds an empty one."""
         if target not in self.sources:
             raise UserError(f"{where}: no label; --columns needs score=COLUMN to compare responses")
-        source = self.sources[target]
-        return read_number(self._value(row, target, source, where, read), where, source)
-
-    def _by_scores(self, row: dict, where: str, read: set[str]) -> str:
-        a, b = (self._score(row, target, where, read) for target in ("score_a", "score_b"))
-        return "tie" if a == b else "A" if a > b else "B"
+        value = self.value(row, target, where)
+        missing = value is None or value == ""
+        return None if missing else read_number(value, where, self.sources[target])
 
 
-def check_columns(text: str) -> str:
-    """argparse type of --columns: errors come before any work."""
-    Columns(text)
-    return text
+def given_columns(columns: str | None, labels: str | None) -> Columns | None:
+    """What the options --columns and --labels say; None without --columns."""
+    if labels and not columns:
+        raise UserError(f"--labels {labels}: goes with --columns; add --columns with label=COLUMN")
+    return Columns(columns, labels) if columns else None
 
 
 def _assignments(
@@ -186,28 +150,13 @@ def _assignments(
     return pairs
 
 
-def _look_up(row: dict, path: str) -> tuple[str, Any]:
-    """The column and the value of a name or a dotted path; MISSING if there is no value."""
-    steps = path.split(".")
-    for n in range(len(steps), 0, -1):
-        name = ".".join(steps[:n])
-        if name in row:
-            value = row[name]
-            for step in steps[n:]:
-                value = literal(value) if isinstance(value, str) else value
-                try:
-                    value = value[int(step)] if isinstance(value, list) else value[step]
-                except (ValueError, IndexError, KeyError, TypeError):
-                    return name, MISSING
-            return name, value
-    return path, MISSING
-
-
-def _comparable(value):
+def comparable(value):
     """What is equal for equal values: 1, "1" and 1.0 are, true and 1 are not."""
-    if isinstance(value, bool) or isinstance(value, str) and value.lower() in ("true", "false"):
+    if value is None:
+        return ""
+    if isinstance(value, bool):
         return str(value).lower()
     try:
-        return read_number(value, "", "")
-    except UserError:
-        return "" if value is None else str(value).strip()
+        return float(value)
+    except (TypeError, ValueError, OverflowError):
+        return str(value).strip()

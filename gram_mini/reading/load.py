@@ -9,20 +9,17 @@ import hashlib
 import json
 import random
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from gram_mini.errors import UserError
 from gram_mini.pairs import Pair
-from gram_mini.reading.columns import Columns
+from gram_mini.reading.columns import given_columns
 from gram_mini.reading.formats import group_rows, parse_pairs, readable
 from gram_mini.reading.sources import Notes, Row, read_rows
 from gram_mini.reading.usable import unusable
 from gram_mini.village import VILLAGE
 from gram_mini.village.pairs import village_pairs
-
-from tqdm import tqdm
 
 NOT_DRAWN = "not drawn by --pairs-per-prompt"
 
@@ -69,39 +66,9 @@ class PairData:
             "used": len(self.pairs),
             "dropped": dict(self.dropped),
             "unreadable": self.unreadable,
-            "notes": self.notes.record(),
+            "notes": vars(self.notes),
             "fingerprint": self.fingerprint,
         }
-
-
-def read_groups(
-    source: str,
-    split: str | None,
-    limit: int | None,
-    subset: str | None,
-    streaming: bool,
-    columns: str | None,
-    labels: str | None,
-    notes: Notes,
-    progress: str | None = "reading",
-) -> Iterator[tuple[int, list[Row]]]:
-    """The rows of a source, those that hold one response each to one prompt together.
-
-    Arguments are those of load_pairs; ``progress`` names the progress bar, if there is to be one.
-    Yields as formats.group_rows does. Rows are read when they are needed, and dropped with their
-    group.
-
-    Raises:
-        UserError: no such source, or --columns or --labels that cannot be followed.
-    """
-    if labels and not columns:
-        raise UserError(f"--labels {labels}: goes with --columns; add --columns with label=COLUMN")
-    rows = read_rows(source, split, limit, subset, streaming, notes)
-    silent = progress is None
-    rows = iter(tqdm(rows, desc=progress, unit=" rows", delay=2, disable=silent, leave=False))
-    if not columns:
-        return group_rows(rows)
-    return group_rows(Columns(columns, labels).rows(rows, notes))
 
 
 def draw_pairs(pairs: list[Pair], count: int | None, seed: int = 0) -> list[Pair]:
@@ -131,38 +98,26 @@ def load_pairs(
     Args:
         source: see sources.py; "village" gives the unlabelled or the labelled pairs of the village.
         labelled: True for stage 2; False for stage 1, where labels are dropped and ties are used.
-        limit: use the first ``limit`` rows only.
-        split: the split of a hub data set or of a folder with several; see sources.read_rows.
         seed: draws the pairs of the village, and those of ``pairs_per_prompt``.
-        subset: the configuration of a hub data set.
-        streaming: download no more rows of a hub data set than are read.
-        on_bad_row: "error", or "skip" to drop and count rows that cannot be read.
-        pairs: "all" pairs of a row with several scored responses, or only "best-worst".
-        columns, labels: which columns hold what, as --columns and --labels say; see columns.py.
-        pairs_per_prompt: at most so many pairs of several responses to one prompt.
+
+    The others are the options of the same names, see README.md.
 
     Raises:
         UserError: no such source, a row that cannot be read (names file and line), or no usable row
             left.
     """
     if source == VILLAGE:
-        given = {
-            "split": split,
-            "subset": subset,
-            "columns": columns,
-            "labels": labels,
-            "pairs": pairs if pairs != "all" else None,
-            "pairs-per-prompt": pairs_per_prompt,
-        }
-        for name, value in given.items():
+        options = {"split": split, "subset": subset, "columns": columns, "labels": labels}
+        for name, value in options.items():
             if value:
                 raise UserError(f"--{name} {value}: the village's pairs have none; leave it out")
         drawn = village_pairs("labelled" if labelled else "unlabelled", seed=seed)[:limit]
         return PairData(VILLAGE, drawn, len(drawn))
     data = PairData(source, [], 0)
+    form = given_columns(columns, labels)
 
     def read(group: list[Row], notes: Notes | None = None) -> tuple[list[Pair], Counter]:
-        read_pairs, left_out = parse_pairs(group, labelled, pairs, notes)
+        read_pairs, left_out = parse_pairs(group, labelled, pairs, notes, form)
         if labelled and any(pair.label is None and not pair.tied for pair in read_pairs):
             raise UserError(
                 f"{group[0][0]}: no label; stage 2 and evaluation need to know the preferred "
@@ -171,9 +126,8 @@ def load_pairs(
             )
         return read_pairs, left_out
 
-    for number, group in read_groups(
-        source, split, limit, subset, streaming, columns, labels, data.notes
-    ):
+    rows = read_rows(source, split, limit, subset, streaming, data.notes, "reading")
+    for number, group in group_rows(rows, form):
         data.rows += len(group)
         if on_bad_row == "skip":
             good, reason = readable(group, read)
@@ -187,10 +141,9 @@ def load_pairs(
             reason = unusable(pair) or ("tied" if labelled and pair.tied else None)
             if reason:
                 data.dropped[reason] += 1
-            elif labelled:
-                usable.append(replace(pair, row=number))
             else:
-                usable.append(replace(pair, row=number, label=None, tied=False))
+                pair = pair if labelled else replace(pair, label=None, tied=False)
+                usable.append(replace(pair, row=number))
         drawn = draw_pairs(usable, pairs_per_prompt, seed)
         data.dropped += Counter({NOT_DRAWN: len(usable) - len(drawn)})
         data.pairs += drawn

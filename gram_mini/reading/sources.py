@@ -1,11 +1,4 @@
-"""Rows from files, folders and the hub, each with its place in the source for error messages.
-
-A source is one of these:
-
-    a file            .jsonl, .json or .csv, each also gzipped (.gz), or .parquet
-    a folder          of such files, all of one kind
-    owner/name        a data set on the hub
-"""
+"""Rows from files, folders and the hub, each with its place in the source for error messages."""
 
 from __future__ import annotations
 
@@ -21,16 +14,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from gram_mini.errors import UserError
 
+from tqdm import tqdm
+
 # (where, row): the place, and the row by column or the reason why it cannot be read
 Row = tuple[str, dict | UserError]
-
-SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
-
-SPLITS = re.compile(r"(train|test|valid|validation|val|dev|eval)(?![a-z])")
 
 
 @dataclass
@@ -55,10 +45,6 @@ class Notes:
         counted = [f"{count} rows {what}" for what, count in sorted(self.rows.items())]
         return [*self.source, *counted, *unread]
 
-    def record(self) -> dict:
-        """What run.json keeps."""
-        return {"source": self.source, "rows": dict(self.rows), "unread": dict(self.unread)}
-
 
 def read_rows(
     source: str,
@@ -67,6 +53,7 @@ def read_rows(
     subset: str | None = None,
     streaming: bool = False,
     notes: Notes | None = None,
+    progress: str | None = None,
 ) -> Iterator[Row]:
     """Yield (where, row) for the first ``limit`` rows of a source; ``where`` names file and line.
 
@@ -74,22 +61,22 @@ def read_rows(
     so that the caller may go on with the next one. Only a .json list is held in memory as a whole.
 
     Args:
-        split: the split of a hub data set, "train" by default, or of a folder that holds several.
-        subset: the configuration of a hub data set.
-        streaming: hub only; download rows when they are needed.
-        notes: gets what was skipped or assumed.
+        split, limit, subset, streaming: the options of the same names, see README.md.
+        notes: gets what was skipped.
+        progress: the name of a progress bar, if there is to be one.
 
     Raises:
         UserError: no such source, no such split, or a source that cannot be read as a whole.
     """
-    notes = Notes() if notes is None else notes
     count = 0
-    for count, item in enumerate(_read(source, split, subset, streaming, notes), start=1):
-        yield item
+    rows = _read(source, split, subset, streaming, notes or Notes())
+    bar = {"desc": progress, "unit": " rows", "delay": 2, "leave": False}
+    for count, row in enumerate(tqdm(rows, **bar, disable=progress is None), start=1):
+        yield row
         if count == limit:
             return
     if count == 0:
-        raise UserError("the data holds no rows; give a file with at least one row")
+        raise UserError(f"{source}: holds no rows; give a file with at least one row")
 
 
 def looks_like_path(name: str) -> bool:
@@ -101,110 +88,68 @@ def _read(
     source: str, split: str | None, subset: str | None, streaming: bool, notes: Notes
 ) -> Iterator[Row]:
     path = Path(source)
-    if os.path.isdir(source):
-        files = _of_folder(path, split, notes)
-    elif os.path.exists(source):
-        files = [path]
-        if split and _split_name(path) != split:
-            raise UserError(
-                f"--split {split}: {path} is a single file and has no splits; leave --split out"
-            )
-    elif looks_like_path(source) or _suffix(path) in SUFFIXES:
-        raise UserError(f"{source[:200]}: no such file or folder; give one that there is")
-    else:
+    if not os.path.exists(source):  # which takes any text
+        if looks_like_path(source) or _kind(path) in READERS:
+            raise UserError(f"{source[:200]}: no such file or folder; give one that there is")
         return _read_dataset(source, split or "train", subset, streaming)
     if subset:
-        raise UserError(
-            f"--subset {subset}: {source} has no subsets; leave it out, or give the name of a hub "
-            "data set"
-        )
-    return (item for file in files for item in _read_file(file))
+        raise UserError(f"--subset {subset}: {source} has no subsets; leave it out")
+    if path.is_dir():
+        files = _of_folder(path, split, notes)
+    elif split:
+        raise UserError(f"--split {split}: {path} is a single file and has no splits; leave it out")
+    elif _kind(path) not in READERS:
+        raise UserError(f"{path}: unknown kind of file; give one of {', '.join(READERS)}")
+    else:
+        files = [path]
+    return (row for file in files for row in READERS[_kind(file)](file))
 
 
-# ---- files ---------------------------------------------------------------------------
-
-
-def _unpacked(path: Path) -> Path:
-    """The name of a file without .gz."""
-    return Path(path.name.removesuffix(".gz"))
-
-
-def _suffix(path: Path) -> str:
-    return _unpacked(path).suffix.lower()
-
-
-# The number of a part of a split: -00000-of-00002, perhaps with a hash, or _1, or -part-1.
-_PART = re.compile(r"[-_.]((part|shard|chunk)[-_.]?)?\d+(-of-\d+(-[0-9a-f]{8,})?)?$")
+def _kind(file: Path) -> str:
+    """The suffix of a file without .gz."""
+    return Path(file.name.removesuffix(".gz")).suffix.lower()
 
 
 def _split_name(file: Path) -> str:
-    """The whole name of a file without suffixes and number: train_prefs-00000-of-00001 is a file of
-    the split train_prefs, not of train.
-    """
-    return _PART.sub("", _unpacked(file).stem)
+    """The name of a file without suffixes and number: train_prefs of train_prefs-00000-of-00001."""
+    stem = Path(file.name.removesuffix(".gz")).stem
+    return re.sub(r"[-_.]?\d+(-of-\d+(-[0-9a-f]+)?)?$", "", stem)
 
 
 def _of_folder(folder: Path, split: str | None, notes: Notes) -> list[Path]:
-    """The files of a folder, or those of one split; names what else is there.
+    """The files of a folder that are parts of one split; notes what else is there.
 
     Raises:
-        UserError: none, files of several kinds, or of several splits and none is given.
+        UserError: none, several splits and none of them is given, or files of several kinds, which
+            may be the same rows twice.
     """
-    if any((folder / name).is_file() for name in ("dataset_dict.json", "state.json")):
+    there = sorted(file for file in folder.iterdir() if file.name[0] != ".")
+    if {"dataset_dict.json", "state.json"} & {file.name for file in there}:
         raise UserError(
             f"{folder}: was written by save_to_disk of datasets; write its rows with to_json or "
             "to_parquet, and give that file"
         )
-    there = sorted(folder.iterdir())
-    files = [file for file in there if _suffix(file) in SUFFIXES and file.name[0] != "."]
-    if not files:
+    splits: dict[str, list[Path]] = {}
+    for file in there:
+        if _kind(file) in READERS:
+            splits.setdefault(_split_name(file), []).append(file)
+    if not splits:
+        raise UserError(f"{folder}: no {', '.join(READERS)} file in this folder; give one that has")
+    if split is None and len(splits) == 1:
+        (split,) = splits
+    files = splits.get(split or "", [])
+    if len({(_kind(file), file.suffix) for file in files}) != 1:
         raise UserError(
-            f"{folder}: no {', '.join(SUFFIXES)} file in this folder; give a folder that has one"
+            f"{folder}: give --split with one of {', '.join(splits)} whose files are of one kind, "
+            "or give one file"
         )
-    kinds = sorted({file.name.removeprefix(_unpacked(file).stem) for file in files})
-    if len(kinds) > 1:
-        raise UserError(
-            f"{folder}: holds files of several kinds ({', '.join(kinds)}), which may be the same "
-            "rows twice; give one of the files, or a folder with one kind"
-        )
-    splits = sorted({*map(_split_name, files)})
-    if split and split not in splits:
-        raise UserError(
-            f"{folder}: holds no file of the split {split!r}; give --split with one of "
-            f"{', '.join(splits)}, or leave it out"
-        )
-    if (
-        not split
-        and len(splits) > 1
-        and (any(map(SPLITS.match, splits)) or any("-of-" in file.name for file in files))
-    ):
-        raise UserError(
-            f"{folder}: seems to hold several splits; give --split with one of {', '.join(splits)}"
-        )
-    files = [file for file in files if not split or _split_name(file) == split]
-    others = (".md", ".png", ".jpg", ".pdf", ".py", ".yaml")
-    left = [
-        file.name
-        for file in there
-        if file not in files and file.suffix not in others
-        if file.name[0] != "." or _suffix(file) in SUFFIXES
-    ]
-    if left:
+    if left := [file.name for file in there if file not in files]:
         more = ", ..." * (len(left) > 5)
         notes.source.append(f"not read in this folder: {', '.join(left[:5])}{more}")
     return files
 
 
-def _read_file(path: Path) -> Iterator[Row]:
-    readers = {
-        ".jsonl": _read_jsonl,
-        ".json": _read_json,
-        ".csv": _read_csv,
-        ".parquet": _read_parquet,
-    }
-    if _suffix(path) not in readers:
-        raise UserError(f"{path}: unknown kind of file; give one of {', '.join(SUFFIXES)}")
-    return readers[_suffix(path)](path)
+# ---- files ---------------------------------------------------------------------------
 
 
 @contextmanager
@@ -217,89 +162,63 @@ def _opened(path: Path):
 
 
 def _read_jsonl(path: Path) -> Iterator[Row]:
-    empty = True
     with _opened(path) as file:
         for number, line in enumerate(file, start=1):
             if line.strip():
-                where, empty = f"{path}, line {number}", False
-                yield where, _parse_line(line, where)
-    if empty:
-        raise _empty(path)
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict:
-    """json's object_pairs_hook: of a key that stands twice Python would take the last value."""
-    value = dict(pairs)
-    if len(value) < len(pairs):
-        raise ValueError(f"a key stands twice in one object, of {', '.join(value)}")
-    return value
-
-
-def _parse_line(line: bytes, where: str) -> dict | UserError:
-    try:
-        return _as_row(json.loads(line.decode("utf-8-sig"), object_pairs_hook=_object), where)
-    except UnicodeDecodeError as error:
-        return UserError(f"{where}: not UTF-8 text (byte {error.start}); save it as UTF-8")
-    except (ValueError, RecursionError) as error:  # also numbers too long, lists too deep
-        reason = str(error).replace("line 1 column", "column")
-        return UserError(f"{where}: invalid JSON: {reason}; write one whole object a line")
+                where = f"{path}, line {number}"
+                yield where, _as_row(_parsed(line, where), where)
 
 
 def _read_json(path: Path) -> Iterator[Row]:
-    """The rows of a list, a single row, or one row a line although the name says .json."""
-    text = ""
-    try:
-        with _opened(path) as file:
-            text = file.read().decode("utf-8-sig")
-        rows = json.loads(text, object_pairs_hook=_object)
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text (byte {error.start}); save it as UTF-8") from None
-    except (ValueError, RecursionError) as error:
-        if text.lstrip().startswith("{"):
-            yield from _read_jsonl(path)
-            return
-        if not text.strip():
-            raise _empty(path) from None
-        raise UserError(f"{path}: invalid JSON: {error}; save it as a list of rows") from None
-    rows = [rows] if isinstance(rows, dict) else rows
-    if not isinstance(rows, list):
-        raise UserError(
-            f"{path}: expected a list of rows, found {type(rows).__name__}; for one row a line use "
-            ".jsonl"
-        )
+    """The rows of a list, or one row a line although the name says .json."""
+    with _opened(path) as file:
+        text = file.read()
+    if not text.decode("utf-8-sig", "replace").lstrip().startswith("["):
+        yield from _read_jsonl(path)
+        return
+    rows = _parsed(text, str(path))
+    if isinstance(rows, UserError):
+        raise rows
     for number, row in enumerate(rows, start=1):
         where = f"{path}, row {number}"
         yield where, _as_row(row, where)
 
 
+def _parsed(text: bytes, where: str):
+    """The JSON value of a text, or why it has none."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:  # also not UTF-8, numbers too long
+        reason = str(error).replace("line 1 column", "column")
+        return UserError(
+            f"{where}: invalid JSON: {reason}; write one whole object a line into a .jsonl file, "
+            "or a list of them into a .json file"
+        )
+
+
+def _as_row(row, where: str) -> dict | UserError:
+    if isinstance(row, (dict, UserError)):
+        return row
+    return UserError(f"{where}: expected an object with named columns, found {type(row).__name__}")
+
+
 def _read_csv(path: Path) -> Iterator[Row]:
+    csv.field_size_limit(2**31 - 1)  # a response may be long
     with _opened(path) as file:
-        csv.field_size_limit(2**31 - 1)  # a response may be long
-        reader = csv.reader(io.TextIOWrapper(file, encoding="utf-8-sig", newline=""), strict=True)
-        names: list[str] = []
-        while True:
-            where = f"{path}, line {reader.line_num + 1}"
-            try:
-                fields = next(reader)
-            except StopIteration:
-                break
-            except UnicodeDecodeError:
-                # Text is decoded in blocks, so this is the line where the block begins.
-                raise UserError(f"{where} or after: not UTF-8 text; save it as UTF-8") from None
-            except csv.Error as error:
-                raise UserError(f"{where}: invalid CSV: {error}; save it again") from None
-            if not names:
-                names = fields
-                twice = [name for name, n in Counter(names).items() if n > 1]
-                if twice:
-                    raise UserError(f"{where}: column {twice[0]!r} stands there twice; rename one")
-            elif fields and len(fields) != len(names):
+        text = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
+        reader = csv.DictReader(text, strict=True)
+        try:
+            names = reader.fieldnames or []
+            if len({*names}) < len(names):
+                raise UserError(f"{path}: a column stands there twice; rename one")
+            for row in reader:
+                where = f"{path}, line {reader.line_num}"
                 other = "has another number of fields than the header; quote texts with commas"
-                yield where, UserError(f"{where}: {other}")
-            elif fields:  # not an empty line
-                yield where, dict(zip(names, fields))
-    if not names:
-        raise _empty(path)
+                whole = None not in row and None not in row.values()
+                yield where, row if whole else UserError(f"{where}: {other}")
+        except (UnicodeDecodeError, csv.Error) as error:  # text is decoded in blocks
+            where = f"{path}, line {max(1, reader.line_num)} or after"
+            raise UserError(f"{where}: invalid CSV: {error}; save it again as UTF-8") from None
 
 
 def _read_parquet(path: Path) -> Iterator[Row]:
@@ -308,29 +227,21 @@ def _read_parquet(path: Path) -> Iterator[Row]:
 
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
-            rows = (
-                row for batch in file.iter_batches(batch_size=1000) for row in batch.to_pylist()
-            )
+            batches = file.iter_batches(batch_size=1000)
+            rows = (row for batch in batches for row in batch.to_pylist())
             for number, row in enumerate(rows, start=1):
                 yield f"{path}, row {number}", row
     except (pyarrow.ArrowException, OSError) as error:
-        raise UserError(
-            f"{path}: cannot be read as Parquet: {str(error).splitlines()[0]}; save or download it "
-            "again"
-        ) from None
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{path}: cannot be read as Parquet: {reason}; save it again") from None
 
 
-def _as_row(row, where: str) -> dict | UserError:
-    if isinstance(row, dict):
-        return row
-    return UserError(f"{where}: expected an object with named columns, found {type(row).__name__}")
-
-
-def _empty(path: Path) -> UserError:
-    return UserError(f"{path}: the file is empty; give a file with at least one row")
-
-
-# ---- the datasets library ------------------------------------------------------------
+READERS = {
+    ".jsonl": _read_jsonl,
+    ".json": _read_json,
+    ".csv": _read_csv,
+    ".parquet": _read_parquet,
+}
 
 
 def _read_dataset(name: str, split: str, subset: str | None, streaming: bool) -> Iterator[Row]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from gram_mini.chat import ANSWER, SLOTS
+from gram_mini.chat import SLOTS
 from gram_mini.errors import UserError
 from gram_mini.prompts import PLACEHOLDER
 
@@ -13,10 +13,8 @@ def read_template(path: Path) -> str:
     """A judge prompt from a UTF-8 file that holds {prompt}, {response_a} and {response_b}, once
     each, in this order.
 
-    The text is taken as it stands, with its other braces and its white space. Only one line break
-    at the very end is dropped, because editors put one there: a prompt that must end with a line
-    break ends with two in the file. (Windows' line breaks are read as \\n, and a chat template may
-    trim the whole.)
+    The text is taken as it stands. Only one line break at the very end is dropped, because editors
+    put one there.
 
     Raises:
         UserError: no such file, not UTF-8, or a placeholder is missing, doubled or out of order.
@@ -29,11 +27,6 @@ def read_template(path: Path) -> str:
         raise UserError(
             f"{path}: cannot be read: {error.strerror}; give the file of a judge prompt"
         ) from None
-    if any(slot in text for slot in (*SLOTS.values(), ANSWER)):
-        raise UserError(
-            f"{path}: holds a private-use character (U+E000 to U+E003), which we need ourselves; "
-            "take it out"
-        )
     names = PLACEHOLDER.findall(text)
     if names != list(SLOTS):
         raise UserError(

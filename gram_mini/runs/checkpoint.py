@@ -28,17 +28,18 @@ def save(
     It is written under another name and then renamed, so that the previous checkpoint stays until
     this one is complete. ``skipped`` counts the steps that were not finite.
     """
-    process_states = gather_object([{"rng": _random_state(), "log": log_state}])
+    on_gpu = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
+    own = {"cpu": torch.get_rng_state(), "cuda": on_gpu, "log": log_state}
+    processes = gather_object([own])
     if accelerator.is_main_process:
+        named = model.named_parameters()
         state = {
             "step": step,
             "settings": settings,
-            "adapter": {
-                name: p.detach().cpu() for name, p in model.named_parameters() if p.requires_grad
-            },
+            "adapter": {name: p.detach().cpu() for name, p in named if p.requires_grad},
             "optimizer": optimizer.state_dict(),
             "schedule": schedule.state_dict(),
-            "processes": process_states,
+            "processes": processes,
             "skipped": skipped,
         }
         temporary = path.with_suffix(".tmp")
@@ -74,13 +75,8 @@ def load(path: Path, accelerator, settings: dict, model, optimizer, schedule) ->
                 parameter.copy_(state["adapter"][name])
     optimizer.load_state_dict(state["optimizer"])
     schedule.load_state_dict(state["schedule"])
-    process_state = state["processes"][accelerator.process_index]
-    torch.set_rng_state(process_state["rng"]["cpu"])
-    if "cuda" in process_state["rng"]:
-        torch.cuda.set_rng_state(process_state["rng"]["cuda"])
-    return {"step": state["step"], "skipped": state["skipped"], "log": process_state["log"]}
-
-
-def _random_state() -> dict[str, torch.Tensor]:
-    cuda = {"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {}
-    return {"cpu": torch.get_rng_state(), **cuda}
+    own = state["processes"][accelerator.process_index]
+    torch.set_rng_state(own["cpu"])
+    if own["cuda"] is not None:
+        torch.cuda.set_rng_state(own["cuda"])
+    return {"step": state["step"], "skipped": state["skipped"], "log": own["log"]}

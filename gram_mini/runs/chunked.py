@@ -1,10 +1,9 @@
 """losses.pair_loss with little memory: the same number and the same gradient.
 
-The logits fill the memory in stage 1. With 151,936 tokens in the vocabulary they take 0.6 MB for
-each trained token, more than all layers keep for it. Here the logits of a few hundred tokens are
-made, turned into their gradient in place, and dropped before the next ones are made. This works
-because the output matrix is frozen: only the gradient of the hidden states, (N, H), has to be kept.
-tests/lesson/test_losses.py holds both functions equal.
+With 151,936 tokens in the vocabulary the logits take 0.6 MB for each trained token, more than all
+layers keep for it. Here the logits of a few hundred tokens are made, turned into their gradient in
+place, and dropped before the next ones are made. This works because the output matrix is frozen:
+only the gradient of the hidden states, (N, H), has to be kept.
 """
 
 from __future__ import annotations
@@ -16,11 +15,6 @@ from gram_mini.model import output_head
 import torch
 
 LOGITS_AT_ONCE = 2**25  # as many logits take 128 MiB in float32
-
-
-def rows_at_once(head) -> int:
-    """How many tokens' logits are made at a time."""
-    return max(1, LOGITS_AT_ONCE // len(head.weight))
 
 
 def chunked_pair_loss(model, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -36,18 +30,17 @@ def chunked_pair_loss(model, hidden: torch.Tensor, targets: torch.Tensor) -> tor
 
 
 def token_loss(hidden: torch.Tensor, targets: torch.Tensor, head) -> torch.Tensor:
-    """``pair_loss(head(hidden), targets)`` without holding the logits of more than a few hundred
-    tokens at once, for hidden states (N, H) and targets (N,); ``head`` is a model.OutputHead.
+    """``pair_loss(head(hidden), targets)`` for hidden states (N, H) and targets (N,); ``head`` is a
+    model.OutputHead.
     """
-    rows = rows_at_once(head)
+    rows = max(1, LOGITS_AT_ONCE // len(head.weight))
     if len(hidden) <= rows:
         return pair_loss(head(hidden), targets)
     return _InChunks.apply(hidden, targets, head, rows)
 
 
 class _InChunks(torch.autograd.Function):
-    """Computes the gradient of each chunk right after its loss, so that never more than the logits
-    of one chunk exist.
+    """Computes the gradient of each chunk right after its loss.
 
     torch 2.13 has F.linear_cross_entropy, which does the same, but in bfloat16 it adds up the loss
     in bfloat16 (with 100 chunks it was off by 2%), and it knows no cap.
@@ -56,9 +49,8 @@ class _InChunks(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, targets, head, rows):
         chunks = zip(hidden.split(rows), targets.split(rows))  # (n, H), (n,)
-        losses, gradients = zip(*(_chunk(h, t, head, ctx.needs_input_grad[0]) for h, t in chunks))
-        if ctx.needs_input_grad[0]:
-            ctx.save_for_backward(torch.cat(gradients) / len(targets))  # (N, H)
+        losses, gradients = zip(*(_chunk(h, t, head) for h, t in chunks))
+        ctx.save_for_backward(torch.cat(gradients) / len(targets))  # (N, H)
         return torch.stack(losses).sum() / len(targets)
 
     @staticmethod
@@ -66,14 +58,12 @@ class _InChunks(torch.autograd.Function):
         return ctx.saved_tensors[0] * gradient, None, None, None
 
 
-def _chunk(
-    hidden: torch.Tensor, targets: torch.Tensor, head, with_gradient: bool
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+def _chunk(hidden: torch.Tensor, targets: torch.Tensor, head) -> tuple[torch.Tensor, torch.Tensor]:
     """Summed negative log-likelihood of a few tokens, and its gradient (n, H).
 
     It needs the memory of one (n, V) of logits: they become probabilities, then their gradient.
     """
-    hidden = hidden.detach().requires_grad_(with_gradient)  # (n, H)
+    hidden = hidden.detach().requires_grad_()  # (n, H)
     targets = targets[:, None]  # (n, 1)
     with torch.enable_grad():
         logits = head(hidden)  # (n, V)
@@ -83,8 +73,6 @@ def _chunk(
     z.sub_(largest).exp_()
     sums = z.sum(dim=1, keepdim=True)  # (n, 1)
     loss = (sums.log() + largest - right).sum()
-    if not with_gradient:
-        return loss, None
     # d loss / d logits: probabilities, less 1 at the target
     z.div_(sums).scatter_add_(1, targets, -torch.ones_like(sums))
     return loss, torch.autograd.grad(logits, hidden, z.to(logits.dtype))[0]

@@ -6,14 +6,11 @@ that was published for LoRA:
     rate = 5e-5 x 10 x (2000 / hidden size)^p,    p = 0.781 for Llama's family, 0.0775 for Qwen's
 
 Source: Thinking Machines' tinker cookbook, after "LoRA Without Regret", 2025. We take p = 0.781 for
-all models. Above a width of 2000 it gives the lower rate of the two. Below 2000 it gives the higher
-one, but there we have a search of our own, on SmolLM2-135M of width 576, seed 0. It found 1e-3 for
-stage 2 and for a scalar head by accuracy, and for stage 1 by its own loss, which was still lower at
-2e-3. The rule gives 1.3e-3 there, and with the other p 5.5e-4; at 5e-4 the judges were less
-accurate. So this width keeps 1e-3, and all others are extrapolated. So is the adapter's scale: the
-rule was made with alpha = 32, and ours is twice the rank, so they agree at rank 16 only.
-
-The batches were not searched.
+all models. A search of our own, on SmolLM2-135M of width 576 and seed 0, found 1e-3 for stage 2 and
+for a scalar head by accuracy, and for stage 1 by its own loss, which was still lower at 2e-3. The
+rule gives 1.3e-3 there, and with the other p 5.5e-4; at 5e-4 the judges were less accurate. So this
+width keeps 1e-3, and all others are extrapolated. So is the adapter's scale: the rule was made with
+alpha = 32, and ours is twice the rank. The batches were not searched.
 """
 
 from __future__ import annotations
@@ -35,7 +32,7 @@ SCALAR = (1e-3, None)  # the rate of a scalar head and the adapter under it
 FROZEN = {"scalar": 0.1, "labels": 0.01}  # of a head alone, for any model; chosen on the village
 SEARCHED = {576: 1e-3}  # width: rate; SmolLM2-135M
 RULE = "5e-4 x (2000 / {})^0.78"
-SCORED = (32, 8)  # judge prompts of max_length per forward pass, on a CPU
+SCORED = (32, 8)  # judge prompts of max_length per forward pass
 REQUESTS = 32  # to a server at a time
 
 

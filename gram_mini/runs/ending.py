@@ -51,16 +51,13 @@ def _end(line: str, status: int, alike: bool = True) -> None:
 def _explain(error: Exception) -> str | None:
     """One line for what a machine ran out of or forbids, None for anything else."""
     text = str(error)
-    if isinstance(error, OSError) and error.errno in FULL_OR_FORBIDDEN:
-        name = error.filename or "a file"
-        return f"{name}: {error.strerror}; make room or choose another folder"
-    # What safetensors and torch make of an OSError.
-    if "No space left on device" in text or "File too large" in text:
-        reason = text.splitlines()[0]
-        return f"a file could not be written: {reason}; make room or choose another folder"
+    reason = (text.splitlines() or [""])[0]
+    refused = isinstance(error, OSError) and error.errno in FULL_OR_FORBIDDEN
+    # What safetensors and torch make of an OSError is known by its text.
+    if refused or "No space left on device" in text or "File too large" in text:
+        return f"a file could not be read or written: {reason}; make room or choose another folder"
     if type(error).__name__ == "OutOfMemoryError":
-        reason = text.splitlines()[0].split(". ")[0]
-        return f"out of GPU memory ({reason}); {LESS_MEMORY}, --bits 4"
+        return f"out of GPU memory ({reason.split('. ')[0]}); {LESS_MEMORY}, --bits 4"
     if isinstance(error, MemoryError) or "can't allocate memory" in text:
         return f"out of memory; {LESS_MEMORY}, --limit"
     return None

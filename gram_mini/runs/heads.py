@@ -11,11 +11,11 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from gram_mini.batches import IGNORED, EncodedPair, Segments, next_tokens, pad, right_labels
+from gram_mini.batches import EncodedPair, Segments, judge_batch, right_labels
 from gram_mini.chat import SLOTS, encode, encode_beginning, render, split_at_slots
-from gram_mini.judge import Judge, check_finite
+from gram_mini.judge import Judge
 from gram_mini.model import evaluating, output_head
-from gram_mini.prompts import PromptPieces, fill
+from gram_mini.prompts import PromptPieces
 from gram_mini.runs.sharing import SharingJudge
 
 import torch
@@ -85,9 +85,9 @@ class ScalarJudge(SharingJudge):
     Both orders give the same log-odds, and the label mass is 1.
     """
 
-    def __init__(self, model, tokenizer, *arguments, **keywords):
-        super().__init__(model, tokenizer, *arguments, **keywords)
-        self.prompt = response_prompt(tokenizer)
+    def __init__(self, *arguments, **keywords):
+        super().__init__(*arguments, **keywords)
+        self.prompt = response_prompt(self.tokenizer)
 
     def segments(self, row: EncodedPair) -> Segments:
         """What the head reads: the prompt and the first response of a row."""
@@ -97,24 +97,19 @@ class ScalarJudge(SharingJudge):
         """Rewards (B,) of the hidden states (B, H) after each response."""
         return self.model.trained_head(states.to(self.model.trained_head.weight.dtype))[:, 0]
 
-    def log_odds(
-        self, rows: list[EncodedPair], progress: str | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Judge encoded pairs as in Judge.log_odds.
+    def verdicts(
+        self, orders: list[EncodedPair], progress: str | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The rewards in the places A and B (M, 2), and the label mass (M,), which is 1.
 
-        Returns r_a - r_b as log-odds (N, 2), the same in both columns; the label mass (N, 2), which
-        is 1; and which pairs (N,) were cut.
+        Of each two of the ``orders`` the second is the first one swapped, as in Judge.log_odds.
         """
-        orders = [order for row in rows for order in (row, row.swapped())]  # a first, then b
-        rewards = torch.zeros(len(orders))
+        rewards = torch.zeros(len(orders))  # (M,), in the place A
         with evaluating(self.model):
             for places, states in self.verdict_states(orders, progress):  # (B,), (B, H)
                 rewards[places] = self.rewards(states).float().cpu()
-        r_a, r_b = rewards.view(-1, 2).T  # (N,), (N,)
-        odds = (r_a - r_b)[:, None].expand(-1, 2)  # (N, 2)
-        check_finite(odds, rows)
-        truncated = torch.tensor([row.truncated for row in rows], dtype=torch.bool)  # (N,)
-        return odds, torch.ones(len(rows), 2), truncated
+        swapped = rewards.view(-1, 2).flip(dims=[1]).flatten()  # (M,), in the place B
+        return torch.stack([rewards, swapped], dim=1), torch.ones(len(orders))
 
 
 # ---- what a scalar head reads --------------------------------------------------------
@@ -126,11 +121,8 @@ def response_prompt(tokenizer) -> PromptPieces:
         {"role": "user", "content": SLOTS["prompt"]},
         {"role": "assistant", "content": SLOTS["response_a"]},
     ]
-    text = (
-        render(tokenizer, turn)
-        if tokenizer.chat_template
-        else fill("{prompt}\n\n{response_a}", **SLOTS)
-    )
+    plain = "\n\n".join(part["content"] for part in turn)
+    text = render(tokenizer, turn) if tokenizer.chat_template else plain
     before, after, end_text = split_at_slots(text, ["prompt", "response_a"])
     after_prompt, end = encode(tokenizer, after), encode(tokenizer, end_text)
     if not end and tokenizer.eos_token_id is not None:
@@ -152,37 +144,16 @@ def response_batch(
     Returns ids (2B, T); last (2B,), the position of the last token; and right (B,), the preferred
     response as in batches.judge_batch.
     """
-    orders = [*rows, *(row.swapped() for row in rows)]
-    sequences = [_sequence(pieces, row) for row in orders]
-    last = torch.tensor([len(ids) - 1 for ids in sequences])
-    return pad(sequences).to(device), last.to(device), right_labels(rows).to(device)
+    orders = [first_alone(order) for order in (*rows, *(row.swapped() for row in rows))]
+    ids, last, _ = judge_batch(orders, pieces, device)
+    return ids, last, right_labels(rows).to(device)
 
 
-def chosen_batch(
-    rows: list[EncodedPair], pieces: PromptPieces, device="cpu"
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The preferred response of each labelled row after its prompt, for the text loss.
-
-    Returns ids (B, T) and targets (B, T), IGNORED on the prompt and on padding.
-    """
-    sequences, targets = [], []
-    for row in _preferred(rows):
-        ids = _sequence(pieces, row)
-        given = len(pieces.start) + len(row.prompt) + pieces.given
-        sequences.append(ids)
-        targets.append(next_tokens(ids, given))
-    return pad(sequences).to(device), pad(targets, IGNORED).to(device)
+def preferred_alone(rows: list[EncodedPair]) -> list[EncodedPair]:
+    """Labelled rows with the preferred response only, which the text loss reads."""
+    return [first_alone(row.swapped() if row.label else row) for row in rows]
 
 
-def chosen_tokens(rows: list[EncodedPair], pieces: PromptPieces) -> int:
-    """Number of tokens that the text loss is a mean over: preferred responses and their ends."""
-    return sum(len(row.response_a) + len(pieces.end) for row in _preferred(rows))
-
-
-def _preferred(rows: list[EncodedPair]) -> list[EncodedPair]:
-    """The rows with the preferred response first."""
-    return [row.swapped() if row.label else row for row in rows]
-
-
-def _sequence(pieces: PromptPieces, row: EncodedPair) -> list[int]:
-    return [token for segment in response_segments(pieces, row) for token in segment]
+def first_alone(row: EncodedPair) -> EncodedPair:
+    """A row without its second response."""
+    return replace(row, response_b=())

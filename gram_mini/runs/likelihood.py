@@ -4,16 +4,11 @@
 
 Here pi_1 is the model after stage 1, and y stands in the place of answer A. So this is the part of
 stage 1's loss that is about the first response, with its sign turned.
-
-LikelihoodJudge   prefers the likelier response. It needs no labels
-JointJudge        adds beta times the difference of both log-likelihoods to the log-odds of the
-                  verdict. gram_mini/likelihood trains it
 """
 
 from __future__ import annotations
 
 from array import array
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -74,30 +69,21 @@ class Likelihoods:
         for row in rows:
             for key, order in zip(keys(row), (row, row.swapped())):
                 alone[key] = replace(order, response_b=array("i"))
-        with self._stage_1():
-            after = self._losses(list(alone.values()))
+        arguments = self.model, list(alone.values()), self.prompt, self.pass_tokens
+        if self.adapter:
+            self.model.set_adapter(self.adapter)
+        try:
+            after = pair_losses(*arguments)
             if self.kind == "over-backbone":
                 with self.model.disable_adapter():
-                    before = self._losses(list(alone.values()))
-                return {k: y - x for k, (x, _), (y, _) in zip(alone, after, before)}
+                    before = pair_losses(*arguments)
+                return {key: x - y for key, (x, _), (y, _) in zip(alone, before, after)}
+        finally:
+            if self.adapter:
+                self.model.set_adapter("default")  # the one that judges
         if self.kind == "per-token":
             return {key: -nats / tokens for key, (nats, tokens) in zip(alone, after)}
         return {key: -nats for key, (nats, _) in zip(alone, after)}
-
-    def _losses(self, rows: list[EncodedPair]) -> list[tuple[float, int]]:
-        return pair_losses(self.model, rows, self.prompt, self.pass_tokens)
-
-    @contextmanager
-    def _stage_1(self):
-        """The model with the adapter of stage 1; afterwards with the one that judges."""
-        if self.adapter is None:
-            yield
-            return
-        self.model.set_adapter(self.adapter)
-        try:
-            yield
-        finally:
-            self.model.set_adapter("default")
 
 
 def keys(row: EncodedPair) -> tuple[Key, Key]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 from gram_mini.errors import UserError
@@ -10,7 +11,6 @@ from gram_mini.runs.checks import check_sizes
 from gram_mini.runs.defaults import MAX_LENGTH, SCORED, for_model
 from gram_mini.runs.heads import judge_with_head, load_head
 from gram_mini.runs.likelihood import JointJudge, LikelihoodJudge, stored_beta
-from gram_mini.runs.memory import prompts_at_once, total_bytes
 from gram_mini.runs.models import load_lora, load_model, load_tokenizer, local_model
 from gram_mini.runs.processes import pick_device
 from gram_mini.runs.record import (
@@ -25,7 +25,9 @@ from gram_mini.runs.record import (
 
 import torch
 from transformers import AutoConfig
-from transformers.utils import logging as transformers_logging
+
+# dequantize warns of the type it casts to
+logging.getLogger("transformers.integrations.bitsandbytes").setLevel(logging.ERROR)
 
 MERGE_UP_TO = 2**30  # bytes of float32 weights up to which merging is the default on a CPU
 
@@ -50,13 +52,12 @@ def load_judge(
         device: "auto" or the name of a torch device.
         max_length: tokens per judge prompt; by default as in training, else 512 for the village's
             backbone and 1,024 for any other.
-        batch_size: judge prompts of max_length per forward pass; by default what a GPU's memory
-            admits, elsewhere 32 for the village's backbone and 8 for any other.
+        batch_size: judge prompts of max_length per forward pass; by default 32 for the village's
+            backbone and 8 for any other.
         template: the judge prompt; by default as in training, else prompts.default_judge.
-        merge: merge the run's adapter into the weights, in float32. That saves the adapter's
-            products and the unpacking of NF4, and changes no score by more than 1e-5. By default
-            this is done on a CPU if the float32 weights take at most 1 GiB. (On a GPU, export the
-            run and score with that: gram_mini/serving/export.py.)
+        merge: merge the run's adapter into the weights, in float32. That is faster and changes no
+            score by more than 1e-5. By default this is done on a CPU if the float32 weights take at
+            most 1 GiB. (On a GPU, export the run: gram_mini/serving/export.py.)
         likelihood: one of options.LIKELIHOODS asks how likely the responses are under the model
             of a stage-1 run, instead of for a verdict.
 
@@ -74,38 +75,34 @@ def load_judge(
         )
     if joint or likelihood == "over-backbone":
         merge = False  # its adapters are asked one by one
-    given = template
+    given, backbone = template, str(path)
     if record:
         max_length = max_length or record["options"]["max_length"]
         template = template or record["prompt"]["judge"]
+        backbone = record["backbone"]["name"]
+    tokenizer = load_tokenizer(str(path))
     if record and (folder / "run.json").is_file():
-        name, trained_on = record["backbone"]["name"], record["backbone"]["fingerprint"]
-        if local_model(name) is not None and fingerprint(name) != trained_on:
+        trained_on = record["backbone"]["fingerprint"]
+        if local_model(backbone) is not None and fingerprint(backbone) != trained_on:
             raise UserError(
-                f"{path}: was trained on another version of the backbone {name!r}; train it again"
+                f"{path}: was trained on another version of the backbone {backbone!r}; train it "
+                "again"
             )
         bits = bits or record["options"]["bits"]
-        model = load_model(pinned(name, trained_on), bits, place, scoring=True)
+        model = load_model(pinned(backbone, trained_on), bits, place, scoring=True)
         if merge is None:
-            merge = (
-                place.type == "cpu"
-                and model.dtype == torch.float32
-                and 4 * model.num_parameters() <= MERGE_UP_TO
-            )
+            small = 4 * model.num_parameters() <= MERGE_UP_TO
+            merge = place.type == "cpu" and model.dtype == torch.float32 and small
         model = load_merged(model, folder) if merge else load_lora(model, folder, trainable=False)
-        tokenizer = load_tokenizer(str(folder))
-        head = load_head(model, folder / HEAD) if (folder / HEAD).is_file() else None
+        if (folder / HEAD).is_file():
+            head = load_head(model, folder / HEAD)
         if joint:
             load_lora(model, folder / LIKELIHOOD, trainable=False, adapter=LIKELIHOOD)
     else:
         if record:
             bits = bits or (32 if AutoConfig.from_pretrained(folder).dtype == torch.float32 else 16)
         model = load_model(str(path), bits or 4, place, scoring=True)
-        tokenizer = load_tokenizer(str(path))
-    backbone = record["backbone"]["name"] if record else str(path)
     max_length = max_length or for_model(MAX_LENGTH, backbone)
-    if batch_size is None and (total := total_bytes(place)):
-        batch_size = prompts_at_once(model, max_length, total)
     batch_size = batch_size or for_model(SCORED, backbone)
     check_sizes(str(path), model, tokenizer, max_length)
     if given and head is not None and head.out_features == 1:
@@ -140,16 +137,11 @@ def find_record(path: str | Path) -> dict | None:
     """The record of a run folder or of an exported run; None for any other model.
 
     Raises:
-        UserError: an unfinished run, or an adapter without a record.
+        UserError: an unfinished run.
     """
     folder = Path(path).resolve()
     if (folder / "run.json").is_file():
         return read_record(folder)
-    if (folder / "adapter_model.safetensors").is_file():
-        raise UserError(
-            f"{path}: holds an adapter but no run.json, so its backbone is unknown; is the run "
-            "finished?"
-        )
     if folder.with_name(f"{folder.name}.partial").is_dir() and not folder.is_dir():
         raise UserError(
             f"{path}: is not finished; train it to its end with the same command and --resume"
@@ -163,12 +155,6 @@ def load_merged(model, folder: Path):
     Raises:
         UserError: as :func:`load_lora`.
     """
-    # Merging an adapter into a 4-bit matrix would round it.
     if getattr(model, "is_loaded_in_4bit", False):
-        verbosity = transformers_logging.get_verbosity()
-        transformers_logging.set_verbosity_error()  # dequantize warns of the type it casts to
-        try:
-            model = model.dequantize()
-        finally:
-            transformers_logging.set_verbosity(verbosity)
+        model = model.dequantize()  # merging an adapter into a 4-bit matrix would round it
     return load_lora(model.float(), folder, trainable=False).merge_and_unload()

@@ -1,9 +1,8 @@
-"""The figures of a training run: log.csv, its plot, and trackers."""
+"""The figures of a training run: log.csv and its plot."""
 
 from __future__ import annotations
 
 import csv
-import math
 import time
 from pathlib import Path
 
@@ -18,34 +17,24 @@ class Log:
 
     A training line holds means over the pairs of its steps, in all processes. tokens_per_second
     counts the tokens that the model computes, padding included; the time of evaluations is left
-    out. Only the main process writes. The trackers of the accelerator get the same figures.
+    out. Only the main process writes.
 
-    Args:
-        path: the file.
-        args: the options of the script.
-        steps: number of steps of the run.
-        after: the step of the checkpoint that the run goes on from, 0 for none.
-        state: what :meth:`state` returned at that checkpoint.
+    The run has ``steps`` steps. It goes on from the checkpoint of step ``after``, 0 for none, where
+    :meth:`state` returned ``state``.
     """
-
-    # Since the last line:
-    _sums: dict[str, torch.Tensor | float]  # of each figure, weighted by the share of its pass
-    _weights: dict[str, float]  # the sums of these shares
-    _in_this_step: list[tuple[str, torch.Tensor, float]]  # (name, weighted value, share)
-    _tokens: int
-    _since: float  # the time of the last line, in seconds
 
     def __init__(
         self, path: Path, args, steps: int, accelerator, after: int = 0, state: dict | None = None
     ):
         self.every, self.steps, self.accelerator = args.log_every, steps, accelerator
-        self._csv = None
         self._restart()
-        kept = []
         if state is not None:
-            self._sums, self._weights = state["sums"], state["weights"]
+            self._sums.update(state["sums"])
+            self._weights.update(state["weights"])
             self._tokens = state["tokens"]
+        self._csv = None
         if accelerator.is_main_process:
+            kept = []
             if state is not None:
                 # Lines after the checkpoint will be written again.
                 with open(path, newline="") as file:
@@ -55,10 +44,13 @@ class Log:
             self._csv.writeheader()
             self._csv.writerows(kept)
             self._file.flush()
-        if args.report_to:
-            accelerator.init_trackers(
-                "gram_mini", {name: str(value) for name, value in vars(args).items()}
-            )
+
+    def _restart(self) -> None:
+        """Begin the sums of the next line."""
+        self._sums: dict[str, torch.Tensor | float] = {}  # of figures, weighted by shares of steps
+        self._weights: dict[str, float] = {}  # the sums of these shares
+        self._in_this_step: list[tuple[str, torch.Tensor, float]] = []  # (name, weighted, share)
+        self._tokens, self._since = 0, time.perf_counter()
 
     def due(self, step: int) -> bool:
         """Whether this step ends a line."""
@@ -113,25 +105,12 @@ class Log:
             "tokens": self._tokens,
         }
 
-    def _restart(self) -> None:
-        """Begin the sums of the next line."""
-        self._sums, self._weights, self._in_this_step = {}, {}, []
-        self._tokens, self._since = 0, time.perf_counter()
-
     def _write(self, step: int, part: str, **values: float | None) -> None:
-        values = {
-            name: value
-            for name, value in values.items()
-            if name in LOG_COLUMNS and value is not None
-        }
+        row = {n: v for n, v in values.items() if n in LOG_COLUMNS and v is not None}
         if self._csv:
-            figures = {
-                name: f"{value:.6g}" if isinstance(value, float) else value
-                for name, value in values.items()
-            }
-            self._csv.writerow({"step": step, "part": part, **figures})
+            texts = {n: f"{v:.6g}" if isinstance(v, float) else v for n, v in row.items()}
+            self._csv.writerow({"step": step, "part": part, **texts})
             self._file.flush()
-        self.accelerator.log({f"{part}/{name}": value for name, value in values.items()}, step=step)
 
 
 def plot(log: Path, picture: Path, title: str) -> None:
@@ -141,27 +120,21 @@ def plot(log: Path, picture: Path, title: str) -> None:
 
     with open(log, newline="") as file:
         rows = list(csv.DictReader(file))
-    columns = [name for name in ("loss", "accuracy") if any(row[name] for row in rows)]
-    figure = Figure(figsize=(5 * max(1, len(columns)), 3.5))
-    axes = figure.subplots(1, max(1, len(columns)), squeeze=False)
+    columns = ["loss", "accuracy"] if any(row["accuracy"] for row in rows) else ["loss"]
+    legend = {"train": "train", "held-out": "held out"}
+    if title == "reward":
+        legend["train"] += " (smoothed loss, one order)"
+        legend["held-out"] += " (plain loss, both orders)"
+    figure = Figure(figsize=(5 * len(columns), 3.5))
+    axes = figure.subplots(1, len(columns), squeeze=False)
     for axis, column in zip(axes[0], columns):
-        reward = title == "reward"
-        legend = {
-            "train": "train (smoothed loss, one order)" if reward else "train",
-            "held-out": "held out (plain loss, both orders)" if reward else "held out",
-        }
         for part, style in (("train", "-"), ("held-out", "o")):
-            points = [
-                (int(row["step"]), float(row[column]))
-                for row in rows
-                if row["part"] == part and row[column]
-            ]
-            points = [point for point in points if math.isfinite(point[1])]
-            if points:
-                axis.plot(*zip(*points), style, label=legend[part])
+            there = [row for row in rows if row["part"] == part and row[column]]
+            if there:
+                steps, values = zip(*((int(row["step"]), float(row[column])) for row in there))
+                axis.plot(steps, values, style, label=legend[part])
         axis.set(xlabel="step", ylabel=column, title=f"{title}: {column}")
-        if axis.lines:
-            axis.legend()
+        axis.legend()
         axis.grid(alpha=0.3)
     figure.tight_layout()
     figure.savefig(picture, dpi=100)

@@ -5,7 +5,6 @@ Each model is tried on a few tokens before it is used (checks.py).
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 from gram_mini.errors import UserError
@@ -38,11 +37,6 @@ PROBES = (
     "é ﬁ Å ½",
     "a_b-c/d == 10**6;",
 )
-NO_BFLOAT16 = (
-    "this GPU has no bf16, so 4-bit weights compute in float32, which is slow; prefer a GPU with "
-    "bf16 (Ampere or newer) or a smaller model; --bits 16 computes in float16, which is fast but "
-    "may overflow"
-)
 PLAIN_UP_TO = 512  # tokens of a sequence in training with plain attention; see keep_no_square
 VILLAGE_FOLDER = Path(__file__).parents[1] / "village" / "backbone"
 
@@ -57,45 +51,42 @@ def local_model(name: str) -> Path | None:
         UserError: for what looks like a path, but is neither a folder with a model in it nor GGUF.
     """
     folder = VILLAGE_FOLDER if name == VILLAGE else Path(name)
-    if gguf.is_gguf(folder):
-        gguf.check_file(folder)
+    if gguf.is_gguf(folder) and folder.is_file():
         return folder
     if folder.is_dir():
         if (folder / "adapter_config.json").is_file() and not (folder / "run.json").is_file():
-            raise UserError(
-                f"{name}: holds an adapter, which training would drop; merge it into its model "
-                "first (peft: merge_and_unload), and give the merged folder"
-            )
+            raise UserError(f"{name}: {checks.ADAPTER}")
         if not (folder / "config.json").is_file():
-            files = sorted(folder.glob("*.gguf"))
-            instead = f"; give the GGUF file itself, such as {files[0]}" if files else ""
-            raise UserError(f"{name}: holds no config.json, so it is no model folder{instead}")
+            raise UserError(f"{name}: holds no config.json; give the folder or file of a model")
         return folder
-    if looks_like_path(name):
+    if looks_like_path(name) or gguf.is_gguf(folder):
         raise UserError(
-            f"{name}: no such folder; give a model folder, a run folder, a file that ends in .gguf "
-            "or a name on the hub"
+            f"{name}: no such folder or file; give a model folder, a run folder, a GGUF file or a "
+            "name on the hub"
         )
     return None
 
 
-def from_pretrained(kind, name: str, folder: Path | None, **options):
-    """What the hub or a folder holds; a hub name may end in @COMMIT, which pins the version."""
+def source(name: str, folder: Path | None) -> tuple[str, str]:
+    """(folder or name on the hub, commit) of a model. A hub name may end in @COMMIT."""
     if folder and gguf.is_gguf(folder):
         folder = gguf.model_folder(folder)
-    source, _, commit = (str(folder), "", "") if folder else name.partition("@")
+    place, _, commit = (str(folder), "", "") if folder else name.partition("@")
+    return place, commit or "main"
+
+
+def from_pretrained(kind, name: str, folder: Path | None, **options):
+    """What the hub or a folder holds."""
+    place, commit = source(name, folder)
     try:
-        return kind.from_pretrained(source, revision=commit or "main", **options)
+        return kind.from_pretrained(place, revision=commit, **options)
     except Exception as error:  # whatever the loader raises, this name gives no model
-        lines = [line for line in str(error).splitlines() if line.strip()]
-        reason = lines[0] if lines else type(error).__name__
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"{name!r} cannot be loaded: {reason}") from error
 
 
 def fast_bfloat16() -> bool:
-    """Whether this CPU multiplies bf16 matrices itself (AMX or AVX512-BF16). Others emulate it,
-    which is slower than float32.
-    """
+    """Whether this CPU multiplies bf16 matrices itself. Others emulate it, which is slow."""
     has = (
         getattr(torch.cpu, f"_is_{name}_supported", bool) for name in ("amx_tile", "avx512_bf16")
     )
@@ -129,17 +120,12 @@ def load_tokenizer(name: str):
     (GPT2Tokenizer, which SmolLM2 names, splits no digits). Then the file is taken as it is.
 
     Raises:
-        UserError: if there is none under this name, or not the one of the file.
+        UserError: if there is none under this name.
     """
     folder = Path(name) if (Path(name) / "tokenizer_config.json").is_file() else local_model(name)
     tokenizer = from_pretrained(AutoTokenizer, name, folder)
     if not as_in_file(tokenizer, name, folder):
         tokenizer = from_pretrained(PreTrainedTokenizerFast, name, folder)
-        if not as_in_file(tokenizer, name, folder):
-            raise UserError(
-                f"{name}: transformers makes other tokens of a text than its tokenizer.json says; "
-                "another version of transformers may read it"
-            )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token  # padding is never attended to, any token will do
     return tokenizer
@@ -147,22 +133,20 @@ def load_tokenizer(name: str):
 
 def as_in_file(tokenizer, name: str, folder: Path | None) -> bool:
     """Whether a tokenizer makes the tokens of its tokenizer.json; True if there is no such file."""
-    if folder and folder.is_file():  # a GGUF file
-        return True
-    source, _, commit = (str(folder), "", "") if folder else name.partition("@")
+    place, commit = source(name, folder)
     file = cached_file(
-        source,
+        place,
         "tokenizer.json",
-        revision=commit or "main",
+        revision=commit,
         _raise_exceptions_for_missing_entries=False,
         _raise_exceptions_for_connection_errors=False,
     )
     if file is None or not tokenizer.is_fast:
         return True
+    options = {"add_special_tokens": False}
     of_file = Tokenizer.from_file(file)
     return all(
-        tokenizer(text, add_special_tokens=False)["input_ids"]
-        == of_file.encode(text, add_special_tokens=False).ids
+        tokenizer(text, **options)["input_ids"] == of_file.encode(text, **options).ids
         for text in (PROBE, *PROBES)
     )
 
@@ -198,10 +182,7 @@ def load_model(
     plain = device.type == "cpu" and dtype == torch.bfloat16 and not scoring
     folder = local_model(name)
     config = from_pretrained(AutoConfig, name, folder)
-    gguf.say_lost(name, config, bits)
-    if device.type == "cuda" and bits == 4 and dtype == torch.float32:
-        print(NO_BFLOAT16, file=sys.stderr)
-    checks.check_stored(name, config, bits)
+    checks.check_stored(name, config)
     model, report = from_pretrained(
         AutoModelForCausalLM,
         name,
@@ -217,16 +198,12 @@ def load_model(
     checks.check_weights(name, model, report)
     if bits == 4:
         checks.check_quantisation(name, model)
-    elif getattr(model, "is_loaded_in_4bit", False):
-        model = model.dequantize().to(dtype)
     for module in model.modules():
-        # On CPUs with AVX512-BF16 bitsandbytes repacks the weights at the first forward pass in
-        # eval mode. Gradients computed after that are wrong, silently. This keeps it from
-        # repacking.
+        # On CPUs with AVX512-BF16 bitsandbytes would repack the weights at the first forward pass
+        # in eval mode, and gradients after that would be wrong, silently.
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
     checks.check_computation(name, model)
-    checks.check_modes(name, model)
     if checkpointing:
         checkpoint_gradients(model)
     return model.requires_grad_(False)
@@ -268,8 +245,7 @@ def load_lora(model, folder: Path, trainable: bool = True, adapter: str = "defau
         else:
             adapted = PeftModel.from_pretrained(model, str(folder), adapter, trainable)
     except Exception as error:  # as in from_pretrained
-        raise UserError(
-            f"{folder}: the adapter cannot be loaded: {str(error).splitlines()[0]}"
-        ) from None
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{folder}: the adapter cannot be loaded: {reason}") from None
     checks.check_adapter(str(folder), adapted, file, adapter)
     return adapted

@@ -1,4 +1,7 @@
-"""Files and folders that are written whole or not at all."""
+"""Files and folders that are written whole or not at all.
+
+``name`` is the option that names a file or folder, where it can be another than --out.
+"""
 
 from __future__ import annotations
 
@@ -11,23 +14,20 @@ from pathlib import Path
 
 from gram_mini.errors import UserError
 
+from filelock import FileLock, Timeout
 
-def check_output(path: Path, overwrite: bool, name: str) -> None:
+
+def check_output(path: Path, overwrite: bool) -> None:
     """Check before the work begins that a file can be written.
 
-    ``name`` is the option that names it, for the error message.
-
     Raises:
-        UserError: the file is already there and may not be replaced, or its folder cannot be
-            written to.
+        UserError: it is there and may not be replaced, or its folder cannot be written to.
     """
     if path.exists() and not overwrite:
-        raise UserError(
-            f"{name} {path}: already there; give another file, or --overwrite to replace it"
-        )
+        raise UserError(f"--out {path}: already there; give another file, or --overwrite")
     if path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
         raise UserError(
-            f"{name} {path}: give the name of a file in a folder that exists and can be written to"
+            f"--out {path}: give the name of a file in a folder that exists and can be written to"
         )
 
 
@@ -41,6 +41,8 @@ def write_whole(path: Path, parts: Iterable[str], name: str) -> None:
     try:
         with open(partial, "w", encoding="utf-8", errors="replace") as file:
             file.writelines(parts)
+            file.flush()
+            os.fsync(file.fileno())
         partial.replace(path)
     except OSError as error:
         raise UserError(f"{name} {path}: cannot be written: {error.strerror}") from None
@@ -48,11 +50,27 @@ def write_whole(path: Path, parts: Iterable[str], name: str) -> None:
         partial.unlink(missing_ok=True)
 
 
-def save_figure(figure, picture: Path) -> None:
-    """Write a matplotlib figure as PNG to another name and rename it when it is complete."""
-    partial = picture.with_name(picture.name + ".partial")
-    figure.savefig(partial, dpi=100, format="png")
-    partial.replace(picture)
+def lock(path: Path) -> FileLock:
+    """Keep other processes from writing a file or folder; a process that dies lets go of it.
+
+    Raises:
+        UserError: another process is writing it.
+    """
+    # A run that failed in this process, as in a notebook, does not bar the next one.
+    held = FileLock(path.with_name(f".{path.name}.lock"), timeout=0, is_singleton=True)
+    try:
+        held.acquire()
+    except Timeout:
+        raise UserError(
+            f"--out {path}: another process is writing it; wait for it, stop it, or give another"
+        ) from None
+    return held
+
+
+def unlock(held: FileLock) -> None:
+    """Let go of a lock."""
+    Path(held.lock_file).unlink(missing_ok=True)
+    held.release(force=True)
 
 
 def changes(saved: dict, now: dict) -> str:
@@ -67,15 +85,15 @@ def changes(saved: dict, now: dict) -> str:
 def check_place(folder: Path, name: str) -> None:
     """Check before the work begins that a folder can be made.
 
-    ``name`` is the option that names it, for the error message.
-
     Raises:
         UserError: it, or the folder it would be made in, is a file or cannot be written to.
     """
     place = folder.absolute()
     above = next(place for place in (place, *place.parents) if place.exists())
     if not (above.is_dir() and os.access(above, os.W_OK)):
-        raise UserError(f"{name} {folder}: {above} cannot be written to; give another folder")
+        raise UserError(
+            f"{name} {folder}: {above} is a file or cannot be written to; give another folder"
+        )
 
 
 def put_in_place(partial: Path, folder: Path) -> None:

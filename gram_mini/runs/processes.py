@@ -6,11 +6,9 @@ losses are added up. So two processes learn the same as one process with twice t
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import signal
 from contextlib import contextmanager
-from typing import Any
 
 from gram_mini.errors import UserError
 from gram_mini.training import trainable
@@ -33,31 +31,22 @@ def pick_device(device: str) -> torch.device:
     if device == "cuda":
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
-        if device == "meta":
-            raise RuntimeError("it holds no numbers")
         return torch.empty(0, device=device).device
     except (RuntimeError, AssertionError) as error:
-        raise UserError(
-            f"--device {device}: cannot be used here: {str(error).splitlines()[0]}"
-        ) from None
+        reason = str(error).splitlines()[0]
+        raise UserError(f"--device {device}: cannot be used here: {reason}") from None
 
 
-def start_processes(
-    device: str, report_to: str | None = None, folder=None
-) -> tuple[Accelerator, torch.device]:
+def start_processes(device: str) -> tuple[Accelerator, torch.device]:
     """The accelerator, which connects the processes, and the device to compute on.
 
-    ``report_to`` names a tracker that writes to ``folder``.
-
     Raises:
-        UserError: for a device or a tracker that cannot be used here.
+        UserError: as pick_device.
     """
     place = pick_device(device)
     if place.type == "cuda":
         torch.cuda.set_device(place)
-    if report_to and importlib.util.find_spec(report_to) is None:
-        raise UserError(f"--report-to {report_to}: is not installed; pip install {report_to}")
-    return Accelerator(cpu=place.type == "cpu", log_with=report_to, project_dir=folder), place
+    return Accelerator(cpu=place.type == "cpu"), place
 
 
 def in_parallel(accelerator: Accelerator, work, items: list) -> list:
@@ -87,20 +76,16 @@ def stopping_after_the_step(accelerator: Accelerator):
 
     A second signal stops it at once.
     """
-    handlers: dict[int, Any] = {}  # the previous ones
 
     def stop(number, frame):
         accelerator.set_trigger()
         accelerator.print("\nstopping after this step; once more stops at once, without saving")
-        for name, handler in handlers.items():
+        for name, handler in before.items():
             signal.signal(name, handler)
 
-    try:
-        handlers = {name: signal.signal(name, stop) for name in (signal.SIGINT, signal.SIGTERM)}
-    except ValueError:  # not in the main thread, for example in a notebook server's worker
-        pass
+    before = {name: signal.signal(name, stop) for name in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
-        for name, handler in handlers.items():
+        for name, handler in before.items():
             signal.signal(name, handler)

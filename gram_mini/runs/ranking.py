@@ -10,7 +10,10 @@ from dataclasses import dataclass
 from gram_mini.judge import TIE, Comparison, Judge, preferred
 from gram_mini.pairs import Pair
 
-METHODS = ("round-robin", "knock-out", "reference")
+METHODS = ("round-robin", "knock-out")  # without a reference
+
+# Takes pairs of texts and gives P(the first is better) of each.
+Compare = Callable[[list[tuple[str, str]]], list[float]]
 
 
 @dataclass(frozen=True)
@@ -51,8 +54,8 @@ def rank(
     method = method or ("round-robin" if reference is None else "reference")
     if not responses:
         raise ValueError("rank needs at least one response")
-    if method not in METHODS:
-        raise ValueError(f"method must be one of {METHODS}, got {method!r}")
+    if method not in (*METHODS, "reference"):
+        raise ValueError(f"method must be one of {METHODS} or 'reference', got {method!r}")
     if (method == "reference") != (reference is not None):
         raise ValueError(f"a reference goes with method 'reference', got {method!r}")
     comparisons: list[Comparison] = []
@@ -67,26 +70,23 @@ def rank(
         scores = round_robin(texts, compare)
     else:
         distinct = list(dict.fromkeys(texts))
-        if reference is not None and method == "reference":
-            of_distinct = compare([(text, reference) for text in distinct])
-        else:
+        if reference is None:
             of_distinct = knock_out(distinct, compare)
+        else:
+            of_distinct = compare([(text, reference) for text in distinct])
         score = dict(zip(distinct, of_distinct))
         scores = [score[text] for text in texts]
-    truncated = sum(result.truncated for result in comparisons)
+    cut = sum(result.truncated for result in comparisons)
     masses = [result.label_mass for result in comparisons] or [1.0]
     mass = math.fsum(masses) / len(masses)
-    return Ranking(best_first(scores), scores, len(comparisons), truncated, mass, method)
+    return Ranking(best_first(scores), scores, len(comparisons), cut, mass, method)
 
 
-def round_robin(
-    texts: list[str], compare: Callable[[list[tuple[str, str]]], list[float]]
-) -> list[float]:
+def round_robin(texts: list[str], compare: Compare) -> list[float]:
     """Mean P(better than another text) of each text.
 
-    ``compare`` takes pairs of texts and gives P(the first is better) of each. Equal texts are a
-    draw and are not compared. Their scores are equal to the last bit: the same numbers are added,
-    and fsum does not mind the order.
+    Equal texts are a draw and are not compared. Their scores are equal to the last bit, because
+    fsum does not mind the order of the numbers it adds.
     """
     games = list(itertools.combinations(dict.fromkeys(texts), 2))
     better = {}
@@ -99,9 +99,7 @@ def round_robin(
     return scores
 
 
-def knock_out(
-    texts: list[str], compare: Callable[[list[tuple[str, str]]], list[float]]
-) -> list[float]:
+def knock_out(texts: list[str], compare: Compare) -> list[float]:
     """Rounds survived plus P in the last game, of each of several different texts."""
     scores, alive, rounds = [0.0] * len(texts), list(range(len(texts))), 0
     while len(alive) > 1:

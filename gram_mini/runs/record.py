@@ -35,15 +35,10 @@ def read_record(folder: Path, name: str = "run.json") -> dict:
         record = json.loads((folder / name).read_text())
     except FileNotFoundError:
         raise UserError(f"{folder}: holds no {name}, so it is no finished run") from None
-    except json.JSONDecodeError as error:
-        raise UserError(
-            f"{folder / name}, line {error.lineno}: invalid JSON: {error.msg}"
-        ) from None
-    if (
-        not isinstance(record, dict)
-        or not record.keys() >= PARTS
-        or "pieces" not in record["prompt"]
-    ):
+    except json.JSONDecodeError:
+        record = None
+    whole = isinstance(record, dict) and record.keys() >= PARTS
+    if not (whole and "pieces" in record["prompt"]):
         raise UserError(
             f"{folder / name}: is not the record of a run of version 0.2 or later; train it again"
         )
@@ -62,24 +57,20 @@ def make_record(
     results: dict,
 ) -> dict:
     """The contents of run.json: everything that is needed to score with the run or repeat it."""
-    init = getattr(args, "init", None)
-    name = args.model
-    if name != VILLAGE and Path(name).is_dir():
-        name = str(Path(name).resolve())
-    elif gguf.is_gguf(Path(name)):  # where a link leads may have another suffix
+    init, name = getattr(args, "init", None), args.model
+    if name != VILLAGE and Path(name).exists():
         name = str(Path(name).absolute())
     return {
         "stage": stage,
         "command": ["python", *sys.argv],
         "options": options.as_record(args),
         "backbone": {"name": name, "fingerprint": fingerprint(name, model)},
-        "init": {
+        "init": init
+        and {
             "folder": str(init),
             "stage": read_record(init)["stage"],
             "fingerprint": judge_fingerprint(str(init)),
-        }
-        if init
-        else None,
+        },
         "data": data.record(),
         "prompt": {
             "pair": prompts.QUESTION + " -> " + prompts.PAIR,
@@ -97,7 +88,7 @@ def make_record(
 
 
 def tokenizer_fingerprint(tokenizer) -> str:
-    """What identifies a tokenizer: a hash over its vocabulary, its chat template and a probe."""
+    """A hash over a tokenizer's vocabulary, its chat template and a probe."""
     parts = [
         sorted(tokenizer.get_vocab().items()),
         tokenizer.chat_template,
@@ -114,32 +105,26 @@ def check_prompt(path, record: dict, prompt: PromptPieces, labels, tokenizer) ->
     Raises:
         UserError: if they do not.
     """
-    same_pieces = record["stage"] != "reward" or record["prompt"]["pieces"] == asdict(prompt)
-    same_tokenizer = record["tokenizer"] == tokenizer_fingerprint(tokenizer)
-    same_labels = list(record["labels"].values()) == list(labels)
-    if same_tokenizer and not (same_pieces and same_labels):
-        raise UserError(
-            f"{path}: this version of gram_mini makes another prompt of its chat template than the "
-            "version that trained it; train it again"
-        )
-    if not same_tokenizer:
+    if record["tokenizer"] != tokenizer_fingerprint(tokenizer):
         raise UserError(
             f"{path}: its tokenizer or chat template is not the one it was trained with; put back "
             "the files as training wrote them, or train again"
+        )
+    same_pieces = record["stage"] != "reward" or record["prompt"]["pieces"] == asdict(prompt)
+    if not same_pieces or list(record["labels"].values()) != list(labels):
+        raise UserError(
+            f"{path}: this version of gram_mini makes another prompt of its chat template than the "
+            "version that trained it; train it again"
         )
 
 
 def settings(
     args, data, model, processes: int, template: str, prompt: PromptPieces, tokenizer: str
 ) -> dict:
-    """The settings that must be the same for an unfinished run to go on.
-
-    The split of a step into forward passes may change.
-    """
-    left_out = options.WITHOUT_EFFECT
-    init = getattr(args, "init", None)
+    """The settings that must be the same for an unfinished run to go on."""
+    init, given = getattr(args, "init", None), options.as_record(args)
     return {
-        **{name: value for name, value in options.as_record(args).items() if name not in left_out},
+        **{name: given[name] for name in given if name not in options.WITHOUT_EFFECT},
         "weights of --init": judge_fingerprint(str(init)) if init else None,
         "number of processes": processes,
         "data": data.fingerprint,
@@ -151,10 +136,9 @@ def settings(
 
 
 def fingerprint(name: str, model=None) -> str | None:
-    """What identifies a backbone: a hash of its folder or GGUF file, or its commit on the hub.
+    """What identifies a backbone: a hash over its config and samples of its weights.
 
-    The hash covers the config and samples of the weights. The commit is read from the loaded
-    ``model``. For a name on the hub without a model it is None.
+    For a name on the hub it is the commit of the loaded ``model``, or None without one.
     """
     place = local_model(name)
     if place is None:
@@ -194,13 +178,11 @@ def check_init(
         init: the run folder.
         backbone: the name of the backbone.
         rank: the rank of the adapter, or None for that of the run.
-        head: the kind of head that a baseline trains, "labels" or "scalar"; None for
-            train_reward.py, which trains no head.
+        head: the kind of head that a baseline trains, "labels" or "scalar"; else None.
         joint: whether python -m gram_mini.likelihood goes on.
 
     Raises:
-        UserError: no finished run, another backbone, another rank or another kind of head; with a
-            likelihood, where none is wanted, or none that stage 1 learned, where one is.
+        UserError: no finished run, another backbone, another rank, or a run of another command.
     """
     if not init.is_dir():
         raise UserError(f"--init {init}: no such folder; run train_pretrain.py --out {init} first")
@@ -220,20 +202,15 @@ def check_init(
             f"--lora-rank {rank}: the adapter in {init} has rank {trained_rank}; "
             "leave the option out"
         )
-    if (init / HEAD).is_file():
-        kind = record["options"].get("head", "labels")
-        if head is None:
-            raise UserError(
-                f"--init {init}: has a head of its own, trained by python -m gram_mini.baselines; "
-                "go on with that command"
-            )
-        if kind != head:
-            raise UserError(f"--head {head}: {init} was trained with --head {kind}; give the same")
-    has_likelihood = (init / LIKELIHOOD).is_dir()
-    if has_likelihood and not joint:
+    has_head, has_likelihood = (init / HEAD).is_file(), (init / LIKELIHOOD).is_dir()
+    if has_head and head is None or has_likelihood and not joint:
+        command = "baselines" if has_head else "likelihood"
         raise UserError(
-            f"--init {init}: was trained by python -m gram_mini.likelihood; go on with that command"
+            f"--init {init}: was trained by python -m gram_mini.{command}; go on with that command"
         )
+    kind = record["options"].get("head", "labels")
+    if has_head and kind != head:
+        raise UserError(f"--head {head}: {init} was trained with --head {kind}; give the same")
     if joint and not has_likelihood and record["stage"] != "pretrain":
         raise UserError(
             f"--init {init}: was trained to judge, so its likelihoods are not those of stage 1; "

@@ -39,8 +39,7 @@ def without_cut_alike(rows: list[EncodedPair], max_length: int) -> list[EncodedP
 def lengths(rows: list[EncodedPair], pieces: PromptPieces) -> dict:
     """Lengths of the sequences before cutting, in tokens with the prompt pieces, and cuts.
 
-    Returns {"half", "nine_in_ten", "longest", "truncated", "cut_alike", "longer_preferred"}. The
-    first three are the median, the 90% quantile and the maximum of the lengths. ``truncated``
+    The first three are the median, the 90% quantile and the maximum of the lengths. ``truncated``
     counts the sequences that are cut, ``cut_alike`` those in which that has left nothing but length
     to tell the responses apart. ``longer_preferred`` is the share of labelled pairs in which the
     longer response is preferred, of those with responses of different length (None if there are

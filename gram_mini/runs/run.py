@@ -67,6 +67,7 @@ import torch
 from tqdm import tqdm
 
 LORA_RANK = 32  # if there is neither --lora-rank nor --init
+SKIP_LIMIT = 5  # steps in a row that are not finite, after which a run stops
 TITLES = {"pretrain": "stage 1", "reward": "stage 2"}
 
 
@@ -79,15 +80,13 @@ class Run:
         evaluation: the latest figures of the held-out pairs; empty if there are none.
 
     Raises:
-        UserError: a folder, device, tracker or --init that cannot be used.
+        UserError: a folder, device or --init that cannot be used.
     """
 
     def __init__(self, stage: str, args):
         self.stage, self.args = stage, args
         self.folder = RunFolder(args.out, args.overwrite, args.resume)
-        self._accelerator, self.device = start_processes(
-            args.device, args.report_to, self.folder.partial
-        )
+        self._accelerator, self.device = start_processes(args.device)
         self.backbone = args.model
         self._template: str = ""  # from --judge-template or --init; "" for the default
         init = getattr(args, "init", None)
@@ -290,12 +289,10 @@ class Run:
                 if self._step < steps and (stop or due):
                     self._save(optimizer, schedule)
                     if stop:
-                        accelerator.end_training()
                         raise Interrupted(
                             f"stopped after step {self._step}, saved in {self.folder.partial}; "
                             "go on with the same command and --resume"
                         )
-        accelerator.end_training()
 
     def passes(self, batch: list[EncodedPair]) -> Iterator[tuple[list[EncodedPair], float]]:
         """Yield this process's pairs of a step, one forward pass at a time, with its weight.
@@ -345,16 +342,15 @@ class Run:
         """Count a step whose loss or gradient is not finite; it changes nothing.
 
         Raises:
-            UserError: if ``--skip-limit`` steps in a row were skipped; names the rows of the last
-                one.
+            UserError: if SKIP_LIMIT steps in a row were skipped; names the rows of the last one.
         """
         self._applied = False
         self.skipped += 1
         self._skipped_in_a_row += 1
-        if self._skipped_in_a_row >= self.args.skip_limit:
+        if self._skipped_in_a_row >= SKIP_LIMIT:
             rows = ", ".join(map(str, sorted(row.row for row in self._batch)))
             raise UserError(
-                f"{self.args.skip_limit} steps in a row had a loss or gradient that is not finite "
+                f"{SKIP_LIMIT} steps in a row had a loss or gradient that is not finite "
                 f"(loss {self._loss:.4g}, gradient norm {gradient_norm:.4g}), the last one on rows "
                 f"{rows} of {self.data.source}; lower --lr, or look at these rows"
             )
@@ -396,7 +392,6 @@ class Run:
             length=max(map(self._length, self._train)),
             logits=logits,
             limit=args.batch_tokens,
-            least=self._prompt.fixed_tokens + 6,
         )
         keep_no_square(model, longest.length)
         total = least_of_all(total_bytes(self.device))

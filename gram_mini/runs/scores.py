@@ -13,10 +13,10 @@ from pathlib import Path
 from gram_mini.errors import Interrupted, UserError
 from gram_mini.judge import Comparison, Judge, preferred
 from gram_mini.pairs import Pair
-from gram_mini.prompts import LABELS
-from gram_mini.reading.formats import parse_pairs, read_ranking, readable
-from gram_mini.reading.load import NOT_DRAWN, draw_pairs, read_groups
-from gram_mini.reading.sources import Notes, Row
+from gram_mini.reading.columns import Columns, given_columns
+from gram_mini.reading.formats import group_rows, parse_pairs, read_ranking, readable
+from gram_mini.reading.load import NOT_DRAWN, draw_pairs
+from gram_mini.reading.sources import Notes, Row, read_rows
 from gram_mini.reading.usable import is_blank, unusable
 from gram_mini.runs import options
 from gram_mini.runs.partial import PartialFile
@@ -27,6 +27,7 @@ from gram_mini.runs.report import say_if_seldom
 from tqdm import tqdm
 
 UNREADABLE = "that cannot be read"
+UNLABELLED = "rows whose label cannot be read"  # their texts can
 CHUNK = 2000  # comparisons that are held, made and written together: see README.md
 NOTED = ("batch_size", "device", "server")  # change no score by more than rounding
 
@@ -38,13 +39,12 @@ class Question:
     head: dict  # the beginning of every line of the row
     rows: int = 1  # rows of the source: one, or all of one prompt
     pairs: list[Pair] = field(default_factory=list)
-    left_out: Counter = field(default_factory=Counter)  # what cannot be scored, by reason
-    notes: Notes = field(default_factory=Notes)  # what reading skipped, changed or assumed
-    unlabelled: str | None = None  # why its labels cannot be read, though its texts can
-    unreadable: str | None = None  # why the first of its rows that was skipped cannot be read
     prompt: str = ""
     responses: list[str] | None = None  # None if there are pairs to compare
     reference: str | None = None
+    left_out: Counter = field(default_factory=Counter)  # what cannot be scored, by reason
+    notes: Notes = field(default_factory=Notes)  # what reading skipped, changed or assumed
+    errors: dict[str, str] = field(default_factory=dict)  # of UNREADABLE and UNLABELLED, the first
 
     @property
     def lines(self) -> int:
@@ -58,13 +58,14 @@ class Question:
         return max(1, len(self.pairs), n * (n - 1) // 2 if self.reference is None else n)
 
     @property
-    def unusable(self) -> Counter:
+    def in_no_accuracy(self) -> Counter:
         """What is scored but says nothing about the judge, by reason."""
+        counts = Counter(filter(None, map(unusable, self.pairs)))
+        counts[UNLABELLED] = self.rows if UNLABELLED in self.errors else 0
         texts = self.prompt, *(self.responses or ()), self.reference
-        empty = self.responses is not None and any(x is not None and is_blank(x) for x in texts)
-        return Counter(filter(None, map(unusable, self.pairs))) + Counter(
-            {"ranked with an empty text": int(empty)}
-        )
+        if self.responses is not None and any(x is not None and is_blank(x) for x in texts):
+            counts["ranked with an empty text"] = 1
+        return +counts  # without zeros
 
     def digest(self) -> bytes:
         """A hash of what is asked."""
@@ -78,88 +79,78 @@ def read_questions(
 ) -> Iterator[Question]:
     """What the rows of ``--data`` ask for, one question after the other.
 
-    Args:
-        args: the options of score.py.
-        notes: gets what was skipped or assumed on the whole source; what is noted on a row is with
-            its question.
-        progress: the name of a progress bar, if there is to be one.
+    ``notes`` gets what was skipped or assumed on the whole source; what is noted on a row is with
+    its question. ``progress`` is the name of a progress bar, if there is to be one.
 
     Raises:
         UserError: a row that cannot be read (names file and line); with ``--on-bad-row skip`` such
             rows are counted.
     """
     notes = Notes() if notes is None else notes
-    given = args.split, args.limit, args.subset, args.streaming, args.columns, args.labels
-    for number, group in read_groups(args.data, *given, notes, progress):
+    columns = given_columns(args.columns, args.labels)
+    given = args.split, args.limit, args.subset, args.streaming
+    rows = read_rows(args.data, *given, notes, progress)
+    for number, group in group_rows(rows, columns):
         row = group[0][1]
         head = {"row": number}
         if isinstance(row, dict) and "id" in row:
             head["id"] = row["id"]
+        good, reason = group, None
+        if args.on_bad_row == "skip":
+            good, reason = readable(
+                group, lambda rows: _read(Question({"row": 0}), rows, args, columns)
+            )
         question = Question(head, len(group))
-        try:
-            _read(question, group, args)
-        except UserError as error:
-            if args.on_bad_row == "error":
-                raise
-            good, reason = readable(group, lambda rows: _read(Question({"row": 0}), rows, args))
-            good = good if reason else []  # unreadable together only
-            question = replace(question, notes=Notes(), left_out=Counter(), unlabelled=None)
-            question.unreadable = reason or str(error)
-            if good:
-                _read(question, good, args)
-            question.left_out += Counter({UNREADABLE: len(group) - len(good)})
+        if good:
+            _read(question, good, args, columns)
+        if reason:
+            question.left_out[UNREADABLE] = len(group) - len(good)
+            question.errors[UNREADABLE] = reason
         yield question
 
 
-def _read(question: Question, group: list[Row], args) -> None:
+def _read(question: Question, group: list[Row], args, columns: Columns | None) -> None:
     """Fill in the pairs or responses of a question."""
     where, row = group[0]
     if isinstance(row, UserError):
         raise row
-    if row.get("responses") is None:
+    if columns or row.get("responses") is None:
         if args.rank or args.reference is not None:
-            raise UserError(
-                f"{where}: --rank and --reference need rows with a column 'responses', a list of "
-                "texts"
-            )
+            raise UserError(f"{where}: --rank and --reference need a column 'responses'")
         try:
-            pairs, question.left_out = parse_pairs(group, True, args.pairs, question.notes)
+            pairs, question.left_out = parse_pairs(group, True, args.pairs, question.notes, columns)
         except UserError as error:  # a pair whose label cannot be read can still be scored
-            pairs, question.unlabelled = [], str(error)
+            pairs, question.errors[UNLABELLED] = [], str(error)
         if not pairs:
             question.notes = Notes()
-            pairs, question.left_out = parse_pairs(group, False, args.pairs, question.notes)
+            pairs, question.left_out = parse_pairs(
+                group, False, args.pairs, question.notes, columns
+            )
         drawn = draw_pairs(pairs, args.pairs_per_prompt)
         question.pairs = [replace(pair, row=question.head["row"]) for pair in drawn]
         question.left_out += Counter({NOT_DRAWN: len(pairs) - len(drawn)})
         return
-    prompt, responses = read_ranking(row, where, question.notes)
+    question.prompt, question.responses = read_ranking(row, where, question.notes)
     reference = args.reference if row.get("reference") is None else row["reference"]
     if reference is not None and not isinstance(reference, str):
         raise UserError(
             f"{where}: column 'reference' must be text, found {type(reference).__name__}"
         )
-    if reference is None and (len(responses) == 1 or args.rank == "reference"):
+    if reference is None and len(question.responses) == 1:
         raise UserError(f"{where}: needs a column 'reference', or --reference")
-    question.prompt, question.responses = prompt, responses
-    question.reference = None if args.rank not in (None, "reference") else reference
-
-
-# ---- the whole source, before any work ----------------------------------------------
+    question.reference = None if args.rank else reference
 
 
 @dataclass
 class Contents:
-    """What a source holds, without its texts."""
+    """What a source holds, without its texts: the sums of what its questions hold."""
 
     rows: int = 0
-    lines: int = 0  # of the output
+    lines: int = 0
     left_out: Counter = field(default_factory=Counter)
-    unusable: Counter = field(default_factory=Counter)
+    in_no_accuracy: Counter = field(default_factory=Counter)
     notes: Notes = field(default_factory=Notes)
-    unlabelled: int = 0  # rows whose labels cannot be read, though their texts can
-    first_unlabelled: str | None = None  # why the first of them cannot
-    first_unreadable: str | None = None  # why the first row that was skipped cannot be read
+    errors: dict[str, str] = field(default_factory=dict)
     fingerprint: str = ""
 
 
@@ -179,18 +170,43 @@ def read_through(args) -> Contents:
     for question in read_questions(args, contents.notes, "reading"):
         contents.rows += question.rows
         contents.lines += question.lines
-        contents.left_out.update(question.left_out)
-        contents.unusable.update(question.unusable)
+        contents.left_out += question.left_out
+        contents.in_no_accuracy += question.in_no_accuracy
         contents.notes.update(question.notes)
-        contents.unlabelled += question.rows * (question.unlabelled is not None)
-        contents.first_unlabelled = contents.first_unlabelled or question.unlabelled
-        contents.first_unreadable = contents.first_unreadable or question.unreadable
+        contents.errors = question.errors | contents.errors
         digest.update(question.digest())
     contents.fingerprint = digest.hexdigest()[:16]
     return contents
 
 
 # ---- chunk by chunk ------------------------------------------------------------------
+
+
+@dataclass
+class Totals:
+    """What the lines that are written come to."""
+
+    cut: int = 0  # lines
+    judged: int = 0  # pairs and rankings
+    mass: float = 0.0  # the sum of their masses on the labels
+    labelled: int = 0  # pairs that say something about the judge
+    draws: int = 0
+    hits: float = 0.0  # a draw counts half, as in evaluation.summarise
+
+    def add(self, answer: Comparison | Ranking) -> None:
+        """Add the verdict on a pair or a ranking."""
+        self.cut += bool(answer.truncated)
+        self.judged += 1
+        self.mass += answer.label_mass
+
+    def add_hit(self, pair: Pair, answer: Comparison) -> None:
+        """Add whether a pair is judged as labelled, if it says something about the judge."""
+        if pair.label is None or unusable(pair):
+            return
+        verdict, as_labelled = preferred(answer.probability), 1 if pair.label == 0 else -1
+        self.labelled += 1
+        self.draws += verdict == 0
+        self.hits += 0.5 if verdict == 0 else float(verdict == as_labelled)
 
 
 class Scores:
@@ -208,13 +224,12 @@ class Scores:
         self.args, self.judge = args, judge
         self.contents = read_through(args)
         same, noted = settings(args, judge, self.contents)
-        self.file = PartialFile(args.out, "--out", same, args.resume, noted, args.overwrite)
-        self.lines = self.cut = self.masses = self.labelled = self.draws = 0
-        self.hits = 0.0  # a draw counts half, as in evaluation.summarise
-        self.mass = 0.0  # their sum
-        self.bar = tqdm(
-            total=self.contents.lines, desc="scoring", unit=" lines", delay=2, leave=False
-        )
+        self.file = PartialFile(args.out, same, noted, args.resume, args.overwrite)
+        self.totals = Totals(**self.file.totals)
+        if args.resume:
+            print(f"--resume: {self.file.lines} of {self.contents.lines} lines are there")
+        total, done = self.contents.lines, self.file.lines
+        self.bar = tqdm(total=total, initial=done, desc="scoring", unit=" lines", delay=2)
 
     def chunks(self) -> Iterator[list[Question]]:
         """Yield the chunks that have no lines yet, in order.
@@ -222,82 +237,34 @@ class Scores:
         Where a chunk ends depends on the data alone, never on where a run was stopped: which
         sequences share a forward pass can change the last digits of a score.
         """
-        digest, resumed = hashlib.sha256(), self.args.resume
-        for chunk in in_chunks(read_questions(self.args)):
+        digest, written = hashlib.sha256(), self.file.chunks
+        for number, chunk in enumerate(in_chunks(read_questions(self.args))):
             for question in chunk:
                 digest.update(question.digest())
-            kept = self.file.kept(sum(question.lines for question in chunk))
-            if kept is not None:
-                self._count(chunk, self._parsed(chunk, kept))
-                continue
-            if resumed:
-                self._say_resumed(f"going on at row {chunk[0].head['row']}")
-                resumed = False
-            yield chunk
-        if resumed:
-            self._say_resumed("all rows are there")
+            if number >= written:
+                yield chunk
         if digest.hexdigest()[:16] != self.contents.fingerprint:
             raise UserError(
                 f"{self.args.data}: has changed while it was read; score it again with --overwrite"
             )
 
-    def _say_resumed(self, how: str) -> None:
-        dropped = f", {self.file.dropped} of a chunk that is not whole dropped"
-        kept = f"--resume: {self.file.lines} lines kept{dropped * bool(self.file.dropped)}"
-        print(f"{kept}; {how}", flush=True)
-
-    def _parsed(self, chunk: list[Question], kept: list[bytes]) -> list[dict]:
-        rows = [question.head["row"] for question in chunk for _ in range(question.lines)]
-        try:
-            lines = [json.loads(line) for line in kept]
-            if [line["row"] for line in lines] == rows:
-                return lines
-        except (ValueError, TypeError, KeyError):
-            pass
-        raise UserError(
-            f"{self.file.partial}: lines {self.lines + 1} to {self.lines + len(kept)} are not "
-            "those of this data; start anew with --overwrite"
-        )
-
     def write(self, chunk: list[Question], answers: Sequence[list[Comparison] | Ranking]) -> None:
-        """Write the lines of a chunk.
-
-        Args:
-            chunk: the questions.
-            answers: for each of them, the comparisons of its pairs or the ranking of its responses.
-
-        Raises:
-            UserError: the file cannot be written.
-        """
+        """Write the lines of a chunk; its answers are comparisons of pairs, or rankings."""
         lines: list[dict] = []
         for question, answer in zip(chunk, answers, strict=True):
             if isinstance(answer, Ranking):
                 lines.append(question.head | asdict(answer))
-            elif not question.pairs:
+                self.totals.add(answer)
+                continue
+            if not question.pairs:
                 lines.append(question.head | {"skipped": ", ".join(question.left_out)})
-            else:
-                for k, comparison in enumerate(answer, start=1):
-                    number = {"pair": k} if len(question.pairs) > 1 else {}
-                    lines.append(question.head | number | comparison_line(comparison))
-        self.file.add([json.dumps(line, ensure_ascii=False, default=str) + "\n" for line in lines])
-        self._count(chunk, lines)
-
-    def _count(self, chunk: list[Question], lines: list[dict]) -> None:
-        """Count the lines of a chunk for the summary."""
-        pairs = (pair for q in chunk for pair in (q.pairs if q.pairs else [None]))
-        for line, pair in zip(lines, pairs, strict=True):
-            self.lines += 1
-            self.cut += bool(line.get("truncated"))
-            if "label_mass" in line:
-                self.masses += 1
-                self.mass += line["label_mass"]
-            if pair is not None and pair.label is not None and not unusable(pair):
-                self.labelled += 1
-                self.draws += line["better"] is None
-                if line["better"] is None:
-                    self.hits += 0.5
-                elif line["better"] == LABELS[pair.label]:
-                    self.hits += 1
+            for k, (pair, comparison) in enumerate(zip(question.pairs, answer), start=1):
+                number = {"pair": k} if len(question.pairs) > 1 else {}
+                lines.append(question.head | number | comparison_line(comparison))
+                self.totals.add(comparison)
+                self.totals.add_hit(pair, comparison)
+        texts = [json.dumps(line, ensure_ascii=False, default=str) + "\n" for line in lines]
+        self.file.add(texts, asdict(self.totals))
         self.bar.update(len(lines))
 
     def __enter__(self) -> Scores:
@@ -319,30 +286,25 @@ class Scores:
 
     def _summary(self) -> None:
         """Say what was scored, cut and left out."""
-        args, contents = self.args, self.contents
+        contents, totals = self.contents, self.totals
         print(
-            f"scored {contents.rows} rows from {args.data}: {self.lines} lines, {self.cut} of them "
-            f"cut to fit {self.judge.max_length} tokens; wrote {args.out}"
+            f"scored {contents.rows} rows from {self.args.data}: {self.file.lines} lines, "
+            f"{totals.cut} of them cut to fit {self.judge.max_length} tokens; wrote {self.args.out}"
         )
+        first = {reason: f"; the first: {error}" for reason, error in contents.errors.items()}
         for reason, count in contents.left_out.items():
-            first = f"; the first: {contents.first_unreadable}" * (reason == UNREADABLE)
-            print(f"not scored: {count} {reason}{first}")
-        notes = contents.notes.lines()
-        print(*notes, sep="\n", end="\n" * bool(notes))
-        for reason, count in contents.unusable.items():
-            print(f"{count} {reason}: scored, and in no accuracy")
-        if contents.unlabelled:
+            print(f"not scored: {count} {reason}{first.get(reason, '')}")
+        for line in contents.notes.lines():
+            print(line)
+        for reason, count in contents.in_no_accuracy.items():
+            print(f"{count} {reason}: scored, and in no accuracy{first.get(reason, '')}")
+        if totals.judged:
+            say_if_seldom(self.judge, totals.mass / totals.judged)
+        if totals.labelled:
+            half = f", {totals.draws} draws as half" if totals.draws else ""
             print(
-                f"{contents.unlabelled} rows whose label cannot be read: scored, and not in the "
-                f"accuracy; the first: {contents.first_unlabelled}"
-            )
-        if self.masses:
-            say_if_seldom(self.judge, self.mass / self.masses)
-        if self.labelled:
-            half = f", {self.draws} draws as half" if self.draws else ""
-            print(
-                f"{self.hits:g} of {self.labelled} labelled pairs judged as labelled{half}: "
-                f"accuracy {self.hits / self.labelled:.3f}"
+                f"{totals.hits:g} of {totals.labelled} labelled pairs judged as labelled{half}: "
+                f"accuracy {totals.hits / totals.labelled:.3f}"
             )
 
 

@@ -1,8 +1,8 @@
 """A judge that computes what its prompts begin with once, and uses the keys and values again.
 
-The two orders of a pair share the instruction and the question. The comparisons of a ranking share
-these too, and those with the same first response share that as well. The scores are those of the
-plain Judge up to rounding (tests/wings/test_sharing.py).
+The two orders of a pair share the instruction and the question, and comparisons with the same first
+response share that as well. The scores are those of the plain Judge up to rounding
+(tests/wings/test_sharing.py).
 """
 
 from __future__ import annotations
@@ -37,8 +37,7 @@ class SharingJudge(Judge):
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Yield (places (B,) in ``orders``, hidden states (B, H) of their verdicts) by passes.
 
-        Sequences of similar length go together, so that little is padded, and those that begin
-        alike, so that it is shared.
+        Sequences of similar length go together, and those that begin alike.
         """
         lengths = [sum(map(len, self.segments(row))) for row in orders]
         questions = [bytes(array("i", row.prompt)) for row in orders]
@@ -50,8 +49,7 @@ class SharingJudge(Judge):
             return -longest[questions[i]], questions[i], bytes(array("i", orders[i].response_a))
 
         order = sorted(range(len(orders)), key=place)
-        groups = [questions[i] for i in order]
-        in_order = [lengths[i] for i in order]
+        groups, in_order = [questions[i] for i in order], [lengths[i] for i in order]
         silent = progress is None
         with tqdm(total=len(orders), desc=progress, delay=2, disable=silent, leave=False) as bar:
             for part in split_by_tokens(in_order, self.pass_tokens, padding=0.1, groups=groups):
@@ -99,15 +97,14 @@ def can_share(model) -> bool:
     """Whether a sequence can go on from the keys and values of a right-padded beginning.
 
     It can if all layers attend to everything before them, in a way that torch's attention kernel
-    knows (others, like MPT's, may count the padding).
+    knows (others, like MPT's, may count the padding), and runs/checks.py has found it exact.
     """
     base = without_adapter(model)
-    if not getattr(base, "sharing_is_exact", True):
-        return False  # runs/checks.py has tried it
     config = base.config.get_text_config()
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
     return (
-        kinds == {"full_attention"}
+        getattr(base, "sharing_is_exact", True)
+        and kinds == {"full_attention"}
         and not getattr(config, "sliding_window", None)
         and not getattr(base, "_is_stateful", False)
         and getattr(base, "_supports_sdpa", False)

@@ -37,7 +37,7 @@ GONE = {  # options of former versions, and what to give instead
 
 def main(argv=None):
     listed = [f"  {name:14}{study.rows.__doc__}" for name, study in STUDIES.items()]
-    parser = options.parser("\n".join([__doc__, *listed]), EXAMPLES)
+    parser = options.parser("\n".join([__doc__, *listed]), EXAMPLES, GONE)
     studies = (*STUDIES, "all")
     parser.add_argument("study", choices=studies, metavar="STUDY", help="one of the above, or all")
     add_seeds(parser, [1, 2, 3, 4, 5])
@@ -50,8 +50,6 @@ def main(argv=None):
     )
     add_folder(parser, "--runs", Path("runs/studies"), "where trained models are kept")
     add_folder(parser, "--results", RESULTS, "where tables and figures go")
-    for name, instead in GONE.items():
-        options.add_removed_option(parser, name, instead)
     args = parser.parse_args(argv)
     check_place(args.runs, "--runs")
     check_place(args.results, "--results")

@@ -120,10 +120,9 @@ def draw(names: list[str]) -> None:
 
 
 def main(argv=None) -> None:
-    parser = options.parser(__doc__, EXAMPLES)
+    parser = options.parser(__doc__, EXAMPLES, {"--check": "git diff shows what was written"})
     text = "draw the pictures of these studies again, or of all"
     parser.add_argument("--draw", nargs="*", metavar="STUDY", help=text)
-    options.add_removed_option(parser, "--check", "git diff shows what was written")
     args = parser.parse_args(argv)
     if args.draw is not None:
         draw(args.draw)

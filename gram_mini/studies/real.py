@@ -168,7 +168,7 @@ STUDIES = {
 
 
 def main(argv=None):
-    parser = options.parser(__doc__, EXAMPLES)
+    parser = options.parser(__doc__, EXAMPLES, GONE)
     studied = ("table", "curve")
     parser.add_argument("study", choices=studied, metavar="STUDY", help="one of the above")
     sources = parser.add_argument_group("data")
@@ -194,8 +194,6 @@ def main(argv=None):
     text = "further options of the scalar heads, as one text"
     group.add_argument("--scalar", help=text, **more)
     add_folder(group, "--runs", Path("runs/real-study"), "where all is kept")
-    for name, instead in GONE.items():
-        options.add_removed_option(group, name, instead)
     options.add_model_options(group, bits_default=4, max_length_default=512)
     args = parser.parse_args(argv)
     for words in (args.training, args.stage_1, args.scalar):

@@ -63,7 +63,7 @@ def run(
         if stale:
             print(f"{name}: seeds {stale} were made with other {', '.join(other)};", end=" ")
             print("those asked for are run anew, the others are dropped from the results")
-    asked = len(names) * len(seeds)
+    asked = len(names) * len(set(seeds))
     print(f"{asked - len(missing)} of {asked} seeds of studies are there", flush=True)
 
     def add(name: str, seed: int, made: dict) -> None:

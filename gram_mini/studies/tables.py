@@ -59,7 +59,6 @@ def tables() -> dict[str, str]:
         "studies": studies(),
         "served": listed("served", "pairs", "log-odds apart, most", "same verdict"),
         "everyday": listed("everyday", *EVERYDAY, "position gap"),
-        "everyday-former": listed("everyday-former", *EVERYDAY, "position gap"),
         "table": listed("table", *TABLE),
         "unlabelled": crossed("unlabelled", "share", SHARES, "out-of-distribution"),
         "adapt": crossed("adapt", "labels", (0, 50, 200, 2000), "out-of-distribution"),

@@ -25,7 +25,6 @@ from gram_mini.village.writer import (
     TrueJudge,
     Writer,
     answered,
-    load_writer,
     require_trl,
     rewards,
     train_start,
@@ -93,7 +92,7 @@ def start_of(lab: Lab, seed: int) -> Writer:
             partial_folder = folder.with_name("start-policy.partial")
             train_start(lab.pairs("unlabelled", seed), partial_folder, seed)
             partial_folder.rename(folder)
-    return load_writer(folder)
+    return Writer(folder)
 
 
 def trained(judge, writer: Writer, seed: int, beta: float, steps: int) -> tuple[list, dict]:

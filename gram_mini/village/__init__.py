@@ -7,7 +7,7 @@ about one of them is right or wrong, courteous or curt, and rambling or to the p
 
 A label says which of two responses is preferred, sampled from Bradley-Terry:
 
-    P(a preferred to b) = sigmoid((reward(a) - reward(b)) / TEMPERATURE)
+    P(a preferred to b) = sigmoid(reward(a) - reward(b))
 
 The villagers fall into three groups:
 
@@ -15,10 +15,6 @@ The villagers fall into three groups:
     labelled     the backbone has seen their facts; stage 2 gets labels on them (in distribution)
     unlabelled   the backbone knows their names; their facts appear only in the unlabelled pairs of
                  stage 1 (out of distribution)
-
-In stage 1's pairs 70% of the answers are right, and a wrong one is any of the five other values.
-Nothing marks the right ones, but the truth is the commonest answer. In stage 2's labels, and in the
-test in distribution, rambling is correlated with being right (a spurious cue). Elsewhere it is not.
 """
 
 from __future__ import annotations
@@ -78,11 +74,9 @@ RAMBLING = (
     "That reminds me of a long story, but never mind.",
 )
 
-VILLAGE_SEED = 2025  # draws the facts; the shipped backbone knows this village and no other
-TEMPERATURE = 1.0
 SPURIOUS = 0.6  # P(rambling | right) - P(rambling | wrong) in stage 2's labels
 
-_rng = random.Random(VILLAGE_SEED)
+_rng = random.Random(2025)  # the shipped backbone knows this village and no other
 _shuffled = _rng.sample(NAMES, len(NAMES))
 GROUPS = {
     "background": tuple(sorted(_shuffled[:30])),
@@ -108,7 +102,7 @@ class Response:
 
     @property
     def reward(self) -> float:
-        """The true reward, in the unit of TEMPERATURE."""
+        """The true reward."""
         return reward_of(self.right, self.courteous, self.rambling)
 
 
@@ -119,7 +113,7 @@ def reward_of(right, courteous, rambling):
 
 def true_probability(reward_a: float, reward_b: float) -> float:
     """P(a preferred to b) under Bradley-Terry on the true rewards."""
-    return 1.0 / (1.0 + math.exp((reward_b - reward_a) / TEMPERATURE))
+    return 1.0 / (1.0 + math.exp(reward_b - reward_a))
 
 
 def question(name: str, attribute: Attribute) -> str:
@@ -132,6 +126,14 @@ def statement(name: str, attribute: Attribute, value: str) -> str:
     return attribute.statement.format(name=name, value=value)
 
 
+def draw_claim(rng: random.Random, name: str, attribute: Attribute, p_right: float) -> str:
+    """The right value with probability ``p_right``, else any of the five others."""
+    truth = FACTS[name, attribute]
+    if rng.random() < p_right:
+        return truth
+    return rng.choice([value for value in attribute.values if value != truth])
+
+
 def draw_response(
     rng: random.Random, name: str, attribute: Attribute, p_right: float, spurious: float = 0.0
 ) -> Response:
@@ -140,9 +142,8 @@ def draw_response(
     It is right with probability ``p_right`` and courteous with probability 1/2. It rambles with
     probability (1 + ``spurious``) / 2 if it is right, and (1 - ``spurious``) / 2 if it is wrong.
     """
-    truth = FACTS[name, attribute]
-    right = rng.random() < p_right
-    value = truth if right else rng.choice([v for v in attribute.values if v != truth])
+    value = draw_claim(rng, name, attribute, p_right)
+    right = value == FACTS[name, attribute]
     courteous = rng.random() < 0.5
     rambling = rng.random() < 0.5 + (spurious / 2 if right else -spurious / 2)
     text = worded(rng, name, attribute, value, courteous, rambling)

@@ -9,7 +9,6 @@ from gram_mini.village import (
     ATTRIBUTES,
     GROUPS,
     SPURIOUS,
-    Response,
     Topic,
     draw_response,
     question,
@@ -41,64 +40,44 @@ def topics(split: str) -> list[Topic]:
 
 
 def village_pairs(split: str, count: int | None = None, seed: int = 0) -> list[Pair]:
-    """Draw pairs of a split of the village.
+    """Draw pairs of a split of the village, by default as many as SPLITS says.
 
     "labelled" and "adaptation" carry labels sampled from Bradley-Terry on the true rewards. The two
     test splits hold only pairs of unequal true reward. Their label is the truly better response, so
     that a perfect reward model has accuracy 1. "adaptation" has the questions of the test out of
     distribution, but none of its pairs.
 
-    Args:
-        split: a key of SPLITS.
-        count: number of pairs; by default that of SPLITS.
-        seed: draws the pairs.
-
-    Returns pairs whose ``probability`` is the true P(y_a preferred) and whose ``differs`` is a
-    subset of {"fact", "courtesy", "length"}.
+    Their ``probability`` is the true P(y_a preferred), and their ``differs`` is a subset of
+    {"fact", "courtesy", "length"}.
     """
     _, p_right, spurious, default = SPLITS[split]
     test = split.endswith("distribution")
     rng = random.Random(f"{split}/{seed}")
     questions = topics(split)
+    texts = lambda pair: (pair.prompt, frozenset((pair.response_a, pair.response_b)))
     excluded = set()
     if split == "adaptation":
-        excluded = {_texts(pair) for pair in village_pairs("out-of-distribution")}
+        excluded = {texts(pair) for pair in village_pairs("out-of-distribution")}
     pairs: list[Pair] = []
     while len(pairs) < (count or default):
-        name, attribute = rng.choice(questions)
-        a, b = (draw_response(rng, name, attribute, p_right, spurious) for _ in range(2))
+        topic = rng.choice(questions)
+        a, b = (draw_response(rng, *topic, p_right, spurious) for _ in range(2))
         if a.text == b.text or (test and a.reward == b.reward):
             continue
         probability = true_probability(a.reward, b.reward)
-        if split == "unlabelled":
-            label = None
-        elif test:
+        label = None
+        if test:
             label = int(b.reward > a.reward)
-        else:
+        elif split != "unlabelled":
             label = int(rng.random() >= probability)
-        pair = Pair(
-            question(name, attribute),
-            a.text,
-            b.text,
-            label,
-            probability,
-            _differs(a, b),
-            row=len(pairs) + 1,
-        )
-        if _texts(pair) not in excluded:
+        aspects = {
+            "fact": a.right != b.right,
+            "courtesy": a.courteous != b.courteous,
+            "length": a.rambling != b.rambling,
+        }
+        differs = frozenset(name for name, unequal in aspects.items() if unequal)
+        row = len(pairs) + 1
+        pair = Pair(question(*topic), a.text, b.text, label, probability, differs, row=row)
+        if texts(pair) not in excluded:
             pairs.append(pair)
     return pairs
-
-
-def _texts(pair: Pair) -> tuple[str, frozenset[str]]:
-    """What identifies a pair in any order of its responses."""
-    return pair.prompt, frozenset((pair.response_a, pair.response_b))
-
-
-def _differs(a: Response, b: Response) -> frozenset[str]:
-    aspects = {
-        "fact": a.right != b.right,
-        "courtesy": a.courteous != b.courteous,
-        "length": a.rambling != b.rambling,
-    }
-    return frozenset(name for name, differs in aspects.items() if differs)

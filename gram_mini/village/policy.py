@@ -28,100 +28,18 @@ import torch
 
 OPENINGS = COURTEOUS + CURT
 ENDINGS = ("", *RAMBLING)
-
-
-class Policy:
-    """Independent choices of claim (Q, 6), opening (4,) and ending (3,) from softmax tables.
-
-    Args:
-        topics: the Q questions.
-        p_right: the initial probability of the right claim.
-    """
-
-    def __init__(self, topics: list[Topic], p_right: float = 0.5):
-        self.topics = topics
-        right = [[value == FACTS[topic] for value in topic[1].values] for topic in topics]
-        self.right = torch.tensor(right)  # (Q, 6)
-        start = torch.where(self.right, math.log(p_right), math.log((1 - p_right) / 5))  # (Q, 6)
-        self.tables = [
-            start.clone(),
-            torch.zeros(len(OPENINGS)),
-            torch.tensor([0.0, -math.log(2), -math.log(2)]),
-        ]
-        self.start = [table.log_softmax(-1) for table in self.tables]
-        for table in self.tables:
-            table.requires_grad_(True)
-
-    def log_probabilities(self) -> list[torch.Tensor]:
-        """log pi of claims (Q, 6), openings (4,) and endings (3,)."""
-        return [table.log_softmax(-1) for table in self.tables]
-
-    def text(self, topic: int, claim: int, opening: int, ending: int) -> str:
-        """The response as the judge reads it."""
-        name, attribute = self.topics[topic]
-        words = (
-            OPENINGS[opening],
-            statement(name, attribute, attribute.values[claim]),
-            ENDINGS[ending],
-        )
-        return " ".join(word for word in words if word)
-
-    def sample(self, topics: torch.Tensor) -> torch.Tensor:
-        """Draw a response to each question: (N,) numbers of questions -> (N, 3) choices."""
-        claims, openings, endings = (p.exp() for p in self.log_probabilities())
-        draw = lambda p: p.multinomial(1)[:, 0]
-        return torch.stack(
-            [
-                draw(claims[topics]),
-                draw(openings.expand(len(topics), -1)),
-                draw(endings.expand(len(topics), -1)),
-            ],
-            1,
-        )
-
-    def greedy(self, topics: torch.Tensor) -> torch.Tensor:
-        """The likeliest response to each question, (N, 3)."""
-        claims, openings, endings = self.log_probabilities()
-        best = torch.tensor([int(openings.argmax()), int(endings.argmax())])
-        return torch.cat([claims[topics].argmax(1, keepdim=True), best.expand(len(topics), -1)], 1)
-
-    def log_ratio(
-        self, topics: torch.Tensor, choices: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """log pi(y | x), (N,), and log pi(y | x) - log pi_0(y | x), (N,)."""
-        pick = lambda tables: (
-            tables[0][topics, choices[:, 0]] + tables[1][choices[:, 1]] + tables[2][choices[:, 2]]
-        )
-        now = pick(self.log_probabilities())
-        return now, now.detach() - pick(self.start)
-
-    @torch.no_grad()
-    def kl(self) -> float:
-        """KL(pi || pi_0) in nats, mean over the questions."""
-        parts = [
-            (p.exp() * (p - q)).sum(-1).mean() for p, q in zip(self.log_probabilities(), self.start)
-        ]
-        return float(sum(parts))
-
-    @torch.no_grad()
-    def true_reward(self) -> float:
-        """Expected true reward, mean over the questions."""
-        claims, openings, endings = (p.exp() for p in self.log_probabilities())
-        right = (claims * self.right).sum(1).mean()
-        courteous = openings[: len(COURTEOUS)].sum()
-        rambling = endings[1:].sum()
-        return float(reward_of(right, courteous, rambling))
+PLACES = torch.tensor([12, 3, 1])  # a claim, an opening and an ending @ PLACES: which response
+RATE, BATCH = 0.1, 64  # of the policy's training; questions per step
+BETA = 0.02  # weight of the penalty on the KL
 
 
 def responses(topic: Topic) -> list[tuple[str, float]]:
     """All 72 responses that the policy can give to a question, with their true rewards."""
-    policy = Policy([topic])
     rewarded = []
-    for choices in itertools.product(range(6), range(len(OPENINGS)), range(len(ENDINGS))):
-        claim, opening, ending = choices
-        right = bool(policy.right[0, claim])
-        qualities = right, opening < len(COURTEOUS), ending > 0
-        rewarded.append((policy.text(0, *choices), reward_of(*qualities)))
+    for value, opening, ending in itertools.product(topic[1].values, OPENINGS, ENDINGS):
+        text = f"{opening} {statement(*topic, value)} {ending}".strip()
+        reward = reward_of(value == FACTS[topic], opening in COURTEOUS, ending in RAMBLING)
+        rewarded.append((text, reward))
     return rewarded
 
 
@@ -133,9 +51,7 @@ def score_responses(
     A score is the log-odds against the first of the responses, the mean over both orders.
     """
     texts = {topic: [text for text, _ in responses(topic)] for topic in topics}
-    pairs = [
-        Pair(question(*topic), text, texts[topic][0]) for topic in topics for text in texts[topic]
-    ]
+    pairs = [Pair(question(*t), text, texts[t][0]) for t in topics for text in texts[t]]
     log_odds = (
         (result.log_odds_first + result.log_odds_second) / 2
         for result in judge.compare_many(pairs, progress=progress)
@@ -185,14 +101,69 @@ def best_of_n_kl(n: int) -> float:
     return math.log(n) - (n - 1) / n
 
 
+class Policy:
+    """Independent choices of claim (Q, 6), opening (4,) and ending (3,) from softmax tables."""
+
+    def __init__(self, topics: list[Topic]):
+        right = [[value == FACTS[topic] for value in topic[1].values] for topic in topics]
+        self.right = torch.tensor(right)  # (Q, 6)
+        self.tables = [
+            torch.where(self.right, math.log(0.5), math.log(0.1)),  # half are right
+            torch.zeros(len(OPENINGS)),
+            torch.tensor([0.0, -math.log(2), -math.log(2)]),
+        ]
+        self.start = self.log_probabilities()
+        for table in self.tables:
+            table.requires_grad_(True)
+
+    def log_probabilities(self) -> list[torch.Tensor]:
+        """log pi of claims (Q, 6), openings (4,) and endings (3,)."""
+        return [table.log_softmax(-1) for table in self.tables]
+
+    def choose(self, topics: torch.Tensor, how) -> torch.Tensor:
+        """A response to each of N questions, (N, 3); ``how``: log-probabilities (N, K) -> (N,)."""
+        claims, openings, endings = self.log_probabilities()
+        shared = [table.expand(len(topics), -1) for table in (openings, endings)]
+        return torch.stack([how(table) for table in (claims[topics], *shared)], 1)
+
+    def sample(self, topics: torch.Tensor) -> torch.Tensor:
+        """Draw a response to each question: (N,) numbers of questions -> (N, 3) choices."""
+        return self.choose(topics, lambda table: table.exp().multinomial(1)[:, 0])
+
+    def greedy(self, topics: torch.Tensor) -> torch.Tensor:
+        """The likeliest response to each question, (N, 3); of tied ones the first."""
+        return self.choose(topics, lambda table: table.argmax(1))
+
+    def log_ratio(
+        self, topics: torch.Tensor, choices: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """log pi(y | x), (N,), and log pi(y | x) - log pi_0(y | x), (N,)."""
+        pick = lambda tables: (
+            tables[0][topics, choices[:, 0]] + tables[1][choices[:, 1]] + tables[2][choices[:, 2]]
+        )
+        now = pick(self.log_probabilities())
+        return now, now.detach() - pick(self.start)
+
+    @torch.no_grad()
+    def kl(self) -> float:
+        """KL(pi || pi_0) in nats, mean over the questions."""
+        parts = [
+            (p.exp() * (p - q)).sum(-1).mean() for p, q in zip(self.log_probabilities(), self.start)
+        ]
+        return float(sum(parts))
+
+    @torch.no_grad()
+    def true_reward(self) -> float:
+        """Expected true reward, mean over the questions."""
+        claims, openings, endings = (p.exp() for p in self.log_probabilities())
+        right = (claims * self.right).sum(1).mean()
+        courteous = openings[: len(COURTEOUS)].sum()
+        rambling = endings[1:].sum()
+        return float(reward_of(right, courteous, rambling))
+
+
 def train_policy(
-    judge,
-    topics: list[Topic],
-    seed: int,
-    steps: int = 200,
-    batch: int = 64,
-    lr: float = 0.1,
-    beta: float = 0.02,
+    judge, topics: list[Topic], seed: int, steps: int = 200
 ) -> Iterator[tuple[int, float, float, float]]:
     """Policy gradient with a KL penalty; the reward is P(better than the greedy response).
 
@@ -204,43 +175,34 @@ def train_policy(
     proxy reward is the judge's mean P(better than the initial greedy response), by one draw for
     each question. That response is the best possible one (right, courteous, to the point: the first
     of the tied likeliest), so a judge that knows the truth never gives more than 1/2.
-
-    Args:
-        batch: questions per step.
-        beta: weight of the KL penalty.
     """
     torch.manual_seed(seed)
     policy = Policy(topics)
-    optimizer = torch.optim.Adam(policy.tables, lr=lr)
+    optimizer = torch.optim.Adam(policy.tables, lr=RATE)
     all_topics = torch.arange(len(topics))  # (Q,)
+    texts = [[text for text, _ in responses(topic)] for topic in topics]  # Q lists of 72
     known: dict[Pair, float] = {}
 
-    def better(topics_drawn, choices, references) -> torch.Tensor:
-        """P(choices better than references) by the judge, (N,)."""
-        texts = [
-            (question(*topics[t]), policy.text(t, *a), policy.text(t, *b))
-            for t, a, b in zip(topics_drawn.tolist(), choices.tolist(), references.tolist())
-        ]
-        new = [
-            Pair(*text)
-            for text in dict.fromkeys(texts)
-            if text[1] != text[2] and Pair(*text) not in known
-        ]
+    def better(drawn: torch.Tensor, choices: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
+        """P(choices better than others) by the judge, (N,)."""
+        numbers = zip(drawn.tolist(), (choices @ PLACES).tolist(), (others @ PLACES).tolist())
+        pairs = [Pair(question(*topics[t]), texts[t][a], texts[t][b]) for t, a, b in numbers]
+        new = [pair for pair in dict.fromkeys(pairs) if pair.response_a != pair.response_b]
+        new = [pair for pair in new if pair not in known]
         for pair, result in zip(new, judge.compare_many(new)):
             known[pair] = result.probability
-        # Equal texts are a draw.
-        return torch.tensor([known.get(Pair(*text), 0.5) for text in texts])  # (N,)
+        return torch.tensor([known.get(pair, 0.5) for pair in pairs])  # (N,); equal: a draw
 
     first = policy.greedy(all_topics)  # (Q, 3)
     for step in range(steps + 1):
         if step % 10 == 0:
             proxy = better(all_topics, policy.sample(all_topics), first).mean()
             yield step, policy.kl(), float(proxy), policy.true_reward()
-        drawn = torch.randint(len(topics), (batch,))  # (N,)
+        drawn = torch.randint(len(topics), (BATCH,))  # (N,)
         choices = policy.sample(drawn)  # (N, 3)
         reward = better(drawn, choices, policy.greedy(drawn)) - 0.5  # (N,)
         log_probability, log_ratio = policy.log_ratio(drawn, choices)
-        loss = -((reward - beta * log_ratio) * log_probability).mean()
+        loss = -((reward - BETA * log_ratio) * log_probability).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -2,9 +2,7 @@
 
 Unlike the tables of policy.py it can write anything, and so find what a judge likes that nobody
 would call an answer. A text that is none of the 72 answers that the village knows to a question
-(village/policy.py, ``responses``) has the true reward NO_ANSWER.
-
-Needs TRL (https://github.com/huggingface/trl): pip install trl.
+(policy.py, ``responses``) has the true reward NO_ANSWER. Its training needs TRL: pip install trl.
 """
 
 from __future__ import annotations
@@ -55,12 +53,9 @@ def answered() -> dict[str, str]:
 
 
 class TrueJudge:
-    """A judge that knows the true rewards: the ceiling."""
+    """A judge that knows the true rewards: the ceiling. Both orders agree."""
 
-    def compare_many(
-        self, pairs: list[Pair], average: str = "probabilities", progress: str | None = None
-    ) -> list[Comparison]:
-        """As Judge.compare_many; both orders agree."""
+    def compare_many(self, pairs: list[Pair], progress: str | None = None) -> list[Comparison]:
         results = []
         for pair in pairs:
             a, b = (true_reward(pair.prompt, y) for y in (pair.response_a, pair.response_b))
@@ -70,11 +65,7 @@ class TrueJudge:
 
 
 def require_trl():
-    """The module trl.
-
-    Raises:
-        UserError: if it is not installed.
-    """
+    """The module trl, or a UserError if it is not installed."""
     try:
         import trl
     except ImportError:
@@ -122,28 +113,26 @@ def train_start(pairs: list[Pair], folder: Path, seed: int) -> None:
 
 @dataclass(frozen=True)
 class Written:
-    """N texts that a policy wrote: the texts, and as the policy sees them.
-
-    ``ids`` (N, T) hold the question, padded on the left, and then the W tokens of the text with the
-    token that ends it; ``mask`` (N, T) is 1 on both; ``written`` (N, W) is 1 on the text alone.
-    """
+    """N texts that a policy wrote, of W tokens with the one that ends each and what pads them."""
 
     texts: list[str]
-    ids: torch.Tensor
-    mask: torch.Tensor
-    written: torch.Tensor
     lengths: list[int]  # tokens of each text, at most LONGEST
+    ids: torch.Tensor  # (N, T): the question, padded on the left, and then the text
+    mask: torch.Tensor  # (N, T): 1 on both
+    written: torch.Tensor  # (N, W): 1 on the text and its end alone
 
 
 class Writer:
-    """A language model that answers the village's questions; ``start`` is what KL is measured to.
+    """A language model that answers the village's questions, from the folder of train_start.
 
-    Args:
-        model, start: causal language models with the village's tokenizer.
+    ``start`` stays as it is there. KL is measured to it.
     """
 
-    def __init__(self, model, start, tokenizer):
-        self.model, self.start, self.tokenizer = model, start, tokenizer
+    def __init__(self, folder: Path):
+        models = [load_model(str(folder), bits=32).requires_grad_(True) for _ in range(2)]
+        self.model, self.start = models[0], models[1].eval()
+        self.tokenizer = load_tokenizer(str(folder))
+        self.tokenizer.padding_side = "left"  # a text goes on from the question's last token
 
     @torch.no_grad()
     def write(self, prompts: list[str], temperature: float = 1.0) -> Written:
@@ -164,13 +153,9 @@ class Writer:
         ends = answers == end  # (N, W)
         written = (ends.cumsum(1) - ends.int() == 0).long()  # (N, W): up to the first end
         texts = self.tokenizer.batch_decode(answers, skip_special_tokens=True)
-        return Written(
-            texts=[text.strip() for text in texts],
-            ids=ids,
-            mask=torch.cat([inputs["attention_mask"], written], 1),
-            written=written,
-            lengths=(written - ends.int() * written).sum(1).tolist(),
-        )
+        lengths = (written.bool() & ~ends).sum(1).tolist()
+        mask = torch.cat([inputs["attention_mask"], written], 1)  # (N, T)
+        return Written([text.strip() for text in texts], lengths, ids, mask, written)
 
     @torch.no_grad()
     def kl(self, drawn: Written) -> float:
@@ -188,14 +173,6 @@ class Writer:
         )  # (N, W, V) each
         of_tokens = (log_p.exp() * (log_p - log_q)).sum(-1)  # (N, W)
         return float((of_tokens * drawn.written).sum(1).mean())
-
-
-def load_writer(start: Path) -> Writer:
-    """The policy at its start, from the folder that :func:`train_start` wrote."""
-    models = [load_model(str(start), bits=32).requires_grad_(True) for _ in range(2)]
-    tokenizer = load_tokenizer(str(start))
-    tokenizer.padding_side = "left"  # what is written goes on from the question's last token
-    return Writer(models[0], models[1].eval(), tokenizer)
 
 
 def train_writer(
@@ -220,11 +197,8 @@ def train_writer(
     Args:
         references: a response to each question, which the judge compares with.
         measure: called with the number of steps done: at 0, every ``every`` steps, at the end.
-        beta: weight of the penalty on the KL to the start; 0 lets the policy go.
+        beta: weight of the penalty on the KL to the start.
         questions, completions: of a step; so many completions to each question.
-
-    Raises:
-        UserError: if TRL is not installed.
     """
     trl = require_trl()
     from datasets import Dataset
@@ -234,10 +208,8 @@ def train_writer(
             if state.global_step % every == 0 or state.global_step == steps:
                 measure(state.global_step)
 
-    columns = {
-        "prompt": messages("user", prompts),
-        "reference": messages("assistant", references),
-    }
+    asked, answers = messages("user", prompts), messages("assistant", references)
+    data = Dataset.from_dict({"prompt": asked, "reference": answers})
     measure(0)
     with tempfile.TemporaryDirectory() as scratch:
         config = trl.GRPOConfig(
@@ -248,12 +220,8 @@ def train_writer(
             report_to="none", disable_tqdm=True, dataloader_pin_memory=False,
         )  # fmt: skip
         trainer = trl.GRPOTrainer(
-            model=writer.model,
-            reward_funcs=reward,
-            args=config,
-            train_dataset=Dataset.from_dict(columns),
-            processing_class=writer.tokenizer,
-            callbacks=[Measure()],
-        )
+            writer.model, reward, config, data,
+            processing_class=writer.tokenizer, callbacks=[Measure()],
+        )  # fmt: skip
         trainer.remove_callback(PrinterCallback)
         trainer.train()

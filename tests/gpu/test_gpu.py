@@ -15,7 +15,6 @@ import train_pretrain
 import train_reward
 from gram_mini.errors import Interrupted
 from gram_mini.runs import memory
-from gram_mini.runs.checks import read_by_blocks
 from gram_mini.runs.load import load_judge
 from gram_mini.runs.models import compute_dtype, load_tokenizer
 from gram_mini.runs.processes import pick_device
@@ -29,8 +28,6 @@ from gram_mini.village.pairs import village_pairs
 
 import pytest
 import torch
-import torch.nn.functional as F
-from bitsandbytes.nn import Linear4bit
 from peaks import built_fused, measured_peak
 from safetensors.torch import load_file
 
@@ -149,21 +146,6 @@ def apart(run, other):
     return math.sqrt(difference / sum(float(b[name].square().sum()) for name in learned))
 
 
-def on_cpu(run, bits):
-    """The judge on the CPU with its adapter beside the weights.
-
-    NF4 weights are turned back block by block, since bitsandbytes may read the village's wrongly
-    there (runs/checks.py).
-    """
-    judge = load_judge(run, bits, "cpu", merge=False)
-    for module in judge.model.modules():
-        if isinstance(module, Linear4bit):  # under LoRA, not LoRA's own layer
-            module.forward = partial(
-                F.linear, weight=read_by_blocks(module.weight), bias=module.bias
-            )
-    return judge
-
-
 @pytest.mark.parametrize("bits", SCORES_APART)
 def test_scores(bits, folder, note):
     """The log-odds of the village's judge are those on the CPU.
@@ -171,9 +153,9 @@ def test_scores(bits, folder, note):
     On a CPU this compares scoring with the adapter merged, and NF4 with float32.
     """
     _, run = trained(folder, VILLAGE, 4)
-    apart, reference = SCORES_APART[bits], on_cpu(run, bits)
+    apart, reference = SCORES_APART[bits], load_judge(run, bits, "cpu", merge=False)
     if bits == 4 and not ON_GPU:
-        apart, here = 0.2, on_cpu(run, 32)
+        apart, here = 0.2, load_judge(run, 32, "cpu", merge=False)
     else:
         here = load_judge(run, bits, DEVICE.type)
     pairs = village_pairs("out-of-distribution", 32)

@@ -148,12 +148,12 @@ def test_limit(tmp_path):
 
 
 BAD = {
-    "empty": ("d.jsonl", "", "d.jsonl: the file is empty"),
-    "no rows": ("d.json", "[]", "no rows"),
+    "empty": ("d.jsonl", "", "d.jsonl: holds no rows"),
+    "no rows": ("d.json", "[]", "d.json: holds no rows"),
     "invalid line": ("d.jsonl", json.dumps(ROW) + "\n\n{oops\n", "d.jsonl, line 3: invalid JSON"),
     "invalid json": ("d.json", "[\n{,}]", "double quotes: line 2 column 2"),
     "not an object": ("d.jsonl", "[1]\n", "d.jsonl, line 1: expected an object"),
-    "not a list": ("d.json", "7", "expected a list"),
+    "not a list": ("d.json", "7", "expected an object"),
     "columns": (
         "d.jsonl",
         '{"text": "x"}\n',
@@ -173,7 +173,7 @@ BAD = {
     "label": (
         "d.jsonl",
         json.dumps({"prompt": "x", "response_a": "1", "response_b": "2", "label": "C"}),
-        "must be A, B or tie",
+        'is "C", which is not listed',
     ),
     "unlabelled": (
         "d.jsonl",
@@ -183,7 +183,7 @@ BAD = {
     "marker": (
         "d.jsonl",
         json.dumps({"instruction": "x", "output": prompts.START_A + "1"}),
-        "marker of the official format",
+        "'output' must hold both answers between",
     ),
     "no prefix": ("d.jsonl", json.dumps({"chosen": "a", "rejected": "b"}), "add 'prompt'"),
     "all dropped": ("d.jsonl", json.dumps({**ROW, "chosen": "3"}) + "\n", "nothing left to use"),
@@ -192,7 +192,7 @@ BAD = {
         "prompt,chosen,rejected\na,b,c\na,b\n",
         "d.csv, line 3: has another number of fields",
     ),
-    "binary": ("d.jsonl", b"\xff\xfe\x00", "not UTF-8"),
+    "binary": ("d.jsonl", b"\xff\xfe\x00", "invalid JSON: 'utf-16-le' codec"),
     "role": (
         "d.jsonl",
         json.dumps({**ROW, "prompt": [{"role": ["user"], "content": "x"}]}) + "\n",

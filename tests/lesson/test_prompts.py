@@ -274,9 +274,3 @@ def test_without_a_chat_template_the_verdict_follows_directly(tokenizer, end, la
 def test_without_a_chat_template_the_pair_begins_a_paragraph(tokenizer):
     pieces = pair_prompt(with_template(tokenizer, None))
     assert tokenizer.decode(pieces.after_prompt[: pieces.given]) == "\n\n"
-
-
-def test_a_template_with_our_own_slots_is_refused(tmp_path):
-    (tmp_path / "t.txt").write_text("{prompt} {response_a} {response_b} \ue000")
-    with pytest.raises(UserError, match="t.txt: holds a private-use character"):
-        read_template(tmp_path / "t.txt")

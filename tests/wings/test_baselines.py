@@ -6,7 +6,7 @@ import json
 import score
 import train_reward
 from gram_mini.baselines import __main__ as baselines
-from gram_mini.batches import IGNORED, encode_pairs
+from gram_mini.batches import IGNORED, encode_pairs, pair_batch, trained_tokens
 from gram_mini.errors import UserError
 from gram_mini.judge import Judge
 from gram_mini.losses import reward_loss
@@ -17,7 +17,7 @@ from gram_mini.runs.heads import (
     LabelRowsJudge,
     ScalarJudge,
     add_head,
-    chosen_batch,
+    preferred_alone,
     response_batch,
     response_prompt,
 )
@@ -130,9 +130,11 @@ def test_a_frozen_judge_begins_as_the_zero_shot_judge(tokenizer, village_judge):
 
 def test_the_text_loss_is_that_of_the_chosen_response(tokenizer):
     pieces = response_prompt(tokenizer)
-    ids, targets = chosen_batch(encode_pairs(PAIRS, pieces, tokenizer, 512), pieces)
+    rows = preferred_alone(encode_pairs(PAIRS, pieces, tokenizer, 512))
+    ids, targets = pair_batch(rows, pieces)
     trained = [tokenizer.decode(row[row != IGNORED]) for row in targets]
     assert trained == [f"{PAIRS[0].response_a}<|end|>", f"{PAIRS[1].response_b}<|end|>"]
+    assert trained_tokens(pieces, rows) == (targets != IGNORED).sum()
     model = load_model(VILLAGE, bits=32)
     hidden = hidden_states(model, ids)
     assert output_logits(model, hidden[targets != IGNORED]).shape[0] == (targets != IGNORED).sum()
@@ -173,7 +175,7 @@ def test_training_goes_on_from_a_run_with_a_head(runs, tmp_path):
         UserError, match="--head labels: .* was trained with --head scalar; give the same"
     ):
         baselines.main([*options, *init, "--head", "labels", "--freeze"])
-    with pytest.raises(UserError, match="has a head of its own.* go on with that command"):
+    with pytest.raises(UserError, match="trained by python -m gram_mini.baselines; go on"):
         train_reward.main([*options, *init])
     baselines.main([*options, *init, "--head", "scalar"])
     before, after = (

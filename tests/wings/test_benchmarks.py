@@ -635,7 +635,7 @@ LABEL = "unknown label '{}'; known are 1, 2".format
     ("reward-bench", {"subset": "hep-c"}, SUBSET("hep-c", "alpacaeval-easy")),
     ("reward-bench", {"subset": None}, "unknown subset None"),
     ("reward-bench", {"chosen": 3}, "column 'chosen' must be text"),
-    ("reward-bench", {"chosen": ["a", "b"], "rejected": ["c"]}, "needs one pair with a label"),
+    ("reward-bench", {"chosen": ["a", "b"], "rejected": ["c"]}, "messages, found a list of str"),
     ("reward-bench-2", {"subset": "Chat"}, SUBSET("Chat", "Factuality")),
     ("reward-bench-2", {"chosen": "0.3"}, TEXTS("chosen", "1")),
     ("reward-bench-2", {"chosen": ["1", "2"]}, TEXTS("chosen", "1")),

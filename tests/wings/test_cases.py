@@ -53,13 +53,12 @@ NOTHING = {"system": None, "history": [], "context": "", "input": "None", "image
 
 
 def test_what_stands_beside_a_prompt_goes_before_it_or_is_refused():
-    for name in ("system", "system_prompt"):
-        assert read({**PLAIN, name: "Rhyme."})[0] == "System: Rhyme.\n\nHuman: Name a fruit."
+    assert read({**PLAIN, "system": "Rhyme."})[0] == "System: Rhyme.\n\nHuman: Name a fruit."
     said = {**PLAIN, "prompt": [system("Rhyme."), user("Hi")], "system": "Rhyme."}
     assert read(said)[0] == "System: Rhyme.\n\nHuman: Hi"
     assert read({**PLAIN, **NOTHING})[0] == "Name a fruit."
-    for name in ("history", "context", "instruction", "input"):
-        with pytest.raises(UserError, match=f"here: column '{name}' .* --columns prompt={name}"):
+    for name in ("history", "context", "instruction", "input", "system_prompt"):
+        with pytest.raises(UserError, match=f"here: column '{name}' holds more .* with --columns"):
             read({**PLAIN, name: "It is red."})
     with pytest.raises(UserError, match="column 'system' must be text, found list"):
         read({**PLAIN, "system": [system("Rhyme.")]})
@@ -114,7 +113,9 @@ def test_every_format_takes_a_system_column_and_refuses_images(name):
     assert read(row) == ("Hi", "Good day", "What")
     assert read({**row, "system": "Be polite."})[0] == "System: Be polite.\n\nHuman: Hi"
     for column, value in (("images", ["x.png"]), ("tools", [{"name": "f"}]), ("audio", "x.wav")):
-        with pytest.raises(UserError, match=f"here: column '{column}' holds what a judge of text"):
+        with pytest.raises(
+            UserError, match=f"here: column '{column}' holds more than the texts of"
+        ):
             read({**row, column: value})
 
 
@@ -177,9 +178,6 @@ MESSAGES = {
     "a dialogue in a text as prompt": (f"\n\n{TURNS}\n\nAssistant:", [], TURNS),
     "a prompt that comes again": ([Q], [A, Q], "Human: Why?\n\nAssistant: So.\n\nHuman: Why?"),
     "roles in capitals": ([{"role": "User", "content": "Why?"}], [], "Why?"),
-    "text in parts": (
-        [user([{"type": "text", "text": "Why"}, {"type": "text", "text": "so?"}])], [], "Why\nso?"
-    ),
 }  # fmt: skip
 
 
@@ -211,12 +209,11 @@ def test_the_offending_role_is_named(role):
 
 
 @pytest.mark.parametrize(("message", "said"), [
-    ({**assistant("x"), "tool_calls": [{"id": 1}]}, "a message of 'assistant' holds 'tool_calls'"),
-    ({**assistant(None), "function_call": {"name": "f"}}, "holds 'function_call'"),
-    ({**user("x"), "images": ["x.png"]}, "a message of 'user' holds 'images'"),
-    (user([{"type": "image_url", "image_url": {"url": "x"}}]), "a part of the type 'image_url'"),
-    (user([{"type": "text", "text": "x"}, {"type": "image"}]), "a part of the type 'image'"),
-    (assistant(None), "found no text in a message of 'assistant'"),
+    ({**assistant("x"), "tool_calls": [{"id": 1}]}, "found tool_calls in a message of 'assistant'"),
+    ({**assistant(None), "function_call": {"name": "f"}}, "found function_call in a message"),
+    ({**user("x"), "images": ["x.png"]}, "found images in a message of 'user'"),
+    (user([{"type": "text", "text": "x"}]), "found no plain text in a message of 'user'"),
+    (assistant(None), "found no plain text in a message of 'assistant'"),
 ])  # fmt: skip
 def test_parts_of_messages_that_are_no_text_are_refused(message, said, tmp_path):
     row = {"prompt": [user("Hi")], "chosen": [message], "rejected": "b"}
@@ -228,13 +225,15 @@ def test_parts_of_messages_that_are_no_text_are_refused(message, said, tmp_path)
 
 
 def test_replies_without_an_answer_or_to_another_question_are_refused():
-    for chosen in ([Q], [user("Else?"), A], [user("So.")]):
-        with pytest.raises(
-            UserError, match="must begin with the assistant's answer, or repeat the"
-        ):
+    with pytest.raises(UserError, match="must share their messages up to an answer"):
+        read({"prompt": [Q], "chosen": [Q], "rejected": "b"})
+    for chosen in ([user("Else?"), A], [user("So.")]):
+        with pytest.raises(UserError, match="'chosen' must be an answer to a column 'prompt'"):
             read({"prompt": [Q], "chosen": chosen, "rejected": "b"})
-    with pytest.raises(UserError, match="repeat the whole prompt"):
+    with pytest.raises(UserError, match="repeats the whole prompt"):
         read({"prompt": [user("Hi"), assistant("Hello"), Q], "chosen": [Q, A], "rejected": "b"})
+    with pytest.raises(UserError, match="text from 'Human:' on"):
+        read({"chosen": f"Hi.\n\n{TURNS}\n\nAssistant: a", "rejected": f"{TURNS}\n\nAssistant: b"})
 
 
 def test_dialogues_as_texts_beside_a_prompt():
@@ -248,21 +247,6 @@ def test_dialogues_as_texts_beside_a_prompt():
     assert read(last) == (TURNS, "So.", "No.")
     triple = {"prompt": prompt, "response_a": "So.", "response_b": "No."}
     assert read(triple) == (TURNS, "So.", "No.")
-
-
-def test_names_of_responses_are_not_read_as_responses():
-    row = {"prompt": "Name a fruit.", "response_a": "A brick.", "response_b": "A pear."}
-    other = {"prompt": "x", "output_1": "y", "output_2": "z"}
-    for columns in (
-        {**row, "chosen": "B", "rejected": "A"},
-        {**row, "chosen": "response_b", "rejected": "response_a"},
-        {**other, "chosen": 2, "rejected": 1},
-    ):
-        with pytest.raises(
-            UserError, match="which seems to name a column; give --columns .*chosen"
-        ):
-            read(columns)
-    assert read({**PLAIN, "chosen": "A", "rejected": "B"})[1:] == ("A", "B")  # multiple choice
 
 
 @pytest.mark.parametrize("write_out", [str, json.dumps])
@@ -412,7 +396,7 @@ def test_a_split_is_a_whole_name(tmp_path):
     assert texts(tmp_path, split="test_prefs") == ["test_prefs-00000-of-00001"]
     for split in (None, "train", "prefs"):
         with pytest.raises(
-            UserError, match="give --split with one of test_prefs, train_prefs, train_sft"
+            UserError, match="give --split with one of test_prefs, train_prefs, train_sft whose"
         ):
             texts(tmp_path, split=split)
     (tmp_path / "b").mkdir()
@@ -422,20 +406,19 @@ def test_a_split_is_a_whole_name(tmp_path):
     with pytest.raises(UserError, match="one of claude, gpt"):
         texts(tmp_path / "b")
     (tmp_path / "c").mkdir()
-    for name in ("train_1", "train-part-2"):
+    for name in ("train_1", "train-00002-of-00002-0123456789abcdef"):
         write(tmp_path / "c" / f"{name}.jsonl", of(name))
-    assert texts(tmp_path / "c") == ["train-part-2", "train_1"]
+    assert texts(tmp_path / "c") == ["train-00002-of-00002-0123456789abcdef", "train_1"]
 
 
 def test_split_is_never_ignored(tmp_path):
     source = write(tmp_path / "d.jsonl", PLAIN)
     with pytest.raises(UserError, match="--split test: .* is a single file and has no splits"):
         texts(source, split="test")
-    with pytest.raises(
-        UserError, match="no file of the split 'test'; .* one of d, or leave it out"
-    ):
+    with pytest.raises(UserError, match="give --split with one of d whose"):
         texts(tmp_path, split="test")
-    assert len(texts(write(tmp_path / "test-1.jsonl", PLAIN), split="test")) == 1
+    write(tmp_path / "test-1.jsonl", PLAIN)
+    assert len(texts(tmp_path, split="test")) == 1
     with pytest.raises(UserError, match="--split test: the village's pairs have none"):
         load_pairs("village", True, split="test")
 
@@ -443,12 +426,13 @@ def test_split_is_never_ignored(tmp_path):
 def test_objects_in_a_json_file(tmp_path):
     path = tmp_path / "d.json"
     path.write_text(json.dumps(PLAIN, indent=2))
-    assert load_pairs(str(path), True).rows == 1
-    path.write_text(json.dumps({"version": "1", "data": [PLAIN, PLAIN]}, indent=2))
-    with pytest.raises(UserError, match=r"row 1: columns \['data', 'version'\] are of no known"):
+    with pytest.raises(UserError, match="line 1: invalid JSON: .* or a list of them into a .json"):
+        load_pairs(str(path), True)
+    path.write_text(json.dumps({"version": "1", "data": [PLAIN, PLAIN]}))
+    with pytest.raises(UserError, match=r"line 1: columns \['data', 'version'\] are of no known"):
         load_pairs(str(path), True)
     path.write_text("7")
-    with pytest.raises(UserError, match="expected a list of rows, found int"):
+    with pytest.raises(UserError, match="line 1: expected an object with named columns, found int"):
         load_pairs(str(path), True)
     path.write_text(json.dumps(PLAIN) + "\n" + json.dumps(PLAIN) + "\n")
     assert load_pairs(str(path), True).rows == 2
@@ -460,5 +444,5 @@ def test_objects_in_a_json_file(tmp_path):
 
 def test_a_column_that_stands_twice_in_a_csv_is_refused(tmp_path):
     (tmp_path / "d.csv").write_text("prompt,chosen,chosen,rejected\na,b,c,d\n")
-    with pytest.raises(UserError, match="column 'chosen' stands there twice; rename one"):
+    with pytest.raises(UserError, match="d.csv: a column stands there twice; rename one"):
         load_pairs(str(tmp_path / "d.csv"), True)

@@ -6,8 +6,17 @@ import re
 from collections import Counter, defaultdict
 from types import SimpleNamespace
 
-from gram_mini.everyday import build, phrases
-from gram_mini.everyday.build import COUNTS, FOLDER, QUALITIES, SIDES, Answer, differing, goodness
+from gram_mini.everyday import build
+from gram_mini.everyday.build import (
+    COUNTS,
+    FOLDER,
+    PHRASES,
+    QUALITIES,
+    SIDES,
+    Answer,
+    differing,
+    goodness,
+)
 from gram_mini.judge import Comparison
 from gram_mini.reading.load import load_pairs
 from gram_mini.studies import everyday_table as table
@@ -16,10 +25,10 @@ import pytest
 import torch
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-QUESTIONS = {question.text: question for question in build.read_questions()}
+QUESTIONS = {question.text: question for question in build.QUESTIONS}
 CLAIMS, TRUE = {}, {}  # (question, framed claim): kind; framed true statement: its question
 for asked in QUESTIONS.values():
-    for frame in phrases.FRAMES:
+    for frame in PHRASES["frames"]:
         for kind, value in zip(("right", "wrong", "wrong"), asked.values):
             statement = build.capital(asked.statement.format(value))
             text = frame.format(S=statement, v=value, V=build.capital(value))
@@ -44,7 +53,7 @@ def holds(text: str, value: str) -> bool:
 def read(question: str, text: str) -> Answer:
     """What an answer is like, read off its words alone."""
 
-    def take(some: tuple[str, ...]) -> bool:
+    def take(some: list[str]) -> bool:
         nonlocal text
         for phrase in sorted(some, key=len, reverse=True):
             if text.startswith(phrase) or text.endswith(phrase):
@@ -52,11 +61,11 @@ def read(question: str, text: str) -> Answer:
                 return True
         return False
 
-    rude = take(phrases.RUDE_OPENERS + phrases.RUDE_CLOSERS)
-    polite = take(phrases.POLITE_OPENERS + phrases.POLITE_CLOSERS)
-    rambling = take(phrases.ASIDES)
+    rude = take(PHRASES["rude openers"] + PHRASES["rude closers"])
+    polite = take(PHRASES["polite openers"] + PHRASES["polite closers"])
+    rambling = take(PHRASES["asides"])
     assert rude != polite
-    if text in phrases.EVASIONS:
+    if text in PHRASES["evasions"]:
         return Answer("evades", polite, not rambling)
     if (question, text) in CLAIMS:
         return Answer(CLAIMS[question, text], polite, not rambling)
@@ -81,7 +90,8 @@ def better_first(split):
 
 
 def test_build_makes_the_files_that_ship(tmp_path, monkeypatch):
-    monkeypatch.setattr("sys.argv", ["build", "--out", str(tmp_path)])
+    monkeypatch.setattr("sys.argv", ["build"])
+    monkeypatch.setattr(build, "FOLDER", tmp_path)
     build.main()
     for split, count in COUNTS.items():
         made = (tmp_path / f"{split}.jsonl").read_bytes()
@@ -92,7 +102,7 @@ def test_build_makes_the_files_that_ship(tmp_path, monkeypatch):
 def test_facts():
     topics = Counter(question.topic for question in QUESTIONS.values())
     assert len(topics) == 24 and min(topics.values()) >= 15
-    assert len(build.read_questions()) == len(QUESTIONS) == 461
+    assert len(build.QUESTIONS) == len(QUESTIONS) == 461
     for question in QUESTIONS.values():
         assert question.text.endswith("?") and question.statement.count("{}") == 1
         assert len(question.values) == 3 and not question.statement.endswith(".")
@@ -102,10 +112,8 @@ def test_facts():
 
 
 def test_phrases_are_many_and_each_is_of_one_kind():
-    kinds = [phrases.POLITE_OPENERS, phrases.RUDE_OPENERS, phrases.POLITE_CLOSERS]
-    kinds += [phrases.RUDE_CLOSERS, phrases.ASIDES, phrases.EVASIONS, phrases.FRAMES]
-    assert all(len(set(kind)) >= 20 for kind in kinds)
-    flat = [phrase for kind in kinds for phrase in set(kind)]
+    assert len(PHRASES) == 7 and all(len(set(kind)) >= 20 for kind in PHRASES.values())
+    flat = [phrase for kind in PHRASES.values() for phrase in set(kind)]
     assert len(flat) == len(set(flat))
 
 
@@ -142,7 +150,7 @@ def test_labels_are_the_rule_on_the_words(split):
         if split == "test":
             question = QUESTIONS[row["prompt"]]
             assert row["differs"] == differing(a, b) and row["topic"] == question.topic
-            assert row["labelled_topic"] == build.has_labels(question.topic)
+            assert row["labelled_topic"] == question.has_labels
     assert decided == {name: share * COUNTS[split] for name, share in build.DECIDED_BY.items()}
 
 

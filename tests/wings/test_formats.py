@@ -9,10 +9,10 @@ import train_pretrain
 import train_reward
 from gram_mini.errors import UserError
 from gram_mini.pairs import Pair, split_by_prompt
-from gram_mini.reading import load
 from gram_mini.reading.formats import parse_pairs
 from gram_mini.reading.load import load_pairs
 from gram_mini.runs import run as runs_run
+from gram_mini.runs import scores
 
 import pytest
 
@@ -213,9 +213,7 @@ def test_parquet_gives_the_same_pairs(tmp_path):
     import pyarrow
     import pyarrow.parquet
 
-    for i, row in enumerate(
-        [UNIFIED, ULTRA_BINARIZED, SKYWORK, HELPSTEER3, ULTRA, JUDGEBENCH, RM_BENCH]
-    ):
+    for i, row in enumerate([UNIFIED, ULTRA_BINARIZED, SKYWORK, HELPSTEER3, ULTRA, JUDGEBENCH]):
         path = tmp_path / f"{i}.parquet"
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist([row]), path)
         assert load_pairs(str(path), True).pairs == [
@@ -239,15 +237,7 @@ def test_ties_are_dropped_where_labels_count_and_used_where_not(name, tmp_path):
 # ---- several responses ---------------------------------------------------------------
 
 
-def test_every_chosen_of_rm_bench_against_every_rejected(tmp_path):
-    data = load_pairs(write(tmp_path / "d.jsonl", RM_BENCH), True, pairs="best-worst")
-    assert texts(data.pairs) == [
-        (a, b, 0) for a in RM_BENCH["chosen"] for b in RM_BENCH["rejected"]
-    ]
-    assert data.rows == 1 and "1 rows read, 9 pairs used" in data.summary()
-
-
-def test_ultrafeedback_compares_by_overall_score_and_falls_back(tmp_path):
+def test_ultrafeedback_compares_by_overall_score(tmp_path):
     source = write(tmp_path / "d.jsonl", ULTRA)
     # three and 3: 3.0 both, tied
     assert texts(load_pairs(source, True).pairs) == [("three", "2", 1), ("2", "3", 0)]
@@ -258,11 +248,8 @@ def test_ultrafeedback_compares_by_overall_score_and_falls_back(tmp_path):
         ("three", "3", None),
         ("2", "3", None),
     ]
-    fine = {**ULTRA, "completions": [completion("2", None, 4.0), completion("3", None, 1.5)]}
-    assert texts(parse_pairs([("here", fine)])[0]) == [("2", "3", 0)]
-    # scales differ: not compared
-    mixed = {**ULTRA, "completions": [completion("2", 3.0, 4.0), completion("3", None, 4.5)]}
-    assert parse_pairs([("here", mixed)]) == (
+    fine = {**ULTRA, "completions": [completion("2", 3.0, 4.0), completion("3", None, 4.5)]}
+    assert parse_pairs([("here", fine)]) == (
         [],
         {"without a score": 1, "without a second response": 1},
     )
@@ -327,19 +314,17 @@ def test_rows_of_another_format_end_a_group(tmp_path):
 
 
 def test_pairs_of_one_row_stay_on_one_side_of_a_split(tmp_path):
-    rows = [{**RM_BENCH, "prompt": f"{i} + 1?"} for i in range(5)] + [
-        {**ULTRA, "instruction": f"{i} + 2?"} for i in range(5)
-    ]
+    rows = [{**ULTRA, "instruction": f"{i} + 2?"} for i in range(5)]
     rows += [row for i in range(5) for row in steer(f"{i} + 3?", ("x", 1), ("y", 2), ("z", 3))]
     pairs = load_pairs(write(tmp_path / "d.jsonl", *rows), True).pairs
     train, held_out = split_by_prompt(pairs, 0.4, seed=0)
-    assert len(pairs) == 45 + 10 + 15 == len(train) + len(held_out)
-    assert len({p.prompt for p in held_out}) == 6
+    assert len(pairs) == 10 + 15 == len(train) + len(held_out)
+    assert len({p.prompt for p in held_out}) == 4
     assert not {p.row for p in train} & {p.row for p in held_out}
 
 
 def test_pairs_know_their_row_and_do_not_compare_it(tmp_path):
-    for name in "ab":
+    for name in ("a-1", "a-2"):
         write(tmp_path / f"{name}.jsonl", {"prompt": "", "chosen": "y", "rejected": "z"}, SKYWORK)
     # counted through the whole folder
     assert [pair.row for pair in load_pairs(str(tmp_path), True).pairs] == [2, 4]
@@ -354,10 +339,7 @@ BAD = {
         {**UNIFIED, "conv_A_rating": "high"},
         "column 'conv_A_rating' must be a number, found 'high'",
     ),
-    "no rating": (
-        {k: v for k, v in UNIFIED.items() if k != "conv_B_rating"},
-        "column 'conv_B_rating' must be a number",
-    ),
+    "no rating": ({**UNIFIED, "conv_B_rating": None}, "no label; stage 2 and evaluation need"),
     "NaN": (
         {**UNIFIED, "conv_B_rating": float("nan")},
         "column 'conv_B_rating' must be a number, found nan",
@@ -368,7 +350,7 @@ BAD = {
     ),
     "a preference as text": (
         {**HELPSTEER3, "overall_preference": "A"},
-        "column 'overall_preference' must be a number",
+        "the label in column 'overall_preference' is \"A\", which is not listed",
     ),
     "helpfulness": (
         {**HELPSTEER2, "helpfulness": "very"},
@@ -376,34 +358,41 @@ BAD = {
     ),
     "completions": (
         {**ULTRA, "completions": "2"},
-        "column 'completions' must be a list, found str",
+        "column 'completions' must be a list of objects",
     ),
     "a completion": (
         {**ULTRA, "completions": ["2", "3"]},
-        "column 'completions': each needs a 'response'",
+        "column 'completions' must be a list of objects",
     ),
     "infinite": (
         {**ULTRA, "completions": [completion("2", float("inf"), 1.0)]},
         "column 'overall_score' must be a number",
     ),
-    "verdict": ({**JUDGEBENCH, "label": "C>A"}, "column 'label' must be A, B or tie"),
-    "verdict type": ({**JUDGEBENCH, "label": ["A>B"]}, "column 'label' must be A, B or tie"),
+    "a completion without a response": (
+        {**ULTRA, "completions": [{"overall_score": 1}]},
+        "column 'response' must be text, found NoneType",
+    ),
+    "verdict": (
+        {**JUDGEBENCH, "label": "C>A"},
+        "the label in column 'label' is \"C>A\", which is not listed; say what it means with",
+    ),
+    "verdict type": (
+        {**JUDGEBENCH, "label": ["A>B"]},
+        "the label in column 'label' is [\"A>B\"], which is not listed",
+    ),
     "nothing shared": (
         {**SKYWORK, "rejected": dialogue("1 + 2?", "3")},
-        "'chosen' and 'rejected' must share their messages",
+        "both responses must share their messages",
     ),
     "nothing shared, A and B": (
         {**UNIFIED, "conv_A": dialogue("x", "y")},
-        "'conv_A' and 'conv_B' must share their messages",
+        "both responses must share their messages",
     ),
     "one text among messages": (
         {**SKYWORK, "chosen": [*dialogue("1 + 1?"), "2"]},
-        "a message needs a role",
+        "column 'chosen' must be text or a list of messages, found a list of str",
     ),
-    "a number among texts": (
-        {**RM_BENCH, "chosen": ["2", 2]},
-        "column 'chosen' must be text, found int",
-    ),
+    "several responses": (RM_BENCH, "name one with --columns (chosen.0 is the first)"),
     "no texts": ({**RM_BENCH, "chosen": []}, "column 'chosen' must be text or a list of messages"),
     "half a character": (
         {"chosen": "\n\nHuman: a\n\nAssistant: \ud800", "rejected": "\n\nHuman: a\n\nAssistant: b"},
@@ -437,7 +426,7 @@ def test_stage_1_does_not_read_ratings(name, tmp_path):
 
 
 def test_the_bad_row_of_a_group_is_named(tmp_path):
-    source = write(tmp_path / "d.jsonl", *steer("a", ("x", 1), ("y", None)))
+    source = write(tmp_path / "d.jsonl", *steer("a", ("x", 1), ("y", "much")))
     with pytest.raises(UserError, match="line 2: column 'helpfulness'"):
         load_pairs(source, True)
     assert len(load_pairs(source, False).pairs) == 1  # stage 1 does not read ratings
@@ -448,7 +437,7 @@ def test_skipping_everything_is_an_error(tmp_path):
         UserError, match="2 that cannot be read.*line 1: column 'conv_A_rating'.*nothing left"
     ):
         load_pairs(
-            write(tmp_path / "d.jsonl", {**UNIFIED, "conv_A_rating": None}, {}),
+            write(tmp_path / "d.jsonl", {**UNIFIED, "conv_A_rating": "high"}, {}),
             True,
             on_bad_row="skip",
         )
@@ -474,7 +463,7 @@ def test_score_takes_every_format(tmp_path, capsys):
 def test_score_numbers_the_pairs_of_a_row_and_says_what_it_skips(tmp_path, village_judge, capsys):
     unscored = {**ULTRA, "completions": [completion("2", None, None), *ULTRA["completions"][1:]]}
     rows = [
-        RM_BENCH,
+        {**ULTRA, "id": 1},
         *steer("a", ("x", 1)),
         *steer("b", ("bad", 1), ("good", 3)),
         ULTRA,
@@ -485,15 +474,14 @@ def test_score_numbers_the_pairs_of_a_row_and_says_what_it_skips(tmp_path, villa
     score.main(["--model", "village", "--bits", "32", "--data", source, "--out", str(out)])
     lines = [json.loads(line) for line in out.read_text().splitlines()]
     numbers = [(line["row"], line.get("pair")) for line in lines]
-    ultra = [(5, k) for k in (1, 2, 3)]
-    rm_bench = [(1, k) for k in range(1, 10)]
-    assert numbers == [*rm_bench, (2, None), (3, None), *ultra, (6, None), (7, None)]
-    assert lines[9] == {"row": 2, "skipped": "without a second response"} and lines[0]["id"] == 1
-    alone = village_judge.compare("1 + 1?", "It is 2.", "3")
-    assert lines[3]["probability"] == pytest.approx(asdict(alone)["probability"], abs=1e-4)
+    first, fifth = ([(row, k) for k in (1, 2, 3)] for row in (1, 5))
+    assert numbers == [*first, (2, None), (3, None), *fifth, (6, None), (7, None)]
+    assert lines[3] == {"row": 2, "skipped": "without a second response"} and lines[0]["id"] == 1
+    alone = village_judge.compare("1 + 1?", "three", "2")
+    assert lines[0]["probability"] == pytest.approx(asdict(alone)["probability"], abs=1e-4)
     said = capsys.readouterr().out
     assert "scored 7 rows" in said and "not scored: 1 without a score" in said
-    assert "of 14 labelled pairs" in said  # 9 + 1 + 2 + 1 + 1: the tie of row 5 is left out
+    assert "of 7 labelled pairs" in said  # 2 + 1 + 2 + 1 + 1: the ties of rows 1 and 5 are left out
 
 
 def test_score_does_not_mind_strange_labels(tmp_path, capsys):
@@ -523,7 +511,7 @@ def test_training_passes_its_options_on(script, tmp_path, monkeypatch):
 
 def test_score_passes_split_and_subset_on(tmp_path, monkeypatch):
     asked = []
-    monkeypatch.setattr(load, "read_rows", lambda *a: asked.append(a) or [("here", SKYWORK)])
+    monkeypatch.setattr(scores, "read_rows", lambda *a: asked.append(a) or [("here", SKYWORK)])
     options = [*"--split val --subset all --limit 3".split(), "--out", str(tmp_path / "s.jsonl")]
     score.main(["--model", "village", "--bits", "32", "--data", "owner/name", *options])
     assert {a[:5] for a in asked} == {("owner/name", "val", 3, "all", False)}  # asked twice

@@ -46,7 +46,7 @@ FORMATS = {
     "several turns": lambda n: {
         "prompt": [user("Hi"), assistant("Hello"), user(f"Question {n}?")],
         "chosen": [user("Hi"), assistant("Hello"), user(f"Question {n}?"), assistant("good")],
-        "rejected": {"role": "Assistant", "content": [{"type": "text", "text": "bad"}]},
+        "rejected": {"role": "Assistant", "content": "bad"},
     },
     "dialogues": lambda n: {
         "chosen": [user(f"Question {n}?"), assistant("good")],

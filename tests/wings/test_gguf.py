@@ -184,11 +184,6 @@ def cache(tmp_path_factory):
         yield unpacking.CACHE
 
 
-@pytest.fixture(autouse=True)
-def nothing_said(monkeypatch):
-    monkeypatch.setattr(unpacking, "_said", set())
-
-
 def matrices(tensors, kind) -> dict:
     """All matrices in one type, as ``kinds`` of write."""
     return {name: kind for name, array in tensors.items() if array.ndim == 2}
@@ -228,7 +223,7 @@ def test_a_file_is_unpacked_once_and_says_where(tensors, tmp_path, cache, monkey
     file = write(tmp_path / "once.gguf", tensors)
     load_model(str(file), 32)
     (folder,) = cache.glob("once-*")
-    assert f"unpacked into {folder} (1 MB)" in capsys.readouterr().err
+    assert f"unpacked into {folder}, where it can be deleted\n" in capsys.readouterr().err
     assert {path.suffix for path in folder.iterdir()} == {".json", ".safetensors", ".jinja"}
     assert not list(cache.glob("*.partial"))
     monkeypatch.setattr(unpacking, "_unpack", None)  # a call would fail
@@ -239,14 +234,10 @@ def test_a_file_is_unpacked_once_and_says_where(tensors, tmp_path, cache, monkey
         load_model(str(file), 32)
 
 
-def test_what_was_rounded_is_said_once_with_its_type(tensors, tmp_path, capsys):
+def test_what_was_rounded_is_said_where_it_is_unpacked(tensors, tmp_path, capsys):
     file = write(tmp_path / "small.gguf", tensors, kinds=matrices(tensors, Type.Q8_0))
-    for _ in range(2):
-        load_model(str(file), 4)
-    line = f"{file}: its weights were rounded to Q8_0 in a GGUF file, and --bits 4 rounds them once"
-    assert capsys.readouterr().err.count(line) == 1
     model = load_model(str(file), 32)
-    assert "Q8_0 in a GGUF file\n" in capsys.readouterr().err
+    assert "deleted; its weights were rounded to Q8_0\n" in capsys.readouterr().err
     array = gguf.dequantize(gguf.quantize(tensors["token_embd.weight"], Type.Q8_0), Type.Q8_0)
     kept = model.get_input_embeddings().weight.numpy()
     assert np.array_equal(kept, array.astype(np.float16).astype(np.float32))
@@ -262,14 +253,6 @@ def test_a_file_that_is_not_quantised_loses_nothing(tensors, tmp_path, capsys, k
     assert (kind == Type.F32) == np.array_equal(array, tensors["token_embd.weight"])
     norm = model.model.norm.weight.numpy()  # F32 in each of the files
     assert np.array_equal(norm, tensors["output_norm.weight"])
-
-
-def test_a_file_without_a_chat_template_says_so_once(tensors, tmp_path, capsys):
-    file = write(tmp_path / "bare.gguf", tensors, changed={"tokenizer.chat_template": None})
-    for _ in range(2):
-        load_judge(file, 32)
-    line = f"{file}: the GGUF file has no chat template, so prompts are plain text; "
-    assert capsys.readouterr().err.count(line) == 1
 
 
 # ---- runs ----------------------------------------------------------------------------
@@ -338,6 +321,14 @@ def refused(path) -> str:
     return line
 
 
+def test_a_tokenizer_that_adds_a_token_is_refused(tensors, tmp_path):
+    for value in (True, None):
+        file = write(
+            tmp_path / "bos.gguf", tensors, changed={"tokenizer.ggml.add_bos_token": value}
+        )
+        assert f"add_bos_token is {value}; only False is read" in refused(file)
+
+
 NOT_PROVEN = [  # architecture, tokenizer.ggml.model, tokenizer.ggml.pre
     *((architecture, "gpt2", "smollm") for architecture in ("qwen2", "phi3", "rwkv7", "Llama")),
     *(("llama", model, "smollm") for model in ("llama", "t5", None)),
@@ -356,7 +347,7 @@ def test_a_combination_that_is_not_proven(tensors, tmp_path, architecture, model
 KEYS = {  # keys that are refused: their values, and how
     "llama.rope.scaling.type": ("linear", "(linear) is not read"),
     "llama.rope.scaling.factor": (4.0, "(4.0) is not read"),
-    "llama.rope.dimension_count": (HEAD // 2, "(8) is not read: 16 is used"),  # partial rotary
+    "llama.rope.dimension_count": (HEAD // 2, "(8) is not read"),  # partial rotary
     "llama.attention.value_length": (8, "(8) is not read"),
     "llama.vocab_size": (9, "(9) is not read"),
     "llama.attention.sliding_window": (512, "(512) is not read"),
@@ -368,7 +359,7 @@ KEYS = {  # keys that are refused: their values, and how
     "llama.rope.freq_base": (None, "is missing"),
     "tokenizer.ggml.add_space_prefix": (True, "(True) is not read"),
     "tokenizer.ggml.add_eos_token": (True, "(True) is not read"),
-    "tokenizer.ggml.add_bos_token": (None, "is missing"),
+    "tokenizer.chat_template": (None, "is missing"),
     "tokenizer.ggml.merges": (None, "is missing"),
     "tokenizer.ggml.token_type": (None, "is missing"),
     "tokenizer.ggml.precompiled_charsmap": ([1, 2], "([1, 2]) is not read"),
@@ -393,22 +384,24 @@ def test_a_marker_that_is_typed_as_plain_text(tensors, tmp_path):
 def test_weights_that_do_not_fit(tensors, tmp_path):
     less = {name: array for name, array in tensors.items() if "0.attn_q" not in name}
     line = refused(write(tmp_path / "less.gguf", less))
-    assert "its weight model.layers.0.self_attn.q_proj.weight is missing" in line
+    assert "1 weights are missing, left over or of another shape, such as model.layers.0." in line
     other = {**tensors, "blk.0.attn_q.weight": np.ones((32, HIDDEN), np.float32)}
     line = refused(write(tmp_path / "other.gguf", other))
-    assert "self_attn.q_proj.weight has the shape [32, 64], not [64, 64]" in line
+    assert "of another shape, such as model.layers.0.self_attn.q_proj.weight" in line
     for name in ("blk.0.attn_q.bias", "rope_freqs.weight", "cls.output.weight"):
         line = refused(write(tmp_path / "more.gguf", {**tensors, name: np.ones(9, np.float32)}))
-        assert f"its weight {name} is none of the model's" in line
+        assert line.endswith("; give the model's own folder or its name on the hub"), line
 
 
 def test_no_such_file(tmp_path):
-    assert "no such file; give a GGUF file" in refused(tmp_path / "none.gguf")
+    assert "no such folder or file; give" in refused(tmp_path / "none.gguf")
+    with pytest.raises(UserError, match="no such folder or file"):
+        load_model("none.gguf")
 
 
 def test_no_gguf_file(tmp_path):
     (tmp_path / "page.gguf").write_text("<!doctype html>")
-    assert "does not begin as a GGUF file does" in refused(tmp_path / "page.gguf")
+    assert "cannot be read as GGUF (" in refused(tmp_path / "page.gguf")
 
 
 @pytest.mark.parametrize("share", [0.0001, 0.01, 0.5, 0.99])
@@ -420,7 +413,7 @@ def test_a_file_that_is_not_complete(file, tmp_path, share):
 
 def test_a_folder_of_gguf_files(file, tmp_path):
     shutil.copy(file, tmp_path / "a.gguf")
-    assert f"; give the GGUF file itself, such as {tmp_path / 'a.gguf'}" in refused(tmp_path)
+    assert "holds no config.json; give the folder or file of a model" in refused(tmp_path)
 
 
 def test_without_the_package(tensors, tmp_path, monkeypatch):

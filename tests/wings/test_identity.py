@@ -139,7 +139,7 @@ def test_two_processes_do_not_write_one_run_and_a_dead_one_bars_nobody(tmp_path)
     out, options = tmp_path / "run", [*SHORT, "--lora-rank", "2", "--out", str(tmp_path / "run")]
     process = interrupted(out, *LONG)
     before = sorted(file.name for file in (tmp_path / "run.partial").iterdir())
-    message = "another process is writing this run; wait for it, stop"
+    message = "another process is writing it; wait for it, stop"
     for again in (["--resume"], ["--overwrite"], []):
         with pytest.raises(UserError, match=message):
             train_reward.main([*options, "--steps", "3", *again])

@@ -13,7 +13,8 @@ from gram_mini.model import hidden_states, output_logits
 from gram_mini.pairs import Pair, split_by_prompt
 from gram_mini.prompts import END_A, START_A, START_B, USER_QUESTION
 from gram_mini.reading.load import load_pairs
-from gram_mini.runs.likelihood import JointJudge, LikelihoodJudge, Likelihoods
+from gram_mini.runs import likelihood as likelihoods
+from gram_mini.runs.likelihood import JointJudge, LikelihoodJudge
 from gram_mini.runs.load import load_judge
 from gram_mini.runs.ranking import rank
 from gram_mini.serving import export
@@ -191,10 +192,11 @@ def test_an_adapter_of_another_model_is_refused(runs, tmp_path):
 def test_each_response_is_computed_once(runs, monkeypatch):
     judge = load_judge(runs / "stage1", likelihood="sum")
     rows = judge.encode([PAIRS[0], PAIRS[0], PAIRS[1]])
-    counts = []
-    losses = Likelihoods._losses
+    counts, losses = [], likelihoods.pair_losses
     monkeypatch.setattr(
-        Likelihoods, "_losses", lambda self, rows: counts.append(len(rows)) or losses(self, rows)
+        likelihoods,
+        "pair_losses",
+        lambda m, rows, *more: counts.append(len(rows)) or losses(m, rows, *more),
     )
     judge.compare_encoded(rows)
     assert counts == [4]

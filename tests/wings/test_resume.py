@@ -317,15 +317,16 @@ def test_a_run_that_stays_broken_stops_and_names_its_rows(tmp_path, monkeypatch)
     rows = [{"prompt": f"Where is {i}?", "chosen": "here", "rejected": "there"} for i in range(3)]
     (tmp_path / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     files = ["--data", str(tmp_path / "d.jsonl"), "--out", str(tmp_path / "a")]
-    message = r"2 steps in a row .* on rows 1, 2, 3 of .*d.jsonl; lower --lr"
+    message = r"5 steps in a row .* on rows 1, 2, 3 of .*d.jsonl; lower --lr"
     with pytest.raises(UserError, match=message):
-        train_reward.main([*files, *"--held-out 0 --skip-limit 2 --epochs 9".split()])
+        train_reward.main([*files, *"--held-out 0 --epochs 9".split()])
     assert not (tmp_path / "a").exists()
 
 
-def test_only_broken_steps_in_a_row_count(tmp_path):
+def test_only_broken_steps_in_a_row_count(tmp_path, monkeypatch):
+    monkeypatch.setattr(runs_run, "SKIP_LIMIT", 2)
     row = EncodedPair([1], [2], [3], 0, 7, (1, 1, 1))
-    options = [*"--skip-limit 2 --device cpu".split(), "--out", str(tmp_path / "run")]
+    options = ["--device", "cpu", "--out", str(tmp_path / "run")]
     run = Run("reward", reward_options("", options))
     run.data, run._batch = PairData("d.jsonl", [], 0), [row]
     run.skipped = run._skipped_in_a_row = 0
@@ -427,7 +428,6 @@ def test_what_another_process_wrote_meanwhile_is_not_thrown_away(tmp_path):
     first.start()
     (first.partial / "log.csv").write_text("")
     first.checkpoint.write_text("half")
-    first._unlock()  # as a process that was killed
     with pytest.raises(UserError, match="an unfinished run is there; go on with --resume"):
         second.start()
     shutil.move(first.partial, first.folder)
@@ -438,12 +438,8 @@ def test_what_another_process_wrote_meanwhile_is_not_thrown_away(tmp_path):
 
 
 def test_a_run_that_was_killed_at_once_is_not_in_the_way(tmp_path):
-    killed = RunFolder(tmp_path / "run", overwrite=False)
-    killed.start()
-    killed._unlock()
-    again = RunFolder(tmp_path / "run", overwrite=False)
-    again.start()
-    again._unlock()
+    for _ in range(2):
+        RunFolder(tmp_path / "run", overwrite=False).start()
 
 
 def test_a_run_does_not_go_on_from_another_init(tmp_path, monkeypatch):

@@ -42,7 +42,7 @@ def test_lines_are_read_as_they_are_asked_for(tmp_path, packed):
     path.write_bytes(gzip.compress(lines) if packed else lines)
     assert prompts(path, limit=2) == ["0 + 1?", "1 + 1?"]
     where, row = list(read_rows(str(path)))[2]
-    assert where.endswith("line 3") and isinstance(row, UserError) and "not UTF-8" in str(row)
+    assert where.endswith("line 3") and isinstance(row, UserError) and "'utf-8' codec" in str(row)
 
 
 def test_parquet_is_read_in_batches_with_rows_numbered_on(tmp_path):
@@ -92,9 +92,9 @@ def test_rows_that_cannot_be_read_are_skipped_when_asked(tmp_path):
     ("d.json", b'[{"prompt": "x"', "invalid JSON"),
     ("d.jsonl.gz", gzip.compress(json.dumps(ROWS).encode() * 99, mtime=0)[:-9], "cannot be read"),
     ("d.parquet", b"x", "cannot be read as Parquet"),
-    ("d.csv", b"prompt,chosen,rejected\na,b,\xff\n", "not UTF-8"),
-    ("d.jsonl", b"\n\n", "the file is empty"),
-    ("d.csv", b"", "the file is empty"),
+    ("d.csv", b"prompt,chosen,rejected\na,b,\xff\n", "line 1 or after: .*; save it again as UTF-8"),
+    ("d.jsonl", b"\n\n", "d.jsonl: holds no rows"),
+    ("d.csv", b"", "d.csv: holds no rows"),
 ])  # fmt: skip
 def test_a_file_that_cannot_be_read_is_an_error_even_so(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
@@ -159,13 +159,14 @@ def test_a_folder_of_several_splits_gives_the_one_that_is_asked_for(tmp_path):
         write(tmp_path / f"{name}.jsonl", rows)
     assert prompts(tmp_path, split="train") == ["0 + 1?", "1 + 1?"]
     assert prompts(tmp_path, split="validation") == ["2 + 1?"]
-    with pytest.raises(UserError, match="several splits; give --split with one of train, valid"):
+    with pytest.raises(UserError, match="give --split with one of train, validation"):
         prompts(tmp_path)
-    with pytest.raises(UserError, match="no file of the split 'test'; give --split with one of"):
+    with pytest.raises(UserError, match="give --split with one of train, validation"):
         prompts(tmp_path, split="test")
     for name in ("a", "b"):
         write(tmp_path / "others" / f"{name}.jsonl", ROWS[:1])
-    assert len(prompts(tmp_path / "others")) == 2
+    with pytest.raises(UserError, match="give --split with one of a, b whose files are of one"):
+        prompts(tmp_path / "others")
 
 
 def test_json_with_one_row_a_line(tmp_path):
@@ -182,7 +183,7 @@ def test_one_data_set_in_two_files_is_refused(tmp_path):
     write(tmp_path / "train.jsonl")
     packed = gzip.compress((tmp_path / "train.jsonl").read_bytes())
     (tmp_path / "train.jsonl.gz").write_bytes(packed)
-    with pytest.raises(UserError, match="files of several kinds ..jsonl, .jsonl.gz., which may be"):
+    with pytest.raises(UserError, match="one of train whose files are of one kind, or give one"):
         prompts(str(tmp_path))
 
 
@@ -194,17 +195,5 @@ def test_what_is_not_read_in_a_folder_is_named(tmp_path):
     notes = Notes()
     (tmp_path / "._train.jsonl").write_bytes(b"\0\5\xff")
     assert len(prompts(str(tmp_path), split="train", notes=notes)) == len(ROWS)
-    left = "._train.jsonl, more, test.jsonl, third.ndjson, train_more.jsonl"
+    left = "README.md, more, test.jsonl, third.ndjson, train_more.jsonl"
     assert notes.source == [f"not read in this folder: {left}"]
-
-
-def test_a_key_that_stands_twice_is_not_one_of_its_values(tmp_path):
-    good = '{"prompt": "q", "chosen": "a", "rejected": "b"}'
-    twice = '{"prompt": "q", "chosen": "a", "chosen": "c", "rejected": "b"}'
-    (tmp_path / "d.jsonl").write_text(f"{good}\n{twice}\n")
-    (tmp_path / "d.json").write_text(f"[{good}, {twice}]")
-    for name in ("d.jsonl", "d.json"):
-        with pytest.raises(UserError, match="a key stands twice in one object, of prompt, ch"):
-            load_pairs(str(tmp_path / name), True)
-    data = load_pairs(str(tmp_path / "d.jsonl"), True, on_bad_row="skip")
-    assert len(data.pairs) == 1 and "line 2: invalid JSON: a key stands twice" in data.unreadable

@@ -30,13 +30,14 @@ ROWS = [
     *[{"id": i, **dict(zip(COLUMNS, (p.prompt, p.response_a, p.response_b)))}
       for i, p in enumerate(village_pairs("labelled", 20))],
     {"prompt": "What does Anna eat?", "responses": ["soup", "Anna eats soup.", "No."]},
-    {"prompt": "Who?", "chosen": ["Anna.", "Ben."], "rejected": ["No.", "Why?"]},  # four pairs
+    {"instruction": "Who?", "completions": [dict(response=r, overall_score=n)
+     for n, r in enumerate(["No.", "Anna.", "Ben."])]},  # three pairs
     {"instruction": "Who?", "completions": []},  # none
     *[{"prompt": "Why?", "response": r, "helpfulness": n} for n, r in enumerate("abcd")],  # six
     {"prompt": "When?", "responses": ["now"], "reference": "never", "id": "naïve \ud800"},
     *[{"prompt": "How?", "response_a": f"so {i}", "response_b": "no", "x": 1} for i in range(9)],
 ]  # fmt: skip
-LINES = 20 + 1 + 4 + 1 + 6 + 1 + 9
+LINES = 20 + 1 + 3 + 1 + 6 + 1 + 9
 
 
 @pytest.fixture(autouse=True)
@@ -106,7 +107,7 @@ def test_the_chunks_change_no_score_but_for_rounding(data, whole, tmp_path, monk
 def test_a_file_of_one_chunk_is_judged_in_one_call(data, tmp_path, monkeypatch, judge):
     monkeypatch.setattr(scores, "CHUNK", 2000)
     data.write_text("".join(json.dumps(row) + "\n" for row in ROWS[:20]))
-    pairs = list(scores.read_questions(scores.options.score_options("", command(data, "o"))))
+    pairs = list(scores.read_questions(scores.options.score_options("", command(data, "o.jsonl"))))
     results = judge.compare_many([pair for question in pairs for pair in question.pairs])
     lines = [
         {"row": i + 1, "id": i} | scores.comparison_line(result) for i, result in enumerate(results)
@@ -116,7 +117,7 @@ def test_a_file_of_one_chunk_is_judged_in_one_call(data, tmp_path, monkeypatch, 
 
 
 def test_chunks_end_with_the_comparisons_not_with_the_rows(data):
-    options = scores.options.score_options("", command(data, "o"))
+    options = scores.options.score_options("", command(data, "o.jsonl"))
     chunks = list(scores.in_chunks(scores.read_questions(options)))
     sizes = [sum(question.comparisons for question in chunk) for chunk in chunks]
     assert sizes[:2] == [7, 7] and all(7 <= size < 7 + 6 for size in sizes[:-1])
@@ -163,7 +164,7 @@ def test_memory_does_not_grow_with_the_file(tmp_path, tokenizer, monkeypatch):
     monkeypatch.setattr(scores, "CHUNK", 50)
     peaks = []
     for rows in (200, 2_000):
-        data, out = tmp_path / f"{rows}.jsonl", tmp_path / f"{rows}.out"
+        data, out = tmp_path / f"{rows}.jsonl", tmp_path / f"{rows}-out.jsonl"
         with open(data, "w") as file:
             for i in range(rows):
                 row = {"prompt": f"{i} " * 50, "chosen": f"{i}" * 150, "rejected": f"b{i}"}
@@ -195,35 +196,33 @@ def test_after_ctrl_c_it_goes_on_with_the_same_bytes_and_summary(
     assert whole.startswith(kept) and lines >= 7
     assert scored(data, out, "--resume") == whole and not left_over(out)
     resumed, *summary = capsys.readouterr().out.splitlines()
-    assert resumed.startswith(f"--resume: {lines} lines kept; going on at row ")
+    assert resumed == f"--resume: {lines} of {LINES} lines are there"
     scored(data, out, "--overwrite")
     assert capsys.readouterr().out.splitlines() == summary
-    assert "of 30 labelled pairs judged as labelled" in summary[-1]
+    assert "of 29 labelled pairs judged as labelled" in summary[-1]
 
 
 def test_wherever_the_partial_file_was_torn(data, whole, tmp_path, monkeypatch, capsys):
-    out, partial = tmp_path / "o.jsonl", tmp_path / "o.jsonl.partial"
+    out, (partial, state) = tmp_path / "o.jsonl", partial_names(tmp_path / "o.jsonl")
     with monkeypatch.context() as patch:
-        stop(patch, KeyboardInterrupt, 2)
+        stop(patch, KeyboardInterrupt, 3)
         with pytest.raises(Interrupted):
             scored(data, out)
-    settings = (tmp_path / "o.jsonl.partial.json").read_text()
+    saved, kept = state.read_text(), partial.stat().st_size
     line_ends = [i + 1 for i, byte in enumerate(whole) if byte == ord("\n")]
-    # Within a line, after the last chunk, nothing at all, and everything but the name.
-    for size in (line_ends[9], line_ends[9] + 5, line_ends[13] - 1, line_ends[13], 0, len(whole)):
+    assert kept == line_ends[13]
+    # After the last chunk, within a line after it, at the end of one, and everything but the name.
+    for size in (kept, kept + 5, line_ends[15], len(whole)):
         out.unlink(missing_ok=True)
         partial.write_bytes(whole[:size])
-        (tmp_path / "o.jsonl.partial.json").write_text(settings)
+        state.write_text(saved)
+        capsys.readouterr()
         assert scored(data, out, "--resume") == whole
-    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("--resume")]
-    assert said == [
-        "--resume: 7 lines kept, 3 of a chunk that is not whole dropped; going on at row 8",
-        "--resume: 7 lines kept, 4 of a chunk that is not whole dropped; going on at row 8",
-        "--resume: 7 lines kept, 7 of a chunk that is not whole dropped; going on at row 8",
-        "--resume: 14 lines kept; going on at row 15",
-        "--resume: 0 lines kept; going on at row 1",
-        f"--resume: {LINES} lines kept; all rows are there",
-    ]
+        assert f"--resume: 14 of {LINES} lines are there" in capsys.readouterr().out
+    partial.write_bytes(whole[: kept - 1])
+    state.write_text(saved)
+    with pytest.raises(UserError, match="has lost lines that were written; start anew with"):
+        scored(data, out, "--resume", "--overwrite")
 
 
 def child(action):
@@ -239,7 +238,7 @@ def child(action):
     return pid
 
 
-@pytest.mark.parametrize(("place", "done"), [("judging", 21), ("writing", 37)])
+@pytest.mark.parametrize(("place", "done"), [("judging", 21), ("writing", 36)])
 def test_sigkill_loses_at_most_a_chunk(place, done, data, whole, tmp_path):
     """It comes when pairs are encoded for the fifth time, or when most of the fifth chunk is
     written."""
@@ -247,14 +246,14 @@ def test_sigkill_loses_at_most_a_chunk(place, done, data, whole, tmp_path):
     kind, name = {"judging": (Judge, "encode"), "writing": (PartialFile, "add")}[place]
     real, calls = getattr(kind, name), []
 
-    def last(self, given):
+    def last(self, given, *more):
         calls.append(1)
         if len(calls) == 5:
             if place == "writing":
                 self._file.write("".join(given).encode("utf-8", "replace")[:-300])
                 self._file.flush()
             os.kill(os.getpid(), signal.SIGKILL)
-        return real(self, given)
+        return real(self, given, *more)
 
     def run():
         setattr(kind, name, last)
@@ -337,9 +336,6 @@ def test_an_unfinished_file_is_not_thrown_away_unasked(data, whole, tmp_path, mo
             scored(data, out, "--resume", "--overwrite")  # goes on, and does not start anew
     assert out.read_text() == "an older file"
     assert (tmp_path / "o.jsonl.partial").read_bytes().startswith(kept)
-    (tmp_path / "o.jsonl.partial").write_text('{"row": 2}\n' * 14)
-    with pytest.raises(UserError, match="lines 1 to 7 are not those of this data"):
-        scored(data, out, "--resume", "--overwrite")
     assert scored(data, out, "--overwrite") == whole and not left_over(out)
     (tmp_path / "o.jsonl.partial").write_text("a thesis")
     out.unlink()
@@ -350,9 +346,9 @@ def test_an_unfinished_file_is_not_thrown_away_unasked(data, whole, tmp_path, mo
 
 def test_what_another_process_wrote_meanwhile_is_not_thrown_away(tmp_path):
     out = tmp_path / "o.jsonl"
-    given = out, "--out", {"data": "d"}, False, {}
+    given = out, {"data": "d"}, {}, False
     first = PartialFile(*given)
-    first.add(["{}\n"])
+    first.add(["{}\n"], {})
     first.leave()  # stopped, after another process was told that there is nothing
     with pytest.raises(UserError, match="unfinished, in .*go on with --resume"):
         PartialFile(*given)
@@ -385,7 +381,7 @@ def test_an_error_keeps_what_is_done_and_one_at_once_leaves_nothing(
             with pytest.raises(UserError, match="no numbers"):
                 scored(data, out)
         assert left_over(out) == left
-        assert ("14 of 42 lines are kept in" in capsys.readouterr().err) == bool(left)
+        assert ("14 of 41 lines are kept in" in capsys.readouterr().err) == bool(left)
     assert scored(data, out, "--resume") == whole
 
 

@@ -41,8 +41,8 @@ SMALL = {
     "num_heads": 4, "decoder_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
     "moe_intermediate_size": 64, "num_local_experts": 4, "num_experts": 4, "n_routed_experts":
     4, "num_experts_per_tok": 2, "max_position_embeddings": 512, "n_positions": 512, "n_ctx":
-    512, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "q_lora_rank": 16,
-    "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 16,
+    512, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "q_lora_rank": 64,
+    "kv_lora_rank": 64, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 16,
     "rotary_dim": 8, "mamba_d_state": 16, "mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head":
     16, "shared_expert_intermediate_size": 64, "n_group": 1, "topk_group": 1,
     "attention_hidden_size": 64,

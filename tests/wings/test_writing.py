@@ -16,7 +16,7 @@ from gram_mini.village.writer import (
     LONGEST,
     NO_ANSWER,
     TrueJudge,
-    load_writer,
+    Writer,
     rewards,
     train_start,
     train_writer,
@@ -62,7 +62,7 @@ def test_what_is_no_answer_is_worth_less_than_the_worst_answer():
 
 def test_it_learns_to_answer_and_writes_nonsense_when_hot(start):
     torch.manual_seed(0)
-    writer = load_writer(start)
+    writer = Writer(start)
     texts = {heat: writer.write(PROMPTS, heat).texts for heat in (0, 1.0, 3.0)}
     assert writer.write(PROMPTS, 0).texts == texts[0]
     shares = [share(PROMPTS, of_heat) for of_heat in texts.values()]
@@ -71,7 +71,7 @@ def test_it_learns_to_answer_and_writes_nonsense_when_hot(start):
 
 def test_kl_is_the_sum_over_the_tokens_of_a_text(start):
     torch.manual_seed(0)
-    writer = load_writer(start)
+    writer = Writer(start)
     drawn = writer.write(PROMPTS[:6], 1.5)
     assert writer.kl(drawn) == 0
     with torch.no_grad():
@@ -94,7 +94,7 @@ def test_kl_is_the_sum_over_the_tokens_of_a_text(start):
 # TRL still uses the old name of the option.
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")
 def test_grpo_against_the_truth_makes_it_better(start):
-    writer, seen = load_writer(start), []
+    writer, seen = Writer(start), []
     references = [max(rewards(prompt), key=rewards(prompt).get) for prompt in PROMPTS]
 
     def measure(step):

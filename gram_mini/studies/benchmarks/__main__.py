@@ -45,7 +45,7 @@ def main(argv=None) -> None:
     args = parser.parse_args(argv)
     if args.out.suffix != ".json":
         parser.error(f"--out {args.out}: give FILE.json")
-    check_output(args.out, args.overwrite, "--out")
+    check_output(args.out, args.overwrite)
     judge = load_judge(args.model, args.bits, args.device, args.max_length, args.batch_size)
     result = run(judge, args.benchmark, args.data, args.split, args.limit)
     print(table(result))

@@ -25,10 +25,10 @@ class RMBench(base.Benchmark):
     groups = DOMAINS
 
     def files(self, source, notes):
-        """The source; of the official folder, data/, the one file that holds all others."""
+        """The source; of the official folder, data/, the one file of all rows, or all others."""
         whole = Path(source) / "total_dataset.json"
         if not whole.is_file():
-            return [source]
+            return [*map(str, sorted(Path(source).glob("*_filtered.json")))] or [source]
         notes.source.append(f"only {whole.name} read, which holds the rows of the other files")
         return [str(whole)]
 

@@ -163,9 +163,8 @@ def foreseen_bytes(model, stage: str, rows: list[EncodedPair]) -> int:
     """What a run says at its start that such a batch takes, with the model itself."""
     tokens = tokens_of(stage, rows)
     trained = batches.trained_tokens(PIECES[stage], rows) if stage == "pretrain" else 0
-    estimate = memory.measure(model, tokens // len(rows))
-    passed = 2 * tokens if stage == "score" else tokens  # both orders
-    return held_bytes(model) + estimate.step(passed, tokens // len(rows), trained / tokens)
+    step = memory.measure(model).step(tokens, tokens // len(rows), trained / tokens)
+    return held_bytes(model) + step
 
 
 def peak_bytes(model, optimizer, action, *arguments) -> int:

@@ -14,7 +14,7 @@ from gram_mini.runs.models import load_tokenizer
 from gram_mini.runs.run import LORA_RANK
 from gram_mini.runs.sharing import SharingJudge
 from gram_mini.studies.speed import common
-from gram_mini.studies.speed.common import GIB, LABELS, PIECES, SHAPES, STAGES
+from gram_mini.studies.speed.common import LABELS, PIECES, SHAPES, STAGES
 from gram_mini.village import VILLAGE
 
 import torch
@@ -68,5 +68,4 @@ def measure(args, device: torch.device) -> list[dict[str, str]]:
     for row, way in zip(rows, ways[1:]):
         apart = (way(judge, batch) - ours(judge, batch)).abs().max()
         row["log-odds apart"] = f"{apart:.0e}"
-    rows[0]["foreseen GiB"] = f"{common.foreseen_bytes(judge.model, 'score', batch) / GIB:.2f}"
     return [{"what": STAGES["score"], **row} for row in rows]
