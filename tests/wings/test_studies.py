@@ -571,7 +571,7 @@ def test_without_trl_one_line_says_so_before_anything_is_run(monkeypatch):
         (["--model", "x"], "--model: is no option any more; python -m gram_mini.studies.real"),
         (["--jobs", "0"], "--jobs"),
         (["--runs", "README.md"], "README.md: .*cannot be written to"),
-        (["--results", "README.md/results"], "README.md cannot be written to"),
+        (["--results", "README.md/results"], "README.md .*cannot be written to"),
     ],
 )
 def test_mistakes_are_told_before_anything_is_made(given, message, tmp_path, monkeypatch, capsys):
