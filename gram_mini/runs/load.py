@@ -11,6 +11,7 @@ from gram_mini.runs.checks import check_sizes
 from gram_mini.runs.defaults import MAX_LENGTH, SCORED, for_model
 from gram_mini.runs.heads import judge_with_head, load_head
 from gram_mini.runs.likelihood import JointJudge, LikelihoodJudge, stored_beta
+from gram_mini.runs.memory import prompts_at_once, total_bytes
 from gram_mini.runs.models import load_lora, load_model, load_tokenizer, local_model
 from gram_mini.runs.processes import pick_device
 from gram_mini.runs.record import (
@@ -52,8 +53,8 @@ def load_judge(
         device: "auto" or the name of a torch device.
         max_length: tokens per judge prompt; by default as in training, else 512 for the village's
             backbone and 1,024 for any other.
-        batch_size: judge prompts of max_length per forward pass; by default 32 for the village's
-            backbone and 8 for any other.
+        batch_size: judge prompts of max_length per forward pass; by default what a GPU's memory
+            admits, elsewhere 32 for the village's backbone and 8 for any other.
         template: the judge prompt; by default as in training, else prompts.default_judge.
         merge: merge the run's adapter into the weights, in float32. That is faster and changes no
             score by more than 1e-5. By default this is done on a CPU if the float32 weights take at
@@ -103,6 +104,8 @@ def load_judge(
             bits = bits or (32 if AutoConfig.from_pretrained(folder).dtype == torch.float32 else 16)
         model = load_model(str(path), bits or 4, place, scoring=True)
     max_length = max_length or for_model(MAX_LENGTH, backbone)
+    if batch_size is None and (total := total_bytes(place)):
+        batch_size = prompts_at_once(model, max_length, total)
     batch_size = batch_size or for_model(SCORED, backbone)
     check_sizes(str(path), model, tokenizer, max_length)
     if given and head is not None and head.out_features == 1:

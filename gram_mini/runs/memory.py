@@ -9,7 +9,7 @@ gradients and Adam's two moments on top of all (12 bytes for each number).
 
 The estimate is between 90% and 120% of what torch allocates (tests/wings/test_memory.py). The
 process may grow by more, because freed memory lies scattered between what is kept. On a GPU the
-same estimate chooses the passes of a step.
+same estimate chooses the passes of a step, and how many prompts are scored at once.
 """
 
 from __future__ import annotations
@@ -17,12 +17,13 @@ from __future__ import annotations
 import os
 import weakref
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from gram_mini.errors import UserError, last_line
-from gram_mini.model import hidden_states
+from gram_mini.model import decoder, half_precision, hidden_states
 from gram_mini.runs.chunked import LOGITS_AT_ONCE
 from gram_mini.runs.models import checkpoint_gradients
 from gram_mini.training import trainable
@@ -34,9 +35,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 GIB = 2**30
-TIGHT = 0.8  # share of the free memory above which a run is warned of
+# Share of the free memory above which a run is warned of. On a CPU freed memory is fragmented, so
+# the process grows by up to 57% more than is foreseen (your_model.md).
+TIGHT = {"cuda": 0.8, "cpu": 0.6}
 CONTEXT = GIB  # of a GPU's memory, what CUDA takes for itself and the allocator loses
 ROUND = 1024  # passes chosen for a GPU are a multiple of it, so that small differences change none
+SCORED_AT_MOST = 32  # judge prompts of max_length per forward pass; more keep no GPU busier
 TOKENS = 64  # of a row of the small steps; kernels and scans round up to it
 SKIP = "GRAM_MEMORY_CHECK"  # the environment variable; 0 turns the refusal into a warning
 
@@ -78,7 +82,7 @@ def _storages(values) -> list:
 
 def _small_step(model, rows: int, length: int) -> list[int]:
     """Bytes that are held after each operation of a step, without the adapter's gradients; the last
-    one is what the forward pass keeps.
+    one is what the forward pass keeps. A frozen model keeps keys and values, as in scoring.
     """
     parameters = trainable(model)
     for p in parameters:
@@ -88,7 +92,11 @@ def _small_step(model, rows: int, length: int) -> list[int]:
     try:
         with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []):
             with _Live() as live:
-                loss = hidden_states(model, ids).sum()
+                if parameters:
+                    loss = hidden_states(model, ids).sum()
+                else:
+                    with half_precision(model), torch.no_grad():
+                        loss = decoder(model)(input_ids=ids, use_cache=True).last_hidden_state
                 kept = live.bytes
                 if loss.requires_grad:  # not that of a head on a frozen model
                     loss.backward()
@@ -100,7 +108,7 @@ def _small_step(model, rows: int, length: int) -> list[int]:
 
 @dataclass
 class Estimate:
-    """What a training step takes beside the loaded model, from :func:`measure`."""
+    """What a step takes beside the loaded model, from :func:`measure`."""
 
     noted: torch.Tensor  # (3, N): c, a and b of the figures of _small_step
     vocabulary: int
@@ -248,24 +256,48 @@ def choose_passes(
     machine always splits a step alike. None if nothing can be measured.
     """
     weights = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
-    room = TIGHT * (total - CONTEXT - weights)
+    room = room_on(total, weights)
     try:
-        tokens = most_tokens(measure(model), longest, room)
+        tokens = largest_pass(partial(measure(model).of, longest), longest, room)
         if not tokens and not checkpointing:
             checkpointing = True
             checkpoint_gradients(model)
-            tokens = most_tokens(measure(model), longest, room)
+            tokens = largest_pass(partial(measure(model).of, longest), longest, room)
     except Exception:  # check_memory says that nothing can be measured
         return None
-    if tokens < longest.tokens:
-        tokens = max(longest.row, tokens // ROUND * ROUND)
-    return tokens, checkpointing
+    return tokens or longest.row, checkpointing
 
 
-def most_tokens(estimate: Estimate, longest: Longest, room: float) -> int:
-    """Most tokens of a pass that takes ``room`` bytes at most; 0 if not even one pair fits."""
+def prompts_at_once(model, max_length: int, total: int) -> int | None:
+    """Judge prompts of ``max_length`` per forward pass in scoring, on a GPU with ``total`` bytes.
+
+    At least one, at most SCORED_AT_MOST; None if nothing can be measured.
+    """
+    most = Longest(rows=SCORED_AT_MOST, sequences=1, length=max_length, logits=0.0)
+    chosen = choose_passes(model, most, checkpointing=True, total=total)  # nothing to checkpoint
+    return chosen and chosen[0] // max_length
+
+
+def room_on(total: int, weights: int) -> float:
+    """Bytes that a step may take beside the weights on an otherwise empty GPU."""
+    return TIGHT["cuda"] * (total - CONTEXT - weights)
+
+
+def largest_pass(step: Callable[[int], float], longest: Longest, room: float) -> int:
+    """As :func:`most_tokens`: the whole step, a multiple of ROUND, or one pair."""
+    tokens = most_tokens(step, longest, room)
+    if tokens in (0, longest.tokens):
+        return tokens
+    return max(longest.row, tokens // ROUND * ROUND)
+
+
+def most_tokens(step: Callable[[int], float], longest: Longest, room: float) -> int:
+    """Most tokens of a pass that takes ``room`` bytes at most; 0 if not even one pair fits.
+
+    ``step`` gives the bytes of a pass of so many tokens.
+    """
     sizes = range(longest.row, longest.tokens + 1)
-    fitting = bisect_right(sizes, room, key=lambda tokens: estimate.of(longest, tokens))
+    fitting = bisect_right(sizes, room, key=step)
     return sizes[fitting - 1] if fitting else 0
 
 
@@ -284,9 +316,10 @@ def check_memory(model, longest: Longest, checkpointing: bool, free: int) -> str
         return f"memory: not estimated: {last_line(error)}"
     need = estimate.of(longest, longest.tokens)
     line = f"memory: a step takes up to {gib(need)} beside the model, {gib(free)} are free"
-    if need <= TIGHT * free:
+    room = TIGHT[model.device.type] * free
+    if need <= room:
         return line
-    if tokens := most_tokens(estimate, longest, TIGHT * free):
+    if tokens := most_tokens(partial(estimate.of, longest), longest, room):
         size = gib(estimate.of(longest, tokens))
         helps = f"give --batch-tokens {tokens} ({size}), which trains the same"
     else:

@@ -5,6 +5,7 @@ Each model is tried on a few tokens before it is used (checks.py).
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 from gram_mini.errors import UserError
@@ -36,6 +37,11 @@ PROBES = (
     "don't WE'LL",
     "é ﬁ Å ½",
     "a_b-c/d == 10**6;",
+)
+NO_BFLOAT16 = (
+    "this GPU has no bf16, so 4-bit weights compute in float32, which is slow; prefer a GPU with "
+    "bf16 (Ampere or newer) or a smaller model; --bits 16 computes in float16, which is fast but "
+    "may overflow"
 )
 PLAIN_UP_TO = 512  # tokens of a sequence in training with plain attention; see keep_no_square
 VILLAGE_FOLDER = Path(__file__).parents[1] / "village" / "backbone"
@@ -183,6 +189,8 @@ def load_model(
     folder = local_model(name)
     config = from_pretrained(AutoConfig, name, folder)
     checks.check_stored(name, config)
+    if device.type == "cuda" and bits == 4 and dtype == torch.float32:
+        print(NO_BFLOAT16, file=sys.stderr)
     model, report = from_pretrained(
         AutoModelForCausalLM,
         name,

@@ -15,6 +15,7 @@ from gram_mini.runs.record import fingerprint
 from gram_mini.studies.figures import average, figure_text
 from gram_mini.studies.paper import STUDIES
 from gram_mini.studies.seeds import RESULTS
+from gram_mini.studies.speed.memory import choices
 from gram_mini.village import VILLAGE
 from gram_mini.village.writer import NO_ANSWER
 
@@ -54,6 +55,7 @@ SHARES = {0.0: "none", 0.0625: "1/16", 0.25: "1/4", 0.5: "1/2", 1.0: "all 24,000
 
 def tables() -> dict[str, str]:
     """Marker on a page -> the Markdown between it and its end."""
+    cards = choices()
     return {
         "demo": listed("demo", *DEMO),
         "studies": studies(),
@@ -76,6 +78,7 @@ def tables() -> dict[str, str]:
         "llmbar": benchmark("llmbar", "agreement", "Natural", "Adversarial", "total"),
         "judge-bench": benchmark("judge-bench", "agreement", "total"),
         "rm-bench": benchmark("rm-bench, chat", "longer preferred", "hard", "normal", "easy"),
+        "speed-choices": markdown(cards[0], cards[1:]),
         "speed-train": speed("train", "what", *BESIDE_US, "peak GiB, ours and other"),
         "speed-score": speed("score", "what", *BESIDE_US),
         "speed-step": speed("step", "a pass", "attention", *STEP),

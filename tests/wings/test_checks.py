@@ -14,7 +14,7 @@ from gram_mini.errors import UserError
 from gram_mini.judge import Judge
 from gram_mini.model import CAPS, add_lora, hidden_states, output_logits
 from gram_mini.pairs import Pair
-from gram_mini.runs import sharing
+from gram_mini.runs import models, sharing
 from gram_mini.runs.load import load_judge
 from gram_mini.runs.models import load_model, load_tokenizer
 from gram_mini.runs.ranking import rank
@@ -206,6 +206,17 @@ def test_the_share_in_four_bits_is_said_where_it_is_not_nearly_all(llama, tmp_pa
     assert "are in 4 bits" not in capsys.readouterr().err
     load_model(model_folder(tmp_path / "m", "mixtral", **MIXTRAL), 4)
     assert "% of the weights of its layers are in 4 bits" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("has", [True, False])
+def test_a_gpu_without_bf16_is_told_that_four_bits_are_slow(monkeypatch, capsys, has):
+    """No weights are loaded here."""
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: has)
+    monkeypatch.setattr(models.AutoModelForCausalLM, "from_pretrained", None)
+    for bits in (4, 16, 32):
+        with pytest.raises(UserError, match="cannot be loaded"):
+            load_model("village", bits, "cuda")
+        assert (models.NO_BFLOAT16 in capsys.readouterr().err) == (bits == 4 and not has)
 
 
 def test_a_checkpoint_that_is_stored_in_few_bits_is_refused(llama, copy, tmp_path):

@@ -1,4 +1,6 @@
-"""What a run foresees before its first step (runs/memory.py), against what small models take."""
+"""What a run foresees before its first step (runs/memory.py), and the formula of its table
+(studies/speed/memory.py), against what small models take.
+"""
 
 import csv
 import re
@@ -10,22 +12,28 @@ from gram_mini.errors import UserError
 from gram_mini.model import hidden_states
 from gram_mini.runs import chunked
 from gram_mini.runs import memory as foresee
+from gram_mini.runs.load import load_judge
 from gram_mini.runs.models import (
     PLAIN_UP_TO,
     VILLAGE_FOLDER,
     checkpoint_gradients,
     keep_no_square,
+    load_tokenizer,
 )
 from gram_mini.runs.record import read_record
-from gram_mini.studies.speed import common
-from gram_mini.studies.speed.common import PIECES, held_bytes, shape
+from gram_mini.runs.run import LORA_RANK as RANK
+from gram_mini.runs.sharing import SharingJudge
+from gram_mini.studies.speed import common, memory
+from gram_mini.studies.speed.common import PIECES, held_bytes, peak_bytes, shape
+from gram_mini.training import optimizer_and_schedule, trainable
+from gram_mini.village.pairs import village_pairs
 
 import psutil
 import pytest
 import torch
 from peaks import built_fused, measured_peak
 
-RANK, BATCH, LENGTH = 16, 2, 256
+BATCH, LENGTH = 2, 256
 SHAPES = {
     kind: shape(kind, 256, 4, 8, 4, 32, 768, 2048, kind != "llama")
     for kind in ("qwen2", "qwen3", "llama")
@@ -52,6 +60,15 @@ def built(request):
         yield SHAPES[kind], bits, built_fused(SHAPES[kind], bits, RANK)
 
 
+# ---- the formula of the table: studies/speed/memory.py -------------------------------
+
+
+def test_weights_and_adapter_to_the_byte(built):
+    config, bits, model = built
+    optimizer, _ = optimizer_and_schedule(model, 1e-4, 1)
+    assert held_bytes(model, optimizer) == memory.held(config, bits)
+
+
 def saved_bytes(model):
     """Bytes of the storages that a forward pass keeps for the backward pass, weights left out."""
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
@@ -69,11 +86,56 @@ def saved_bytes(model):
 
 
 def test_checkpointing_keeps_a_layer_s_input_only(built):
-    _, _, model = built
+    config, _, model = built
     model.gradient_checkpointing_disable()
-    whole = saved_bytes(model)
+    whole, kept = saved_bytes(model), lambda yes: memory.kept_bytes(config, BATCH * LENGTH, yes)
+    assert whole == pytest.approx(kept(False), rel=0.03)
     checkpoint_gradients(model)
+    # The last hidden states, 2 H, are held by the loss and not by the backward pass.
+    states = 2 * BATCH * LENGTH * config.hidden_size
+    assert saved_bytes(model) == pytest.approx(kept(True) - states, rel=0.03)
     assert saved_bytes(model) < 0.1 * whole
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_peak_is_between_85_and_105_percent_of_the_computed_one(built, checkpointing):
+    config, bits, model = built
+    rows, _ = rows_and_trained("reward", config)
+    computed = memory.peak(config, bits, checkpointing, 2, BATCH * LENGTH)
+    assert 0.85 < measured_peak(model, "reward", checkpointing, rows) / computed < 1.05
+
+
+def test_without_bf16_a_step_in_nf4_takes_what_float32_takes(monkeypatch):
+    """As on a T4; the suite's CPU computes in float32."""
+    monkeypatch.setattr("gram_mini.runs.models.compute_dtype", lambda *_: torch.float32)
+    config = SHAPES["qwen3"]
+    model = built_fused(config, 4, RANK)
+    assert model.get_input_embeddings().weight.dtype == torch.float32
+    computed = memory.peak(config, 4, False, 4, BATCH * LENGTH)
+    rows, _ = rows_and_trained("reward", config)
+    assert 0.75 < measured_peak(model, "reward", False, rows) / computed < 1.05
+
+
+@pytest.mark.parametrize("mib", [100, 200, 1000])
+def test_a_run_chooses_what_the_table_says(built, mib):
+    """Within a fifth, and with checkpointing on the same cards."""
+    config, bits, model = built
+    if bits == 16:
+        pytest.skip("the table is of NF4")
+    model.gradient_checkpointing_disable()
+    total = foresee.CONTEXT + mib * 2**20
+    tokens, checkpointing = foresee.choose_passes(model, memory.STEP, False, total)
+    passes = [memory.largest_pass(config, total / common.GIB, again) for again in (False, True)]
+    assert checkpointing == (not passes[0])
+    assert tokens == pytest.approx(passes[checkpointing] or memory.STEP.row, rel=0.2)
+
+
+def test_the_computed_table(capsys):
+    memory.main([])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 1 + len(memory.CHOSEN) and len({len(line) for line in lines}) == 1
+    assert lines[1].startswith("SmolLM2-135M  1.0e-03  16 x 2,048 (") and ", run " in lines[1]
+    assert re.match("Qwen3-8B +2.9e-04 +does not fit +does not fit +16 x 2,048\\* ", lines[-1])
 
 
 def test_where_the_logits_are_most_of_the_peak_chunks_bound_them(monkeypatch, fast_bfloat16):
@@ -185,6 +247,34 @@ def test_a_given_split_is_kept_and_other_devices_have_theirs(tmp_path, monkeypat
     assert passes_of(tmp_path / "other")[0] == 1024
 
 
+def test_a_gpu_scores_as_many_prompts_at_once_as_fit(monkeypatch):
+    found = []
+    for mib in (2000, 40, 1):
+        size = foresee.CONTEXT + mib * 2**20
+        monkeypatch.setattr("gram_mini.runs.load.total_bytes", lambda device, size=size: size)
+        found.append(load_judge("village", bits=32).batch_size)
+    assert found[0] == foresee.SCORED_AT_MOST > found[1] > found[2] == 1
+    assert load_judge("village", bits=32, batch_size=7).batch_size == 7
+
+
+def test_scoring_takes_no_more_than_was_foreseen(built):
+    """Keys and values, and what the layers have in flight, against what torch allocates."""
+    _, _, model = built
+    judge = SharingJudge(model, load_tokenizer("village"), 512)
+    rows = judge.encode(village_pairs("labelled", 16))
+    trained = trainable(model)
+    for p in trained:
+        p.requires_grad_(False)
+    try:
+        step = foresee.measure(model)
+        most = peak_bytes(model, None, judge.log_odds, rows) - held_bytes(model, None)
+    finally:
+        for p in trained:
+            p.requires_grad_(True)
+    length = max(row.length for row in rows) + judge.prompt.fixed_tokens
+    assert 0.4 < most / step.step(2 * len(rows) * length, length) < 1.1
+
+
 def test_long_sequences_train_without_square_matrices(fast_bfloat16):
     squares = {}
     for longest in (PLAIN_UP_TO, PLAIN_UP_TO + 1):
@@ -227,8 +317,17 @@ def test_a_tight_run_is_warned_of_and_a_refused_one_can_be_tried(tmp_path, monke
     run_reward(tmp_path / "run", monkeypatch, 2**20)
     assert "tried all the same" in capsys.readouterr().out
     monkeypatch.setattr(foresee, "measure", lambda *_: Fixed())
-    run_reward(tmp_path / "other", monkeypatch, 110)
+    run_reward(tmp_path / "other", monkeypatch, 150)
     assert "which is tight; give --batch-tokens" in capsys.readouterr().out
+
+
+def test_a_cpu_is_warned_of_earlier(monkeypatch):
+    monkeypatch.setattr(foresee, "measure", lambda *_: Fixed())
+    longest = foresee.Longest(rows=2, sequences=1, length=64, logits=0.0)
+    for device, tight in (("cpu", 166), ("cuda", 124)):
+        model = SimpleNamespace(device=torch.device(device))
+        line = lambda free, model=model: foresee.check_memory(model, longest, False, free)
+        assert "which is tight" in line(tight) and "tight" not in line(tight + 1)
 
 
 class Fixed:

@@ -69,6 +69,13 @@ SHAPES = {
 }
 
 
+def linear(config) -> list[tuple[int, int]]:
+    """(inputs, outputs) of the linear layers of a decoder layer: q, k, v, o, gate, up, down."""
+    h, i = config.hidden_size, config.intermediate_size
+    q, k = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
+    return [(h, q), (h, k), (h, k), (q, h), (h, i), (h, i), (i, h)]
+
+
 def save(config, folder) -> None:
     """Write a model with random weights, in bf16 as public ones are."""
     AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
@@ -133,9 +140,8 @@ def operations(config, stage: str, rows: list[EncodedPair]) -> float:
     square is masked) and LoRA cost twice as much backward as forward. Scoring is forward only.
     """
     tokens, adapted_passes = tokens_of(stage, rows), 2 if stage == "score" else 3
-    h, i = config.hidden_size, config.intermediate_size
-    q, k = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
-    sizes = [(h, q), (h, k), (h, k), (q, h), (h, i), (h, i), (i, h)]  # q, k, v, o and the MLP's
+    sizes = linear(config)
+    h, q = sizes[0]
     adapted = sum(LORA_RANK * (n + m) for n, m in sizes) + tokens / len(rows) * q
     layer = tokens * (2 * 2 * sum(n * m for n, m in sizes) + adapted_passes * 2 * adapted)
     logits = len(LABELS) * len(rows)
