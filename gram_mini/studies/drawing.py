@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from gram_mini.studies.figures import average, figure_text
 from gram_mini.studies.paper import Study
-from gram_mini.studies.style import color_of, dash_of, without_stage_1
+from gram_mini.studies.style import color_of, dash_of, name_lines, without_stage_1
 
 import matplotlib
 from matplotlib.figure import Figure  # not pyplot: its state belongs to the notebook that calls us
@@ -71,11 +71,12 @@ def picture_of(name: str, study: Study, rows: list[dict]) -> Figure:
     seeds = " to ".join(str(count) for count in sorted({min(counts), max(counts)}))
     panels = [panel for panel in study.shown if any(panel in row for row in rows)]
     methods = list(dict.fromkeys(row["method"] for row in rows))
-    dots, columns = study.x is None, min(len(panels), 2)
+    dots = study.x is None
+    # Each panel of lines needs room for names; a row of panels of dots shares them.
+    columns = min(len(panels), 2 if dots or len(panels) > 3 else 1)
     down = math.ceil(len(panels) / columns)
-    names = 0.19 * len(methods)  # inches: the heights of their lines in each panel, or below all
-    height = 0.8 + down * (0.7 + names) if dots else 1.0 + down * 2.2 + names / 2
-    figure = Figure((WIDTH, height), layout="constrained")
+    height = 0.7 + 0.19 * len(methods) if dots else 2.4
+    figure = Figure((WIDTH, 0.8 + down * height), layout="constrained")
     axes = list(figure.subplots(down, columns, squeeze=False, sharey=dots).flat)
     while len(axes) > len(panels):
         axes.pop().remove()
@@ -92,14 +93,12 @@ def picture_of(name: str, study: Study, rows: list[dict]) -> Figure:
     figure.suptitle(f"{name} ({seeds} seed{'s' * (max(counts) > 1)})")
     if dots:
         said = f"small dots: seeds; large dots and numbers: mean ± 95% interval; hollow{ABOUT}"
-        figure.supxlabel(said, fontsize=FONT["font.size"], color=GREY)
     else:
         seeds = "thin lines" if study.x in PATHS else "dots"
         said = f"{seeds}: seeds; thick lines: their mean; dashed{ABOUT}"
-        lines = [line for axis in axes for line in axis.lines]
-        named = {line.get_label(): line for line in lines if line.get_label()[0] != "_"}
-        below = {"loc": "outside lower center", "ncols": 2, "frameon": False}
-        figure.legend(named.values(), named, title=said, **below)
+    figure.supxlabel(said, fontsize=FONT["font.size"], color=GREY)
+    if not dots:
+        name_lines(figure)
     return figure
 
 
