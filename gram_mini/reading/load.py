@@ -108,6 +108,10 @@ def load_pairs(
     """
     if source == VILLAGE:
         options = {"split": split, "subset": subset, "columns": columns, "labels": labels}
+        options |= {
+            "pairs-per-prompt": pairs_per_prompt,
+            "pairs": pairs if pairs != "all" else None,
+        }
         for name, value in options.items():
             if value:
                 raise UserError(f"--{name} {value}: the village's pairs have none; leave it out")

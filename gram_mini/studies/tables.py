@@ -48,7 +48,6 @@ TABLE = (
     *("cross-entropy", "position gap"),
 )
 WRITING = ("highest", "KL of the highest", "last", "KL of the last", "commonest claims")
-STEP = ("foreseen, GiB", "allocated, GiB", "process grew by, GiB")
 BESIDE_US = ("other way", "ours is faster by")
 SHARES = {0.0: "none", 0.0625: "1/16", 0.25: "1/4", 0.5: "1/2", 1.0: "all 24,000"}
 
@@ -81,7 +80,6 @@ def tables() -> dict[str, str]:
         "speed-choices": markdown(cards[0], cards[1:]),
         "speed-train": speed("train", "what", *BESIDE_US, "peak GiB, ours and other"),
         "speed-score": speed("score", "what", *BESIDE_US),
-        "speed-step": speed("step", "a pass", "attention", *STEP),
     }
 
 

@@ -421,6 +421,8 @@ def test_split_is_never_ignored(tmp_path):
     assert len(texts(tmp_path, split="test")) == 1
     with pytest.raises(UserError, match="--split test: the village's pairs have none"):
         load_pairs("village", True, split="test")
+    with pytest.raises(UserError, match="--pairs best-worst: the village's pairs have none"):
+        load_pairs("village", True, pairs="best-worst")
 
 
 def test_objects_in_a_json_file(tmp_path):

@@ -670,7 +670,8 @@ def test_a_bad_row_takes_no_other_response_to_its_prompt_with_it(tmp_path, capsy
 
 def test_texts_that_say_nothing_are_named(tmp_path, capsys):
     pair = {"prompt": "p", "chosen": "a", "rejected": "b"}
-    rows = [pair, {**pair, "chosen": " "}, {**pair, "chosen": "b"}]
+    ranking = {"prompt": "p", "responses": ["a", "b", ""]}
+    rows = [pair, {**pair, "chosen": " "}, {**pair, "chosen": "b"}, ranking]
     (tmp_path / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     village = ["--model", "village"]
     files = ["--data", str(tmp_path / "d.jsonl"), "--out"]
@@ -678,10 +679,13 @@ def test_texts_that_say_nothing_are_named(tmp_path, capsys):
     said = capsys.readouterr().out
     assert "1 with an empty response: scored, and in no accuracy\n" in said
     assert "1 with equal responses: scored, and in no accuracy\n" in said
+    assert "1 ranked with an empty text: scored, and in no accuracy\n" in said
     assert " of 1 labelled pairs judged as labelled" in said
     with pytest.raises(SystemExit):
         score.main([*village, *files, str(tmp_path / "s.csv")])
     assert "--data needs --out FILE.jsonl" in capsys.readouterr().err
+    score.main([*village, "--prompt", "p", "--response", "a", "--response", " "])
+    assert "an empty text is judged as any other" in capsys.readouterr().err
 
 
 def test_a_pair_on_which_the_orders_disagree_is_marked(capsys, monkeypatch):
