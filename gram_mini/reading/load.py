@@ -107,11 +107,9 @@ def load_pairs(
             left.
     """
     if source == VILLAGE:
-        options = {"split": split, "subset": subset, "columns": columns, "labels": labels}
-        options |= {
-            "pairs-per-prompt": pairs_per_prompt,
-            "pairs": pairs if pairs != "all" else None,
-        }
+        options: dict[str, object] = {"split": split, "subset": subset, "columns": columns}
+        options |= {"labels": labels, "pairs-per-prompt": pairs_per_prompt}
+        options["pairs"] = None if pairs == "all" else pairs
         for name, value in options.items():
             if value:
                 raise UserError(f"--{name} {value}: the village's pairs have none; leave it out")
