@@ -27,14 +27,14 @@ def main(argv=None):
 
     # Model: the language model that becomes a judge in stage 2, with a fresh adapter
     torch.manual_seed(args.seed)
-    model, tokenizer = run.load_checked_model()
+    model, tokenizer = run.load_checked_model()  # chooses args.lr by its width if --lr does not
     model = add_lora(model, args.lora_rank)
 
     # Token ids
     prompt = pair_prompt(tokenizer)  # the fixed words around x, y_a and y_b
     train = encode_pairs(train_pairs, prompt, tokenizer, args.max_length)
     held_out = encode_pairs(held_out_pairs, prompt, tokenizer, args.max_length)
-    steps = run.plan(model, train, held_out, prompt)  # says how many, how long, in which passes
+    steps = run.plan(model, train, held_out, prompt)  # chooses passes if --batch-tokens does not
 
     # Loop
     optimizer, schedule = optimizer_and_schedule(model, args.lr, steps)
@@ -42,7 +42,7 @@ def main(argv=None):
     for batch in run.steps(batches, steps, model, optimizer, schedule):
         # The step in one forward pass, or in several; their weights add up to 1
         for rows, weight in run.passes(batch):
-            # The target is the next token if that is of y_a, y_b or a marker, else -100: ignored
+            # The target is the next token if it is of y_a, y_b or a marker around them, else -100
             ids, targets = pair_batch(rows, prompt, run.device)  # (B, T), (B, T)
             hidden = hidden_states(model, ids)  # (B, T, H)
             # -log pi(y_a, y_b | x) per token: losses.pair_loss, with less memory

@@ -29,7 +29,7 @@ def main(argv=None):
 
     # Model: the language model with the adapter of stage 1 or a fresh one, and the judge's question
     torch.manual_seed(args.seed)
-    model, tokenizer = run.load_checked_model()
+    model, tokenizer = run.load_checked_model()  # chooses args.lr by its width if --lr does not
     model = load_lora(model, args.init) if args.init else add_lora(model, args.lora_rank)
     template = run.judge_template(tokenizer)
     judge = Judge(model, tokenizer, args.max_length, args.batch_size, template)
@@ -40,7 +40,7 @@ def main(argv=None):
     held_out = judge.encode(held_out_pairs)
     sequences = 2 if args.both_orders else 1  # of a pair
     steps = run.plan(model, train, held_out, prompt, sequences=sequences)
-    judge.batch_tokens = args.batch_tokens  # of the held-out pairs
+    judge.batch_tokens = args.batch_tokens  # for the held-out pairs, too
 
     # Loop
     optimizer, schedule = optimizer_and_schedule(model, args.lr, steps)

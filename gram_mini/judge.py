@@ -11,7 +11,7 @@ The sigmoid of each is P(a better) in that order, and their mean is the judge's 
 reward of a response is P(better than a reference response).
 
 Rankings are in gram_mini/runs/ranking.py. score.py takes the judge of gram_mini/runs/sharing.py,
-which computes what prompts have in common only once; a test holds both judges equal.
+which computes what prompts have in common only once; tests hold both equal up to rounding.
 """
 
 from __future__ import annotations
@@ -137,7 +137,7 @@ class Judge:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Z_A and Z_B (M, 2) of M judge prompts, and the mass (M,) on the two labels.
 
-        A judge may give log P(A) and log P(B) instead: they differ from Z_A and Z_B by one amount.
+        A served judge gives log P(A) and log P(B): they differ from Z_A and Z_B by one constant.
         """
         z, mass = torch.zeros(len(orders), 2), torch.ones(len(orders))
         with evaluating(self.model):

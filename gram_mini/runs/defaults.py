@@ -6,9 +6,9 @@ that was published for LoRA:
     rate = 5e-5 x 10 x (2000 / hidden size)^p,    p = 0.781 for Llama's family, 0.0775 for Qwen's
 
 Source: Thinking Machines' tinker cookbook, after "LoRA Without Regret", 2025. We take p = 0.781 for
-all models. A search of our own, on SmolLM2-135M of width 576 and seed 0, found 1e-3 for stage 2 and
-for a scalar head by accuracy, and for stage 1 by its own loss, which was still lower at 2e-3. The
-rule gives 1.3e-3 there, and with the other p 5.5e-4; at 5e-4 the judges were less accurate. So this
+all models. In a search of our own, on SmolLM2-135M of width 576 and seed 0, 1e-3 was best for stage
+2 and for a scalar head. The loss of stage 1 was still lower at 2e-3, but we took 1e-3 there, too.
+The rule gives 1.3e-3, and with the other p 5.5e-4; at 5e-4 the judges were less accurate. So this
 width keeps 1e-3, and all others are extrapolated. So is the adapter's scale: the rule was made with
 alpha = 32, and ours is twice the rank. The batches were not searched.
 """

@@ -15,7 +15,8 @@ LOG_COLUMNS = ("step", "part", *MEANS, "position_gap", "lr", "skipped", "tokens_
 class Log:
     """log.csv: a line for every ``args.log_every`` training steps, and one for each evaluation.
 
-    A training line holds means over the pairs of its steps, in all processes. tokens_per_second
+    A training line holds means over its steps (of pairs in stage 2, of trained tokens in stage 1)
+    and all processes; label_mass is that of the last step. tokens_per_second
     counts the tokens that the model computes, padding included; the time of evaluations is left
     out. Only the main process writes.
 
@@ -123,8 +124,8 @@ def plot(log: Path, picture: Path, title: str) -> None:
     columns = ["loss", "accuracy"] if any(row["accuracy"] for row in rows) else ["loss"]
     legend = {"train": "train", "held-out": "held out"}
     if title == "reward":
-        legend["train"] += " (smoothed loss, one order)"
-        legend["held-out"] += " (plain loss, both orders)"
+        legend["train"] += " (the loss that is trained)"
+        legend["held-out"] += " (without smoothing, both orders)"
     figure = Figure(figsize=(5 * len(columns), 3.5))
     axes = figure.subplots(1, len(columns), squeeze=False)
     for axis, column in zip(axes[0], columns):

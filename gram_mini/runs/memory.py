@@ -36,7 +36,7 @@ from torch.utils._pytree import tree_leaves
 
 GIB = 2**30
 # Share of the free memory above which a run is warned of. On a CPU freed memory is fragmented, so
-# the process grows by up to 57% more than is foreseen (your_model.md).
+# the process grew by up to 57% more than was foreseen.
 TIGHT = {"cuda": 0.8, "cpu": 0.6}
 CONTEXT = GIB  # of a GPU's memory, what CUDA takes for itself and the allocator loses
 ROUND = 1024  # passes chosen for a GPU are a multiple of it, so that small differences change none

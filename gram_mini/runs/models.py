@@ -221,7 +221,7 @@ def keep_no_square(model, longest: int) -> None:
     """Train with torch's attention on a CPU if the longest sequence has over PLAIN_UP_TO tokens.
 
     Plain attention keeps several matrices (T, T) of each head and layer for the backward pass. With
-    SmolLM2-135M and T = 1,024 they take most of a step's memory (runs/your_model.md), and writing
+    SmolLM2-135M and T = 1,024 they take most of a step's memory, and writing
     them takes longer than they save. Code that has no other attention stays as it is.
     """
     base = without_adapter(model)

@@ -30,7 +30,7 @@ REWARD_EXAMPLES = """\
   python train_reward.py --init runs/pretrain      # the village, 40 seconds on 2 CPU cores
   python train_reward.py --model Qwen/Qwen3-0.6B --data labels.jsonl --both-orders 1 \\
       --init runs/mine/pretrain --out runs/mine/reward
-  python train_reward.py --init runs/reward --data new.jsonl --lr 3e-4 --epochs 4 \\
+  python train_reward.py --init runs/reward --data new.jsonl --lr 1e-4 --epochs 4 \\
       --batch-size 32 --held-out 0 --out runs/adapted      # go on with a few new labels"""
 
 SCORE_EXAMPLES = """\
@@ -292,7 +292,7 @@ def add_training_options(p: argparse.ArgumentParser, stage: str, out: str, rates
 
     group = p.add_argument_group("model")
     add = group.add_argument
-    text = "rank of the LoRA adapter (default: that of --init, else 32)"
+    text = "rank of the LoRA adapter (default: 32, or that of --init)"
     add("--lora-rank", type=positive_int, metavar="R", help=text)
     text = "compute activations twice to keep fewer of them: less memory, up to half more time"
     add("--gradient-checkpointing", action="store_true", help=text)
@@ -322,7 +322,7 @@ def add_both_orders(group) -> None:
         default=0.0,
         metavar="C",
         help="show each pair in both orders, with one loss on the mean of the two margins (step 8 "
-        "of gram_mini/losses.py): its weight falls from C to nearly 0, and the plain "
+        "of gram_mini/losses.py): its weight falls from C to nearly 0, and the paper's "
         "loss has the rest; 0 is the paper's way",
     )
 
@@ -344,7 +344,7 @@ READING = (
 def add_reading_options(group) -> None:
     """Options of every command that reads pairs."""
     add = group.add_argument
-    text = "split of a hub data set or of a folder with several (default: train)"
+    text = "split of a folder with several, or of a hub data set (there the default is train)"
     add("--split", metavar="NAME", help=text)
     text = "configuration of a hub data set (default: its default)"
     add("--subset", metavar="NAME", help=text)

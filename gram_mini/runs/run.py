@@ -1,7 +1,7 @@
 """A run of a training script: everything around the training loop.
 
     run = Run("reward", args)               folder, processes, device; errors come before any work
-    for batch in run.steps(...):            resumes before the first step; logs and saves after each
+    for batch in run.steps(...):            resumes before the first step; logs and saves after some
         for rows, weight in run.passes(batch):    this process's pairs, as many as fit at once
             run.note(...)                   figures for the log
         run.sum_over_processes()            gradients and loss
@@ -204,7 +204,7 @@ class Run:
         length: Callable[[EncodedPair], int] | None = None,
         sequences: int = 1,
     ) -> int:
-        """Say how many pairs there are, how long, and in which passes; returns the number of steps.
+        """Choose the passes, say how many pairs there are and how long; return the number of steps.
 
         The steps and run.json get what they need of them. In training a row takes ``sequences``
         sequences of ``length`` tokens, by default the one sequence of its pair. ``model`` is the
