@@ -42,13 +42,11 @@ SCORES = {  # what a ranking's scores are
 def main(argv=None):
     args = score_options(__doc__, argv)
     template = read_template(args.judge_template) if args.judge_template else None
-    sizes = args.max_length, args.batch_size
+    sizes = {"max_length": args.max_length, "batch_size": args.batch_size, "template": template}
     if not args.server:
-        judge = load_judge(
-            args.model, args.bits, args.device, *sizes, template, likelihood=args.likelihood
-        )
+        judge = load_judge(args.model, args.bits, args.device, likelihood=args.likelihood, **sizes)
     else:
-        judge = served_judge(args.model, args.server, args.served_name, *sizes, template)
+        judge = served_judge(args.model, args.server, args.served_name, **sizes)
     if args.data:
         score_rows(judge, args)
     elif len(args.response) == 2 and args.reference is None and not args.rank:

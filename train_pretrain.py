@@ -27,17 +27,17 @@ def main(argv=None):
 
     # Model: the language model that becomes a judge in stage 2, with a fresh adapter
     torch.manual_seed(args.seed)
-    model, tokenizer = run.load_checked_model()  # chooses args.lr by its width if --lr does not
+    model, tokenizer = run.load_checked_model()
     model = add_lora(model, args.lora_rank)
 
     # Token ids
     prompt = pair_prompt(tokenizer)  # the fixed words around x, y_a and y_b
     train = encode_pairs(train_pairs, prompt, tokenizer, args.max_length)
     held_out = encode_pairs(held_out_pairs, prompt, tokenizer, args.max_length)
-    steps = run.plan(model, train, held_out, prompt)  # chooses passes if --batch-tokens does not
+    steps, rate, pass_tokens = run.plan(model, train, held_out, prompt)
 
     # Loop
-    optimizer, schedule = optimizer_and_schedule(model, args.lr, steps)
+    optimizer, schedule = optimizer_and_schedule(model, rate, steps)
     batches = draw_batches(train, run.rows_per_step, args.seed)  # y_a or y_b first, at random
     for batch in run.steps(batches, steps, model, optimizer, schedule):
         # The step in one forward pass, or in several; their weights add up to 1
@@ -59,7 +59,7 @@ def main(argv=None):
         schedule.step()
         if held_out and run.evaluation_is_due():
             losses = run.in_parallel(
-                lambda rows: pair_losses(model, rows, prompt, run.pass_tokens), held_out
+                lambda rows: pair_losses(model, rows, prompt, pass_tokens), held_out
             )
             nats = sum(of_pair for of_pair, _ in losses)
             tokens = sum(tokens for _, tokens in losses)

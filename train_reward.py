@@ -29,7 +29,7 @@ def main(argv=None):
 
     # Model: the language model with the adapter of stage 1 or a fresh one, and the judge's question
     torch.manual_seed(args.seed)
-    model, tokenizer = run.load_checked_model()  # chooses args.lr by its width if --lr does not
+    model, tokenizer = run.load_checked_model()
     model = load_lora(model, args.init) if args.init else add_lora(model, args.lora_rank)
     template = run.judge_template(tokenizer)
     judge = Judge(model, tokenizer, args.max_length, args.batch_size, template)
@@ -39,11 +39,11 @@ def main(argv=None):
     train = run.without_cut_alike(judge.encode(train_pairs))
     held_out = judge.encode(held_out_pairs)
     sequences = 2 if args.both_orders else 1  # of a pair
-    steps = run.plan(model, train, held_out, prompt, sequences=sequences)
-    judge.batch_tokens = args.batch_tokens  # for the held-out pairs, too
+    steps, rate, pass_tokens = run.plan(model, train, held_out, prompt, sequences=sequences)
+    judge.batch_tokens = pass_tokens  # held-out pairs are judged in passes of this size, too
 
     # Loop
-    optimizer, schedule = optimizer_and_schedule(model, args.lr, steps)
+    optimizer, schedule = optimizer_and_schedule(model, rate, steps)
     batches = draw_batches(train, run.rows_per_step, args.seed)  # y_a or y_b first, at random
     for batch in run.steps(batches, steps, model, optimizer, schedule):
         # The step in one forward pass, or in several; their weights add up to 1

@@ -111,8 +111,8 @@ def truncate(
     keep = min(len(prompt), max(budget - len(a) - len(b), budget // 3))
     room = budget - keep
     if len(a) + len(b) > room:
-        share = room / (len(a) + len(b))
-        lengths = [max(1, int(share * len(a))), max(1, int(share * len(b)))]
+        kept = room / (len(a) + len(b))  # fraction of either response
+        lengths = [max(1, int(kept * len(a))), max(1, int(kept * len(b)))]
         if sum(lengths) > room:  # a response of a token or two was rounded up
             lengths[lengths.index(max(lengths))] -= sum(lengths) - room
         a, b = a[: lengths[0]], b[: lengths[1]]

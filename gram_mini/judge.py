@@ -35,7 +35,9 @@ TIE = 1e-6  # scores that are closer than this are equal: float32 log-odds are n
 
 def preferred(p: float) -> int:
     """1 where P(a better) prefers a, -1 where it prefers b, 0 for a draw: P within TIE of 1/2."""
-    return (p > 0.5 + TIE) - (p < 0.5 - TIE)
+    if p > 0.5 + TIE:
+        return 1
+    return -1 if p < 0.5 - TIE else 0
 
 
 def check_finite(odds: torch.Tensor, rows: list[EncodedPair]) -> None:

@@ -42,7 +42,7 @@ def optimizer_and_schedule(model, lr: float, steps: int, own: dict[str, float] |
     """
     warmup = math.ceil(0.05 * steps)
 
-    def share_of_peak(step: int) -> float:  # steps count from 0; the first one moves already
+    def fraction_of_peak(step: int) -> float:  # steps count from 0; the first one moves already
         if step < warmup:
             return (step + 1) / warmup
         return (
@@ -55,7 +55,7 @@ def optimizer_and_schedule(model, lr: float, steps: int, own: dict[str, float] |
     groups = [{"params": [others.pop(name)], "lr": rate} for name, rate in (own or {}).items()]
     groups.insert(0, {"params": list(others.values())})  # the adapter's
     optimizer = torch.optim.AdamW(groups, lr=lr, weight_decay=0.0, fused=True)
-    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, share_of_peak)
+    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, fraction_of_peak)
 
 
 def trainable(model) -> list[torch.nn.Parameter]:

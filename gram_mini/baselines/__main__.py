@@ -117,11 +117,11 @@ def main(argv=None):
     sequences = 1
     if args.head == "scalar":
         sequences = 3 if args.text_weight else 2
-    steps = run.plan(model, train, held_out, prompt, length, sequences)
-    judge.batch_tokens = args.batch_tokens  # of the held-out pairs
+    steps, rate, pass_tokens = run.plan(model, train, held_out, prompt, length, sequences)
+    judge.batch_tokens = pass_tokens  # held-out pairs are judged in passes of this size, too
 
     # Loop
-    optimizer, schedule = optimizer_and_schedule(model, args.lr, steps)
+    optimizer, schedule = optimizer_and_schedule(model, rate, steps)
     batches = draw_batches(train, run.rows_per_step, args.seed)
     for batch in run.steps(batches, steps, model, optimizer, schedule):
         for rows, weight in run.passes(batch):
@@ -139,8 +139,8 @@ def main(argv=None):
             if args.text_weight:  # a mean over the tokens of the step, however it is split
                 preferred = preferred_alone(rows)
                 of_step = trained_tokens(prompt, preferred_alone(batch))
-                share = trained_tokens(prompt, preferred) / of_step
-                text = text_loss(model, preferred, prompt, run.device) * (share / weight)
+                fraction = trained_tokens(prompt, preferred) / of_step
+                text = text_loss(model, preferred, prompt, run.device) * (fraction / weight)
                 loss = loss + args.text_weight * text
             (loss * weight).backward()
             m = margins(z, right)  # (B,)

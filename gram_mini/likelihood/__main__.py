@@ -81,8 +81,8 @@ def main(argv=None):
     train = run.without_cut_alike(judge.encode(train_pairs))
     held_out = judge.encode(held_out_pairs)
     sequences = 2 if args.both_orders else 1  # of a pair
-    steps = run.plan(model, train, held_out, prompt, sequences=sequences)
-    judge.batch_tokens, likelihoods.pass_tokens = args.batch_tokens, run.pass_tokens
+    steps, rate, pass_tokens = run.plan(model, train, held_out, prompt, sequences=sequences)
+    judge.batch_tokens = likelihoods.pass_tokens = pass_tokens
     likelihoods.keep(train + held_out)
     if goes_on:
         model.beta.data[:], likelihoods.unit = stored_beta(args.init)
@@ -92,7 +92,7 @@ def main(argv=None):
     model.beta_unit = likelihoods.unit  # in nats
 
     # Loop
-    optimizer, schedule = optimizer_and_schedule(model, args.lr, steps, {"beta": args.beta_lr})
+    optimizer, schedule = optimizer_and_schedule(model, rate, steps, {"beta": args.beta_lr})
     batches = draw_batches(train, run.rows_per_step, args.seed)  # y_a or y_b first, at random
     for batch in run.steps(batches, steps, model, optimizer, schedule):
         for rows, weight in run.passes(batch):

@@ -48,23 +48,23 @@ class Log:
 
     def _restart(self) -> None:
         """Begin the sums of the next line."""
-        self._sums: dict[str, torch.Tensor | float] = {}  # of figures, weighted by shares of steps
-        self._weights: dict[str, float] = {}  # the sums of these shares
-        self._in_this_step: list[tuple[str, torch.Tensor, float]] = []  # (name, weighted, share)
+        self._sums: dict[str, torch.Tensor | float] = {}  # of figures, weighted
+        self._weights: dict[str, float] = {}  # the sums of the weights
+        self._in_this_step: list[tuple[str, torch.Tensor, float]] = []  # (name, weighted, weight)
         self._tokens, self._since = 0, time.perf_counter()
 
     def due(self, step: int) -> bool:
         """Whether this step ends a line."""
         return step % self.every == 0 or step == self.steps
 
-    def note(self, tokens: int, share: float, **values: torch.Tensor) -> None:
-        """Note the figures of one forward pass, which is ``share`` of its step.
+    def note(self, tokens: int, weight: float, **values: torch.Tensor) -> None:
+        """Note the figures of one forward pass, which has this ``weight`` in its step.
 
         Tensors stay on their device until a line is written.
         """
         self._tokens += tokens
         self._in_this_step += [
-            (name, value.detach().float() * share, share) for name, value in values.items()
+            (name, value.detach().float() * weight, weight) for name, value in values.items()
         ]
 
     def train(self, step: int, lr: float, applied: bool, skipped: int) -> dict[str, float]:
@@ -72,9 +72,9 @@ class Log:
 
         A skipped step (not ``applied``) is in no mean.
         """
-        for name, value, share in self._in_this_step if applied else []:
+        for name, value, weight in self._in_this_step if applied else []:
             self._sums[name] = self._sums.get(name, 0.0) + value
-            self._weights[name] = self._weights.get(name, 0.0) + share
+            self._weights[name] = self._weights.get(name, 0.0) + weight
         self._in_this_step = []
         if not self.due(step):
             return {}

@@ -56,6 +56,9 @@ WITHOUT_EFFECT = (
 REMOVED = {
     "--benchmark": "python -m gram_mini.studies.benchmarks gives the figures of a benchmark",
     "--debug": "set GRAM_DEBUG=1 in the environment",
+    **dict.fromkeys(
+        ("--head", "--freeze", "--text-weight"), "python -m gram_mini.baselines trains other heads"
+    ),
     "--grad-accum": "a step is --batch-size pairs, and --batch-tokens splits it into passes",
     "--report-to": "log.csv in the run folder grows while training goes on",
     "--skip-limit": "a run stops after 5 steps in a row that are not finite",
@@ -255,8 +258,8 @@ def add_training_options(p: argparse.ArgumentParser, stage: str, out: str, rates
     add("--data", default=VILLAGE, metavar="SOURCE", help=text)
     add_reading_options(group)
     text = "fraction of the prompts kept for evaluation"
-    share = 0.0 if stage == "pretrain" else 0.05
-    add("--held-out", type=fraction, default=share, metavar="FRACTION", help=text)
+    held_out = 0.0 if stage == "pretrain" else 0.05
+    add("--held-out", type=fraction, default=held_out, metavar="FRACTION", help=text)
 
     add = p.add_argument_group("where to put it").add_argument
     add("--out", type=Path, default=Path(out), metavar="FOLDER", help="run folder to write")

@@ -126,12 +126,6 @@ class Run:
         """Pairs per optimiser step, over all processes."""
         return self.args.batch_size * self._accelerator.num_processes
 
-    @property
-    def pass_tokens(self) -> int:
-        """Tokens that a forward pass holds at most, padding included."""
-        tokens = self.args.batch_size * self.args.max_length
-        return min(tokens, self.args.batch_tokens) if self.args.batch_tokens else tokens
-
     def load_split_pairs(self, labelled: bool) -> tuple[list[Pair], list[Pair]]:
         """The pairs of ``--data`` to train on, and those of the prompts that are held out.
 
@@ -159,8 +153,7 @@ class Run:
         """The model of ``--model`` with frozen weights, and its tokenizer.
 
         This checks that the model computes what we assume, that tokens and positions fit, that A
-        and B are one token each, and that the tokenizer is that of ``--init``. The rate is chosen
-        here if it was left out, since it follows from the model's width.
+        and B are one token each, and that the tokenizer is that of ``--init``.
 
         Raises:
             UserError: if one of these is not so, or there is no such model.
@@ -171,8 +164,6 @@ class Run:
         label_tokens(tokenizer, self._template)
         model = load_model(self.backbone, args.bits, self.device, args.gradient_checkpointing)
         check_sizes(args.model, model, tokenizer, args.max_length)
-        width = output_head(model).weight.shape[1]
-        self.say(defaults.choose_rate(args, self.stage, width))
         self._tokenizer_fingerprint = tokenizer_fingerprint(tokenizer)
         if self._init and self._init.get("tokenizer") not in (None, self._tokenizer_fingerprint):
             raise UserError(
@@ -203,12 +194,14 @@ class Run:
         prompt: PromptPieces,
         length: Callable[[EncodedPair], int] | None = None,
         sequences: int = 1,
-    ) -> int:
-        """Choose the passes, say how many pairs there are and how long; return the number of steps.
+    ) -> tuple[int, float, int]:
+        """The number of steps, the learning rate, and the most tokens of a forward pass.
 
-        The steps and run.json get what they need of them. In training a row takes ``sequences``
-        sequences of ``length`` tokens, by default the one sequence of its pair. ``model`` is the
-        one with its adapter.
+        The rate is --lr, or follows from the model's width. The tokens are --batch-tokens, or what
+        a GPU's memory admits; if not even one pair fits, gradient checkpointing is switched on. All
+        this is said, with the number of pairs and their lengths. In training a row takes
+        ``sequences`` sequences of ``length`` tokens, by default the one sequence of its pair.
+        ``model`` is the one with its adapter.
 
         Raises:
             UserError: a step takes more memory than there is.
@@ -219,8 +212,12 @@ class Run:
         self.lengths = {**lengths(train + held_out, prompt), "dropped_cut_alike": dropped}
         counts = f"{len(train)} pairs to train on, {len(held_out)} held out"
         self.say(f"{counts}; {describe(self.lengths, self.args.max_length, dropped)}")
+        args = self.args
+        self.say(defaults.choose_rate(args, self.stage, output_head(model).weight.shape[1]))
         self._choose_passes(model)
-        return number_of_steps(len(train), self.rows_per_step, self.args.epochs, self.args.steps)
+        steps = number_of_steps(len(train), self.rows_per_step, args.epochs, args.steps)
+        tokens = args.batch_size * args.max_length
+        return steps, args.lr, min(tokens, args.batch_tokens or tokens)
 
     # ---- the loop --------------------------------------------------------------------
 

@@ -79,7 +79,6 @@ def tables() -> dict[str, str]:
         "rm-bench": benchmark("rm-bench, chat", "longer preferred", "hard", "normal", "easy"),
         "speed-choices": markdown(cards[0], cards[1:]),
         "speed-train": speed("train", "what", *BESIDE_US, "peak GiB, ours and other"),
-        "speed-score": speed("score", "what", *BESIDE_US),
     }
 
 

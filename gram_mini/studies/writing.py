@@ -206,7 +206,7 @@ def write_answers(name: str, lab: Lab, seed: int, kept: set[int], results: Path)
 def summary(rows: list[dict], said: dict[str, str]) -> dict:
     """Of a judge and seed: where the true reward was highest, and what was said in the end.
 
-    The highest of several figures is a little too high by chance, with every judge.
+    The highest of several figures lies a little above its true value by chance, with every judge.
 
     Args:
         rows: from little KL to much.

@@ -271,7 +271,7 @@ def test_the_command_draws_what_is_named(tmp_path, monkeypatch):
     ]
     (tmp_path / "real-table.json").write_text(json.dumps({"rows": rows[:1]}))
     (tmp_path / "real-curve.json").write_text(json.dumps({"rows": rows}))
-    (tmp_path / "speed-score.json").write_text("{}")
+    (tmp_path / "speed-train.json").write_text("{}")
     for module in (pages, tables):
         monkeypatch.setattr(module, "RESULTS", tmp_path)
     monkeypatch.setattr(pages, "pages", lambda: [])
@@ -280,6 +280,6 @@ def test_the_command_draws_what_is_named(tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.glob("*.png")] == ["real-curve.png"]
     pages.main(["--draw"])
     assert len(list(tmp_path.glob("*.png"))) == 2
-    with pytest.raises(UserError, match="speed-score: no results of such a study; there are real"):
-        pages.main(["--draw", "speed-score"])
+    with pytest.raises(UserError, match="speed-train: no results of such a study; there are real"):
+        pages.main(["--draw", "speed-train"])
     tables.results.cache_clear()

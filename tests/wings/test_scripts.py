@@ -187,6 +187,7 @@ def test_a_step_is_of_as_many_rows_as_batch_size_says(tmp_path, data):
         (score, "--debug", "GRAM_DEBUG=1"),
         (train_reward, "--skip-limit", "stops after 5 steps"),
         (train_reward, "--report-to", "log.csv in the run folder grows"),
+        (train_reward, "--head", "python -m gram_mini.baselines"),
     ],
 )
 def test_an_option_that_is_gone_names_what_to_give_instead(script, option, instead):
