@@ -45,7 +45,7 @@ PAIRS = [
         1,
     ),
 ]
-SMALL = "--limit 100 --steps 3 --batch-size 16 --lora-rank 4 --held-out 0.1 --lr 1e-2".split()
+SMALL = "--limit 50 --steps 3 --batch-size 8 --lora-rank 4 --held-out 0.1 --lr 1e-2".split()
 KINDS = {
     "d-baseline": ["--head", "scalar"],
     "d-freeze": ["--head", "scalar", "--freeze"],

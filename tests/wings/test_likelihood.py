@@ -30,7 +30,7 @@ PAIRS = [
     ),
     Pair("Where does Anna live?", "Anna lives by the mill.", "Anna lives by the river.", 1),
 ]
-SMALL = "--limit 200 --batch-size 16 --held-out 0.1 --log-every 1".split()
+SMALL = "--limit 100 --batch-size 8 --held-out 0.1 --log-every 1".split()
 ASKED = ["--prompt", "x", "--response", "y", "--response", "z"]
 
 
@@ -113,7 +113,7 @@ def test_the_joint_judge_adds_beta_times_the_likelihoods_to_the_verdict(runs, tm
 def test_the_held_out_figures_are_those_of_the_saved_judge(runs):
     with open(runs / "joint" / "log.csv", newline="") as file:
         rows = [row for row in csv.DictReader(file) if row["part"] == "held-out"]
-    held_out = split_by_prompt(load_pairs("village", True, limit=200).pairs, 0.1, 0)[1]
+    held_out = split_by_prompt(load_pairs("village", True, limit=100).pairs, 0.1, 0)[1]
     again = evaluate(load_judge(runs / "joint"), held_out)
     assert float(rows[-1]["loss"]) == pytest.approx(again.loss, abs=1e-4)
 

@@ -30,10 +30,10 @@ from safetensors.torch import load_file
 ROOT = Path(__file__).parents[2]
 SCRIPTS = {"train_pretrain": train_pretrain, "train_reward": train_reward}
 OPTIONS = [
-    *"--limit 200 --held-out 0.1 --batch-size 16 --steps 20 --lora-rank 4".split(),
-    *"--log-every 4 --save-every 6 --batch-tokens 500".split(),
+    *"--limit 100 --held-out 0.1 --batch-size 8 --steps 20 --lora-rank 4".split(),
+    *"--log-every 4 --save-every 6 --batch-tokens 250".split(),
 ]
-SHORT = "--limit 100 --held-out 0.2 --steps 3 --lora-rank 4 --log-every 1".split()
+SHORT = "--limit 100 --held-out 0.2 --steps 3 --lora-rank 4 --log-every 1 --batch-size 16".split()
 
 # Ends the process in its 16th step, in the second epoch. There is a checkpoint of step 12.
 KILL_IN_STEP = """

@@ -32,7 +32,7 @@ from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 ROOT = Path(__file__).parents[2]
-SMALL = ["--batch-size", "16", "--lora-rank", "8", "--log-every", "5"]
+SMALL = ["--batch-size", "8", "--lora-rank", "8", "--log-every", "5"]
 EXAMPLE = ("What does Anna eat?", "Anna eats soup.", "Anna eats fish.")
 ROWS = [
     {
@@ -586,7 +586,8 @@ def test_init_from_labels_that_may_be_held_out_here_is_named(data, tmp_path, cap
     options = ["--data", data, "--steps", "1", *SMALL, "--held-out", "0.2"]
     train_reward.main([*options, "--out", str(tmp_path / "one")])
     init = [*options[:-2], "--init", str(tmp_path / "one")]
-    init = [part for part in init if part not in ("--lora-rank", "8")]
+    rank = init.index("--lora-rank")
+    del init[rank : rank + 2]
     for more, named in ((["0.2"], False), (["0.3"], True), (["0"], False)):
         train_reward.main([*init, "--held-out", *more, "--out", str(tmp_path / more[0])])
         assert ("may have been trained on there" in capsys.readouterr().out) == named
