@@ -74,7 +74,7 @@ $(SMOLLM2): .venv/.installed
 	touch $@
 
 test: check
-	$(BIN)/python -m pytest -q -n 2 --dist loadgroup
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 test-lesson: .venv/.installed
 	$(BIN)/python -m pytest -q tests/lesson
@@ -83,7 +83,7 @@ test-latest:
 	test -x .venv-latest/bin/python || $(PYTHON) -m venv .venv-latest
 	.venv-latest/bin/python -m pip install -q --upgrade -r requirements.txt -r tests/requirements.txt
 	.venv-latest/bin/python -m pip list
-	.venv-latest/bin/python -m pytest -q -n 2 --dist loadgroup
+	.venv-latest/bin/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 check: .venv/.installed-tests
 	$(BIN)/ruff check .

@@ -31,7 +31,7 @@ import torch
 from peaks import built_fused, measured_peak
 from safetensors.torch import load_file
 
-pytestmark = [pytest.mark.gpu, pytest.mark.xdist_group("gpu")]  # one process has the card
+pytestmark = pytest.mark.gpu
 
 DEVICE = pick_device("auto")
 ON_GPU = DEVICE.type == "cuda"

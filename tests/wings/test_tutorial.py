@@ -252,20 +252,6 @@ def nbgrader(folder, *command: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def scores(folder, student: str, book) -> dict[str, float]:
-    """Hand in a notebook, have it graded, and read the points of each cell."""
-    from nbgrader.api import Gradebook
-
-    place = folder / "submitted" / student / "gram_mini"
-    place.mkdir(parents=True)
-    nbformat.write(book, place / "tutorial.ipynb")
-    nbgrader(folder, "autograde", "gram_mini", "--student", student, "--create")
-    with Gradebook(f"sqlite:///{folder / 'gradebook.db'}") as gradebook:
-        submission = gradebook.find_submission_notebook("tutorial", "gram_mini", student)
-        tested = full_marks()
-        return {grade.name: grade.score for grade in submission.grades if grade.name in tested}
-
-
 def hand_in(folder, source):
     """The student version with the solution cells of ``source`` filled in."""
     book = read(folder / "release" / "gram_mini" / "tutorial.ipynb")
@@ -273,6 +259,37 @@ def hand_in(folder, source):
     for cell in book.cells:
         cell.source = answers.get(cell["id"], cell.source)
     return book
+
+
+@pytest.fixture(scope="module")
+def graded(course) -> dict[str, dict[str, float]]:
+    """The points of each cell of each student, graded by one command: each start takes seconds."""
+    from nbgrader.api import Gradebook
+
+    books = {"reference": exercises(read())}
+    for student, mistakes in enumerate(TYPICAL):
+        book = books[f"wrong-{student}"] = exercises(read())
+        cells = {cell["id"]: cell for cell in book.cells}
+        for name, right, wrong, _ in mistakes:
+            assert cells[name].source.count(right) == 1, name
+            cells[name].source = cells[name].source.replace(right, wrong)
+    books["library"] = exercises(read())
+    for cell in books["library"].cells:
+        cell.source = LIBRARY.get(cell["id"], cell.source)
+    handed_in = {student: hand_in(course, book) for student, book in books.items()}
+    handed_in["empty"] = read(course / "release" / "gram_mini" / "tutorial.ipynb")
+    for student, book in handed_in.items():
+        place = course / "submitted" / student / "gram_mini"
+        place.mkdir(parents=True)
+        nbformat.write(book, place / "tutorial.ipynb")
+    nbgrader(course, "autograde", "gram_mini", "--create")
+    tested, points = full_marks(), {}
+    with Gradebook(f"sqlite:///{course / 'gradebook.db'}") as gradebook:
+        for student in handed_in:
+            submission = gradebook.find_submission_notebook("tutorial", "gram_mini", student)
+            grades = {grade.name: grade.score for grade in submission.grades}
+            points[student] = {name: grades[name] for name in tested}
+    return points
 
 
 def full_marks() -> dict[str, float]:
@@ -300,38 +317,25 @@ def test_the_student_version_holds_no_solution_and_fails_in_the_exercises_only(c
     assert failed == set(full_marks())
 
 
-def test_the_reference_solutions_earn_full_marks(course):
-    assert scores(course, "reference", hand_in(course, exercises(read()))) == full_marks()
+def test_the_reference_solutions_earn_full_marks(graded):
+    assert graded["reference"] == full_marks()
 
 
-def test_an_empty_hand_in_earns_nothing(course):
-    empty = read(course / "release" / "gram_mini" / "tutorial.ipynb")
-    assert set(scores(course, "empty", empty).values()) == {0.0}
+def test_an_empty_hand_in_earns_nothing(graded):
+    assert set(graded["empty"].values()) == {0.0}
 
 
 @pytest.mark.parametrize("student", range(len(TYPICAL)))
-def test_typical_wrong_answers_lose_their_points_and_no_others(course, student):
-    source, lost = exercises(read()), set()
-    cells = {cell["id"]: cell for cell in source.cells}
-    for name, right, wrong, loses in TYPICAL[student]:
-        assert cells[name].source.count(right) == 1, name
-        cells[name].source = cells[name].source.replace(right, wrong)
-        lost |= loses
-    earned = scores(course, f"wrong-{student}", hand_in(course, source))
-    assert earned == {
+def test_typical_wrong_answers_lose_their_points_and_no_others(graded, student):
+    lost = {name for *_, loses in TYPICAL[student] for name in loses}
+    assert graded[f"wrong-{student}"] == {
         name: 0.0 if name in lost else points for name, points in full_marks().items()
     }
 
 
-def test_the_functions_of_the_library_solve_no_exercise(course):
-    source = exercises(read())
-    for cell in source.cells:
-        cell.source = LIBRARY.get(cell["id"], cell.source)
-    earned = scores(course, "library", hand_in(course, source))
-    assert {name for name, points in earned.items() if points} == PASSES_WITH_LIBRARY | {
-        "both-orders-test",
-        "both-orders-test-position",
-    }
+def test_the_functions_of_the_library_solve_no_exercise(graded):
+    passed = {name for name, points in graded["library"].items() if points}
+    assert passed == PASSES_WITH_LIBRARY | {"both-orders-test", "both-orders-test-position"}
 
 
 def test_make_assignment(tmp_path):
