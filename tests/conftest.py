@@ -15,14 +15,17 @@ from gram_mini.village import VILLAGE
 import pytest
 import torch
 
+LONGEST = "tutorial resume scripts studies memory architectures writing".split()
+
 
 def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="run the tests of several minutes too")
 
 
 def pytest_collection_modifyitems(config, items):
-    # With two processes the longest file comes first, so that neither waits for it in the end.
-    items.sort(key=lambda item: item.path.name != "test_tutorial.py")
+    # With two processes the longest files come first, so that neither waits for one in the end.
+    place = {f"test_{name}.py": i for i, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.name, len(place)))
     if not config.getoption("--slow"):
         for item in items:
             if "slow" in item.keywords:

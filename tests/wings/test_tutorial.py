@@ -277,7 +277,6 @@ def graded(course) -> dict[str, dict[str, float]]:
     for cell in books["library"].cells:
         cell.source = LIBRARY.get(cell["id"], cell.source)
     handed_in = {student: hand_in(course, book) for student, book in books.items()}
-    handed_in["empty"] = read(course / "release" / "gram_mini" / "tutorial.ipynb")
     for student, book in handed_in.items():
         place = course / "submitted" / student / "gram_mini"
         place.mkdir(parents=True)
@@ -319,10 +318,6 @@ def test_the_student_version_holds_no_solution_and_fails_in_the_exercises_only(c
 
 def test_the_reference_solutions_earn_full_marks(graded):
     assert graded["reference"] == full_marks()
-
-
-def test_an_empty_hand_in_earns_nothing(graded):
-    assert set(graded["empty"].values()) == {0.0}
 
 
 @pytest.mark.parametrize("student", range(len(TYPICAL)))

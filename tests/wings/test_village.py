@@ -5,6 +5,7 @@ import json
 import math
 import random
 import re
+from functools import cache
 
 from gram_mini.chat import encode
 from gram_mini.runs.models import VILLAGE_FOLDER, load_model
@@ -30,6 +31,7 @@ import torch
 from bitsandbytes.functional import create_dynamic_map, dequantize_4bit
 
 
+@cache
 def read(text):
     """The true reward of a response, read off its words alone."""
     name, attribute, value = next(
