@@ -56,7 +56,7 @@ def shape(kind, hidden, layers, heads, kv_heads, head_dim, mlp, vocabulary, tied
 
 
 SHAPES = {
-    "village": shape("qwen2", 96, 4, 4, 4, 24, 288, 718, True),
+    "village": shape("qwen2", 128, 4, 4, 4, 32, 384, 718, True),
     # a real vocabulary on a body that a CPU can train
     "mid": shape("qwen2", 512, 4, 8, 2, 64, 2048, 151936, True),
     # as their public config.json
