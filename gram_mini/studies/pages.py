@@ -1,8 +1,8 @@
 """Write the figures on the project's pages, from the committed results of the studies.
 
 A table stands between <!-- table: NAME --> and <!-- end -->; tables.py says what is in it. A figure
-in a sentence stands between <!-- figure: NAME --> and <!-- /figure -->. Its text is written in the
-form that it has there: 0.869, 0.87, 0.869 ± 0.012, +0.01 or 87%. Its NAME is one of
+in a sentence stands between <!--=NAME--> and <!--/-->. Its text is written in the form that it has
+there: 0.869, 0.87, 0.869 ± 0.012, +0.01 or 87%. Its NAME, with _ for each space, is one of
 
   table/GRAM/position gap                 STUDY/METHOD/FIGURE
   bon/GRAM/n=256/true reward              the same, where a method has several rows; seed=1, too
@@ -29,7 +29,7 @@ EXAMPLES = """\
   python -m gram_mini.studies.pages --draw table bon"""
 ROOT = Path(__file__).parents[2]
 TABLE = re.compile(r"(<!-- table: (.+?) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
-FIGURE = re.compile(r"(<!-- figure: (.+?) -->)(.*?)(<!-- /figure -->)")
+FIGURE = re.compile(r"(<!--=(.+?)-->)(.*?)(<!--/-->)")
 FORM = re.compile(r"(\+?)-?\d+(?:\.(\d+))?(%?)( ± .*)?")
 
 
@@ -55,12 +55,13 @@ def written(text: str) -> str:
 
     def sentence(match: re.Match) -> str:
         begin, name, old, end = match.groups()
+        name = name.replace("_", " ")
         return f"{begin}{in_the_form_of(old, figure(name), name)}{end}"
 
-    for pattern, begin in ((TABLE, "<!-- table:"), (FIGURE, "<!-- figure:")):
+    for pattern, begin in ((TABLE, "<!-- table:"), (FIGURE, "<!--=")):
         inside = [match[3] for match in pattern.finditer(text)]
         if text.count(begin) != len(inside) or any(begin in part for part in inside):
-            raise UserError(f"{begin} ... -->: one of them has no end")
+            raise UserError(f"{begin}...-->: one of them has no end")
     return FIGURE.sub(sentence, TABLE.sub(table, text))
 
 

@@ -60,7 +60,7 @@ def test_no_table_of_figures_is_typed_by_hand(path):
 @pytest.mark.parametrize("path", PAGES, ids=NAMES)
 def test_no_line_begins_with_the_marker_of_a_figure(path):
     """Markdown takes such a line for HTML, and ends the paragraph before it."""
-    assert not re.search(r"^\s*<!-- /?figure", path.read_text("utf-8"), re.MULTILINE)
+    assert not re.search(r"^\s*<!--[=/]", path.read_text("utf-8"), re.MULTILINE)
 
 
 def test_every_table_that_the_command_knows_stands_on_a_page():
@@ -85,7 +85,7 @@ def test_a_changed_figure_is_found_and_written_back(tmp_path, monkeypatch, capsy
     page = tmp_path / "page.md"
     good = command.written(
         "<!-- table: table -->\n<!-- end -->\nThen "
-        "<!-- figure: table/GRAM/position gap -->0.000 ± 0.000<!-- /figure -->.\n"
+        "<!--=table/GRAM/position_gap-->0.000 ± 0.000<!--/-->.\n"
     )
     page.write_text(good.replace("GRAM | 0.", "GRAM | 1."))
     monkeypatch.setattr(command, "ROOT", tmp_path)
@@ -109,11 +109,11 @@ def test_a_table_keeps_nothing_of_what_stood_there():
         ("<!-- table: nonsense -->\n<!-- end -->", "table nonsense: no such table"),
         ("<!-- table: table -->\n| a |\n", "has no end"),
         ("<!-- table: table -->\n<!-- table: bon -->\n<!-- end -->", "has no end"),
-        ("<!-- figure: table/GRAM/fact only -->0.1", "has no end"),
-        ("<!-- figure: nonsense/GRAM/x -->0.1<!-- /figure -->", "nonsense: no committed results"),
-        ("<!-- figure: table/GRAM/x -->0.1<!-- /figure -->", "no such figures in table.json"),
-        ("<!-- figure: bon/GRAM/true reward -->0.1<!-- /figure -->", "9 such figures"),
-        ("<!-- figure: table/GRAM/fact only -->much<!-- /figure -->", "'much' is not a form"),
+        ("<!--=table/GRAM/fact_only-->0.1", "has no end"),
+        ("<!--=nonsense/GRAM/x-->0.1<!--/-->", "nonsense: no committed results"),
+        ("<!--=table/GRAM/x-->0.1<!--/-->", "no such figures in table.json"),
+        ("<!--=bon/GRAM/true_reward-->0.1<!--/-->", "9 such figures"),
+        ("<!--=table/GRAM/fact_only-->much<!--/-->", "'much' is not a form"),
     ],
 )
 def test_what_cannot_be_written_ends_in_one_line(text, said):
