@@ -13,7 +13,7 @@ from gram_mini.runs.chunked import chunked_pair_loss
 from gram_mini.runs.ending import clear_errors
 from gram_mini.runs.options import pretrain_options
 from gram_mini.runs.run import Run
-from gram_mini.training import clip_gradients, draw_batches, optimizer_and_schedule
+from gram_mini.training import clip_gradients, optimizer_and_schedule
 
 import torch
 
@@ -38,9 +38,9 @@ def main(argv=None):
 
     # Loop
     optimizer, schedule = optimizer_and_schedule(model, rate, steps)
-    batches = draw_batches(train, run.rows_per_step, args.seed)  # y_a or y_b first, at random
-    for batch in run.steps(batches, steps, model, optimizer, schedule):
-        # The step in one forward pass, or in several; their weights add up to 1
+    for batch in run.steps(train, steps, model, optimizer, schedule):
+        # Pairs drawn at random, each with y_a or y_b first, in one forward pass or in several, whose
+        # weights add up to 1
         for rows, weight in run.passes(batch):
             # The target is the next token if it is of y_a, y_b or a marker around them, else -100
             ids, targets = pair_batch(rows, prompt, run.device)  # (B, T), (B, T)

@@ -176,15 +176,15 @@ def pad(rows: Sequence[Sequence[int]], value: int = 0) -> torch.Tensor:
 
 def trained_tokens(pieces: PromptPieces, rows: Sequence[EncodedPair]) -> int:
     """Number of tokens that stage 1 trains on: both responses and the markers around them."""
-    markers = pieces.fixed_tokens - len(pieces.start) - pieces.given
+    markers = pieces.fixed_tokens - len(pieces.start) - pieces.ignored
     return sum(len(row.response_a) + len(row.response_b) + markers for row in rows)
 
 
-def next_tokens(ids: list[int], given: int) -> list[int]:
-    """The target of each position: the token after it, or IGNORED if that is one of the ``given``
-    first tokens.
+def next_tokens(ids: list[int], ignored: int) -> list[int]:
+    """The target of each position: the token after it, or IGNORED if that is one of the
+    ``ignored`` first tokens.
     """
-    return [IGNORED] * (given - 1) + ids[given:] + [IGNORED]
+    return [IGNORED] * (ignored - 1) + ids[ignored:] + [IGNORED]
 
 
 def pair_batch(
@@ -196,9 +196,9 @@ def pair_batch(
     sequences, targets = [], []
     for row in rows:
         ids = join(pieces, row)
-        given = len(pieces.start) + len(row.prompt) + pieces.given
+        ignored = len(pieces.start) + len(row.prompt) + pieces.ignored
         sequences.append(ids)
-        targets.append(next_tokens(ids, given))
+        targets.append(next_tokens(ids, ignored))
     return pad(sequences).to(device), pad(targets, IGNORED).to(device)
 
 

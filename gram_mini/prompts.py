@@ -67,9 +67,9 @@ class PromptPieces:
         end           \\n[The End of Assistant B's Answer]\\n\\n#Preferred:<|im_end|>\\n
                       <|im_start|>assistant\\n
 
-    Only the texts in the gaps are ever cut, so no marker gets lost. ``given`` counts the tokens of
-    after_prompt up to where the assistant's text begins; stage 1 trains on everything after them
-    (the markers and the two responses).
+    Only the texts in the gaps are ever cut, so no marker gets lost. ``ignored`` counts the tokens of
+    after_prompt up to where the assistant's text begins; stage 1 ignores them and trains on
+    everything after them (the markers and the two responses).
 
     Pieces and texts are tokenised one by one, in training and in scoring alike. So no token reaches
     across a seam, such as one of a full stop and the line break after it.
@@ -79,7 +79,7 @@ class PromptPieces:
     after_prompt: list[int]
     between: list[int]
     end: list[int]
-    given: int = 0
+    ignored: int = 0
 
     @property
     def tokens(self) -> list[int]:
@@ -102,13 +102,13 @@ def pair_prompt(tokenizer) -> PromptPieces:
     turn, _ = up_to_answer(tokenizer, fill(QUESTION, **SLOTS), plain_end="\n\n")
     before, after = split_at_slots(turn, ["prompt"])
     marker, middle, end = split_at_slots(fill(PAIR, **SLOTS), ["response_a", "response_b"])
-    given = encode(tokenizer, after)
+    before_pair = encode(tokenizer, after)
     return PromptPieces(
         start=encode_beginning(tokenizer, before),
-        after_prompt=given + encode(tokenizer, marker),
+        after_prompt=before_pair + encode(tokenizer, marker),
         between=encode(tokenizer, middle),
         end=encode(tokenizer, end),
-        given=len(given),
+        ignored=len(before_pair),
     )
 
 

@@ -34,7 +34,7 @@ from gram_mini.runs.models import load_lora
 from gram_mini.runs.options import add_reward_options, parser
 from gram_mini.runs.record import HEAD
 from gram_mini.runs.run import Run
-from gram_mini.training import clip_gradients, draw_batches, optimizer_and_schedule
+from gram_mini.training import clip_gradients, optimizer_and_schedule
 
 import torch
 
@@ -122,8 +122,7 @@ def main(argv=None):
 
     # Loop
     optimizer, schedule = optimizer_and_schedule(model, rate, steps)
-    batches = draw_batches(train, run.rows_per_step, args.seed)
-    for batch in run.steps(batches, steps, model, optimizer, schedule):
+    for batch in run.steps(train, steps, model, optimizer, schedule):
         for rows, weight in run.passes(batch):
             if args.head == "labels":
                 ids, last, right = judge_batch(rows, prompt, run.device)  # (B, T), (B,), (B,)

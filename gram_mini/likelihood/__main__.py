@@ -29,7 +29,7 @@ from gram_mini.runs.models import load_lora
 from gram_mini.runs.options import add_both_orders, add_reward_options, parser, positive_float
 from gram_mini.runs.record import LIKELIHOOD
 from gram_mini.runs.run import Run
-from gram_mini.training import clip_gradients, draw_batches, optimizer_and_schedule
+from gram_mini.training import clip_gradients, optimizer_and_schedule
 
 import torch
 
@@ -93,8 +93,8 @@ def main(argv=None):
 
     # Loop
     optimizer, schedule = optimizer_and_schedule(model, rate, steps, {"beta": args.beta_lr})
-    batches = draw_batches(train, run.rows_per_step, args.seed)  # y_a or y_b first, at random
-    for batch in run.steps(batches, steps, model, optimizer, schedule):
+    for batch in run.steps(train, steps, model, optimizer, schedule):
+        # Pairs drawn at random, each with y_a or y_b first
         for rows, weight in run.passes(batch):
             if args.both_orders:  # step 8 of losses.py
                 rows = [order for row in rows for order in (row, row.swapped())]

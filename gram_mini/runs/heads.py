@@ -128,7 +128,7 @@ def response_prompt(tokenizer) -> PromptPieces:
     if not end and tokenizer.eos_token_id is not None:
         end = [tokenizer.eos_token_id]  # the reward is read after the response
     start = encode_beginning(tokenizer, before)
-    return PromptPieces(start, after_prompt, [], end, given=len(after_prompt))
+    return PromptPieces(start, after_prompt, [], end, ignored=len(after_prompt))
 
 
 def response_segments(pieces: PromptPieces, row: EncodedPair) -> Segments:

@@ -50,8 +50,8 @@ class Likelihoods:
         self.model, self.pass_tokens, self.kind = model, pass_tokens, kind
         self.adapter, self.unit = adapter, unit
         pair = pair_prompt(tokenizer)
-        # start x after_prompt y end: the marker before y is given, the one after it is not
-        self.prompt = replace(pair, between=[], end=pair.between, given=len(pair.after_prompt))
+        # start x after_prompt y end: the marker before y is ignored, the one after it is not
+        self.prompt = replace(pair, between=[], end=pair.between, ignored=len(pair.after_prompt))
         self.kept: dict[Key, float] = {}  # in nats
 
     def keep(self, rows: list[EncodedPair]) -> None:

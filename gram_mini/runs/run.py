@@ -1,7 +1,7 @@
 """A run of a training script: everything around the training loop.
 
     run = Run("reward", args)               folder, processes, device; errors come before any work
-    for batch in run.steps(...):            resumes before the first step; logs and saves after some
+    for batch in run.steps(...):            draws pairs, resumes, logs, saves
         for rows, weight in run.passes(batch):    this process's pairs, as many as fit at once
             run.note(...)                   figures for the log
         run.sum_over_processes()            gradients and loss
@@ -61,7 +61,7 @@ from gram_mini.runs.record import (
     tokenizer_fingerprint,
 )
 from gram_mini.runs.report import describe, lengths, without_cut_alike
-from gram_mini.training import number_of_steps
+from gram_mini.training import draw_batches, number_of_steps
 
 import torch
 from tqdm import tqdm
@@ -122,7 +122,7 @@ class Run:
         self._accelerator.print(line)
 
     @property
-    def rows_per_step(self) -> int:
+    def _rows_per_step(self) -> int:
         """Pairs per optimiser step, over all processes."""
         return self.args.batch_size * self._accelerator.num_processes
 
@@ -215,16 +215,18 @@ class Run:
         args = self.args
         self.say(defaults.choose_rate(args, self.stage, output_head(model).weight.shape[1]))
         self._choose_passes(model)
-        steps = number_of_steps(len(train), self.rows_per_step, args.epochs, args.steps)
+        steps = number_of_steps(len(train), self._rows_per_step, args.epochs, args.steps)
         tokens = args.batch_size * args.max_length
         return steps, args.lr, min(tokens, args.batch_tokens or tokens)
 
     # ---- the loop --------------------------------------------------------------------
 
     def steps(
-        self, batches: Iterator[list[EncodedPair]], steps: int, model, optimizer, schedule
+        self, train: list[EncodedPair], steps: int, model, optimizer, schedule
     ) -> Iterator[list[EncodedPair]]:
-        """Yield the batch of each step, from the first step or from that after the checkpoint.
+        """Yield the pairs of each step, from the first step or from that after the checkpoint.
+
+        They are drawn by :func:`gram_mini.training.draw_batches`.
 
         Raises:
             UserError: an unfinished run with other options or data, or one that cannot be read.
@@ -244,6 +246,7 @@ class Run:
             self._tokenizer_fingerprint,
         )
         begun = self._load(optimizer, schedule)
+        batches = draw_batches(train, self._rows_per_step, self.args.seed)
         for _ in range(begun["step"]):
             next(batches)
         self.skipped, self._skipped_in_a_row = begun["skipped"], 0

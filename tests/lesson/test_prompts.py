@@ -124,8 +124,8 @@ def test_prompts_hold_all_three_texts_in_order(tokenizer, template):
 
 def test_stage_1_trains_on_the_markers_but_not_on_the_users_turn(tokenizer):
     pieces = pair_prompt(tokenizer)
-    assert tokenizer.decode(pieces.after_prompt[: pieces.given]) == "<|end|><|assistant|>"
-    assert tokenizer.decode(pieces.after_prompt[pieces.given :]) == prompts.START_A
+    assert tokenizer.decode(pieces.after_prompt[: pieces.ignored]) == "<|end|><|assistant|>"
+    assert tokenizer.decode(pieces.after_prompt[pieces.ignored :]) == prompts.START_A
 
 
 def bpe(tokens, merges=()):
@@ -273,4 +273,4 @@ def test_without_a_chat_template_the_verdict_follows_directly(tokenizer, end, la
 
 def test_without_a_chat_template_the_pair_begins_a_paragraph(tokenizer):
     pieces = pair_prompt(with_template(tokenizer, None))
-    assert tokenizer.decode(pieces.after_prompt[: pieces.given]) == "\n\n"
+    assert tokenizer.decode(pieces.after_prompt[: pieces.ignored]) == "\n\n"
