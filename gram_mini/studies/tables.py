@@ -124,7 +124,8 @@ def center(row: dict, key: str) -> str:
 
 
 def markdown(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
-    return "\n".join(f"| {' | '.join(line)} |" for line in [head, ["---"] * len(head), *lines])
+    first, *rest = (f"| {' | '.join(line)} |" for line in [head, *lines])
+    return "\n".join([first, "|---" * len(head) + "|", *rest])
 
 
 def listed(study: str, *keys: str, **where: str) -> str:

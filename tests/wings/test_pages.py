@@ -172,12 +172,12 @@ def test_a_crossed_table_says_how_many_seeds_where_they_are_not_the_same(study):
     even = [row for n in (1, 2) for row in rows("A", [0.1, 0.2], n=n)]
     study("even", rows=even)
     assert tables.crossed("even", "n", {1: "one", 2: "two"}, "x") == (
-        "| method, n | one | two |\n| --- | --- | --- |\n| A | 0.150 ± 0.635 | 0.150 ± 0.635 |"
+        "| method, n | one | two |\n|---|---|---|\n| A | 0.150 ± 0.635 | 0.150 ± 0.635 |"
     )
     study("uneven", rows=[*even, *rows("B", [0.3], n=2)])
     assert tables.crossed("uneven", "n", (1, 2, 1000), "x").splitlines() == [
         "| method, n | 1 | 2 | 1,000 |",
-        "| --- | --- | --- | --- |",
+        "|---|---|---|---|",
         "| A | 0.150 (2) | 0.150 (2) |  |",
         "| B |  | 0.300 (1) |  |",
     ]
