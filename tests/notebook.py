@@ -19,8 +19,10 @@ TUTORIAL = ROOT / "tutorial.ipynb"
 SMALLEST = (
     ("train", "STEPS = []", 'STEPS = ["--steps", "2", "--limit", "64"]'),
     ("scalar-hand", "HEAD_STEPS = 40", "HEAD_STEPS = 10"),
-    ("compared", "compare_many(village_pairs(split))", "compare_many(village_pairs(split, 60))"),
-    ("compared", "return village_pairs(split),", "return village_pairs(split, 60),"),
+    ("scalar-hand-loop", "draw_batches(answer_rows, 64", "draw_batches(answer_rows[:160], 16"),
+    ("compared", "compare_many(village_pairs(split))", "compare_many(village_pairs(split, 30))"),
+    ("compared", "return village_pairs(split),", "return village_pairs(split, 30),"),
+    ("by-hand", 'labelled_rows, options["batch_size"]', "labelled_rows[:160], 16"),
     ("by-hand-setup", "HAND_STEPS = 40", "HAND_STEPS = 10"),
     ("bon-scores", "80 if FULL else 20", "2"),
     ("few-labels", "(SEED, SEED + 1, SEED + 2)", "(SEED, SEED + 1)"),
