@@ -15,7 +15,9 @@ line for each, numbered by "pair". A row without a pair gives a line that says w
   prompt, responses (a list) and perhaps reference                 -> a ranking
       order          numbers of the responses, from 0, best first
       scores         one for each response, in the order of the row
-      comparisons    how many pairs were compared; truncated: how many of them were cut
+      comparisons    how many pairs were compared
+      truncated      how many of them were cut
+      method         "round-robin", "knock-out" or "reference"
       label_mass     the mean over the comparisons
 """
 
