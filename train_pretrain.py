@@ -39,8 +39,8 @@ def main(argv=None):
     # Loop
     optimizer, schedule = optimizer_and_schedule(model, rate, steps)
     for batch in run.steps(train, steps, model, optimizer, schedule):
-        # Pairs drawn at random, each with y_a or y_b first, in one forward pass or in several, whose
-        # weights add up to 1
+        # Pairs drawn at random, each with y_a or y_b first. They take one forward pass, or several
+        # whose weights add up to 1
         for rows, weight in run.passes(batch):
             # The target is the next token if it is of y_a, y_b or a marker around them, else -100
             ids, targets = pair_batch(rows, prompt, run.device)  # (B, T), (B, T)

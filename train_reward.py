@@ -45,8 +45,8 @@ def main(argv=None):
     # Loop
     optimizer, schedule = optimizer_and_schedule(model, rate, steps)
     for batch in run.steps(train, steps, model, optimizer, schedule):
-        # Pairs drawn at random, each with y_a or y_b first, in one forward pass or in several, whose
-        # weights add up to 1
+        # Pairs drawn at random, each with y_a or y_b first. They take one forward pass, or several
+        # whose weights add up to 1
         for rows, weight in run.passes(batch):
             if args.both_orders:  # ours, not the paper's: step 8 of losses.py
                 rows = [order for row in rows for order in (row, row.swapped())]

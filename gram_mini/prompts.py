@@ -67,8 +67,8 @@ class PromptPieces:
         end           \\n[The End of Assistant B's Answer]\\n\\n#Preferred:<|im_end|>\\n
                       <|im_start|>assistant\\n
 
-    Only the texts in the gaps are ever cut, so no marker gets lost. ``ignored`` counts the tokens of
-    after_prompt up to where the assistant's text begins; stage 1 ignores them and trains on
+    Only the texts in the gaps are ever cut, so no marker gets lost. ``ignored`` counts the tokens
+    of after_prompt up to where the assistant's text begins; stage 1 ignores them and trains on
     everything after them (the markers and the two responses).
 
     Pieces and texts are tokenised one by one, in training and in scoring alike. So no token reaches

@@ -88,7 +88,8 @@ def main(argv=None):
         model.beta.data[:], likelihoods.unit = stored_beta(args.init)
     else:  # differences of a standard deviation of 1, so that one rate of beta suits all data
         log_a, log_b = likelihoods.of(train).T  # (N,), (N,)
-        likelihoods.unit = float((log_a - log_b).std()) or 1.0
+        spread = float((log_a - log_b).std()) if len(train) > 1 else 0.0
+        likelihoods.unit = spread or 1.0
     model.beta_unit = likelihoods.unit  # in nats
 
     # Loop

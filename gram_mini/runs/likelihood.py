@@ -65,6 +65,8 @@ class Likelihoods:
         return torch.tensor(found).view(-1, 2) / self.unit  # (N, 2)
 
     def _compute(self, rows: list[EncodedPair]) -> dict[Key, float]:
+        if not rows:
+            return {}
         alone: dict[Key, EncodedPair] = {}  # each response once, without the other one
         for row in rows:
             for key, order in zip(keys(row), (row, row.swapped())):

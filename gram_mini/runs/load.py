@@ -74,6 +74,11 @@ def load_judge(
             f"--likelihood: {path} is no run of stage 1, which learns how likely a response is; "
             "give a run of train_pretrain.py"
         )
+    if likelihood == "over-backbone" and not (folder / "run.json").is_file():
+        raise UserError(
+            f"--likelihood over-backbone: {path} is exported, so its adapter is no longer apart; "
+            "give the run itself"
+        )
     if joint or likelihood == "over-backbone":
         merge = False  # its adapters are asked one by one
     given, backbone = template, str(path)

@@ -183,6 +183,11 @@ def _check_scoring(p: argparse.ArgumentParser, args: argparse.Namespace) -> None
         p.error("--bits and --device do not go with --server, which has its own")
     if args.likelihood and (args.server or args.judge_template):
         p.error("--likelihood goes with neither --server nor --judge-template; it asks no judge")
+    if args.likelihood and args.reference is not None:
+        p.error(
+            "--likelihood ranks by nats, so P(better than a reference) says little; leave out "
+            "--reference"
+        )
     if args.reference is not None and args.rank:
         p.error(f"--reference does not go with --rank {args.rank}")
     given_columns(args.columns, args.labels)

@@ -6,7 +6,7 @@ import hashlib
 import json
 import platform
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, astuple
 from importlib.metadata import version
 from pathlib import Path
 
@@ -33,7 +33,7 @@ def read_record(folder: Path, name: str = "run.json") -> dict:
     """
     try:
         record = json.loads((folder / name).read_text())
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{folder}: holds no {name}, so it is no finished run") from None
     except json.JSONDecodeError:
         record = None
@@ -110,7 +110,9 @@ def check_prompt(path, record: dict, prompt: PromptPieces, labels, tokenizer) ->
             f"{path}: its tokenizer or chat template is not the one it was trained with; put back "
             "the files as training wrote them, or train again"
         )
-    same_pieces = record["stage"] != "reward" or record["prompt"]["pieces"] == asdict(prompt)
+    # By value: a field may have had another name in an earlier version.
+    pieces = record["prompt"].get("pieces", {}).values()
+    same_pieces = record["stage"] != "reward" or list(pieces) == list(astuple(prompt))
     if not same_pieces or list(record["labels"].values()) != list(labels):
         raise UserError(
             f"{path}: this version of gram_mini makes another prompt of its chat template than the "
@@ -131,7 +133,7 @@ def settings(
         "backbone": fingerprint(args.model, model),
         "judge prompt": template,
         "tokenizer and chat template": tokenizer,
-        "prompt's token ids": hashlib.sha256(repr(prompt).encode()).hexdigest()[:16],
+        "prompt's token ids": hashlib.sha256(repr(astuple(prompt)).encode()).hexdigest()[:16],
     }
 
 

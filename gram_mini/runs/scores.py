@@ -136,6 +136,8 @@ def _read(question: Question, group: list[Row], args, columns: Columns | None) -
         raise UserError(
             f"{where}: column 'reference' must be text, found {type(reference).__name__}"
         )
+    if reference is not None and args.likelihood and not args.rank:
+        raise UserError(f"{where}: --likelihood takes no reference; give --rank round-robin")
     if reference is None and len(question.responses) == 1:
         raise UserError(f"{where}: needs a column 'reference', or --reference")
     question.reference = None if args.rank else reference

@@ -39,12 +39,17 @@ class Engine:
     """
 
     def __init__(self, server: str, name: str | None = None):
-        address = urlsplit(server)
+        try:
+            address = urlsplit(server)
+        except ValueError:  # such as half of an IPv6 address
+            address = urlsplit("")
         if address.scheme not in ("http", "https") or not address.hostname:
             raise UserError(f"--server {server}: give an address such as http://127.0.0.1:8000")
         self.url = server.rstrip("/").removesuffix("/v1")
         self.headers = {"Content-Type": "application/json"}
         if key := os.environ.get(KEY, "").strip():
+            if not key.isascii():
+                raise UserError(f"{KEY}: holds a character that no key has; set it anew")
             self.headers["Authorization"] = f"Bearer {key}"
         self.opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         try:

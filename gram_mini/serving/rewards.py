@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 from gram_mini.judge import Comparison
 from gram_mini.pairs import Pair
-from gram_mini.reading.formats import parse_pairs
-from gram_mini.reading.messages import read_prompt
+from gram_mini.reading.messages import read_messages, read_prompt, read_text, transcript
+from gram_mini.reading.usable import is_blank
 from gram_mini.serving.served import ServedJudge
 
 AGAINST = ("first", "all")
@@ -51,25 +51,36 @@ def group_rewards(
 
     Args:
         judge: a Judge, or what has its ``compare_many``.
-        prompts: N texts or lists of messages, read as in training (reading.formats.parse_pairs).
-        completions: N of the same.
-        references: N of the same; None or an empty text where there is none.
+        prompts: N texts or lists of messages, read as in training.
+        completions: N texts, or lists of the assistant's messages.
+        references: N of the same; None or a blank text where there is none.
         against: "first" or "all".
 
     Raises:
-        ValueError: another ``against``; a completion with nothing to be compared with.
+        ValueError: another ``against``; lists of other lengths; a completion with nothing to be
+            compared with.
+        UserError: what is neither a text nor messages; it names the place.
     """
     if against not in AGAINST:
         raise ValueError(f"against must be one of {AGAINST}, got {against!r}")
+    references = [None] * len(prompts) if references is None else references
+    if not len(prompts) == len(completions) == len(references):
+        raise ValueError(
+            f"{len(prompts)} prompts, {len(completions)} completions, {len(references)} "
+            "references: there must be one of each for every completion"
+        )
     questions = [read_prompt(prompt, f"row {i}", "prompt") for i, prompt in enumerate(prompts)]
+    texts = [response(text, f"row {i}", "completion") for i, text in enumerate(completions)]
     groups: dict[str, list[int]] = {}
     for i, question in enumerate(questions):
         groups.setdefault(question, []).append(i)
 
     pairs: list[list[Pair]] = []  # of each completion
     for i, question in enumerate(questions):
-        group, reference = groups[question], references[i] if references else None
-        if reference:
+        group, reference = groups[question], references[i]
+        if reference is not None and not isinstance(reference, float):  # nan in a table's gap
+            reference = response(reference, f"row {i}", "reference")
+        if isinstance(reference, str) and not is_blank(reference):
             rivals = [reference]
         elif len(group) == 1:
             raise ValueError(
@@ -78,11 +89,10 @@ def group_rewards(
                 "prompt), or sample more than one completion"
             )
         elif against == "first":
-            rivals = [completions[group[0]]]
+            rivals = [texts[group[0]]]
         else:
-            rivals = [completions[j] for j in group if j != i]
-        rows = [{"prompt": question, "chosen": completions[i], "rejected": x} for x in rivals]
-        pairs.append([parse_pairs([(f"row {i}", row)])[0][0] for row in rows])
+            rivals = [texts[j] for j in group if j != i]
+        pairs.append([Pair(question, texts[i], rival) for rival in rivals])
 
     # P(b better) = 1 - P(a better), so two texts are compared once, in sorted order.
     compared = list(
@@ -99,6 +109,13 @@ def group_rewards(
     # Equal texts are a draw.
     reward = lambda pair: better.get((pair.prompt, pair.response_a, pair.response_b), 0.5)
     return Rewards([math.fsum(map(reward, row)) / len(row) for row in pairs], results)
+
+
+def response(value, where: str, column: str) -> str:
+    """A completion as text. In a text nothing is looked for: it may look like anything."""
+    if isinstance(value, str):
+        return read_text(value, where, column)
+    return transcript(read_messages(value, where, column)).removeprefix("Assistant: ")
 
 
 def in_order(pair: Pair) -> Pair:

@@ -3,7 +3,7 @@
 Each study writes STUDY.json and STUDY.png to --results, anew after each seed. The same command goes
 on where it stopped: a seed that is in STUDY.json is not run again, if it was made with this
 backbone, these options, methods and versions of the packages. If you change what a study does,
-delete its STUDY.json. Trained models stay in --runs, and other studies use them too.
+delete its STUDY.json and give another --runs, where trained models and their figures are kept.
 
 python -m gram_mini.studies.real takes another model and pairs of your own. The studies here:
 """

@@ -150,11 +150,18 @@ class Lab:
     # ---- files -----------------------------------------------------------------------
 
     def file(self, name: str, pairs: list[Pair]) -> str:
-        """The pairs as a file that the training scripts read."""
+        """The pairs as a file that the training scripts read.
+
+        Raises:
+            UserError: if the file is there with other pairs.
+        """
         path = self.folder / "data" / f"{name}.jsonl"
         with self.alone(path):
+            lines = [json.dumps(row_of(pair)) + "\n" for pair in pairs]
             if not path.is_file():
-                write_whole(path, (json.dumps(row_of(pair)) + "\n" for pair in pairs), "data")
+                write_whole(path, lines, "data")
+            elif path.read_text() != "".join(lines):
+                raise UserError(f"{path}: holds other pairs than now; give another --runs")
         return str(path)
 
     def labelled(self, seed: int, count: int | None = None) -> str:

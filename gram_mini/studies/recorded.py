@@ -9,6 +9,7 @@ from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
+from gram_mini.errors import UserError
 from gram_mini.runs import options
 from gram_mini.runs.load import find_record
 from gram_mini.runs.models import local_model
@@ -28,6 +29,8 @@ def table_command(
     text = "write the table to this file, too"
     parser.add_argument("--record", type=Path, metavar="FILE.json", help=text)
     args = parser.parse_args(argv)
+    if args.record and (args.record.is_dir() or not args.record.parent.is_dir()):
+        raise UserError(f"--record {args.record}: is a folder, or in none; give a file")
     means = rows(args.models, bits=args.bits, max_length=args.max_length, device=args.device)
     print(table(means))
     print(caption)

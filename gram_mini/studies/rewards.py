@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 from gram_mini.judge import TIE
 from gram_mini.pairs import Pair
-from gram_mini.runs.ranking import best_first, knock_out, round_robin
+from gram_mini.runs.ranking import Compare, best_first, knock_out, round_robin
 from gram_mini.studies.lab import Lab
 from gram_mini.village import question, true_probability
 from gram_mini.village.pairs import topics
@@ -21,7 +21,6 @@ import torch
 
 SIZES = (4, 8, 16, 32, 64)
 Games = list[tuple[str, str]]
-Compare = Callable[[Games], list[float]]  # P(the first text of a game is better) of each game
 Way = Callable[[list[str], Compare, str], list[float]]  # texts, compare, reference -> their scores
 
 

@@ -43,10 +43,7 @@ HEADINGS = {
 DEMO = ("in distribution", "out of distribution", "fact only", "courtesy only", "length only")
 EVERYDAY = ("labelled topics", "unlabelled topics", "fact", "relevance", "courtesy", "length")
 CERTAIN = ("accuracy", "cross-entropy", "calibration error", "position gap", "own margin")
-TABLE = (
-    *("in-distribution", "out-of-distribution", "fact only", "courtesy only", "length only"),
-    *("cross-entropy", "position gap"),
-)
+TABLE = ("in-distribution", "out-of-distribution", "fact only", "courtesy only", "length only")
 WRITING = ("highest", "KL of the highest", "last", "KL of the last", "commonest claims")
 BESIDE_US = ("other way", "ours is faster by")
 SHARES = {0.0: "none", 0.0625: "1/16", 0.25: "1/4", 0.5: "1/2", 1.0: "all 24,000"}
@@ -60,7 +57,7 @@ def tables() -> dict[str, str]:
         "studies": studies(),
         "served": listed("served", "pairs", "log-odds apart, most", "same verdict"),
         "everyday": listed("everyday", *EVERYDAY, "position gap"),
-        "table": listed("table", *TABLE),
+        "table": listed("table", *TABLE, means=("cross-entropy", "position gap")),
         "unlabelled": crossed("unlabelled", "share", SHARES, "out-of-distribution"),
         "adapt": crossed("adapt", "labels", (0, 50, 200, 2000), "out-of-distribution"),
         "certain": certain(),
@@ -71,7 +68,7 @@ def tables() -> dict[str, str]:
         "orders": listed("orders", *STUDIES["orders"].shown),
         "beside": listed("beside", *STUDIES["beside"].shown),
         "rewards": rewards(),
-        "real-table": listed("real-table", "held out", *(f"held out, {x}" for x in REAL)),
+        "real-table": listed("real-table", "held out", means=[f"held out, {x}" for x in REAL]),
         "real-curve": crossed("real-curve", "labels", (100, 200, 400, 800, 927), "held out"),
         "real-helpful": real_helpful(),
         "llmbar": benchmark("llmbar", "agreement", "Natural", "Adversarial", "total"),
@@ -119,8 +116,8 @@ def cell(row: dict, key: str) -> str:
 
 
 def center(row: dict, key: str) -> str:
-    """A figure without its interval."""
-    return cell({key: row[key][:1]}, key)
+    """A figure without its interval; empty if the row has none."""
+    return cell({key: row[key][:1]}, key) if key in row else ""
 
 
 def markdown(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
@@ -128,11 +125,17 @@ def markdown(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
     return "\n".join([first, "|---" * len(head) + "|", *rest])
 
 
-def listed(study: str, *keys: str, **where: str) -> str:
-    """A line for each row of the means, of those with these values; a column for each figure."""
+def listed(study: str, *keys: str, means: Sequence[str] = (), **where: str) -> str:
+    """A line for each row of the means, of those with these values; a column for each figure.
+
+    Those in ``means`` stand without their intervals.
+    """
     rows = select(results(study)["means"], **where)
-    lines = ([row["method"], *(cell(row, key) for key in keys)] for row in rows)
-    return markdown(["method", *(HEADINGS.get(key, key) for key in keys)], lines)
+    lines = (
+        [row["method"], *(cell(row, key) for key in keys), *(center(row, key) for key in means)]
+        for row in rows
+    )
+    return markdown(["method", *(HEADINGS.get(key, key) for key in (*keys, *means))], lines)
 
 
 def benchmark(name: str, *keys: str) -> str:
@@ -198,6 +201,23 @@ def studies() -> str:
         backbone = ("this one" if of_now else "the former") if record["seeds"] else ""
         lines.append([f"`{name}`", str(len(record["seeds"]) or "none"), backbone])
     return markdown(["study", "seeds", "backbone"], lines)
+
+
+def processors() -> str:
+    """Seed 0 with other instructions and threads: accuracies of the judges of make demo."""
+    gram, far = "stage 1 + labels = GRAM", "out of distribution"
+    columns = {  # heading: (judge, figure)
+        "stage 1 alone": ("stage 1 alone", far),
+        "likelihood": ("likelihood under stage 1", far),
+        "GRAM": (gram, far),
+        **{f"GRAM, {name}": (gram, name) for name in ("in distribution", "fact only")},
+    }
+    means = results("processors")["means"]
+    lines = []
+    for setting in dict.fromkeys(row["setting"] for row in means):
+        of = {row["method"]: row for row in select(means, setting=setting)}
+        lines.append([setting, *(center(of[judge], key) for judge, key in columns.values())])
+    return markdown(["instructions, threads", *columns], lines)
 
 
 def exploits() -> str:

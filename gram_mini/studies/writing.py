@@ -189,6 +189,7 @@ def write_answers(name: str, lab: Lab, seed: int, kept: set[int], results: Path)
     files = [results / f"{name}-{part}.json" for part in ("answers", "summary")]
     answers, before = map(read_json, files) if kept else ({}, {"rows": []})
     rows = [row for row in before["rows"] if row["seed"] in kept]
+    answers = {j: {s: x for s, x in of.items() if int(s) in kept} for j, of in answers.items()}
     for judge in JUDGES_OF[kind]:
         made = against(kind, judge, lab, seed)
         answers.setdefault(judge, {})[str(seed)] = made["answers"]

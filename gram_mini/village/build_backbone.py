@@ -258,8 +258,9 @@ def main():
     )
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     args = parser.parse_args()
-    if args.out.is_dir() and any(args.out.iterdir()):
-        parser.error(f"--out {args.out}: not empty; give another folder")
+    if args.out.exists() and not (args.out.is_dir() and not any(args.out.iterdir())):
+        parser.error(f"--out {args.out}: no empty folder; give another one")
+    args.out.mkdir(parents=True, exist_ok=True)  # before half an hour of training
     torch.manual_seed(0)
     tokenizer = build_tokenizer()
     model = build_model(len(tokenizer))

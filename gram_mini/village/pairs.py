@@ -59,7 +59,7 @@ def village_pairs(split: str, count: int | None = None, seed: int = 0) -> list[P
     if split == "adaptation":
         excluded = {texts(pair) for pair in village_pairs("out-of-distribution")}
     pairs: list[Pair] = []
-    while len(pairs) < (count or default):
+    while len(pairs) < (default if count is None else count):
         topic = rng.choice(questions)
         a, b = (draw_response(rng, *topic, p_right, spurious) for _ in range(2))
         if a.text == b.text or (test and a.reward == b.reward):

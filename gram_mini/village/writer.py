@@ -31,7 +31,7 @@ from transformers import PrinterCallback, TrainerCallback
 
 # True reward of a text that is no answer; the worst answer (wrong, curt, rambling) has -0.5.
 NO_ANSWER = -1.0
-LONGEST = 40  # tokens that the policy may write; the longest answer of the village has 27
+LONGEST = 40  # tokens that the policy may write; the longest answer of the village has 22
 TOPICS = {question(*topic): topic for topic in FACTS}
 
 

@@ -101,7 +101,15 @@ def test_a_run_folder_says_the_prompts_token_ids_and_old_ones_are_refused(tmp_pa
     out = train(train_reward, tmp_path / "run", "--lora-rank", 2)
     record = json.loads((out / "run.json").read_text())
     tokenizer = load_tokenizer("village")
-    assert record["prompt"]["pieces"]["end"] == judge_prompt(tokenizer).end
+    pieces = record["prompt"]["pieces"]
+    assert pieces["end"] == judge_prompt(tokenizer).end
+    pieces["given"] = pieces.pop("ignored")  # its name in an earlier version
+    (out / "run.json").write_text(json.dumps(record))
+    load_judge(out)
+    pieces["end"] = pieces["end"][1:]
+    (out / "run.json").write_text(json.dumps(record))
+    with pytest.raises(UserError, match="makes another prompt of its chat template"):
+        load_judge(out)
     del record["prompt"]["pieces"]
     (out / "run.json").write_text(json.dumps(record))
     with pytest.raises(UserError, match="not the record of a run of version 0.2 or later; train"):

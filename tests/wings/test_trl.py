@@ -110,6 +110,30 @@ def test_messages_are_read_as_in_training(village_judge, judged):
     assert alone == pytest.approx([village_judge.reward(QUESTION, SOUP, FISH)], abs=1e-5)
 
 
+def test_completions_may_look_like_anything(village_judge, judged):
+    """Texts that a file of data would not hold as they are: lists, a dialogue, the prompt."""
+    odd = ['["apple"]', '["pear", "plum"]', f"Human: {QUESTION}"]
+    as_trl_reward(village_judge)(['["a"]'] * 3, odd, reference=[SOUP] * 3)
+    assert {pair.response_b for pair in judged[0]} | {pair.response_a for pair in judged[0]} == {
+        *odd,
+        SOUP,
+    }
+    assert {pair.prompt for pair in judged[0]} == {'["a"]'}
+
+
+def test_a_blank_reference_is_none(village_judge):
+    rewards = [
+        as_trl_reward(village_judge)([QUESTION] * 2, [SOUP, FISH], reference=[blank] * 2)
+        for blank in (None, "", "  ", float("nan"))
+    ]
+    assert rewards[1:] == rewards[:1] * 3
+
+
+def test_lists_of_other_lengths_are_refused(village_judge):
+    with pytest.raises(ValueError, match="2 prompts, 3 completions, 2 references"):
+        as_trl_reward(village_judge)(["x"] * 2, ["a", "b", "c"])
+
+
 def test_what_trl_passes_besides_is_accepted_and_the_metrics_logged(village_judge):
     logged = {}
     others = {
@@ -126,6 +150,7 @@ def test_what_trl_passes_besides_is_accepted_and_the_metrics_logged(village_judg
     result = village_judge.compare("x", "", "y")
     assert logged["gram/position_gap"] == pytest.approx(result.position_gap, abs=1e-5)
     assert logged["gram/label_mass"] == pytest.approx(result.label_mass, abs=1e-5)
+    assert logged["gram/truncated"] == 0
     logged.clear()
     as_trl_reward(village_judge)(["x"] * 2, ["y", "y"], **others)  # equal texts: nothing to log
     assert not logged

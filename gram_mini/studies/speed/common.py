@@ -30,7 +30,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 STAGES = {"pretrain": "stage 1", "reward": "stage 2", "score": "scoring, both orders"}
 LABELS = (5, 6)
-# As many fixed tokens as our prompts have with Qwen's tokenizer. Which ones does not matter.
+# About as many fixed tokens as a long judge prompt has. Which ones does not matter.
 PIECES = {
     "pretrain": PromptPieces(start=[1] * 6, after_prompt=[1] * 18, between=[1] * 24, end=[1] * 12),
     "reward": PromptPieces(start=[1] * 82, after_prompt=[1] * 15, between=[1] * 24, end=[1] * 24),
@@ -134,16 +134,16 @@ def tokens_of(stage: str, rows: list[EncodedPair]) -> int:
 
 
 def operations(config, stage: str, rows: list[EncodedPair]) -> float:
-    """Floating-point operations of a step on rows of one length, or of scoring both orders.
+    """Floating-point operations of a step on rows of one length.
 
     A frozen matrix is multiplied forward and for the gradient of its input. Attention (half of its
-    square is masked) and LoRA cost twice as much backward as forward. Scoring is forward only.
+    square is masked) and LoRA cost twice as much backward as forward.
     """
-    tokens, adapted_passes = tokens_of(stage, rows), 2 if stage == "score" else 3
+    tokens = tokens_of(stage, rows)
     sizes = linear(config)
     h, q = sizes[0]
     adapted = sum(LORA_RANK * (n + m) for n, m in sizes) + tokens / len(rows) * q
-    layer = tokens * (2 * 2 * sum(n * m for n, m in sizes) + adapted_passes * 2 * adapted)
+    layer = tokens * (2 * 2 * sum(n * m for n, m in sizes) + 3 * 2 * adapted)
     logits = len(LABELS) * len(rows)
     if stage == "pretrain":
         logits = batches.trained_tokens(PIECES[stage], rows) * config.vocab_size
