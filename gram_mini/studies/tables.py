@@ -193,13 +193,14 @@ def certain() -> str:
 
 
 def studies() -> str:
-    """Which seeds of each study are there, and whether they are of the backbone that ships."""
+    """The studies that lack some of five seeds, or are not of the backbone that ships."""
     lines, now = [], fingerprint(VILLAGE)
     for name in STUDIES:
         record = results(name) if (RESULTS / f"{name}.json").is_file() else {"seeds": []}
         of_now = record.get("about", {}).get("backbone") == now
         backbone = ("this one" if of_now else "the former") if record["seeds"] else ""
-        lines.append([f"`{name}`", str(len(record["seeds"]) or "none"), backbone])
+        if not of_now or len(record["seeds"]) < 5:
+            lines.append([f"`{name}`", str(len(record["seeds"]) or "none"), backbone])
     return markdown(["study", "seeds", "backbone"], lines)
 
 
@@ -221,7 +222,7 @@ def processors() -> str:
 
 
 def exploits() -> str:
-    """Of the last answers that are none, those that two judges like best."""
+    """Of the last answers that are none, the two that each of two judges likes best."""
     answers, lines = results("writing-weak-answers"), []
     for judge in ("GRAM", "D from stage 1"):
         found = [
@@ -230,7 +231,7 @@ def exploits() -> str:
             for question, said in of_seed.items()
             if said["true reward"] == NO_ANSWER
         ]
-        for reward, seed, question, answer in sorted(found, reverse=True)[:3]:
+        for reward, seed, question, answer in sorted(found, reverse=True)[:2]:
             lines.append([f"{judge}, seed {seed}", question, answer, f"{reward:.2f}"])
     return markdown(["judge", "question", "answer of the policy", "judge's reward"], lines)
 
