@@ -55,6 +55,7 @@ def tables() -> dict[str, str]:
     return {
         "demo": listed("demo", *DEMO),
         "studies": studies(),
+        "processors": processors(),
         "served": listed("served", "pairs", "log-odds apart, most", "same verdict"),
         "everyday": listed("everyday", *EVERYDAY, "position gap"),
         "table": listed("table", *TABLE, means=("cross-entropy", "position gap")),
