@@ -48,7 +48,7 @@ RANGES = (
     ("joint-table", r"GRAM \+ likelihood +\S+ ± \S+ +(\S+) ±", 0.85, 1.00),
     ("bon-kl", r"256 .* (\S+)\n", 4.00, 4.28),
     ("few-table", r"GRAM +\+ 200: (\S+)", 0.76, 0.95),
-    ("open-test-more", r"by (\S+) ±", 0.01, 0.20),
+    ("open-test-more", r"by (\S+) ±", 0.02, 0.20),
     ("rl", r"GRAM .* (\S+) at the end", 2.0, 3.0),
     ("fool-test", r"GRAM gives it (\S+),", 0.50, 1.00),
     ("group-rewards", r"first +7 comparisons, (\S+) of", 0.75, 0.95),
