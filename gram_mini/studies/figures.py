@@ -44,7 +44,7 @@ def table(means: list[dict]) -> str:
 
 
 def figure_text(value, form: str = ".3f") -> str:
-    """0.869, 0.869 ± 0.012, or 0.589 (0.544 to 0.637); an exact zero is 0.
+    """0.869, 0.869 ± 0.012, or 0.589 (0.544–0.637); an exact zero is 0.
 
     Text, and what is no figure with its interval, stays as it is; None is empty.
     """
@@ -53,7 +53,7 @@ def figure_text(value, form: str = ".3f") -> str:
     center, *interval = value
     if len(interval) == 2:
         low, high = interval
-        return f"{center:{form}} ({low:{form}} to {high:{form}})"
+        return f"{center:{form}} ({low:{form}}–{high:{form}})"
     if any(interval):
         return f"{center:{form}} ± {interval[0]:{form}}"
     return f"{center:{form}}" if center else "0"

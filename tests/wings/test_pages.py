@@ -161,7 +161,7 @@ def test_figures_are_found_by_their_names(study):
 def test_cells():
     assert tables.cell({"x": [0.8694, 0.0121]}, "x") == "0.869 ± 0.012"
     assert tables.cell({"x": [0.5, None]}, "x") == tables.cell({"x": [0.5, 0.0]}, "x") == "0.500"
-    assert tables.cell({"x": [0.589, 0.544, 0.637]}, "x") == "0.589 (0.544 to 0.637)"
+    assert tables.cell({"x": [0.589, 0.544, 0.637]}, "x") == "0.589 (0.544–0.637)"
     assert tables.cell({"x": [0.0, 0.0]}, "x") == "0"
     assert tables.cell({"true reward": [-1.0, 0.0]}, "true reward") == "-1.00"
     assert tables.cell({"way": "by id"}, "way") == "by id"
