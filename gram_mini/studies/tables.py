@@ -60,7 +60,7 @@ def tables() -> dict[str, str]:
         "everyday": listed("everyday", *EVERYDAY, "position gap"),
         "table": listed("table", *TABLE, means=("cross-entropy", "position gap")),
         "unlabelled": crossed("unlabelled", "share", SHARES, "out-of-distribution"),
-        "adapt": crossed("adapt", "labels", (0, 50, 200, 2000), "out-of-distribution"),
+        "adapt": crossed("adapt", "labels", (0, 200, 2000), "out-of-distribution"),
         "certain": certain(),
         "writing-rl": listed("writing-rl-summary", *WRITING),
         "writing-weak": listed("writing-weak-summary", *WRITING),
