@@ -11,7 +11,7 @@ from gram_mini.reading.load import load_pairs
 
 import pytest
 
-FILES = 6_000
+FILES = 4_000
 SHARDS = 8
 
 
