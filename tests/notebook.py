@@ -71,7 +71,7 @@ def smallest(book):
     return book
 
 
-def execute(book, folder: Path, allow_errors: bool = False):
+def execute(book, folder: Path):
     """Run all cells with the repository on the path.
 
     Returns the notebook with its outputs, without progress bars.
@@ -79,9 +79,7 @@ def execute(book, folder: Path, allow_errors: bool = False):
     first = nbformat.v4.new_code_cell(f"import sys; sys.path.insert(0, {str(ROOT)!r})")
     book.cells.insert(0, first)
     place = {"metadata": {"path": str(folder)}}
-    client = NotebookClient(
-        book, timeout=1800, allow_errors=allow_errors, coalesce_streams=True, resources=place
-    )
+    client = NotebookClient(book, timeout=1800, coalesce_streams=True, resources=place)
     try:
         client.execute()
     finally:

@@ -78,10 +78,10 @@ def group_rewards(
     pairs: list[list[Pair]] = []  # of each completion
     for i, question in enumerate(questions):
         group, reference = groups[question], references[i]
-        if reference is not None and not isinstance(reference, float):  # nan in a table's gap
-            reference = response(reference, f"row {i}", "reference")
-        if isinstance(reference, str) and not is_blank(reference):
-            rivals = [reference]
+        missing = isinstance(reference, float) and math.isnan(reference)  # in a table
+        text = "" if reference is None or missing else response(reference, f"row {i}", "reference")
+        if not is_blank(text):
+            rivals = [text]
         elif len(group) == 1:
             raise ValueError(
                 f"the only completion of the prompt {question[:60]!r} has nothing to be "

@@ -3,6 +3,7 @@
 import copy
 import math
 
+from gram_mini.errors import UserError
 from gram_mini.reading.formats import parse_pairs
 from gram_mini.runs.models import load_model
 from gram_mini.runs.ranking import rank
@@ -127,6 +128,11 @@ def test_a_blank_reference_is_none(village_judge):
         for blank in (None, "", "  ", float("nan"))
     ]
     assert rewards[1:] == rewards[:1] * 3
+
+
+def test_a_number_as_a_reference_is_refused(village_judge):
+    with pytest.raises(UserError, match="row 0: column 'reference' must be text"):
+        as_trl_reward(village_judge)([QUESTION] * 2, [SOUP, FISH], reference=[3.0, None])
 
 
 def test_lists_of_other_lengths_are_refused(village_judge):
