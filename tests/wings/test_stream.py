@@ -1,6 +1,7 @@
 """score.py --data: chunk by chunk, in bounded memory, stopped and resumed."""
 
 import csv
+import gc
 import gzip
 import json
 import math
@@ -169,12 +170,14 @@ def test_memory_does_not_grow_with_the_file(tmp_path, tokenizer, monkeypatch):
             for i in range(rows):
                 row = {"prompt": f"{i} " * 50, "chosen": f"{i}" * 150, "rejected": f"b{i}"}
                 file.write(json.dumps(row) + "\n")
+        gc.collect()  # what earlier tests left behind must not be counted
         tracemalloc.start()
         score.main(command(data, out))
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
         assert out.read_bytes().count(b"\n") == rows
-    assert peaks[1] < 1.2 * peaks[0] < 1e6  # the larger file has 1.6 MB
+    # The larger file has 1.6 MB more; lists of Python's own differ by some 50 kB from run to run.
+    assert peaks[1] < peaks[0] + 400_000 < 1e6
 
 
 # ---- stopped and resumed -------------------------------------------------------------
