@@ -5,36 +5,76 @@
   curt      nine unlabelled answers in ten are curt, which every rater likes less
   poisoned  an adversary has replaced 20% of the pairs: both answers make one wrong claim, politely
             and briefly
+  long      the raters of labels and test like rambling as much as those of the village dislike it
 
-The labels and the test are the village's. Stage 1 reads half as many pairs as in the table.
+Otherwise labels and test are the village's. Stage 1 reads half as many pairs as in the table.
 """
 
 from __future__ import annotations
 
+import math
 import random
+from dataclasses import replace
+from pathlib import Path
 
 from gram_mini.pairs import Pair
-from gram_mini.studies.lab import JOINT, LIKELIHOOD, LIKELIHOODS, METHODS, Lab
-from gram_mini.village import FACTS, Topic, question, worded
+from gram_mini.runs.likelihood import stored_beta
+from gram_mini.studies.lab import (
+    JOINT,
+    LIKELIHOOD,
+    LIKELIHOODS,
+    METHODS,
+    TEST,
+    Lab,
+    figures_of,
+    shown,
+)
+from gram_mini.village import FACTS, RAMBLING, Topic, question, true_probability, worded
 from gram_mini.village.pairs import topics
 
 PAIRS = 12_000
 COMMON = 0.7  # of the answers are right, as in the village
-RIGHT = (0.9, COMMON, 0.5, 0.3)
+RIGHT = (0.9, COMMON, 0.5, 0.3, 0.2)
 POISONED = 0.2
+LONG = 1.0  # reward for rambling, beside the -0.5 of the village
 
 
 def misled(lab: Lab, seed: int):
     """Ours: the likelihood, GRAM, and both, after unlabelled pairs that often are wrong."""
-    for name, pairs in unlabelled(seed).items():
-        start = lab.stage1(seed, f"misled-{name}", pairs)
-        likely = lab.row(start, likelihood=LIKELIHOODS[LIKELIHOOD])
-        yield {"method": f"{name}: {LIKELIHOOD}", **likely}
-        for method in ("GRAM", JOINT):
-            _, script, options = METHODS[method]
-            tag, data = f"misled-{name}-{method}", lab.labelled(seed)
-            run = lab.train(script, tag, seed, data, start, options)
-            yield {"method": f"{name}: {method}", **lab.row(run)}
+    starts = {
+        name: lab.stage1(seed, f"misled-{name}", pairs) for name, pairs in unlabelled(seed).items()
+    }
+    labelled, test = lab.pairs("labelled", seed), lab.pairs(TEST, 0)
+    for name, start in starts.items():
+        yield from compared(lab, seed, name, start, labelled, test)
+    rng, start = random.Random(f"long/{seed}"), starts[f"right {COMMON:.0%}"]
+    labelled, test = [relabelled(p, rng) for p in labelled], [relabelled(p) for p in test]
+    yield from compared(lab, seed, "long", start, labelled, test)
+
+
+def compared(lab: Lab, seed: int, name: str, start: Path, labelled: list[Pair], test: list[Pair]):
+    """The likelihood after a stage 1, and GRAM and the joint judge that are trained from there."""
+    data = lab.file(f"misled-{name}-labelled-{seed}", labelled)
+    runs = {LIKELIHOOD: start}
+    for method in ("GRAM", JOINT):
+        _, script, options = METHODS[method]
+        runs[method] = lab.train(script, f"misled-{name}-{method}", seed, data, start, options)
+    for method, run in runs.items():
+        judge = lab.judge(run, LIKELIHOODS.get(method))
+        row = shown(figures_of(judge, test, f"{name}: {method}"), TEST)
+        if method == JOINT:
+            beta, unit = stored_beta(run)
+            row["beta"] = beta.item() / unit  # per nat
+        yield {"method": f"{name}: {method}", **row}
+
+
+def relabelled(pair: Pair, rng: random.Random | None = None) -> Pair:
+    """The pair for raters who like rambling; ``rng`` samples the label, else it is the truth."""
+    rambles = lambda response: any(text in response for text in RAMBLING)
+    more = LONG * (rambles(pair.response_a) - rambles(pair.response_b))
+    assert pair.probability is not None
+    p = true_probability(math.log(pair.probability / (1 - pair.probability)) + more, 0.0)
+    return replace(pair, probability=p, label=int((rng.random() if rng else 0.5) >= p))
 
 
 def unlabelled(seed: int) -> dict[str, list[Pair]]:

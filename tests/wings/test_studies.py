@@ -23,6 +23,7 @@ from gram_mini.village.pairs import topics, village_pairs
 from gram_mini.village.policy import Policy, responses, train_policy
 
 import pytest
+import torch
 
 TRUE = {(question(*topic), text): reward for topic in FACTS for text, reward in responses(topic)}
 
@@ -323,6 +324,7 @@ def test_each_study_writes_json_and_a_figure(study, tmp_path, monkeypatch, few_p
     used = Noting(lab_module.METHODS)
     for module in (lab_module, beside, few, misled):
         monkeypatch.setattr(module, "METHODS", used)
+    monkeypatch.setattr(misled, "stored_beta", lambda run: (torch.ones(1), 2.0))
     lab = FakeLab(tmp_path, truth)
     used.asked.clear()
     seeds.run([study], lab, [1, 2], tmp_path / "results")
@@ -612,6 +614,19 @@ def test_a_lab_knows_its_backbone(tmp_path, monkeypatch):
     monkeypatch.setattr(lab_module, "fingerprint", lambda name: "of another")
     with pytest.raises(UserError, match="made with other backbone"):
         village_lab(tmp_path)
+
+
+def test_raters_who_like_rambling():
+    for pair in village_pairs("out-of-distribution", 300):
+        long, rambles = misled.relabelled(pair), lambda y: any(text in y for text in RAMBLING)
+        more = rambles(pair.response_a) - rambles(pair.response_b)
+        odds = [math.log(p.probability / (1 - p.probability)) for p in (pair, long)]
+        assert odds[1] - odds[0] == pytest.approx(1.0 * more)  # from -0.5 to 0.5
+        assert long.label == int(long.probability < 0.5)
+    rng, pairs = random.Random(0), village_pairs("labelled", 2000)
+    drawn = [misled.relabelled(pair, rng) for pair in pairs]
+    expected = sum(1 - pair.probability for pair in drawn) / len(drawn)
+    assert sum(pair.label for pair in drawn) / len(drawn) == pytest.approx(expected, abs=0.03)
 
 
 def test_unlabelled_pairs_that_mislead_are_what_they_are_called():
