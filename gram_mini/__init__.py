@@ -6,7 +6,7 @@ The lesson is the three scripts at the top level and the files in this folder. R
 
 chat.py knows chat templates for prompts.py, and errors.py has the errors that a user can put right.
 These files import each other and nothing else of ours. Everything else is in a folder with a
-README, a wing: village, everyday, reading, runs, baselines, likelihood, serving, studies.
+README, a wing: village, helpdesk, reading, runs, baselines, likelihood, serving, studies.
 """
 
 import os

@@ -27,6 +27,7 @@ SMALLEST = (
     ("bon-scores", "80 if FULL else 20", "2"),
     ("few-labels", "(SEED, SEED + 1, SEED + 2)", "(SEED, SEED + 1)"),
     ("few-labels", ", *ADAPT[method].options", ""),  # its epochs contradict --steps
+    ("scalars", '"--epochs", "2", ', ""),
     ("rl", "steps=150", "steps=10"),
     ("group-games", "[::5]", "[::40]"),
 )
@@ -46,6 +47,7 @@ RANGES = (
     ("table", r"scalar from stage 1(?: +\S+ ± \S+){2} +(\S+) ±", 0.65, 1.00),
     ("joint-table", r"likelihood(?: +\S+ ± \S+){2} +(\S+) ±", 0.90, 1.00),
     ("joint-table", r"GRAM \+ likelihood +\S+ ± \S+ +(\S+) ±", 0.85, 1.00),
+    ("places", r"after stage 2: ([\d.]+)% from place A", 80, 100),
     ("bon-kl", r"256 .* (\S+)\n", 4.00, 4.28),
     ("few-table", r"GRAM +\+ 200: (\S+)", 0.76, 0.95),
     ("open-test-more", r"by (\S+) ±", 0.02, 0.20),

@@ -48,7 +48,7 @@ def joint_options(argv=None):
         type=positive_float,
         default=0.05,
         metavar="RATE",
-        help="peak rate of beta; differences of log pi_1 are scaled to a standard deviation of 1",
+        help="peak rate of beta; differences of log pi_1 are scaled to a root mean square of 1",
     )
     args = p.parse_args(argv)
     defaults.choose(args, "reward")
@@ -86,10 +86,9 @@ def main(argv=None):
     likelihoods.keep(train + held_out)
     if goes_on:
         model.beta.data[:], likelihoods.unit = stored_beta(args.init)
-    else:  # differences of a standard deviation of 1, so that one rate of beta suits all data
+    else:  # differences of a root mean square of 1, so that one rate of beta suits all data
         log_a, log_b = likelihoods.of(train).T  # (N,), (N,)
-        spread = float((log_a - log_b).std()) if len(train) > 1 else 0.0
-        likelihoods.unit = spread or 1.0
+        likelihoods.unit = float((log_a - log_b).square().mean().sqrt()) or 1.0
     model.beta_unit = likelihoods.unit  # in nats
 
     # Loop

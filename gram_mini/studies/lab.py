@@ -7,7 +7,7 @@ import io
 import json
 import re
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
@@ -34,8 +34,8 @@ from filelock import FileLock
 
 PLAIN = ["--label-smoothing", "0"]
 BOTH = ["--both-orders", "1"]
-# Learning rates and the weight of the text loss were chosen on seed 0.
-SCALAR = ["--head", "scalar", "--lr", "1e-3"]
+# Rates, epochs and the weight of the text loss were chosen on seed 0.
+SCALAR = ["--head", "scalar", "--lr", "1e-3", "--epochs", "2"]
 LIKELIHOOD, JOINT = "likelihood", "GRAM + likelihood (ours)"
 METHODS = {  # name: (whether it starts from stage 1, script, options of the script)
     "D-Baseline": (False, baselines, SCALAR + PLAIN),
@@ -98,7 +98,7 @@ class Lab:
         source,
         training: Sequence[str] = (),
         loading: dict | None = None,
-        stages: dict[str, Sequence[str]] | None = None,
+        stages: Mapping[str, Sequence[str]] | None = None,
     ):
         self.folder, self.model, self.source, self.pairs = folder, model, source, source.pairs
         self.loading, self.stages = loading or {}, stages or {}

@@ -19,7 +19,7 @@ from gram_mini.errors import UserError
 from gram_mini.runs import options
 from gram_mini.runs.ending import clear_errors
 from gram_mini.runs.output import write_whole
-from gram_mini.studies import real
+from gram_mini.studies import helpdesk, real
 from gram_mini.studies.drawing import picture_of
 from gram_mini.studies.paper import STUDIES
 from gram_mini.studies.tables import RESULTS, mean, results, select, tables
@@ -110,7 +110,7 @@ def draw(names: list[str]) -> None:
     Raises:
         UserError: a study without results.
     """
-    studies = STUDIES | real.STUDIES
+    studies = STUDIES | real.STUDIES | helpdesk.STUDIES
     known = [name for name in studies if (RESULTS / f"{name}.json").is_file()]
     for name in names or known:
         if name not in known:

@@ -14,7 +14,7 @@ from gram_mini.studies.lab import METHODS
 from matplotlib.colors import to_rgb
 
 PALETTE = {  # methods of one kind share a colour; of those in a panel of lines one is dashed
-    "#AAAAAA": ("zero-shot", "nothing", "the longer response"),
+    "#AAAAAA": ("zero-shot", "nothing", "the longer response", "pick the longer"),
     "#56B4E9": ("D-Baseline", "D-Freeze", "D-Regularisation", "D-Label-Smoothing"),
     "#0072B2": ("D from stage 1",),
     "#E69F00": ("G-Baseline", "G-Label-Smoothing", "G-Freeze"),
@@ -28,7 +28,7 @@ PALETTE = {  # methods of one kind share a colour; of those in a panel of lines 
     "#E8B9D3": ("likelihood, out of domain",),
     "#882255": (
         *("GRAM + likelihood (ours)", "GRAM + likelihood (ours), in domain"),
-        "random, GRAM + likelihood (ours)",
+        *("random, GRAM + likelihood (ours)", "GRAM, both orders + likelihood (ours)"),
     ),
     "#8C6D31": ("stage 1 alone",),
     "#000000": ("oracle", "true reward", "the best scalar", "all"),

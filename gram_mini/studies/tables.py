@@ -13,15 +13,17 @@ from collections.abc import Iterable, Sequence
 from gram_mini.errors import UserError
 from gram_mini.runs.record import fingerprint
 from gram_mini.studies.figures import average, figure_text
+from gram_mini.studies.helpdesk_table import PARTS
 from gram_mini.studies.paper import STUDIES
 from gram_mini.studies.seeds import RESULTS
 from gram_mini.studies.speed.memory import choices
+from gram_mini.studies.writing import EQUAL_KL
 from gram_mini.village import VILLAGE
 from gram_mini.village.writer import NO_ANSWER
 
 # Figures that are not written with three decimals.
 TWO_DECIMALS = (
-    *("true reward", "highest", "last", "KL of the highest", "KL of the last", "own margin"),
+    *("true reward", "highest", "last", f"at a KL of {EQUAL_KL}", "KL of the last", "own margin"),
     *("true reward of the first, GRAM", "true reward of the first, votes", "commonest claims"),
 )
 FORMATS = dict.fromkeys(TWO_DECIMALS, ".2f") | {"pairs": "g", "same verdict": "g"}
@@ -33,7 +35,6 @@ HEADINGS = {
     "in-distribution": "in distribution",
     "out-of-distribution": "out of distribution",
     "highest": "highest true reward",
-    "KL of the highest": "at a KL of",
     "last": "true reward after the last step",
     "KL of the last": "at a KL of",
     "commonest claims": "share of the commonest claims",
@@ -41,10 +42,9 @@ HEADINGS = {
     **{f"held out, {name}": name for name in REAL},
 }
 DEMO = ("in distribution", "out of distribution", "fact only", "courtesy only", "length only")
-EVERYDAY = ("labelled topics", "unlabelled topics", "fact", "relevance", "courtesy", "length")
 CERTAIN = ("accuracy", "cross-entropy", "calibration error", "position gap", "own margin")
 TABLE = ("in-distribution", "out-of-distribution", "fact only", "courtesy only", "length only")
-WRITING = ("highest", "KL of the highest", "last", "KL of the last", "commonest claims")
+WRITING = ("highest", f"at a KL of {EQUAL_KL}", "last", "KL of the last", "commonest claims")
 BESIDE_US = ("other way", "ours is faster by")
 SHARES = {0.0: "none", 0.0625: "1/16", 0.25: "1/4", 0.5: "1/2", 1.0: "all 24,000"}
 
@@ -57,7 +57,7 @@ def tables() -> dict[str, str]:
         "studies": studies(),
         "processors": processors(),
         "served": listed("served", "pairs", "log-odds apart, most", "same verdict"),
-        "everyday": listed("everyday", *EVERYDAY, "position gap"),
+        "helpdesk": listed("helpdesk", *PARTS, "position gap"),
         "table": listed("table", *TABLE, means=("cross-entropy", "position gap")),
         "unlabelled": crossed("unlabelled", "share", SHARES, "out-of-distribution"),
         "adapt": crossed("adapt", "labels", (0, 200, 2000), "out-of-distribution"),

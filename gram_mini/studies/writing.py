@@ -43,6 +43,7 @@ EACH = 4  # texts for each of the 80 questions when the policy in training is me
 TEMPERATURE = 1.5  # of best of n: two texts in five are no answers
 DRAWN = 1024  # texts for each question of best of n
 ASKED = 6  # questions of best of n
+EQUAL_KL = 0.5  # nats, where policies of different judges are compared
 
 
 def rl(lab: Lab, seed: int):
@@ -230,9 +231,23 @@ def summary(rows: list[dict], said: dict[str, str]) -> dict:
         "first": rows[0]["true reward"],
         "highest": peak["true reward"],
         "KL of the highest": peak["KL"],
+        f"at a KL of {EQUAL_KL}": at_kl(rows, EQUAL_KL),
         "last": rows[-1]["true reward"],
         "KL of the last": rows[-1]["KL"],
         "commonest claims": sum(commonest.values()) / max(claims.total(), 1),
         "to another question": len(strays) / len(said),
         "of these true": statistics.mean(true) if strays else None,
     }
+
+
+def at_kl(rows: list[dict], kl: float) -> float | None:
+    """The true reward where the KL first reaches ``kl``, on the line between two rows; else None.
+
+    A policy that is told what the judge likes gets further from its start under a judge that it can
+    please easily, so only at equal KL are two judges compared for the same price.
+    """
+    for before, row in zip(rows, rows[1:]):
+        if before["KL"] < kl <= row["KL"]:
+            part = (kl - before["KL"]) / (row["KL"] - before["KL"])
+            return before["true reward"] + part * (row["true reward"] - before["true reward"])
+    return None

@@ -7,14 +7,14 @@ from functools import cache
 
 from gram_mini.errors import UserError
 from gram_mini.pairs import Pair
-from gram_mini.studies import drawing, lab, pages, paper, real, style, tables
+from gram_mini.studies import drawing, helpdesk, lab, pages, paper, real, style, tables
 
 import numpy as np
 import pytest
 from matplotlib.colors import to_rgb
 from matplotlib.text import Text
 
-STUDIES = paper.STUDIES | real.STUDIES
+STUDIES = paper.STUDIES | real.STUDIES | helpdesk.STUDIES
 COMMITTED = [path for path in sorted(pages.RESULTS.glob("*.json")) if path.stem in STUDIES]
 PLAIN = {"zero-shot", "nothing", "the longer response"}  # without stage 1, beside METHODS
 DASHED = PLAIN | {name for name, (from_stage_1, *_) in lab.METHODS.items() if not from_stage_1}

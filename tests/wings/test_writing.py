@@ -192,12 +192,19 @@ def test_summary_has_the_peak_and_counts_answers_to_other_questions():
         "first": 1.0,
         "highest": 2.0,
         "KL of the highest": 0.5,
+        "at a KL of 0.5": 2.0,
         "last": -0.5,
         "KL of the last": 3.0,
         "commonest claims": 1.0,
         "to another question": 0.5,
         "of these true": 0.5,
     }
+
+
+def test_true_rewards_at_equal_kl():
+    rows = [{"KL": kl, "true reward": x} for kl, x in ((0, 1.0), (0.4, 2.0), (0.8, 3.0), (0.2, 9))]
+    assert writing.at_kl(rows, 0.5) == pytest.approx(2.25)
+    assert writing.at_kl(rows, 0.8) == 3.0 and writing.at_kl(rows, 1.0) is None
 
 
 def test_without_trl_one_line_says_so(monkeypatch):

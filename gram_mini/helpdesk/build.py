@@ -1,6 +1,6 @@
-"""Make the three files of the everyday data set, byte for byte the same each time.
+"""Make the three files of the help desk, byte for byte the same each time.
 
-    python -m gram_mini.everyday.build
+    python -m gram_mini.helpdesk.build
 
 facts.txt holds the questions: question | statement | right value | wrong value | wrong value.
 phrases.txt holds what answers are made of besides. An answer is a statement in a frame, or an
@@ -22,7 +22,8 @@ from pathlib import Path
 FOLDER = Path(__file__).parent
 WORD = re.compile(r"\w+|[^\w\s]")  # about what tokenizers make a token of
 SIDES = ("response_a", "response_b")
-COUNTS = {"unlabelled": 1600, "labelled": 800, "test": 400}
+COUNTS = {"unlabelled": 2400, "labelled": 600, "test": 480}
+OF_LABELLED = 120  # of the test pairs are about topics with labels
 QUALITIES = ("fact", "relevance", "courtesy", "length")  # the weightiest first
 DECIDED_BY = {"fact": 0.4, "relevance": 0.2, "courtesy": 0.2, "length": 0.2}  # labelled and test
 KINDS = {"right": 0.7, "wrong": 0.15, "evades": 0.1, "elsewhere": 0.05}  # where kinds are free
@@ -174,13 +175,15 @@ def in_turn(rng: random.Random, questions: list[Question], count: int) -> list[Q
 
 
 def asked(rng: random.Random, split: str) -> list[Question]:
-    """The question of each pair; in the test every second one is of a topic with labels."""
+    """The question of each pair; of the test pairs every fourth group of eight is about a topic
+    with labels. (build() needs whole groups of eight to balance length and place.)
+    """
     questions, count = questions_of(split), COUNTS[split]
     if split != "test":
         return in_turn(rng, questions, count)
-    labelled = in_turn(rng, [q for q in questions if q.has_labels], count // 2)
-    unlabelled = in_turn(rng, [q for q in questions if not q.has_labels], count // 2)
-    return [question for both in zip(labelled, unlabelled) for question in both]
+    of_labelled = iter(in_turn(rng, [q for q in questions if q.has_labels], OF_LABELLED))
+    others = iter(in_turn(rng, [q for q in questions if not q.has_labels], count - OF_LABELLED))
+    return [next(others if i // 8 % 4 else of_labelled) for i in range(count)]
 
 
 def is_longer(a: str, b: str) -> bool:
@@ -194,7 +197,7 @@ def build(split: str, taken: set[str]) -> list[dict]:
     The longer answer is the better one in every second couple of pairs, and the better one is
     response_a in four pairs of every eight. So neither length nor place tells which is better.
     """
-    rng, rows, questions = random.Random(f"everyday/{split}"), [], questions_of(split)
+    rng, rows, questions = random.Random(f"help desk/{split}"), [], questions_of(split)
     for i, (question, pair) in enumerate(zip(asked(rng, split), draw_qualities(rng, split))):
         others, wrong = elsewhere(question, questions), rng.choice(question.values[1:])
         longer, first = i // 2 % 2 == 0, i // 4 % 2 == 0

@@ -1,1 +1,0 @@
-"""Everyday questions in plain English, with answers of known quality: a small data set."""

@@ -1,0 +1,114 @@
+"""The help desk with a real language model: what is a judge worth on the topics without labels?
+
+Trains and tests every judge for each seed. A seed draws the first weights and the order of the
+pairs, which are always the same. It goes on where it stopped, as the studies on the village do.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import train_reward
+from gram_mini.baselines import __main__ as baselines
+from gram_mini.helpdesk.build import FOLDER, QUALITIES
+from gram_mini.judge import Comparison
+from gram_mini.likelihood import __main__ as joint
+from gram_mini.pairs import Pair
+from gram_mini.reading.load import load_pairs
+from gram_mini.runs import options
+from gram_mini.runs.ending import clear_errors
+from gram_mini.runs.output import check_place
+from gram_mini.runs.report import say_doubts
+from gram_mini.studies.helpdesk_table import PARTS, WITHOUT, by_part, tested_pairs
+from gram_mini.studies.lab import BOTH, JOINT, LIKELIHOODS, METHODS, Lab
+from gram_mini.studies.metrics import pick_the_longer
+from gram_mini.studies.paper import Study
+from gram_mini.studies.seeds import RESULTS, add_folder, add_seeds, run
+
+EXAMPLES = """\
+  python -m gram_mini.studies.helpdesk --model MODEL --seeds 1"""
+# The scalar heads, the paper's loss, and ours on both orders, which begins to compare at 135M.
+TRAINED = (
+    *("D-Baseline", "D from stage 1", "GRAM"),
+    *("G, both orders (ours)", "GRAM, both orders (ours)"),
+)
+WITH_BOTH = "GRAM, both orders + likelihood (ours)"
+GAP = "position gap"
+EPOCHS = ["--epochs", "1"]  # of stage 2, for all methods
+
+
+class HelpDesk:
+    """The pairs of the help desk, as a lab takes them."""
+
+    def __init__(self):
+        self.data = {
+            split: load_pairs(str(FOLDER / f"{split}.jsonl"), labelled=split != "unlabelled")
+            for split in ("unlabelled", "labelled", "test")
+        }
+        self.about = {split: data.fingerprint for split, data in self.data.items()}
+
+    def pairs(self, split: str, seed: int) -> list[Pair]:
+        return self.data[split].pairs
+
+
+def helpdesk(lab: Lab, seed: int):
+    """The help desk: accuracy on topics with labels and on those without, by what decides."""
+    pairs, _ = tested_pairs()
+    yield {"method": "pick the longer", **accuracies(list(map(pick_the_longer, pairs)))}
+    yield {"method": "zero-shot", **tested(lab, lab.model, lab.folder / "zero-shot")}
+    stage1 = lab.stage1(seed)
+    for name, kind in LIKELIHOODS.items():
+        yield {"method": name, **tested(lab, stage1, stage1.with_name(f"stage1-{kind}"), kind)}
+    made = {name: lab.method(name, seed) for name in TRAINED}
+    _, script, given = METHODS[JOINT]
+    data = lab.labelled(seed)
+    made[WITH_BOTH] = lab.train(script, WITH_BOTH, seed, data, stage1, [*given, *BOTH])
+    for name, out in made.items():
+        yield {"method": name, **tested(lab, out, out)}
+
+
+def tested(
+    lab: Lab, model: str | Path, place: Path, likelihood: str | None = None
+) -> dict[str, float]:
+    """The accuracies of a judge, kept beside ``place``."""
+
+    def judged() -> dict[str, float]:
+        judge = lab.judge(model, likelihood)
+        results = judge.compare_many(lab.pairs("test", 0), progress=place.name)
+        say_doubts(place.name, judge, results)
+        return accuracies(results)
+
+    return lab.keep(place.with_name(f"{place.name}.test.json"), judged)
+
+
+def accuracies(results: list[Comparison]) -> dict[str, float]:
+    of = by_part(results)
+    row = {name: of[name].accuracy for name in PARTS}
+    return row | {f"{WITHOUT}, ± over prompts": of[WITHOUT].interval, GAP: of["all"].position_gap}
+
+
+STUDIES = {
+    "helpdesk": Study(helpdesk, ("method",), None, (WITHOUT, *QUALITIES), (*TRAINED, JOINT)),
+}
+
+
+def main(argv=None):
+    parser = options.parser(__doc__, EXAMPLES)
+    text = "as in the training scripts; the committed results are of SmolLM2-135M"
+    parser.add_argument("--model", required=True, metavar="NAME", help=text)
+    add_seeds(parser, [1, 2, 3])
+    add_folder(parser, "--runs", Path("runs/helpdesk"), "where trained models are kept")
+    add_folder(parser, "--results", RESULTS, "where table and figure go")
+    options.add_model_options(parser, bits_default=16, max_length_default=512)
+    args = parser.parse_args(argv)
+    check_place(args.runs, "--runs")
+    check_place(args.results, "--results")
+    loading = {"bits": args.bits, "max_length": args.max_length, "device": args.device}
+    stages = {script.__name__: EPOCHS for script in (train_reward, baselines, joint)}
+    lab = Lab(args.runs, args.model, HelpDesk(), loading=loading, stages=stages)
+    run(list(STUDIES), lab, args.seeds, args.results, studies=STUDIES)
+
+
+if __name__ == "__main__":
+    with clear_errors():
+        main()
