@@ -198,8 +198,9 @@ def build(split: str, taken: set[str]) -> list[dict]:
     response_a in four pairs of every eight. So neither length nor place tells which is better.
     """
     rng, rows, questions = random.Random(f"help desk/{split}"), [], questions_of(split)
+    mentioned = QUESTIONS if split == "test" else questions  # too few of a topic are in the test
     for i, (question, pair) in enumerate(zip(asked(rng, split), draw_qualities(rng, split))):
-        others, wrong = elsewhere(question, questions), rng.choice(question.values[1:])
+        others, wrong = elsewhere(question, mentioned), rng.choice(question.values[1:])
         longer, first = i // 2 % 2 == 0, i // 4 % 2 == 0
         while True:  # until the words have the length that is wanted
             better, worse = (write(rng, answer, question, wrong, others) for answer in pair)

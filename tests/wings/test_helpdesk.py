@@ -103,8 +103,8 @@ def test_build_makes_the_files_that_ship(tmp_path, monkeypatch):
 
 def test_facts():
     topics = Counter(question.topic for question in QUESTIONS.values())
-    assert len(topics) == 16 and set(topics.values()) == {10}
-    assert len(build.QUESTIONS) == len(QUESTIONS) == 160
+    assert len(topics) == 12 and set(topics.values()) == {5}
+    assert len(build.QUESTIONS) == len(QUESTIONS) == 60
     for question in QUESTIONS.values():
         assert question.text.endswith("?") and question.statement.count("{}") == 1
         assert len(question.values) == 3 and not question.statement.endswith(".")
@@ -198,7 +198,7 @@ def grams(text: str) -> Counter:
 
 
 def test_a_linear_model_on_words_knows_no_facts():
-    """The figures of the README."""
+    """It is at chance or a little below, since what is right here is wrong elsewhere."""
     places: dict = {}
     for row in ROWS["labelled"]:
         for side in SIDES:
@@ -224,14 +224,14 @@ def test_a_linear_model_on_words_knows_no_facts():
     shares = {"all": float(hits.mean())}
     for quality in QUALITIES:
         shares[quality] = float(hits[[row["differs"][0] == quality for row in ROWS["test"]]].mean())
-    expected = {"all": 0.61, "fact": 0.48, "relevance": 0.60, "courtesy": 0.69, "length": 0.76}
+    expected = {"all": 0.60, "fact": 0.44, "relevance": 0.59, "courtesy": 0.72, "length": 0.83}
     assert shares == pytest.approx(expected, abs=0.02)
 
 
 def test_topics_and_questions_are_split():
     asked = {split: {row["prompt"] for row in rows} for split, rows in ROWS.items()}
     topics = {split: {QUESTIONS[text].topic for text in texts} for split, texts in asked.items()}
-    assert len(topics["labelled"]) == 8 and len(topics["unlabelled"]) == len(topics["test"]) == 16
+    assert len(topics["labelled"]) == 6 and len(topics["unlabelled"]) == len(topics["test"]) == 12
     assert not asked["labelled"] & asked["test"]
     assert asked["test"] <= asked["unlabelled"]
     assert sum(row["labelled_topic"] for row in ROWS["test"]) == build.OF_LABELLED
