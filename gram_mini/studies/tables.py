@@ -14,6 +14,7 @@ from gram_mini.errors import UserError
 from gram_mini.runs.record import fingerprint
 from gram_mini.studies.figures import average, figure_text
 from gram_mini.studies.helpdesk_table import PARTS
+from gram_mini.studies.lab import METHODS
 from gram_mini.studies.paper import STUDIES
 from gram_mini.studies.seeds import RESULTS
 from gram_mini.studies.speed.memory import choices
@@ -194,15 +195,21 @@ def certain() -> str:
 
 
 def studies() -> str:
-    """The studies that lack some of five seeds, or are not of the backbone that ships."""
+    """The studies that lack some of five seeds, or were made with another backbone or methods."""
     lines, now = [], fingerprint(VILLAGE)
+    methods = {
+        name: [start, script.__name__, given] for name, (start, script, given) in METHODS.items()
+    }
     for name in STUDIES:
         record = results(name) if (RESULTS / f"{name}.json").is_file() else {"seeds": []}
-        of_now = record.get("about", {}).get("backbone") == now
+        about = record.get("about", {})
+        of_now = about.get("backbone") == now
+        former = [x for x, made in about.get("methods", {}).items() if methods.get(x) != made]
         backbone = ("this one" if of_now else "the former") if record["seeds"] else ""
-        if not of_now or len(record["seeds"]) < 5:
-            lines.append([f"`{name}`", str(len(record["seeds"]) or "none"), backbone])
-    return markdown(["study", "seeds", "backbone"], lines)
+        if not of_now or former or len(record["seeds"]) < 5:
+            seeds = str(len(record["seeds"]) or "none")
+            lines.append([f"`{name}`", seeds, backbone, ", ".join(former) if of_now else ""])
+    return markdown(["study", "seeds", "backbone", "methods that have changed since"], lines)
 
 
 def processors() -> str:
