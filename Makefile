@@ -50,7 +50,7 @@ real: .venv/.installed $(filter $(SMOLLM2),$(MODEL))
 	@test ! -e $(REAL)/reward || \
 	  { echo "$(REAL)/reward is there already: give REAL=another/folder, or remove it first"; exit 1; }
 	$(if $(call begun,$(REAL)/reward),@echo "stage 2 was stopped; going on with it from $(REAL)/pretrain as it is",\
-	  $(BIN)/python train_pretrain.py --model $(MODEL) --bits 16 --data $(UNLABELLED) \
+	  $(BIN)/python train_pretrain.py --model $(MODEL) --bits 16 --data $(UNLABELLED) --batch-size 8 \
 	  --out $(REAL)/pretrain $(call again,$(REAL)/pretrain))
 	$(BIN)/python -m gram_mini.likelihood --model $(MODEL) --bits 16 --data $(DATA) --both-orders 1 \
 	  --init $(REAL)/pretrain --out $(REAL)/reward $(call again,$(REAL)/reward)

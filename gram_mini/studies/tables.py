@@ -58,7 +58,7 @@ def tables() -> dict[str, str]:
         "studies": studies(),
         "processors": processors(),
         "served": listed("served", "pairs", "log-odds apart, most", "same verdict"),
-        "helpdesk": listed("helpdesk", *PARTS, "position gap"),
+        "helpdesk-seed-0": listed("helpdesk-seed-0", *PARTS, "position gap"),
         "table": listed("table", *TABLE, means=("cross-entropy", "position gap")),
         "unlabelled": crossed("unlabelled", "share", SHARES, "out-of-distribution"),
         "adapt": crossed("adapt", "labels", (0, 200, 2000), "out-of-distribution"),
