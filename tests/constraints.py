@@ -1,5 +1,6 @@
 """Write the installed versions to constraints.txt, so that README commands work on any day."""
 
+import re
 from importlib.metadata import distributions
 from pathlib import Path
 
@@ -12,6 +13,15 @@ HEADER = """\
 NOT_OURS = {"pip", "setuptools", "wheel", "gram-mini", "gram_mini"}
 
 
+def marker_of(requires_python: str) -> str:
+    """What leaves a version out for a Python that is older than it wants; Python 3.10 is ours."""
+    least = re.search(r">=\s*(3\.(\d+)(\.[1-9]\d*)?)", requires_python)
+    if not least or int(least[2]) <= 10:
+        return ""
+    name = "python_full_version" if least[3] else "python_version"
+    return f'; {name} >= "{least[1]}"'
+
+
 def main() -> None:
     lines = []
     for package in distributions():
@@ -19,13 +29,7 @@ def main() -> None:
         version = package.version.split("+")[0]  # 2.13.0+cpu is 2.13.0
         if name.lower() in NOT_OURS:
             continue
-        python = (package.metadata["Requires-Python"] or "").replace(" ", "")
-        needs = [
-            minor
-            for minor in range(11, 20)
-            if f">=3.{minor}" in python or f">3.{minor - 1}" in python
-        ]
-        marker = f'; python_version >= "3.{needs[0]}"' if needs else ""
+        marker = marker_of(package.metadata["Requires-Python"] or "")
         lines.append(f"{name}=={version}{marker}")
     (Path(__file__).parent / "constraints.txt").write_text(
         HEADER + "\n".join(sorted(lines, key=str.lower)) + "\n"

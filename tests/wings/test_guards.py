@@ -12,6 +12,7 @@ from functools import cache
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
+import constraints
 import pytest
 
 ROOT = Path(__file__).parents[2]
@@ -209,3 +210,17 @@ def test_links_on_a_page_lead_somewhere(path):
         assert page.exists(), f"{path.name}: {target}"
         if anchor and page.suffix == ".md":
             assert anchor in anchors(page), f"{path.name}: {target}#{anchor}"
+
+
+@pytest.mark.parametrize(
+    "requires, marker",
+    [
+        (">=3.9", ""),
+        ("", ""),
+        (">= 3.11, <4", '; python_version >= "3.11"'),
+        (">=3.11.0", '; python_version >= "3.11"'),
+        (">=3.11.5", '; python_full_version >= "3.11.5"'),  # Debian 12 has 3.11.2
+    ],
+)
+def test_a_version_is_left_out_where_python_is_too_old_for_it(requires, marker):
+    assert constraints.marker_of(requires) == marker
