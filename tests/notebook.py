@@ -1,7 +1,7 @@
 """Run tutorial.ipynb: as it stands, written back with its outputs (make notebook), or as small
 as can be (the tests).
 
-python tests/notebook.py        # 10 to 20 minutes on 2 cores
+python tests/notebook.py        # 5 to 15 minutes on 2 cores
 """
 
 import re
