@@ -20,7 +20,7 @@ from gram_mini.runs import options
 from gram_mini.runs.ending import clear_errors
 from gram_mini.runs.output import check_place
 from gram_mini.runs.report import say_doubts
-from gram_mini.studies.helpdesk_table import PARTS, WITHOUT, by_part, tested_pairs
+from gram_mini.studies.helpdesk_table import GAP, PARTS, WITHOUT, by_part, tested_pairs
 from gram_mini.studies.lab import BOTH, JOINT, LIKELIHOODS, METHODS, Lab
 from gram_mini.studies.metrics import pick_the_longer
 from gram_mini.studies.paper import Study
@@ -34,7 +34,6 @@ TRAINED = (
     *("G, both orders (ours)", "GRAM, both orders (ours)"),
 )
 WITH_BOTH = "GRAM, both orders + likelihood (ours)"
-GAP = "position gap"
 EPOCHS = ["--epochs", "1"]  # of stage 2, for all methods
 STAGE_1 = ["--batch-size", "8"]  # chosen on seed 0: the model learned more facts than with 16
 

@@ -28,6 +28,7 @@ over all test pairs."""
 
 WITH, WITHOUT = "with labels", "without labels"
 PARTS = (WITH, WITHOUT, *QUALITIES)
+GAP = "position gap"
 
 
 def tested_pairs() -> tuple[list[Pair], dict[str, list[int]]]:
@@ -68,7 +69,7 @@ def helpdesk_table(models: list[str], **settings) -> list[dict]:
     def row(method: str, results: list[Comparison]) -> dict:
         figures = by_part(results)
         accuracies = {name: [figures[name].accuracy, figures[name].interval] for name in PARTS}
-        return {"method": method, **accuracies, "position gap": [figures["all"].position_gap, None]}
+        return {"method": method, **accuracies, GAP: [figures["all"].position_gap, None]}
 
     rows = [row("pick the longer", list(map(pick_the_longer, pairs)))]
     for model, record in zip(models, records):

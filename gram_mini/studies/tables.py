@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from gram_mini.errors import UserError
 from gram_mini.runs.record import fingerprint
 from gram_mini.studies.figures import average, figure_text
-from gram_mini.studies.helpdesk_table import PARTS
+from gram_mini.studies.helpdesk_table import GAP, PARTS
 from gram_mini.studies.lab import METHODS
 from gram_mini.studies.paper import STUDIES
 from gram_mini.studies.seeds import RESULTS
@@ -58,7 +58,7 @@ def tables() -> dict[str, str]:
         "studies": studies(),
         "processors": processors(),
         "served": listed("served", "pairs", "log-odds apart, most", "same verdict"),
-        "helpdesk-seed-0": listed("helpdesk-seed-0", *PARTS[:2], means=(*PARTS[2:], "position gap")),
+        "helpdesk-seed-0": listed("helpdesk-seed-0", *PARTS[:2], means=[*PARTS[2:], GAP]),
         "table": listed("table", *TABLE, means=("cross-entropy", "position gap")),
         "unlabelled": crossed("unlabelled", "share", SHARES, "out-of-distribution"),
         "adapt": crossed("adapt", "labels", (0, 200, 2000), "out-of-distribution"),
