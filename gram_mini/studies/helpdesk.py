@@ -28,7 +28,7 @@ from gram_mini.studies.seeds import RESULTS, add_folder, add_seeds, run
 
 EXAMPLES = """\
   python -m gram_mini.studies.helpdesk --model MODEL --seeds 1"""
-# The scalar heads, the paper's loss, and ours on both orders, which begins to compare at 135M.
+# The scalar heads, the paper's loss, and ours on both orders.
 TRAINED = (
     *("D-Baseline", "D from stage 1", "GRAM"),
     *("G, both orders (ours)", "GRAM, both orders (ours)"),
@@ -95,7 +95,7 @@ STUDIES = {
 
 def main(argv=None):
     parser = options.parser(__doc__, EXAMPLES)
-    text = "as in the training scripts; the committed results are of SmolLM2-135M"
+    text = "as in the training scripts, such as the GGUF file that make real fetches"
     parser.add_argument("--model", required=True, metavar="NAME", help=text)
     add_seeds(parser, [1, 2, 3])
     add_folder(parser, "--runs", Path("runs/helpdesk"), "where trained models are kept")
