@@ -1,6 +1,7 @@
 """The likelihood of a response as a judge, and beside the verdict: values, training, folders."""
 
 import csv
+import json
 import shutil
 
 import score
@@ -19,6 +20,7 @@ from gram_mini.runs.load import load_judge
 from gram_mini.runs.ranking import rank
 from gram_mini.serving import export
 from gram_mini.serving.served import served_judge
+from gram_mini.studies.lab import row_of
 
 import pytest
 import torch
@@ -150,6 +152,21 @@ def test_a_stopped_run_goes_on_as_if_nothing_had_happened(runs, tmp_path, monkey
     for file in ("adapter_model.safetensors", "likelihood/beta.safetensors"):
         whole, stopped = (load_file(tmp_path / name / file) for name in ("whole", "stopped"))
         assert all(torch.equal(whole[name], stopped[name]) for name in whole)
+
+
+def test_the_unit_of_beta_does_not_depend_on_which_response_stands_first(runs, tmp_path):
+    units = []
+    for name, swap in (("as drawn", False), ("better first", True)):
+        data, out = tmp_path / f"{name}.jsonl", tmp_path / name
+        pairs = [
+            Pair(p.prompt, p.response_b, p.response_a, 0) if swap and p.label == 1 else p
+            for p in load_pairs("village", True, limit=40).pairs
+        ]
+        data.write_text("".join(json.dumps(row_of(pair)) + "\n" for pair in pairs))
+        given = ["--data", str(data), "--init", str(runs / "stage1"), "--out", str(out)]
+        likelihood.main([*given, "--steps", "1", "--batch-size", "8", "--held-out", "0"])
+        units.append(load_file(out / "likelihood" / "beta.safetensors")["unit"])
+    torch.testing.assert_close(*units)
 
 
 def test_training_goes_on_from_a_joint_run(runs, tmp_path):
