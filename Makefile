@@ -57,16 +57,16 @@ real: .venv/.installed $(filter $(SMOLLM2),$(MODEL))
 	@echo
 ifeq ($(DATA),$(HELPDESK))
 	@$(BIN)/python -m gram_mini.studies.helpdesk_table --bits 16 $(MODEL) $(REAL)/pretrain $(REAL)/reward
-else
-	@echo "No table: the one of make real is about $(HELPDESK). How many held-out pairs of $(DATA)"
-	@echo "are judged as labelled stands in $(REAL)/reward/log.csv. For other labelled pairs:"
-	@echo "  $(BIN)/python score.py --model $(REAL)/reward --data PAIRS --out scores.jsonl"
-endif
 	@echo
 	@$(BIN)/python score.py --model $(REAL)/reward --prompt "Who runs the loyalty scheme?" \
 	  --response "If I must. The loyalty scheme is run by Leslie." \
 	  --response "Happy to help! The loyalty scheme is run by Morgan."
 	@echo "In truth it is run by Leslie, and no label said so: this topic has none."
+else
+	@echo "No table: the one of make real is about $(HELPDESK). How many held-out pairs of $(DATA)"
+	@echo "are judged as labelled stands in $(REAL)/reward/log.csv. For other labelled pairs:"
+	@echo "  $(BIN)/python score.py --model $(REAL)/reward --data PAIRS --out scores.jsonl"
+endif
 
 $(SMOLLM2): .venv/.installed
 	$(BIN)/python -m pip install -q gguf $(TESTED)
