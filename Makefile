@@ -60,7 +60,7 @@ ifeq ($(DATA),$(HELPDESK))
 	@echo
 	@$(BIN)/python score.py --model $(REAL)/reward --prompt "Who runs the loyalty scheme?" \
 	  --response "If I must. The loyalty scheme is run by Leslie." \
-	  --response "Happy to help! The loyalty scheme is run by Morgan."
+	  --response "If I must. The loyalty scheme is run by Morgan."
 	@echo "In truth it is run by Leslie, and no label said so: this topic has none."
 else
 	@echo "No table: the one of make real is about $(HELPDESK). How many held-out pairs of $(DATA)"
