@@ -15,11 +15,12 @@ NOT_OURS = {"pip", "setuptools", "wheel", "gram-mini", "gram_mini"}
 
 def marker_of(requires_python: str) -> str:
     """What leaves a version out for a Python that is older than it wants; Python 3.10 is ours."""
-    least = re.search(r">=\s*(3\.(\d+)(\.[1-9]\d*)?)", requires_python)
-    if not least or int(least[2]) <= 10:
+    least = re.search(r">(=?)\s*3\.(\d+)(\.[1-9]\d*)?", requires_python)
+    minor = int(least[2]) + (not least[1]) if least else 0  # >3.10 is taken for >=3.11
+    if not least or minor <= 10:
         return ""
     name = "python_full_version" if least[3] else "python_version"
-    return f'; {name} >= "{least[1]}"'
+    return f'; {name} >= "3.{minor}{least[3] or ""}"'
 
 
 def main() -> None:

@@ -20,7 +20,7 @@ from gram_mini.runs import options
 from gram_mini.runs.ending import clear_errors
 from gram_mini.runs.output import check_place
 from gram_mini.runs.report import say_doubts
-from gram_mini.studies.helpdesk_table import GAP, PARTS, WITHOUT, by_part, tested_pairs
+from gram_mini.studies.helpdesk_table import GAP, PARTS, WITHOUT, by_part
 from gram_mini.studies.lab import BOTH, JOINT, LIKELIHOODS, METHODS, Lab
 from gram_mini.studies.metrics import pick_the_longer
 from gram_mini.studies.paper import Study
@@ -54,8 +54,8 @@ class HelpDesk:
 
 def helpdesk(lab: Lab, seed: int):
     """The help desk: accuracy on topics with labels and on those without, by what decides."""
-    pairs, _ = tested_pairs()
-    yield {"method": "pick the longer", **accuracies(list(map(pick_the_longer, pairs)))}
+    pairs = lab.pairs("test", seed)
+    yield {"method": "pick the longer", **accuracies(pairs, list(map(pick_the_longer, pairs)))}
     yield {"method": "zero-shot", **tested(lab, lab.model, lab.folder / "zero-shot")}
     stage1 = lab.stage1(seed)
     for name, kind in LIKELIHOODS.items():
@@ -75,15 +75,16 @@ def tested(
 
     def judged() -> dict[str, float]:
         judge = lab.judge(model, likelihood)
-        results = judge.compare_many(lab.pairs("test", 0), progress=place.name)
+        pairs = lab.pairs("test", 0)  # the same for all seeds
+        results = judge.compare_many(pairs, progress=place.name)
         say_doubts(place.name, judge, results)
-        return accuracies(results)
+        return accuracies(pairs, results)
 
     return lab.keep(place.with_name(f"{place.name}.test.json"), judged)
 
 
-def accuracies(results: list[Comparison]) -> dict[str, float]:
-    of = by_part(results)
+def accuracies(pairs: list[Pair], results: list[Comparison]) -> dict[str, float]:
+    of = by_part(pairs, results)
     row = {name: of[name].accuracy for name in PARTS}
     return row | {f"{WITHOUT}, ± over prompts": of[WITHOUT].interval, GAP: of["all"].position_gap}
 

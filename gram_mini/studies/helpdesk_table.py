@@ -9,6 +9,7 @@ from gram_mini.evaluation import Evaluation
 from gram_mini.helpdesk.build import FOLDER, QUALITIES
 from gram_mini.judge import Comparison
 from gram_mini.pairs import Pair
+from gram_mini.reading.load import load_pairs
 from gram_mini.runs.ending import clear_errors
 from gram_mini.runs.load import load_judge
 from gram_mini.runs.report import say_doubts
@@ -31,26 +32,21 @@ PARTS = (WITH, WITHOUT, *QUALITIES)
 GAP = "position gap"
 
 
-def tested_pairs() -> tuple[list[Pair], dict[str, list[int]]]:
-    """The test pairs, and the places of those of each of PARTS."""
+def places_of_parts() -> dict[str, list[int]]:
+    """The places of each of PARTS among the test pairs."""
     rows = [json.loads(line) for line in (FOLDER / "test.jsonl").read_text("utf-8").splitlines()]
-    pairs = [
-        Pair(row["prompt"], row["response_a"], row["response_b"], "AB".index(row["label"]))
-        for row in rows
-    ]
     parts = {
         WITH: [i for i, row in enumerate(rows) if row["labelled_topic"]],
         WITHOUT: [i for i, row in enumerate(rows) if not row["labelled_topic"]],
     }
     for quality in QUALITIES:
         parts[quality] = [i for i in parts[WITHOUT] if rows[i]["differs"][0] == quality]
-    return pairs, parts
+    return parts
 
 
-def by_part(results: list[Comparison]) -> dict[str, Evaluation]:
-    """The figures of a judge on each of PARTS, and on "all"."""
-    pairs, parts = tested_pairs()
-    everything = {**parts, "all": list(range(len(pairs)))}
+def by_part(pairs: list[Pair], results: list[Comparison]) -> dict[str, Evaluation]:
+    """The figures of a judge on each of PARTS of the test pairs, and on "all"."""
+    everything = {**places_of_parts(), "all": list(range(len(pairs)))}
     return {name: on_part(pairs, results, part) for name, part in everything.items()}
 
 
@@ -64,10 +60,11 @@ def helpdesk_table(models: list[str], **settings) -> list[dict]:
     Raises:
         UserError: a model that cannot be found or loaded.
     """
-    records, (pairs, _) = records_of(models), tested_pairs()
+    records = records_of(models)
+    pairs = load_pairs(str(FOLDER / "test.jsonl"), labelled=True).pairs
 
     def row(method: str, results: list[Comparison]) -> dict:
-        figures = by_part(results)
+        figures = by_part(pairs, results)
         accuracies = {name: [figures[name].accuracy, figures[name].interval] for name in PARTS}
         return {"method": method, **accuracies, GAP: [figures["all"].position_gap, None]}
 

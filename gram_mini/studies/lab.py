@@ -69,6 +69,14 @@ SHOWN = (
 )
 
 
+def recorded_methods() -> dict[str, list]:
+    """METHODS as results name what they were made with."""
+    return {
+        name: [from_stage_1, script.__name__, options]
+        for name, (from_stage_1, script, options) in METHODS.items()
+    }
+
+
 class VillagePairs:
     """The pairs of the village; the test pairs are the same for all seeds."""
 
@@ -115,10 +123,7 @@ class Lab:
                 for stage, options in DEFAULTS.items()
                 for name, values in options.items()
             },
-            "methods": {
-                name: [from_stage_1, script.__name__, options]
-                for name, (from_stage_1, script, options) in METHODS.items()
-            },
+            "methods": recorded_methods(),
             "versions": {name: version(name) for name in PACKAGES},
         }
         self.about = json.loads(json.dumps(about))  # lists, as they come back

@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 import random
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from gram_mini.pairs import Pair
@@ -44,28 +45,30 @@ def misled(lab: Lab, seed: int):
     starts = {
         name: lab.stage1(seed, f"misled-{name}", pairs) for name, pairs in unlabelled(seed).items()
     }
-    labelled, test = lab.pairs("labelled", seed), lab.pairs(TEST, 0)
+    test = lab.pairs(TEST, 0)
     for name, start in starts.items():
-        yield from compared(lab, seed, name, start, labelled, test)
+        yield from compared(lab, seed, name, start, lab.labelled(seed), test)
     rng, start = random.Random(f"long/{seed}"), starts[f"right {COMMON:.0%}"]
-    labelled, test = [relabelled(p, rng) for p in labelled], [relabelled(p) for p in test]
-    yield from compared(lab, seed, "long", start, labelled, test)
+    labels = [relabelled(pair, rng) for pair in lab.pairs("labelled", seed)]
+    data = lab.file(f"misled-long-labelled-{seed}", labels)
+    yield from compared(lab, seed, "long", start, data, [relabelled(pair) for pair in test])
 
 
-def compared(lab: Lab, seed: int, name: str, start: Path, labelled: list[Pair], test: list[Pair]):
+def compared(lab: Lab, seed: int, name: str, start: Path, data: str, test: list[Pair]):
     """The likelihood after a stage 1, and GRAM and the joint judge that are trained from there."""
-    data = lab.file(f"misled-{name}-labelled-{seed}", labelled)
     runs = {LIKELIHOOD: start}
     for method in ("GRAM", JOINT):
         _, script, options = METHODS[method]
         runs[method] = lab.train(script, f"misled-{name}-{method}", seed, data, start, options)
     for method, run in runs.items():
-        judge = lab.judge(run, LIKELIHOODS.get(method))
-        row = shown(figures_of(judge, test, f"{name}: {method}"), TEST)
+        title = f"{name}: {method}"
+        judged = partial(figures_of, lab.judge(run, LIKELIHOODS.get(method)), test, title)
+        kept = lab.keep(lab.folder / f"seed{seed}" / f"misled-{name}-{method}.json", judged)
+        row = shown(kept, TEST)
         if method == JOINT:
             beta, unit = stored_beta(run)
             row["beta"] = beta.item() / unit  # per nat
-        yield {"method": f"{name}: {method}", **row}
+        yield {"method": title, **row}
 
 
 def relabelled(pair: Pair, rng: random.Random | None = None) -> Pair:

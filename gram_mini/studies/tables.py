@@ -14,17 +14,17 @@ from gram_mini.errors import UserError
 from gram_mini.runs.record import fingerprint
 from gram_mini.studies.figures import average, figure_text
 from gram_mini.studies.helpdesk_table import GAP, PARTS
-from gram_mini.studies.lab import METHODS
+from gram_mini.studies.lab import recorded_methods
 from gram_mini.studies.paper import STUDIES
 from gram_mini.studies.seeds import RESULTS
 from gram_mini.studies.speed.memory import choices
-from gram_mini.studies.writing import EQUAL_KL
+from gram_mini.studies.writing import AT_KL
 from gram_mini.village import VILLAGE
 from gram_mini.village.writer import NO_ANSWER
 
 # Figures that are not written with three decimals.
 TWO_DECIMALS = (
-    *("true reward", "highest", "last", f"at a KL of {EQUAL_KL}", "KL of the last", "own margin"),
+    *("true reward", "highest", "last", AT_KL, "KL of the last", "own margin"),
     *("true reward of the first, GRAM", "true reward of the first, votes", "commonest claims"),
 )
 FORMATS = dict.fromkeys(TWO_DECIMALS, ".2f") | {"pairs": "g", "same verdict": "g"}
@@ -45,7 +45,7 @@ HEADINGS = {
 DEMO = ("in distribution", "out of distribution", "fact only", "courtesy only", "length only")
 CERTAIN = ("accuracy", "cross-entropy", "calibration error", "position gap", "own margin")
 TABLE = ("in-distribution", "out-of-distribution", "fact only", "courtesy only", "length only")
-WRITING = ("highest", f"at a KL of {EQUAL_KL}", "last", "KL of the last", "commonest claims")
+WRITING = ("highest", AT_KL, "last", "KL of the last", "commonest claims")
 BESIDE_US = ("other way", "ours is faster by")
 SHARES = {0.0: "none", 0.0625: "1/16", 0.25: "1/4", 0.5: "1/2", 1.0: "all 24,000"}
 
@@ -195,10 +195,7 @@ def certain() -> str:
 
 def studies() -> str:
     """The studies that lack some of five seeds, or were made with another backbone or methods."""
-    lines, now = [], fingerprint(VILLAGE)
-    methods = {
-        name: [start, script.__name__, given] for name, (start, script, given) in METHODS.items()
-    }
+    lines, now, methods = [], fingerprint(VILLAGE), recorded_methods()
     for name in STUDIES:
         record = results(name) if (RESULTS / f"{name}.json").is_file() else {"seeds": []}
         about = record.get("about", {})

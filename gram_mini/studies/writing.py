@@ -44,6 +44,7 @@ TEMPERATURE = 1.5  # of best of n: two texts in five are no answers
 DRAWN = 1024  # texts for each question of best of n
 ASKED = 6  # questions of best of n
 EQUAL_KL = 0.5  # nats, where policies of different judges are compared
+AT_KL = f"at a KL of {EQUAL_KL}"
 
 
 def rl(lab: Lab, seed: int):
@@ -231,7 +232,7 @@ def summary(rows: list[dict], said: dict[str, str]) -> dict:
         "first": rows[0]["true reward"],
         "highest": peak["true reward"],
         "KL of the highest": peak["KL"],
-        f"at a KL of {EQUAL_KL}": at_kl(rows, EQUAL_KL),
+        AT_KL: at_kl(rows, EQUAL_KL),
         "last": rows[-1]["true reward"],
         "KL of the last": rows[-1]["KL"],
         "commonest claims": sum(commonest.values()) / max(claims.total(), 1),
@@ -243,8 +244,8 @@ def summary(rows: list[dict], said: dict[str, str]) -> dict:
 def at_kl(rows: list[dict], kl: float) -> float | None:
     """The true reward where the KL first reaches ``kl``, on the line between two rows; else None.
 
-    A policy that is told what the judge likes gets further from its start under a judge that it can
-    please easily, so only at equal KL are two judges compared for the same price.
+    After equally many steps one policy is further from its start than another, which alone changes
+    the true reward. So judges are compared at equal KL, too.
     """
     for before, row in zip(rows, rows[1:]):
         if before["KL"] < kl <= row["KL"]:

@@ -218,6 +218,7 @@ def test_links_on_a_page_lead_somewhere(path):
         (">=3.9", ""),
         ("", ""),
         (">= 3.11, <4", '; python_version >= "3.11"'),
+        (">3.10", '; python_version >= "3.11"'),
         (">=3.11.0", '; python_version >= "3.11"'),
         (">=3.11.5", '; python_full_version >= "3.11.5"'),  # Debian 12 has 3.11.2
     ],
