@@ -1,8 +1,8 @@
 """Ours, not the paper's: stage 2 with the likelihood of stage 1 beside the verdict.
 
-After stage 1 the model finds true responses likelier than false ones, but a judge that is trained
-from there hardly reads this knowledge. So ask for both. With the frozen model pi_1 of stage 1 the
-margin becomes
+After stage 1 the model finds true responses likelier than false ones. A judge that is trained from
+there may read only a part of this knowledge, as at the help desk. So ask for both. With the frozen
+model pi_1 of stage 1 the margin becomes
 
     m = Z_w - Z_l + beta (log pi_1(y_w | x) - log pi_1(y_l | x)).
 
@@ -13,7 +13,8 @@ more to train:
     dL/dbeta = (eps - sigmoid(-m)) (log pi_1(y_w | x) - log pi_1(y_l | x)).
 
 beta begins at 0, which is GRAM, and has a rate of its own. Where the likelihood tells nothing about
-the labels, beta stays near 0. The likelihoods are computed once, before the first step.
+the labels, beta gains nothing by moving. One step moves it by about its rate at most, so in a run
+of few steps it may not arrive. The likelihoods are computed once, before the first step.
 """
 
 from dataclasses import asdict

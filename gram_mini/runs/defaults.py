@@ -67,7 +67,8 @@ def choose_rate(args, stage: str, width: int) -> str:
         args.lr, why = for_model(values, args.model), "chosen on the village"
     if args.lr is None:
         args.lr = rate_of_width(width)
-        where = "searched on SmolLM2-135M" if width in SEARCHED else RULE.format(width)
+        rule = f"{RULE.format(width)}, a published rule for LoRA"
+        where = "searched on SmolLM2-135M" if width in SEARCHED else rule
         why = f"{where}, for a hidden size of {width:,}"
     return f"rate {args.lr:.1e}: {why} (--lr)"
 
@@ -87,8 +88,9 @@ def both(name: str, stage: str) -> str:
 
 def shown_rate(rates: tuple) -> str:
     """Both defaults of a rate, as the help shows them."""
-    rule = RULE.format("hidden size")
-    return f"(default: {rates[0]:g} for the village's backbone, {rule} for any other model)"
+    rule = f"{RULE.format('hidden size')} for any other model, a published rule for LoRA"
+    searched = ", ".join(f"{rate:g} at {width}, by a search" for width, rate in SEARCHED.items())
+    return f"(default: {rates[0]:g} for the village's backbone, {rule}; {searched})"
 
 
 def shown_rates_of_heads() -> str:

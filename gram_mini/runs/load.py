@@ -11,7 +11,7 @@ from gram_mini.runs.checks import check_sizes
 from gram_mini.runs.defaults import MAX_LENGTH, SCORED, for_model
 from gram_mini.runs.heads import judge_with_head, load_head
 from gram_mini.runs.likelihood import JointJudge, LikelihoodJudge, stored_beta
-from gram_mini.runs.memory import prompts_at_once, total_bytes
+from gram_mini.runs.memory import GIB, prompts_at_once, total_bytes
 from gram_mini.runs.models import load_lora, load_model, load_tokenizer, local_model
 from gram_mini.runs.processes import pick_device
 from gram_mini.runs.record import (
@@ -23,6 +23,7 @@ from gram_mini.runs.record import (
     pinned,
     read_record,
 )
+from gram_mini.runs.report import say
 
 import torch
 from transformers import AutoConfig
@@ -111,6 +112,8 @@ def load_judge(
     max_length = max_length or for_model(MAX_LENGTH, backbone)
     if batch_size is None and (total := total_bytes(place)):
         batch_size = prompts_at_once(model, max_length, total)
+        tokens = (batch_size or for_model(SCORED, backbone)) * max_length
+        say(f"scoring in passes of up to {tokens:,} tokens (of {total / GIB:.0f} GB)")
     batch_size = batch_size or for_model(SCORED, backbone)
     check_sizes(str(path), model, tokenizer, max_length)
     if given and head is not None and head.out_features == 1:

@@ -6,10 +6,15 @@ import csv
 import time
 from pathlib import Path
 
+from gram_mini.runs.memory import GIB, most_held
+
 import torch
 
 MEANS = ("loss", "accuracy", "margin", "label_mass")  # the means in a training line
-LOG_COLUMNS = ("step", "part", *MEANS, "position_gap", "lr", "skipped", "tokens_per_second")
+LOG_COLUMNS = (
+    *("step", "part", *MEANS, "position_gap", "lr", "skipped"),
+    *("tokens_per_second", "memory"),  # of the machine
+)
 
 
 class Log:
@@ -18,7 +23,7 @@ class Log:
     A training line holds means over its steps (of pairs in stage 2, of trained tokens in stage 1)
     and all processes; label_mass is that of the last step. tokens_per_second
     counts the tokens that the model computes, padding included; the time of evaluations is left
-    out. Only the main process writes.
+    out. memory is the most GiB that the main process has held so far. Only the main process writes.
 
     The run has ``steps`` steps. It goes on from the checkpoint of step ``after``, 0 for none, where
     :meth:`state` returned ``state``.
@@ -84,9 +89,9 @@ class Log:
         *rows, (tokens, _) = self.accelerator.reduce(table, "sum").tolist()
         means = {name: total / weight for name, (total, weight) in zip(MEANS, rows) if weight > 0}
         speed = round(tokens / (time.perf_counter() - self._since))
-        self._write(
-            step=step, part="train", lr=lr, skipped=skipped, tokens_per_second=speed, **means
-        )
+        held = most_held(self.accelerator.device) / GIB
+        of_machine = {"tokens_per_second": speed, "memory": held}
+        self._write(step=step, part="train", lr=lr, skipped=skipped, **of_machine, **means)
         self._restart()
         return means
 

@@ -15,6 +15,7 @@ same estimate chooses the passes of a step, and how many prompts are scored at o
 from __future__ import annotations
 
 import os
+import sys
 import weakref
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
@@ -215,6 +216,18 @@ def cgroups_leave(
                 stat = dict(s.split() for s in (group / "memory.stat").read_text().splitlines())
                 files = int(stat["active_file"]) + int(stat["inactive_file"])
                 yield int(text) - int((group / "memory.current").read_text()) + files
+
+
+def most_held(device: torch.device) -> int:
+    """Bytes that this process has held at most so far; on a GPU, what torch has allocated there."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if sys.platform == "win32":
+        return psutil.Process().memory_info().peak_wset
+    import resource  # which Windows lacks
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 @dataclass

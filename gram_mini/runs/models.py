@@ -41,7 +41,7 @@ PROBES = (
 NO_BFLOAT16 = (
     "this GPU has no bf16, so 4-bit weights compute in float32, which is slow (on a T4 up to 8 "
     "times slower); prefer a GPU with bf16 (Ampere or newer) or a smaller model; --bits 16 "
-    "computes in float16, which is fast but may overflow"
+    "computes in float16, where large numbers overflow and small gradients may vanish"
 )
 PLAIN_UP_TO = 512  # tokens of a sequence in training with plain attention; see keep_no_square
 VILLAGE_FOLDER = Path(__file__).parents[1] / "village" / "backbone"

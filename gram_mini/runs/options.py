@@ -393,7 +393,7 @@ def add_model_options(
     ``length_default`` says in words what None means for --max-length.
     """
     add = group.add_argument
-    text = "4: NF4 weights (QLoRA); 16: bf16; 32: float32"
+    text = "4: NF4 weights (QLoRA); 16: bf16, or what the device has instead; 32: float32"
     text += "" if bits_default else " (default: as in training, else 4)"
     add("--bits", type=int, choices=(4, 16, 32), default=bits_default, help=text)
     text = "tokens per sequence; longer texts are cut, prompt first, then both responses by the "

@@ -29,7 +29,7 @@ def read_record(folder: Path, name: str = "run.json") -> dict:
     """The record of a run folder; in an exported run it has the name EXPORTED.
 
     Raises:
-        UserError: if there is none or it cannot be read.
+        UserError: if there is none, it cannot be read, or the run lacks a part of its judge.
     """
     try:
         record = json.loads((folder / name).read_text())
@@ -42,6 +42,10 @@ def read_record(folder: Path, name: str = "run.json") -> dict:
         raise UserError(
             f"{folder / name}: is not the record of a run of version 0.2 or later; train it again"
         )
+    of_head, of_beta = ("head", HEAD), ("beta_lr", f"{LIKELIHOOD}/{BETA}")
+    for option, part in (of_head, of_beta) if name == "run.json" else ():
+        if option in record["options"] and not (folder / part).is_file():
+            raise UserError(f"{folder}: lacks its {part}; copy the whole run, or train it again")
     return record
 
 
@@ -193,6 +197,11 @@ def check_init(
     same = (
         name == backbone if local_model(backbone) is None else fingerprint(backbone) == trained_on
     )
+    if not same and name == backbone:
+        raise UserError(
+            f"--init {init}: was trained on another version of the backbone {name!r}; train it "
+            "again"
+        )
     if not same:
         raise UserError(
             f"--init {init}: was trained on the backbone {name!r} ({trained_on}), not on "

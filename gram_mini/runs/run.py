@@ -423,6 +423,8 @@ class Run:
         results = {"steps": self._total, "skipped": self.skipped, "lengths": self.lengths}
         if self.evaluation:
             results["held_out"] = self.evaluation
+        if hasattr(model, "beta"):  # of gram_mini.likelihood
+            results["beta_per_nat"] = model.beta.item() / model.beta_unit
         template = self.judge_template(tokenizer)
         record = make_record(
             self.stage,

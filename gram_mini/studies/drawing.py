@@ -59,7 +59,6 @@ X_LABELS = {
     "step": "step of training",
 }
 PATHS = ("KL", "step")  # the x of which a seed is a thin line; over another x it is dots
-ABOUT = ": without stage 1; dotted: chance"
 BOUND = "mean best margin, noisy labels"  # of paper.smoothing
 
 
@@ -78,6 +77,9 @@ def picture_of(name: str, study: Study, rows: list[dict]) -> Figure:
     height = 0.7 + 0.19 * len(methods) if dots else 2.4
     figure = Figure((WIDTH, 0.8 + down * height), layout="constrained")
     axes = list(figure.subplots(down, columns, squeeze=False, sharey=dots).flat)
+    about: dict[str, str] = {}  # what the picture's marks mean, of those that are in it
+    if any(map(without_stage_1, methods)):
+        about["hollow" if dots else "dashed"] = "without stage 1"
     while len(axes) > len(panels):
         axes.pop().remove()
     for axis, panel in zip(axes, panels):
@@ -88,14 +90,17 @@ def picture_of(name: str, study: Study, rows: list[dict]) -> Figure:
             _lines(axis, panel, shown, means, study.x)
         axis.grid(color=PALE, lw=0.6)
         axis.set_title(panel)
-        if (chance := _scale(panel).chance) is not None:
+        begin = (axis.get_xlim() if dots else axis.get_ylim())[0]
+        if (chance := _scale(panel).chance) is not None and chance > begin:  # not on the frame
             (axis.axvline if dots else axis.axhline)(chance, color=GREY, ls=":", lw=1)
+            about["dotted"] = "chance"
     figure.suptitle(f"{name} ({seeds} seed{'s' * (max(counts) > 1)})")
     if dots:
-        said = f"small dots: seeds; large dots and numbers: mean ± 95% interval; hollow{ABOUT}"
+        told = {"small dots": "seeds", "large dots and numbers": "mean ± 95% interval"}
     else:
         seeds = "thin lines" if study.x in PATHS else "dots"
-        said = f"{seeds}: seeds; thick lines: their mean; dashed{ABOUT}"
+        told = {seeds: "seeds", "thick lines": "their mean"}
+    said = "; ".join(f"{mark}: {meaning}" for mark, meaning in {**told, **about}.items())
     figure.supxlabel(said, fontsize=FONT["font.size"], color=GREY)
     if not dots:
         name_lines(figure)

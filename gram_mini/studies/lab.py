@@ -238,6 +238,9 @@ class Lab:
     def method(self, name: str, seed: int, count: int | None = None) -> Path:
         """One of METHODS on the labelled pairs, or on the first ``count`` of them."""
         from_stage_1, script, options = METHODS[name]
+        if self.model != VILLAGE and "--lr" in options:  # the village's; others have their defaults
+            at = options.index("--lr")
+            options = options[:at] + options[at + 2 :]
         init = self.stage1(seed) if from_stage_1 else None
         run = name if count is None else f"{count} {name}"
         return self.train(script, run, seed, self.labelled(seed, count), init, options)

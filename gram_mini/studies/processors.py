@@ -13,11 +13,13 @@ import json
 import os
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 from gram_mini.errors import UserError
 from gram_mini.runs import options
 from gram_mini.runs.ending import clear_errors
+from gram_mini.runs.record import PACKAGES
 from gram_mini.studies.lab import write_json
 from gram_mini.studies.recorded import processor
 from gram_mini.studies.seeds import RESULTS
@@ -78,7 +80,9 @@ def main(argv=None) -> None:
         for row in rows(capability, threads):
             if row["method"] != "the true rewards":
                 means.append({**row, "setting": name})
-        record = {"study": "processors", "machine": processor(), "means": means + apart(means)}
+        versions = {name: version(name) for name in PACKAGES}
+        on = {"machine": processor(), "versions": versions}
+        record = {"study": "processors", **on, "means": means + apart(means)}
         write_json(RESULTS / "processors.json", record)
 
 

@@ -7,8 +7,8 @@
 training scripts does; their rows must need no --columns, --split or --subset. Of the labelled
 prompts 15% are held out as the test "held out"; which ones is the same for all seeds. A seed draws
 which pairs are used, their order, and the adapters. Rates are the defaults of the model
-(gram_mini/runs/defaults.py). Scalar heads take 1e-3 and two epochs, as in the village, where
---scalar gives nothing else.
+(gram_mini/runs/defaults.py). Scalar heads take two epochs, as in the village, where --scalar gives
+nothing else.
 
 Trained models and figures stay in --runs, so a study goes on where it stopped, and the table and
 the picture are in its folder results.

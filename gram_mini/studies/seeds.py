@@ -23,6 +23,7 @@ from gram_mini.studies.paper import STUDIES, Study
 from gram_mini.studies.recorded import processor
 
 import torch
+from filelock import FileLock
 from tqdm import tqdm
 
 RESULTS = Path(__file__).parent / "results"
@@ -170,7 +171,8 @@ def add_seed(name: str, seed: int, made: dict, lab: Lab, results: Path, study: S
     The record is written last: a seed that is in it has all else.
     """
     place = results / f"{name}.json"
-    with lab.alone(place):  # two commands may add to it
+    results.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{place}.lock"):  # two commands may add to it, even with other --runs
         kept = reusable(name, lab, results, study)[0] - {seed}
         before = read_json(place) if kept else {}
         if study.after:

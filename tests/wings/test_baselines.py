@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 
 import score
 import train_reward
@@ -155,6 +156,14 @@ def test_the_head_is_saved_with_the_adapter_and_comes_back(name, runs):
     assert hasattr(apart.model, "peft_config") and not hasattr(judge.model, "peft_config")
     for merged, adapted in zip(judge.compare_many(PAIRS), apart.compare_many(PAIRS)):
         assert merged.probability == pytest.approx(adapted.probability, abs=1e-5)
+
+
+def test_a_copy_without_the_head_is_refused(runs, tmp_path):
+    name = next(iter(KINDS))
+    shutil.copytree(runs / name, tmp_path / "copy")
+    (tmp_path / "copy" / "head.safetensors").unlink()
+    with pytest.raises(UserError, match="lacks its head.safetensors"):
+        load_judge(tmp_path / "copy")
 
 
 @pytest.mark.parametrize("name", KINDS)

@@ -21,6 +21,7 @@ from gram_mini.runs.load import load_judge
 from gram_mini.runs.models import VILLAGE_FOLDER
 from gram_mini.runs.options import pretrain_options, reward_options
 from gram_mini.runs.record import read_record
+from gram_mini.studies import beside, few
 from gram_mini.studies.lab import METHODS
 
 import pytest
@@ -66,6 +67,10 @@ def test_the_studies_give_the_villages_own_rates():
             frozen, head = "--freeze" in given, given[given.index("--head") + 1]
             own = FROZEN[head] if frozen else SCALAR[0]
             assert float(given[given.index("--lr") + 1]) == own, name
+    judge, scalar = DEFAULTS["reward"]["lr"][0], SCALAR[0]
+    assert {float(few.FULL.lr), float(beside.RECIPES["GRAM"].lr)} == {judge}
+    heads = few.FULL_SCALAR, beside.RECIPES["D from stage 1"]
+    assert {float(recipe.lr) for recipe in heads} == {scalar}
 
 
 def test_another_models_rate_follows_from_its_width():
@@ -73,7 +78,8 @@ def test_another_models_rate_follows_from_its_width():
     assert {width: rate_of_width(width) for width in rates} == rates
     args = pretrain_options("", ["--model", "some/model"])
     assert choose_rate(args, "pretrain", 1024) == (
-        "rate 8.4e-04: 5e-4 x (2000 / 1024)^0.78, for a hidden size of 1,024 (--lr)"
+        "rate 8.4e-04: 5e-4 x (2000 / 1024)^0.78, a published rule for LoRA, "
+        "for a hidden size of 1,024 (--lr)"
     )
     smol = pretrain_options("", ["--model", "some/model"])
     assert "searched on SmolLM2-135M" in choose_rate(smol, "pretrain", 576)

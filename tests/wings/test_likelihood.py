@@ -18,6 +18,7 @@ from gram_mini.runs import likelihood as likelihoods
 from gram_mini.runs.likelihood import JointJudge, LikelihoodJudge
 from gram_mini.runs.load import load_judge
 from gram_mini.runs.ranking import rank
+from gram_mini.runs.record import read_record
 from gram_mini.serving import export
 from gram_mini.serving.served import served_judge
 from gram_mini.studies.lab import row_of
@@ -94,6 +95,25 @@ def test_beta_is_learned_and_saved_with_both_adapters(runs):
     )
     assert all(torch.equal(stage_1[name], kept[name]) for name in stage_1)  # it was frozen
     assert any((stage_1[name] - judging[name]).abs().max() > 0 for name in stage_1)
+    per_nat = saved["beta"].item() / saved["unit"].item()
+    assert read_record(runs / "joint")["results"]["beta_per_nat"] == pytest.approx(per_nat)
+
+
+@pytest.mark.parametrize("missing", ["likelihood", "likelihood/beta.safetensors"])
+def test_a_copy_without_the_likelihood_is_refused_everywhere(missing, runs, tmp_path):
+    """It would judge by its verdict alone, without a word."""
+    copy = tmp_path / "copy"
+    shutil.copytree(runs / "joint", copy)
+    part = copy / missing
+    shutil.rmtree(part) if part.is_dir() else part.unlink()
+    for use in (
+        lambda: load_judge(copy),
+        lambda: export.main([str(copy), str(tmp_path / "exported")]),
+        lambda: served_judge(copy, "http://127.0.0.1:9"),
+        lambda: likelihood.main([*SMALL, "--init", str(copy), "--out", str(tmp_path / "x")]),
+    ):
+        with pytest.raises(UserError, match="lacks its likelihood/beta.safetensors"):
+            use()
 
 
 def test_the_joint_judge_adds_beta_times_the_likelihoods_to_the_verdict(runs, tmp_path):

@@ -73,7 +73,7 @@ def adapter(run):
 def log_of(run):
     with open(run / "log.csv", newline="") as file:
         return [
-            {k: v for k, v in row.items() if k != "tokens_per_second"}
+            {k: v for k, v in row.items() if k not in ("tokens_per_second", "memory")}
             for row in csv.DictReader(file)
         ]
 

@@ -178,6 +178,7 @@ def test_shipped_backbone_is_small_and_ordinary():
 def test_four_bits_are_those_of_the_paper_on_every_machine():
     """NF4 with double quantisation (QLoRA, section 3) in plain torch, against what is computed."""
     plain = dict(load_model(VILLAGE, bits=32).named_parameters())
+    checked = 0
     for name, parameter in load_model(VILLAGE, bits=4).named_parameters():
         state = getattr(parameter, "quant_state", None)
         if state is None:
@@ -189,6 +190,8 @@ def test_four_bits_are_those_of_the_paper_on_every_machine():
         assert (found - expected).norm() / weight.norm() < 5e-3, name
         assert ((found - expected).abs() > 1e-6).float().mean() < 0.05, name
         assert 0.085 < (found - weight).norm() / weight.norm() < 0.1, name
+        checked += 1
+    assert checked == 4 * 7  # all matrices of all layers
 
 
 def nf4_and_back(weight: torch.Tensor) -> torch.Tensor:

@@ -32,7 +32,9 @@ STAGES = {"pretrain": "stage 1", "reward": "stage 2", "score": "scoring, both or
 LABELS = (5, 6)
 # About as many fixed tokens as a long judge prompt has. Which ones does not matter.
 PIECES = {
-    "pretrain": PromptPieces(start=[1] * 6, after_prompt=[1] * 18, between=[1] * 24, end=[1] * 12),
+    "pretrain": PromptPieces(
+        start=[1] * 6, after_prompt=[1] * 18, between=[1] * 24, end=[1] * 12, ignored=5
+    ),
     "reward": PromptPieces(start=[1] * 82, after_prompt=[1] * 15, between=[1] * 24, end=[1] * 24),
 }
 PIECES["score"] = PIECES["reward"]

@@ -1,8 +1,9 @@
 """What a plain command chooses for a model on a device: the rate, and the passes of a step.
 
 The table is computed, by the rules of gram_mini/runs, for stage 2 with --both-orders 1 and full
-pairs of 1,024 tokens: passes x tokens and the peak in GiB, with * for gradient checkpointing; on a
-GPU in NF4, on a laptop with --bits 16. The bytes are derived from the sizes of a model.
+pairs of 1,024 tokens: passes x tokens and the peak in GiB, with * for gradient checkpointing. On a
+GPU it is in NF4, the default. On a laptop it is with --bits 16, which computes in bf16, or in
+float32 on a CPU without it: the second figure. The bytes are derived from the sizes of a model.
 """
 
 from dataclasses import replace
@@ -25,7 +26,6 @@ DEVICES = {
     "H100, 80 GB": (79.1, 2),
 }
 LAPTOP = 16  # GiB
-RUN = "SmolLM2-135M"  # on a CPU, by make real
 STEP = memory.Longest(rows=BATCHES["batch_size"][1], sequences=2, length=MAX_LENGTH[1], logits=0)
 
 
@@ -111,22 +111,26 @@ def on_gpu(config, total: float, width: int) -> str:
 
 
 def on_laptop(config) -> str:
-    """The same on a CPU with --bits 16 and the passes that are the default there."""
+    """The same on a CPU with --bits 16 and the passes that are the default there, in both types."""
     tokens = replace(STEP, limit=BATCHES["batch_tokens"][1]).tokens
-    most, model = peak(config, 16, False, 2, tokens), held(config, 16)
-    if most - model > memory.TIGHT["cpu"] * (LAPTOP * GIB - model):
+    figures = []
+    for width in (2, 4):
+        most, model = peak(config, 16, False, width, tokens), held(config, 16, width)
+        fits = most - model <= memory.TIGHT["cpu"] * (LAPTOP * GIB - model)
+        figures.append(f"{most / GIB:.3g}" if fits else "no")
+    if set(figures) == {"no"}:
         return "does not fit"
-    return f"{-(-STEP.rows // (tokens // STEP.row))} x {tokens:,} ({most / GIB:.3g})"
+    return f"{-(-STEP.rows // (tokens // STEP.row))} x {tokens:,} ({', '.join(figures)})"
 
 
 def choices() -> list[list[str]]:
     """The table of what a plain command chooses: its head and its lines."""
     lines = [["model", "rate", f"laptop, {LAPTOP} GB", *DEVICES]]
     for name in CHOSEN:
-        config, run = SHAPES[name], ", run" if name == RUN else ""
+        config = SHAPES[name]
         cards = (on_gpu(config, *size) for size in DEVICES.values())
         rate = f"{rate_of_width(config.hidden_size):.1e}"
-        lines.append([name, rate, on_laptop(config) + run, *cards])
+        lines.append([name, rate, on_laptop(config), *cards])
     return lines
 
 

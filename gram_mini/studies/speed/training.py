@@ -15,7 +15,7 @@ from gram_mini.batches import IGNORED, EncodedPair, join, pad, pair_batch
 from gram_mini.errors import UserError
 from gram_mini.model import half_precision
 from gram_mini.runs.heads import response_segments
-from gram_mini.runs.models import compute_dtype, load_tokenizer, quantization
+from gram_mini.runs.models import compute_dtype, keep_no_square, load_tokenizer, quantization
 from gram_mini.runs.run import LORA_RANK
 from gram_mini.studies.speed import common
 from gram_mini.studies.speed.common import GIB, LABELS, PIECES, SHAPES, STAGES, take_step
@@ -105,6 +105,7 @@ def of_stage(stage: str, args, device: torch.device) -> list[dict[str, str]]:
     batch = common.full_rows(args.batch_size, stage, config.vocab_size, args.max_length)
     torch.manual_seed(0)
     model = common.build(config, args.bits, LORA_RANK, device).train()
+    keep_no_square(model, args.max_length)  # as a run does
     losses = {"ours": (common.loss_of, model), "usual": (usual_loss, model)}
     for kind in TRAINERS[stage] if args.peer else ():
         losses[f"TRL {kind}"] = trl_loss(kind, stage, batch, args, device)
