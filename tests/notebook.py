@@ -76,7 +76,8 @@ def smallest(book):
 def execute(book, folder: Path):
     """Run all cells with the repository on the path.
 
-    Returns the notebook with its outputs, without progress bars.
+    Returns the notebook with its outputs, without progress bars. A picture has the alternative text
+    of its cell.
     """
     first = nbformat.v4.new_code_cell(f"import sys; sys.path.insert(0, {str(ROOT)!r})")
     book.cells.insert(0, first)
@@ -100,8 +101,14 @@ def execute(book, folder: Path):
         if cell.cell_type == "code":
             cell.execution_count = None
             cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
+            for output in pictures(cell):
+                output.metadata["image/png"] = {"alt": cell.metadata["alt"]}
             cell.metadata.pop("execution", None)
     return book
+
+
+def pictures(cell) -> list:
+    return [output for output in cell.get("outputs", []) if "image/png" in output.get("data", {})]
 
 
 def printed(book, name: str) -> str:

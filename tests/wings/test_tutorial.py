@@ -8,7 +8,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
-from notebook import ROOT, execute, key_numbers, read, smallest
+from notebook import ROOT, execute, key_numbers, pictures, read, smallest
 
 BEGIN, END = "### BEGIN SOLUTION", "### END SOLUTION"
 # Cells that the exercises build on.
@@ -147,6 +147,14 @@ def exercises(book):
         if cell["id"] in NEEDED or (grader(cell) and "trained" not in cell.metadata.get("tags", []))
     ]
     return book
+
+
+def test_every_picture_has_an_alternative_text():
+    with_pictures = [cell for cell in read().cells if pictures(cell)]
+    assert len(with_pictures) > 9
+    for cell in with_pictures:
+        for output in pictures(cell):
+            assert output.metadata["image/png"]["alt"] == cell.metadata["alt"], cell["id"]
 
 
 def test_cells_are_short_and_exercises_complete():
