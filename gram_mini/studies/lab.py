@@ -37,6 +37,7 @@ BOTH = ["--both-orders", "1"]
 # Rates, epochs and the weight of the text loss were chosen on seed 0.
 SCALAR = ["--head", "scalar", "--lr", "1e-3", "--epochs", "2"]
 LIKELIHOOD, JOINT = "likelihood", "GRAM + likelihood (ours)"
+JOINT_BOTH = "GRAM, both orders + likelihood (ours)"
 METHODS = {  # name: (whether it starts from stage 1, script, options of the script)
     "D-Baseline": (False, baselines, SCALAR + PLAIN),
     "D-Freeze": (False, baselines, ["--head", "scalar", "--freeze", "--lr", "0.1", *PLAIN]),
@@ -51,6 +52,7 @@ METHODS = {  # name: (whether it starts from stage 1, script, options of the scr
     "G, both orders (ours)": (False, train_reward, BOTH),
     "GRAM, both orders (ours)": (True, train_reward, BOTH),
     JOINT: (True, joint, []),
+    JOINT_BOTH: (True, joint, BOTH),
 }
 # Judges that need no labels: kinds of the likelihood under stage 1.
 LIKELIHOODS = {
@@ -279,7 +281,14 @@ class Lab:
         """The row of one of METHODS or LIKELIHOODS."""
         if name in LIKELIHOODS:
             return self.row(self.stage1(seed), split, LIKELIHOODS[name])
-        return self.row(self.method(name, seed), split)
+        run = self.method(name, seed)
+        return self.row(run, split) | beta_of(run)
+
+
+def beta_of(run: Path) -> dict[str, float]:
+    """The weight of the likelihood in a run, per nat, as "beta"; empty for a run without one."""
+    results = read_json(run / "run.json").get("results", {})
+    return {"beta": results["beta_per_nat"]} if "beta_per_nat" in results else {}
 
 
 def shown(figures: dict[str, float], accuracy: str = "accuracy") -> dict[str, float]:

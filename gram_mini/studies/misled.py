@@ -19,7 +19,6 @@ from functools import partial
 from pathlib import Path
 
 from gram_mini.pairs import Pair
-from gram_mini.runs.likelihood import stored_beta
 from gram_mini.studies.lab import (
     JOINT,
     LIKELIHOOD,
@@ -27,6 +26,7 @@ from gram_mini.studies.lab import (
     METHODS,
     TEST,
     Lab,
+    beta_of,
     figures_of,
     shown,
 )
@@ -65,10 +65,7 @@ def compared(lab: Lab, seed: int, name: str, start: Path, data: str, test: list[
         judged = partial(figures_of, lab.judge(run, LIKELIHOODS.get(method)), test, title)
         kept = lab.keep(lab.folder / f"seed{seed}" / f"misled-{name}-{method}.json", judged)
         row = shown(kept, TEST)
-        if method == JOINT:
-            beta, unit = stored_beta(run)
-            row["beta"] = beta.item() / unit  # per nat
-        yield {"method": title, **row}
+        yield {"method": title, **row, **beta_of(run)}
 
 
 def relabelled(pair: Pair, rng: random.Random | None = None) -> Pair:

@@ -30,7 +30,7 @@ from gram_mini.reading.load import load_pairs
 from gram_mini.runs import options
 from gram_mini.runs.ending import clear_errors
 from gram_mini.runs.output import check_place
-from gram_mini.studies.lab import Lab
+from gram_mini.studies.lab import JOINT_BOTH, LIKELIHOOD, LIKELIHOODS, Lab, beta_of
 from gram_mini.studies.metrics import pick_the_longer
 from gram_mini.studies.paper import Study
 from gram_mini.studies.seeds import add_folder, add_seeds, run
@@ -50,7 +50,7 @@ HELD_OUT = "held out"  # what the test on the labelled data's own prompts is cal
 TAKEN = {"labelled", "unlabelled", HELD_OUT, "seed", "method", "labels"}
 COMPARED = (
     *("D-Baseline", "D from stage 1", "G-Baseline", "G-Label-Smoothing", "GRAM"),
-    *("G, both orders (ours)", "GRAM, both orders (ours)"),
+    *("G, both orders (ours)", "GRAM, both orders (ours)", JOINT_BOTH),
 )
 CURVE = ("D-Baseline", "G-Label-Smoothing", "GRAM", "G, both orders (ours)")
 COUNTS = (100, 200, 400, 800, 1600, 3200, 8000)  # of labels, as far as there are so many
@@ -132,9 +132,11 @@ def drawn(pairs: list[Pair], count: int, seed: int | str) -> list[Pair]:
     return random.Random(f"{seed}").sample(pairs, min(count, len(pairs)))
 
 
-def columns(lab: Lab, model: str | Path, test: str) -> dict[str, float]:
+def columns(
+    lab: Lab, model: str | Path, test: str, likelihood: str | None = None
+) -> dict[str, float]:
     """The figures of a judge on a test, each under a name with that of the test."""
-    figures = lab.evaluate(model, test)
+    figures = lab.evaluate(model, test, likelihood)
     more = ("± over prompts", "position gap", "calibration error")
     return {test: figures["accuracy"], **{f"{test}, {name}": figures[name] for name in more}}
 
@@ -145,11 +147,12 @@ def table(lab: Lab, seed: int):
     for test, pairs in lab.source.tests.items():
         longer[test] = summarise(pairs, list(map(pick_the_longer, pairs))).accuracy
     yield longer
-    for name in ("zero-shot", *COMPARED):
-        run = lab.method(name, seed) if name in COMPARED else lab.model
-        row: dict[str, object] = {"method": name}
+    runs: dict[str, str | Path] = {"zero-shot": lab.model, LIKELIHOOD: lab.stage1(seed)}
+    for name in (*runs, *COMPARED):
+        run = runs.get(name) or lab.method(name, seed)
+        row: dict[str, object] = {"method": name, **beta_of(Path(run))}
         for test in lab.source.tests:
-            row |= columns(lab, run, test)
+            row |= columns(lab, run, test, LIKELIHOODS.get(name))
         yield row
 
 

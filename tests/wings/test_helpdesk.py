@@ -21,7 +21,7 @@ from gram_mini.judge import Comparison
 from gram_mini.reading.load import load_pairs
 from gram_mini.studies import helpdesk as study
 from gram_mini.studies import helpdesk_table as table
-from gram_mini.studies.lab import Lab
+from gram_mini.studies.lab import JOINT_BOTH, Lab
 
 import pytest
 import torch
@@ -309,10 +309,10 @@ def test_the_study_trains_each_judge_once_and_tests_it_by_part(tmp_path, monkeyp
     assert all(row["position gap"] == 0.0 for row in rows)
     stage_1 = tmp_path / "seed1" / "stage1"
     assert [likelihood for _, likelihood in asked[1:4]] == ["sum", "per-token", "over-backbone"]
-    script, init, options = trained[study.WITH_BOTH]
+    script, init, options = trained[JOINT_BOTH]
     assert (script, init) == ("gram_mini.likelihood.__main__", stage_1)
     assert options == ["--both-orders", "1"]
-    assert trained.keys() == {"stage1", *study.TRAINED, study.WITH_BOTH}
-    assert len({row["method"] for row in rows}) == len(rows) == 1 + 3 + len(study.TRAINED) + 1
+    assert trained.keys() == {"stage1", *study.TRAINED}
+    assert len({row["method"] for row in rows}) == len(rows) == 1 + 3 + len(study.TRAINED)
     asked.clear()
     assert list(study.helpdesk(lab, 1)) == [longer, *rows] and not asked  # kept

@@ -135,7 +135,7 @@ def test_the_computed_table(capsys):
     memory.main([])
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 1 + len(memory.CHOSEN) and len({len(line) for line in lines}) == 1
-    assert lines[1].startswith("SmolLM2-135M  1.0e-03  16 x 2,048 (1.99, 3.56)")
+    assert lines[1].startswith("SmolLM2-135M  1.0e-03  16 x 2,048 (1.84, 3.22)")
     assert re.match("Qwen3-8B +2.9e-04 +does not fit +does not fit +16 x 2,048\\* ", lines[-1])
 
 

@@ -57,12 +57,13 @@ def lab(tmp_path, files, counts=(12, 5, 100), **given):
 
 def test_a_table_of_judges_that_are_known(tmp_path, files):
     made = lab(tmp_path, files)
-    longer, zero_shot, *methods = real.table(made, seed=1)
+    longer, zero_shot, control, *methods = real.table(made, seed=1)
     assert longer == {"method": "the longer response", "held out": 1.0, "other": 0.25}
     assert zero_shot["held out"] == 1.0 and zero_shot["other"] == 0.75
     assert zero_shot["other, position gap"] == 0
     assert zero_shot["other, calibration error"] == pytest.approx(0.15)
     assert zero_shot["other, ± over prompts"] > 0.2
+    assert control["method"] == "likelihood" and control["held out"] == 1.0
     assert [row["method"] for row in methods] == list(real.COMPARED)
     trained = dict(made.ran)
     assert "--init" in trained["GRAM"] and "--init" not in trained["G-Baseline"]
@@ -130,10 +131,10 @@ def test_the_command_writes_a_table_and_goes_on_with_what_is_there(
     command += ["--seeds", "1", "2", "--runs", str(tmp_path / "runs")]
     real.main(command)
     record = json.loads((tmp_path / "runs" / "results" / "real-table.json").read_text())
-    assert record["seeds"] == [1, 2] and len(record["rows"]) == 2 * (2 + len(real.COMPARED))
+    assert record["seeds"] == [1, 2] and len(record["rows"]) == 2 * (3 + len(real.COMPARED))
     assert "GRAM, both orders (ours)" in capsys.readouterr().out
     before = len(FakeLab.ran)
-    assert before == 2 * 8  # stage 1 and seven judges
+    assert before == 2 * 9  # stage 1 and eight judges
     real.main(command)
     assert len(FakeLab.ran) == before
     real.main(["curve", *command[1:]])

@@ -23,7 +23,6 @@ from gram_mini.village.pairs import topics, village_pairs
 from gram_mini.village.policy import Policy, responses, train_policy
 
 import pytest
-import torch
 
 TRUE = {(question(*topic), text): reward for topic in FACTS for text, reward in responses(topic)}
 
@@ -324,7 +323,6 @@ def test_each_study_writes_json_and_a_figure(study, tmp_path, monkeypatch, few_p
     used = Noting(lab_module.METHODS)
     for module in (lab_module, beside, few, misled):
         monkeypatch.setattr(module, "METHODS", used)
-    monkeypatch.setattr(misled, "stored_beta", lambda run: (torch.ones(1), 2.0))
     lab = FakeLab(tmp_path, truth)
     used.asked.clear()
     seeds.run([study], lab, [1, 2], tmp_path / "results")

@@ -1,9 +1,9 @@
 """What a plain command chooses for a model on a device: the rate, and the passes of a step.
 
 The table is computed, by the rules of gram_mini/runs, for stage 2 with --both-orders 1 and full
-pairs of 1,024 tokens: passes x tokens and the peak in GiB, with * for gradient checkpointing. On a
-GPU it is in NF4, the default. On a laptop it is with --bits 16, which computes in bf16, or in
-float32 on a CPU without it: the second figure. The bytes are derived from the sizes of a model.
+pairs of 1,024 tokens: passes x tokens and the peak in GiB, with * for gradient checkpointing. All
+is in NF4, the default. It computes in bf16, but in float32 on a T4 and on a CPU without bf16, which
+is the second figure of the laptop. The bytes are derived from the sizes of a model.
 """
 
 from dataclasses import replace
@@ -111,11 +111,11 @@ def on_gpu(config, total: float, width: int) -> str:
 
 
 def on_laptop(config) -> str:
-    """The same on a CPU with --bits 16 and the passes that are the default there, in both types."""
+    """The same on a CPU and with the passes that are the default there, in bf16 and float32."""
     tokens = replace(STEP, limit=BATCHES["batch_tokens"][1]).tokens
     figures = []
     for width in (2, 4):
-        most, model = peak(config, 16, False, width, tokens), held(config, 16, width)
+        most, model = peak(config, 4, False, width, tokens), held(config, 4, width)
         fits = most - model <= memory.TIGHT["cpu"] * (LAPTOP * GIB - model)
         figures.append(f"{most / GIB:.3g}" if fits else "no")
     if set(figures) == {"no"}:
