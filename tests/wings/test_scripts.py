@@ -163,11 +163,16 @@ def test_stage_2_starts_from_stage_1(folder, pretrain, reward):
     assert any((fresh[n] - before[n]).abs().max() > 1e-3 for n in before)
 
 
+@pytest.mark.parametrize("bf16", [False, True])
 @pytest.mark.parametrize("script", [train_pretrain, train_reward])
-def test_one_seed_gives_one_adapter(script, tmp_path):
+def test_one_seed_gives_one_adapter(script, bf16, tmp_path, monkeypatch):
+    """Also in bf16 on a CPU, with torch's attention as for long pairs."""
+    if bf16:
+        monkeypatch.setattr("gram_mini.runs.models.fast_bfloat16", lambda: True)
+        monkeypatch.setattr("gram_mini.runs.models.PLAIN_UP_TO", 16)
     for name, seed in (("a", "1"), ("b", "1"), ("c", "2")):
         options = [*"--limit 100 --steps 3".split(), "--seed", seed]
-        script.main(["--out", str(tmp_path / name), *options, *SMALL])
+        script.main(["--out", str(tmp_path / name), *options, *SMALL, *["--bits", "16"] * bf16])
     a, b, c = ((tmp_path / name / "adapter_model.safetensors").read_bytes() for name in "abc")
     assert a == b != c
 
