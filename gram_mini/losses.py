@@ -81,6 +81,8 @@ token t after it, w for the label of the preferred response (A or B), l for the 
    But the second part does not ask for a small b either: a judge that reads only the response in
    one place can make this loss small while m_1 and m_2 disagree. The plain part brings them
    together. So c begins at C and falls to nearly 0 in a straight line.
+
+9. The likelihood of stage 1 beside the verdict. Ours, too: gram_mini/likelihood/__main__.py.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
   table   every method, trained on the labels and tested on held-out prompts and on other files
   curve   accuracy over the number of labels
+  start   the paper's loss with one thing changed at a time
 
 --labels, --unlabelled and each --test take a file, a folder or a name on the hub, as --data of the
 training scripts does; their rows must need no --columns, --split or --subset. Of the labelled
@@ -34,6 +35,7 @@ from gram_mini.studies.lab import JOINT_BOTH, LIKELIHOOD, LIKELIHOODS, Lab, beta
 from gram_mini.studies.metrics import pick_the_longer
 from gram_mini.studies.paper import Study
 from gram_mini.studies.seeds import add_folder, add_seeds, run
+from gram_mini.studies.start import start
 
 GONE = {  # options of former versions, and what to give instead
     "--epochs": "give --training '--epochs N'",
@@ -168,12 +170,13 @@ def curve(lab: Lab, seed: int):
 STUDIES = {
     "real-table": Study(table, ("method",), None, (HELD_OUT,), COMPARED),
     "real-curve": Study(curve, ("method", "labels"), "labels", (HELD_OUT,), CURVE),
+    "real-start": Study(start, ("method",), None, (HELD_OUT, f"{HELD_OUT}, position gap"), ()),
 }
 
 
 def main(argv=None):
     parser = options.parser(__doc__, EXAMPLES, GONE)
-    studied = ("table", "curve")
+    studied = [name.removeprefix("real-") for name in STUDIES]
     parser.add_argument("study", choices=studied, metavar="STUDY", help="one of the above")
     sources = parser.add_argument_group("data")
     sources.add_argument("--labels", required=True, metavar="SOURCE", help="labelled pairs")

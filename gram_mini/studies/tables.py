@@ -54,7 +54,7 @@ def tables() -> dict[str, str]:
     """Marker on a page -> the Markdown between it and its end."""
     cards = choices()
     return {
-        "demo": listed("demo", *DEMO),
+        "demo": listed("demo", *DEMO, means=["cross-entropy"]),
         "studies": studies(),
         "processors": processors(),
         "served": listed("served", "pairs", "log-odds apart, most", "same verdict"),

@@ -5,9 +5,10 @@ import json
 import train_reward
 from gram_mini.errors import UserError
 from gram_mini.judge import Comparison
-from gram_mini.studies import real
+from gram_mini.studies import real, start
 
 import pytest
+import torch
 
 
 class FakeLab(real.Lab):
@@ -187,3 +188,30 @@ def test_labels_on_one_prompt_only(tmp_path, files):
     path.write_text(json.dumps({"prompt": "x", "chosen": "a", "rejected": "b"}) + "\n")
     with pytest.raises(UserError, match="same prompt"):
         lab(tmp_path, {**files, "labels": str(path)})
+
+
+def test_the_paper_s_loss_with_one_thing_changed(tmp_path, files, monkeypatch):
+    made = lab(tmp_path, files)
+    seen = {}
+
+    def train(script, name, seed, data, init=None, options=()):
+        seen[name] = (options, script.optimizer_and_schedule, script.output_logits, init)
+        return tmp_path / name
+
+    made.train = train
+    monkeypatch.setattr(start, "read_record", lambda run: {"options": {"lr": 1e-3}})
+    rows = list(start.start(made, seed=1))
+    assert [row["method"] for row in rows] == list(start.CHANGES)
+    own = train_reward.optimizer_and_schedule, train_reward.output_logits, None
+    changed = {name: found[1:] for name, found in seen.items() if found[1:] != own}
+    assert changed.keys() == {"start-beta2 = 0.95", "start-mean bias taken off"}
+    assert seen["start-three times the rate"][0] == ["--lr", "0.003"]
+    assert start.SHORT == (made.folder / "short_template.txt").read_text()
+
+    optimizer, _ = start.short_memory(torch.nn.Linear(2, 2), 0.1, 10)
+    assert {group["betas"] for group in optimizer.param_groups} == {(0.9, 0.95)}
+    logits = iter([torch.tensor([[3.0, 0.0], [1.0, 0.0]]), torch.tensor([[0.0, 0.0]])])
+    monkeypatch.setattr(start, "output_logits", lambda *_: next(logits))
+    without = start.WithoutBias()
+    assert without(None, None, (5, 6)).tolist() == [[2.0, 1.0], [0.0, 1.0]]
+    assert without(None, None, (5, 6)).tolist() == [[-1.0, 1.0]]
