@@ -43,8 +43,8 @@ EACH = 4  # texts for each of the 80 questions when the policy in training is me
 TEMPERATURE = 1.5  # of best of n: two texts in five are no answers
 DRAWN = 1024  # texts for each question of best of n
 ASKED = 6  # questions of best of n
-EQUAL_KL = 0.5  # nats, where policies of different judges are compared
-AT_KL = f"at a KL of {EQUAL_KL}"
+# Nats at which policies of different judges are compared: under the full penalty, and a quarter.
+AT_KL = {kl: f"at a KL of {kl}" for kl in (0.5, 1.0)}
 
 
 def rl(lab: Lab, seed: int):
@@ -232,7 +232,7 @@ def summary(rows: list[dict], said: dict[str, str]) -> dict:
         "first": rows[0]["true reward"],
         "highest": peak["true reward"],
         "KL of the highest": peak["KL"],
-        AT_KL: at_kl(rows, EQUAL_KL),
+        **{name: at_kl(rows, kl) for kl, name in AT_KL.items()},
         "last": rows[-1]["true reward"],
         "KL of the last": rows[-1]["KL"],
         "commonest claims": sum(commonest.values()) / max(claims.total(), 1),

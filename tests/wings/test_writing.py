@@ -193,6 +193,7 @@ def test_summary_has_the_peak_and_counts_answers_to_other_questions():
         "highest": 2.0,
         "KL of the highest": 0.5,
         "at a KL of 0.5": 2.0,
+        "at a KL of 1.0": pytest.approx(1.5),
         "last": -0.5,
         "KL of the last": 3.0,
         "commonest claims": 1.0,
