@@ -54,6 +54,6 @@ def figure_text(value, form: str = ".3f") -> str:
     if len(interval) == 2:
         low, high = interval
         return f"{center:{form}} ({low:{form}}–{high:{form}})"
-    if any(interval):
-        return f"{center:{form}} ± {interval[0]:{form}}"
-    return f"{center:{form}}" if center else "0"
+    text = f"{center:{form}}" if center or any(interval) else "0"
+    text = text.removeprefix("-") if not text.strip("-0.") else text  # no -0.00
+    return f"{text} ± {interval[0]:{form}}" if any(interval) else text

@@ -171,10 +171,9 @@ class Lab:
                 raise UserError(f"{path}: holds other pairs than now; give another --runs")
         return str(path)
 
-    def labelled(self, seed: int, count: int | None = None) -> str:
-        """A file of the labelled pairs, or of the first ``count`` of them."""
-        pairs = self.pairs("labelled", seed)[:count]
-        return self.file(f"labelled-{seed}" if count is None else f"labelled-{count}-{seed}", pairs)
+    def labelled(self, seed: int) -> str:
+        """A file of the labelled pairs."""
+        return self.file(f"labelled-{seed}", self.pairs("labelled", seed))
 
     def alone(self, path: Path) -> FileLock:
         """A lock for making ``path`` in one process only; a process that dies releases it."""
@@ -237,15 +236,14 @@ class Lab:
         pairs = self.pairs("unlabelled", seed) if pairs is None else pairs
         return self.train(train_pretrain, name, seed, self.file(f"{name}-{seed}", pairs))
 
-    def method(self, name: str, seed: int, count: int | None = None) -> Path:
-        """One of METHODS on the labelled pairs, or on the first ``count`` of them."""
+    def method(self, name: str, seed: int) -> Path:
+        """One of METHODS on the labelled pairs."""
         from_stage_1, script, options = METHODS[name]
         if self.model != VILLAGE and "--lr" in options:  # the village's; others have their defaults
             at = options.index("--lr")
             options = options[:at] + options[at + 2 :]
         init = self.stage1(seed) if from_stage_1 else None
-        run = name if count is None else f"{count} {name}"
-        return self.train(script, run, seed, self.labelled(seed, count), init, options)
+        return self.train(script, name, seed, self.labelled(seed), init, options)
 
     # ---- figures ---------------------------------------------------------------------
 

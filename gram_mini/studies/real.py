@@ -1,7 +1,6 @@
 """A real language model on real texts: the main methods and our loss, with intervals over seeds.
 
   table   every method, trained on the labels and tested on held-out prompts and on other files
-  curve   accuracy over the number of labels
   start   the paper's loss with one thing changed at a time
 
 --labels, --unlabelled and each --test take a file, a folder or a name on the hub, as --data of the
@@ -54,8 +53,6 @@ COMPARED = (
     *("D-Baseline", "D from stage 1", "G-Baseline", "G-Label-Smoothing", "GRAM"),
     *("G, both orders (ours)", "GRAM, both orders (ours)", JOINT_BOTH),
 )
-CURVE = ("D-Baseline", "G-Label-Smoothing", "GRAM", "G, both orders (ours)")
-COUNTS = (100, 200, 400, 800, 1600, 3200, 8000)  # of labels, as far as there are so many
 # What --training and its like cannot give to the scripts, since the study does.
 ITS_OWN = {
     *("--model", "--data", "--out", "--init", "--seed", "--held-out", "--bits", "--max-length"),
@@ -158,18 +155,8 @@ def table(lab: Lab, seed: int):
         yield row
 
 
-def curve(lab: Lab, seed: int):
-    """Accuracy on held-out prompts over the number of labels."""
-    whole = len(lab.pairs("labelled", seed))
-    for count in (*(n for n in COUNTS if n < whole), None):  # None: all of them
-        for name in CURVE:
-            run = lab.method(name, seed, count)
-            yield {"method": name, "labels": count or whole, **columns(lab, run, HELD_OUT)}
-
-
 STUDIES = {
     "real-table": Study(table, ("method",), None, (HELD_OUT,), COMPARED),
-    "real-curve": Study(curve, ("method", "labels"), "labels", (HELD_OUT,), CURVE),
     "real-start": Study(start, ("method",), None, (HELD_OUT, f"{HELD_OUT}, position gap"), ()),
 }
 

@@ -279,19 +279,16 @@ def test_the_bound_is_a_solid_grey_line_of_the_margin_alone():
 
 
 def test_the_command_draws_what_is_named(tmp_path, monkeypatch):
-    rows = [
-        {"seed": 1, "method": "GRAM", "labels": 100, "held out": 0.8},
-        {"seed": 1, "method": "GRAM", "labels": 200, "held out": 0.9},
-    ]
+    rows = [{"seed": seed, "method": "GRAM", "held out": 0.8} for seed in (1, 2)]
     (tmp_path / "real-table.json").write_text(json.dumps({"rows": rows[:1]}))
-    (tmp_path / "real-curve.json").write_text(json.dumps({"rows": rows}))
+    (tmp_path / "real-start.json").write_text(json.dumps({"rows": rows}))
     (tmp_path / "speed-train.json").write_text("{}")
     for module in (pages, tables):
         monkeypatch.setattr(module, "RESULTS", tmp_path)
     monkeypatch.setattr(pages, "pages", lambda: [])
     tables.results.cache_clear()
-    pages.main(["--draw", "real-curve"])
-    assert [path.name for path in tmp_path.glob("*.png")] == ["real-curve.png"]
+    pages.main(["--draw", "real-start"])
+    assert [path.name for path in tmp_path.glob("*.png")] == ["real-start.png"]
     pages.main(["--draw"])
     assert len(list(tmp_path.glob("*.png"))) == 2
     with pytest.raises(UserError, match="speed-train: no results of such a study; there are real"):

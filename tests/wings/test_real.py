@@ -101,16 +101,6 @@ def test_seeds_draw_labels_and_the_tests_stay(tmp_path, files):
     assert tested and tested.isdisjoint(pair.prompt for pair in made.source.used["labelled"])
 
 
-def test_the_curve_trains_on_the_first_labels_of_the_same_draw(tmp_path, files, monkeypatch):
-    monkeypatch.setattr(real, "COUNTS", (4, 8, 100))
-    made = lab(tmp_path, files)
-    rows = list(real.curve(made, seed=1))
-    assert [row["labels"] for row in rows] == [n for n in (4, 8, 12) for _ in real.CURVE]
-    data = {name: given[given.index("--data") + 1] for name, given in made.ran}
-    assert len(open(data["4-GRAM"]).readlines()) == 4
-    assert open(data["8-GRAM"]).read().startswith(open(data["4-GRAM"]).read())
-
-
 def test_options_of_a_stage_reach_its_script_alone(tmp_path, files):
     stages = {"train_pretrain": ["--lr", "1"], "train_reward": ["--lr", "2"]}
     made = lab(tmp_path, files, stages=stages)
@@ -138,11 +128,12 @@ def test_the_command_writes_a_table_and_goes_on_with_what_is_there(
     assert before == 2 * 9  # stage 1 and eight judges
     real.main(command)
     assert len(FakeLab.ran) == before
-    real.main(["curve", *command[1:]])
-    assert "curve does not test on --test" in capsys.readouterr().out
     monkeypatch.setattr("gram_mini.studies.lab.DEFAULTS", {"pretrain": {"lr": (1, 2)}})
     with pytest.raises(UserError, match="made with other defaults"):
         real.main(command)
+    monkeypatch.setattr(real, "run", lambda *_, **__: None)
+    real.main(["start", *command[1:-1], str(tmp_path / "other")])
+    assert "start does not test on --test" in capsys.readouterr().out
     monkeypatch.undo()
     monkeypatch.setattr(real, "Lab", FakeLab)
     with pytest.raises(UserError, match="made with other data"):
