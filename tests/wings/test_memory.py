@@ -253,7 +253,8 @@ def test_a_gpu_scores_as_many_prompts_at_once_as_fit(monkeypatch, capsys):
         size = foresee.CONTEXT + mib * 2**20
         monkeypatch.setattr("gram_mini.runs.load.total_bytes", lambda device, size=size: size)
         found.append(load_judge("village", bits=32).batch_size)
-        assert f"passes of up to {512 * found[-1]:,} tokens (of 1" in capsys.readouterr().err
+        said = f"passes of up to {512 * found[-1]:,} tokens (of {size / foresee.GIB:.0f} GB)"
+        assert said in capsys.readouterr().err
     assert found[0] == foresee.SCORED_AT_MOST > found[1] > found[2] == 1
     assert load_judge("village", bits=32, batch_size=7).batch_size == 7
 
