@@ -37,7 +37,7 @@ HEADINGS = {
     "out-of-distribution": "out of distribution",
     "highest": "highest true reward",
     "last": "true reward after the last step",
-    "KL of the last": "at a KL of",
+    "KL of the last": "KL then",
     "commonest claims": "share of the commonest claims",
     "held out": "accuracy",
     **{f"held out, {name}": name for name in REAL},
