@@ -40,7 +40,7 @@ JUDGES = (*MAIN, TRUTH)
 JUDGES_OF = {"rl": JUDGES, "weak": ("D from stage 1", "GRAM", LIKELIHOOD, JOINT), "bon": JUDGES}
 TRAINED = {"rl": (0.2, 60), "weak": (0.05, 100)}  # weight of the penalty on the KL, steps of GRPO
 EACH = 4  # texts for each of the 80 questions when the policy in training is measured
-TEMPERATURE = 1.5  # of best of n: two texts in five are no answers
+TEMPERATURE = 1.5  # of best of n: a third of the texts are no answers
 DRAWN = 1024  # texts for each question of best of n
 ASKED = 6  # questions of best of n
 # Nats at which policies of different judges are compared: under the full penalty, and a quarter.
