@@ -48,7 +48,8 @@ VILLAGERS = {
     "out-of-distribution": ("unlabelled",),
 }
 LENGTH = 3.0  # what it is worth in "context"; a right claim is worth 2
-RECIPES = {"D from stage 1": Recipe("1e-3", 2, 64), "GRAM": Recipe("3e-4", 2, 64)}  # their rates
+# Searched on seed 0: of 3e-4, 1e-3 and 3e-3 none was better (CHANGELOG.md).
+RECIPES = {"D from stage 1": Recipe("1e-3", 2, 64), "GRAM": Recipe("3e-4", 2, 64)}
 TRUTHS = {question(*topic): statement(*topic, value) for topic, value in FACTS.items()}
 
 
