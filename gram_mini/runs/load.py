@@ -110,11 +110,13 @@ def load_judge(
             bits = bits or (32 if AutoConfig.from_pretrained(folder).dtype == torch.float32 else 16)
         model = load_model(str(path), bits or 4, place, scoring=True)
     max_length = max_length or for_model(MAX_LENGTH, backbone)
-    if batch_size is None and (total := total_bytes(place)):
+    total = total_bytes(place) if batch_size is None else None
+    if total:
         batch_size = prompts_at_once(model, max_length, total)
-        tokens = (batch_size or for_model(SCORED, backbone)) * max_length
-        say(f"scoring in passes of up to {tokens:,} tokens (of {total / GIB:.0f} GB)")
     batch_size = batch_size or for_model(SCORED, backbone)
+    if total:
+        tokens = batch_size * max_length
+        say(f"scoring in passes of up to {tokens:,} tokens (of {total / GIB:.0f} GB)")
     check_sizes(str(path), model, tokenizer, max_length)
     if given and head is not None and head.out_features == 1:
         raise UserError(

@@ -21,6 +21,8 @@ from gram_mini.village import VILLAGE
 EXPORTED = "gram_run.json"  # the record of an exported run; run.json would mark a run folder
 HEAD = "head.safetensors"  # beside the adapter of a run that trained its own head
 LIKELIHOOD, BETA = "likelihood", "beta.safetensors"  # in a run of gram_mini.likelihood
+# Of runs with these options, what a judge needs beside the adapter.
+KEPT_APART = {"head": HEAD, "beta_lr": f"{LIKELIHOOD}/{BETA}"}
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "bitsandbytes", "datasets")
 PARTS = {"stage", "backbone", "options", "prompt", "labels", "tokenizer"}
 
@@ -42,10 +44,12 @@ def read_record(folder: Path, name: str = "run.json") -> dict:
         raise UserError(
             f"{folder / name}: is not the record of a run of version 0.2 or later; train it again"
         )
-    of_head, of_beta = ("head", HEAD), ("beta_lr", f"{LIKELIHOOD}/{BETA}")
-    for option, part in (of_head, of_beta) if name == "run.json" else ():
-        if option in record["options"] and not (folder / part).is_file():
-            raise UserError(f"{folder}: lacks its {part}; copy the whole run, or train it again")
+    if name == "run.json":
+        for option, part in KEPT_APART.items():
+            if option in record["options"] and not (folder / part).is_file():
+                raise UserError(
+                    f"{folder}: lacks its {part}; copy the whole run, or train it again"
+                )
     return record
 
 
@@ -197,16 +201,11 @@ def check_init(
     same = (
         name == backbone if local_model(backbone) is None else fingerprint(backbone) == trained_on
     )
-    if not same and name == backbone:
-        raise UserError(
-            f"--init {init}: was trained on another version of the backbone {name!r}; train it "
-            "again"
-        )
     if not same:
-        raise UserError(
-            f"--init {init}: was trained on the backbone {name!r} ({trained_on}), not on "
-            f"{backbone!r}; give the same --model"
-        )
+        other = f"the backbone {name!r} ({trained_on}), not on {backbone!r}; give the same --model"
+        if name == backbone:
+            other = f"another version of the backbone {name!r}; train it again"
+        raise UserError(f"--init {init}: was trained on {other}")
     trained_rank = record["options"]["lora_rank"]
     if rank is not None and rank != trained_rank:
         raise UserError(

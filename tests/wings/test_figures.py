@@ -8,6 +8,7 @@ from functools import cache
 from gram_mini.errors import UserError
 from gram_mini.pairs import Pair
 from gram_mini.studies import drawing, helpdesk, lab, pages, paper, real, style, tables
+from gram_mini.studies.figures import figure_text
 
 import numpy as np
 import pytest
@@ -294,3 +295,9 @@ def test_the_command_draws_what_is_named(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="speed-train: no results of such a study; there are real"):
         pages.main(["--draw", "speed-train"])
     tables.results.cache_clear()
+
+
+def test_a_figure_that_rounds_to_zero_has_no_sign():
+    assert figure_text([-0.004, 0.39], ".2f") == "0.00 ± 0.39"
+    assert figure_text([-0.004, None], ".2f") == "0.00"
+    assert figure_text([-1.0, None], ".2f") == "-1.00" and figure_text([0.0, None]) == "0"

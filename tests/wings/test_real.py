@@ -69,6 +69,7 @@ def test_a_table_of_judges_that_are_known(tmp_path, files):
     trained = dict(made.ran)
     assert "--init" in trained["GRAM"] and "--init" not in trained["G-Baseline"]
     assert trained["G,-both-orders-(ours)"][-2:] == ["--both-orders", "1"]
+    assert "--lr" not in trained["D-Baseline"]  # that of the village
 
 
 def test_pairs_that_were_cut_and_a_judge_that_does_not_answer_are_told(tmp_path, files, capsys):

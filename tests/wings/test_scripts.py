@@ -122,9 +122,10 @@ def test_artefacts_of_both_stages(pretrain, reward):
 
 def test_logs(pretrain, reward):
     for run, columns in (
-        (pretrain, ["loss", "lr", "tokens_per_second", "memory"]),
-        (reward, ["loss", "accuracy", "margin", "label_mass", "lr", "memory"]),
+        (pretrain, ["loss"]),
+        (reward, ["loss", "accuracy", "margin", "label_mass"]),
     ):
+        columns += ["lr", "tokens_per_second", "memory"]
         train = [row for row in log_of(run) if row["part"] == "train"]
         assert [row["step"] for row in train] == ["5", "10"]
         assert all(row[column] for row in train for column in columns)
