@@ -13,8 +13,8 @@ more to train:
     dL/dbeta = (eps - sigmoid(-m)) (log pi_1(y_w | x) - log pi_1(y_l | x)).
 
 beta begins at 0, which is GRAM, and has a rate of its own. Where the likelihood tells nothing about
-the labels, beta gains nothing by moving. One step moves it by about its rate at most, so in a run
-of few steps it may not arrive. The likelihoods are computed once, before the first step.
+the labels, beta gains nothing by moving. One step moves it by about its rate at most, so a run of
+few steps takes a higher rate. The likelihoods are computed once, before the first step.
 """
 
 from dataclasses import asdict
@@ -36,6 +36,7 @@ import torch
 
 EXAMPLES = """\
   python -m gram_mini.likelihood --init runs/pretrain --out runs/joint"""
+BETA_RATE, STEPS = 0.05, 94  # chosen on the village, whose stage 2 takes these steps
 
 
 def joint_options(argv=None):
@@ -47,9 +48,10 @@ def joint_options(argv=None):
     g.add_argument(
         "--beta-lr",
         type=positive_float,
-        default=0.05,
         metavar="RATE",
-        help="peak rate of beta; differences of log pi_1 are scaled to a root mean square of 1",
+        help="peak rate of beta, where differences of log pi_1 have a root mean square of 1 "
+        f"(default: {BETA_RATE}; in fewer than {STEPS} steps so much more that beta can go as far; "
+        f"{BETA_RATE} where it goes on from --init)",
     )
     args = p.parse_args(argv)
     defaults.choose(args, "reward")
@@ -91,6 +93,9 @@ def main(argv=None):
         log_a, log_b = likelihoods.of(train).T  # (N,), (N,)
         likelihoods.unit = float((log_a - log_b).square().mean().sqrt()) or 1.0
     model.beta_unit = likelihoods.unit  # in nats
+    if args.beta_lr is None:
+        args.beta_lr = BETA_RATE if goes_on else BETA_RATE * max(1, STEPS / steps)
+    run.say(f"rate of beta {args.beta_lr:.1e}, for {steps} steps (--beta-lr)")
 
     # Loop
     optimizer, schedule = optimizer_and_schedule(model, rate, steps, {"beta": args.beta_lr})

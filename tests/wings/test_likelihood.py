@@ -96,7 +96,9 @@ def test_beta_is_learned_and_saved_with_both_adapters(runs):
     assert all(torch.equal(stage_1[name], kept[name]) for name in stage_1)  # it was frozen
     assert any((stage_1[name] - judging[name]).abs().max() > 0 for name in stage_1)
     per_nat = saved["beta"].item() / saved["unit"].item()
-    assert read_record(runs / "joint")["results"]["beta_per_nat"] == pytest.approx(per_nat)
+    record = read_record(runs / "joint")
+    assert record["results"]["beta_per_nat"] == pytest.approx(per_nat)
+    assert record["options"]["beta_lr"] == pytest.approx(0.05 * 94 / 4)  # in 4 steps
 
 
 @pytest.mark.parametrize("missing", ["likelihood", "likelihood/beta.safetensors"])
@@ -190,14 +192,16 @@ def test_the_unit_of_beta_does_not_depend_on_which_response_stands_first(runs, t
 
 
 def test_training_goes_on_from_a_joint_run(runs, tmp_path):
-    joint = ["--init", str(runs / "joint"), "--steps", "1", "--beta-lr", "1e-9"]
+    joint = ["--init", str(runs / "joint"), "--steps", "1"]
     likelihood.main([*SMALL, *joint, "--out", str(tmp_path / "more")])
-    for name in ("beta", "unit"):
-        before, after = (
-            load_file(folder / "likelihood" / "beta.safetensors")[name]
-            for folder in (runs / "joint", tmp_path / "more")
-        )
-        torch.testing.assert_close(before, after)
+    before, after = (
+        load_file(folder / "likelihood" / "beta.safetensors")
+        for folder in (runs / "joint", tmp_path / "more")
+    )
+    torch.testing.assert_close(before["unit"], after["unit"])
+    assert before["beta"].abs() > 0.2  # so it did not begin at 0 again
+    torch.testing.assert_close(before["beta"], after["beta"], atol=0.051, rtol=0)
+    assert read_record(tmp_path / "more")["options"]["beta_lr"] == 0.05
     with pytest.raises(UserError, match="trained by python -m gram_mini.likelihood; go on with"):
         train_reward.main([*SMALL, *joint[:4], "--out", str(tmp_path / "no")])
 
