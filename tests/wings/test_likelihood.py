@@ -155,6 +155,23 @@ def test_without_a_rate_beta_stays_zero_and_training_is_stage_2(runs, tmp_path):
         torch.testing.assert_close(plain[name], joint[name], atol=2e-4, rtol=0)
 
 
+def test_both_orders_are_trained_with_the_margins_that_the_judge_gives(runs, tmp_path, monkeypatch):
+    """The likelihoods, too, change places with the responses."""
+    seen, batch, loss = {}, likelihood.judge_batch, likelihood.reward_loss
+    monkeypatch.setattr(
+        likelihood, "judge_batch", lambda rows, *more: batch(seen.setdefault("rows", rows), *more)
+    )
+    monkeypatch.setattr(
+        likelihood, "reward_loss", lambda z, *more: loss(seen.setdefault("z", z.detach()), *more)
+    )
+    given = ["--init", str(runs / "joint"), "--steps", "1", "--both-orders", "1"]
+    likelihood.main([*SMALL, *given, "--out", str(tmp_path / "both")])
+    assert len(seen["rows"]) == 16  # 8 pairs
+    trained = (seen["z"][:, 0] - seen["z"][:, 1]).view(-1, 2)  # (8, 2)
+    judged = load_judge(runs / "joint").log_odds(seen["rows"][::2])[0]  # (8, 2)
+    torch.testing.assert_close(trained * torch.tensor([1, -1]), judged, atol=1e-3, rtol=0)
+
+
 def test_a_stopped_run_goes_on_as_if_nothing_had_happened(runs, tmp_path, monkeypatch):
     init = ["--init", str(runs / "stage1"), "--steps", "4", "--save-every", "2"]
     likelihood.main([*SMALL, *init, "--out", str(tmp_path / "whole")])
