@@ -7,13 +7,15 @@ and b, and the largest figure of the longest pass is its peak. The logits of sta
 what the forward pass keeps (12 bytes each, or 8 for as many as are made at once), and the adapter's
 gradients and Adam's two moments on top of all (12 bytes for each number).
 
-The estimate is between 90% and 120% of what torch allocates (tests/wings/test_memory.py). The
-process may grow by more, because freed memory lies scattered between what is kept. On a GPU the
-same estimate chooses the passes of a step, and how many prompts are scored at once.
+The estimate is between 90% and 120% of what torch allocates (tests/wings/test_memory.py). On a CPU
+the process grows by more, because freed memory lies scattered between what is kept. Where that
+would be too much, it is given back at once, which takes more time. On a GPU the same estimate
+chooses the passes of a step, and how many prompts are scored at once.
 """
 
 from __future__ import annotations
 
+import ctypes
 import os
 import sys
 import weakref
@@ -36,9 +38,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 GIB = 2**30
-# Share of the free memory above which a run is warned of. On a CPU freed memory is fragmented, so
-# the process grew by up to 57% more than was foreseen.
-TIGHT = {"cuda": 0.8, "cpu": 0.6}
+TIGHT = 0.8  # share of the free memory above which a run is warned of
+SCATTERED = 2.3  # so many times what was foreseen a process grew on a CPU (CHANGELOG.md)
+AT_ONCE = 2**16  # bytes; blocks from this size on are given back as soon as they are freed
 CONTEXT = GIB  # of a GPU's memory, what CUDA takes for itself and the allocator loses
 ROUND = 1024  # passes chosen for a GPU are a multiple of it, so that small differences change none
 SCORED_AT_MOST = 32  # judge prompts of max_length per forward pass; more keep no GPU busier
@@ -218,6 +220,16 @@ def cgroups_leave(
                 yield int(text) - int((group / "memory.current").read_text()) + files
 
 
+def give_back_at_once() -> bool:
+    """Let this process give freed blocks of AT_ONCE or more back to the system, from now on.
+
+    Otherwise glibc keeps those that lie between others in use. False where there is no glibc.
+    """
+    set_option = sys.platform == "linux" and getattr(ctypes.CDLL(None), "mallopt", None)
+    threshold = -3  # M_MMAP_THRESHOLD in malloc.h
+    return bool(set_option and set_option(threshold, AT_ONCE))
+
+
 def most_held(device: torch.device) -> int:
     """Bytes that this process has held at most so far; on a GPU, what torch has allocated there."""
     if device.type == "cuda":
@@ -293,7 +305,7 @@ def prompts_at_once(model, max_length: int, total: int) -> int | None:
 
 def room_on(total: int, weights: int) -> float:
     """Bytes that a step may take beside the weights on an otherwise empty GPU."""
-    return TIGHT["cuda"] * (total - CONTEXT - weights)
+    return TIGHT * (total - CONTEXT - weights)
 
 
 def largest_pass(step: Callable[[int], float], longest: Longest, room: float) -> int:
@@ -329,7 +341,9 @@ def check_memory(model, longest: Longest, checkpointing: bool, free: int) -> str
         return f"memory: not estimated: {last_line(error)}"
     need = estimate.of(longest, longest.tokens)
     line = f"memory: a step takes up to {gib(need)} beside the model, {gib(free)} are free"
-    room = TIGHT[model.device.type] * free
+    room = TIGHT * free
+    if model.device.type == "cpu" and SCATTERED * need > room and give_back_at_once():
+        line += " (on CPU freed memory is given back at once, which takes up to a fifth more time)"
     if need <= room:
         return line
     if tokens := most_tokens(partial(estimate.of, longest), longest, room):

@@ -56,7 +56,7 @@ SCORES_APART = {
 # Adam's first steps make much of little.
 RESUMED_APART = 0.01  # or three times what two uninterrupted runs are apart, if that is more,
 RESUMED_AT_MOST = 0.2  # but not so much that a lost optimiser would pass: it makes 0.4
-MEMORY_ABOVE = 1 / memory.TIGHT["cuda"]  # times the foreseen peak: what a run leaves free
+MEMORY_ABOVE = 1 / memory.TIGHT  # times the foreseen peak: what a run leaves free
 
 
 @pytest.fixture(scope="module")

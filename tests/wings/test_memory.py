@@ -4,6 +4,8 @@
 
 import csv
 import re
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import train_reward
@@ -294,6 +296,7 @@ def test_long_sequences_train_without_square_matrices(fast_bfloat16):
 def run_reward(out, monkeypatch, free, *options):
     """Stage 2 for a step on the village, where ``free`` bytes are free."""
     monkeypatch.setattr("gram_mini.runs.run.free_for_each", lambda *_: free)
+    monkeypatch.setattr(foresee, "give_back_at_once", lambda: True)  # for the tests after this one
     train_reward.main(
         ["--steps", "1", "--limit", "100", "--bits", "32", "--held-out", "0", "--out", str(out)]
         + list(options)
@@ -319,17 +322,44 @@ def test_a_tight_run_is_warned_of_and_a_refused_one_can_be_tried(tmp_path, monke
     run_reward(tmp_path / "run", monkeypatch, 2**20)
     assert "tried all the same" in capsys.readouterr().out
     monkeypatch.setattr(foresee, "measure", lambda *_: Fixed())
-    run_reward(tmp_path / "other", monkeypatch, 150)
+    run_reward(tmp_path / "other", monkeypatch, 110)
     assert "which is tight; give --batch-tokens" in capsys.readouterr().out
 
 
-def test_a_cpu_is_warned_of_earlier(monkeypatch):
+def test_a_cpu_gives_back_what_it_frees_before_memory_is_tight(monkeypatch):
+    asked = []
     monkeypatch.setattr(foresee, "measure", lambda *_: Fixed())
+    monkeypatch.setattr(foresee, "give_back_at_once", lambda: not asked.append(1))
     longest = foresee.Longest(rows=2, sequences=1, length=64, logits=0.0)
-    for device, tight in (("cpu", 166), ("cuda", 124)):
+    for device in ("cpu", "cuda"):
         model = SimpleNamespace(device=torch.device(device))
         line = lambda free, model=model: foresee.check_memory(model, longest, False, free)
-        assert "which is tight" in line(tight) and "tight" not in line(tight + 1)
+        assert "which is tight" in line(124) and "tight" not in line(126)
+        assert ("given back at once" in line(287)) == (device == "cpu")
+        assert "given back" not in line(288)
+    assert len(asked) == 3
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's")
+def test_memory_between_blocks_in_use_is_given_back_at_once():
+    """In a process of its own, since it lasts as long as the process."""
+    program = """
+import psutil
+from gram_mini.runs.memory import give_back_at_once
+
+def kept():
+    begin = psutil.Process().memory_info().rss
+    bytearray(8 * 2**20)  # once this is freed, glibc keeps what is smaller
+    blocks = [bytearray(b"x") * (2**21 if i % 2 else 2**16) for i in range(200)]
+    blocks = blocks[::2]  # 100 of 64 KiB; between them 100 of 2 MiB are freed
+    return (psutil.Process().memory_info().rss - begin) / 2**20
+
+print(kept(), give_back_at_once(), kept())
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    before, glibc, after = done.stdout.split()
+    if glibc == "True":
+        assert float(before) > 150 and float(after) < 30
 
 
 class Fixed:

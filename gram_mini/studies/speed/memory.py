@@ -116,7 +116,7 @@ def on_laptop(config) -> str:
     figures = []
     for width in (2, 4):
         most, model = peak(config, 4, False, width, tokens), held(config, 4, width)
-        fits = most - model <= memory.TIGHT["cpu"] * (LAPTOP * GIB - model)
+        fits = most - model <= memory.TIGHT * (LAPTOP * GIB - model)
         figures.append(f"{most / GIB:.3g}" if fits else "no")
     if set(figures) == {"no"}:
         return "does not fit"
