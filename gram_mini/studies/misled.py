@@ -7,7 +7,9 @@
             and briefly
   long      the raters of labels and test like rambling as much as those of the village dislike it
 
-Otherwise labels and test are the village's. Stage 1 reads half as many pairs as in the table.
+Otherwise labels and test are the village's. Stage 1 reads half as many pairs as in the table. Most
+false claims of the test are rare in the unlabelled pairs. So each judge is also asked about pairs
+that differ in the fact only and whose false claim is the one that all wrong answers make.
 """
 
 from __future__ import annotations
@@ -30,13 +32,14 @@ from gram_mini.studies.lab import (
     figures_of,
     shown,
 )
-from gram_mini.village import FACTS, RAMBLING, Topic, question, true_probability, worded
+from gram_mini.village import FACTS, RAMBLING, Topic, question, statement, true_probability, worded
 from gram_mini.village.pairs import topics
 
 PAIRS = 12_000
 COMMON = 0.7  # of the answers are right, as in the village
 RIGHT = (0.9, COMMON, 0.5, 0.3, 0.2)
 POISONED = 0.2
+ERROR = "fact only, commonest error"
 LONG = 1.0  # reward for rambling, beside the -0.5 of the village
 
 
@@ -56,16 +59,40 @@ def misled(lab: Lab, seed: int):
 
 def compared(lab: Lab, seed: int, name: str, start: Path, data: str, test: list[Pair]):
     """The likelihood after a stage 1, and GRAM and the joint judge that are trained from there."""
-    runs = {LIKELIHOOD: start}
+    runs, of_seed = {LIKELIHOOD: start}, lab.folder / f"seed{seed}"
+    commonest = with_the_commonest_error(test)
     for method in ("GRAM", JOINT):
         _, script, options = METHODS[method]
         runs[method] = lab.train(script, f"misled-{name}-{method}", seed, data, start, options)
     for method, run in runs.items():
-        title = f"{name}: {method}"
-        judged = partial(figures_of, lab.judge(run, LIKELIHOODS.get(method)), test, title)
-        kept = lab.keep(lab.folder / f"seed{seed}" / f"misled-{name}-{method}.json", judged)
-        row = shown(kept, TEST)
-        yield {"method": title, **row, **beta_of(run)}
+        judge, stem = lab.judge(run, LIKELIHOODS.get(method)), f"misled-{name}-{method}"
+        figures, against = (
+            lab.keep(of_seed / f"{file}.json", partial(figures_of, judge, pairs, file))
+            for file, pairs in ((stem, test), (f"{stem}-error", commonest))
+        )
+        row = shown(figures, TEST) | {ERROR: against["accuracy"]}
+        yield {"method": f"{name}: {method}", **row, **beta_of(run)}
+
+
+def with_the_commonest_error(test: list[Pair]) -> list[Pair]:
+    """The pairs that differ in the fact only, with the false claim that all wrong answers make."""
+    asked, pairs = {question(*topic): topic for topic in FACTS}, []
+    for pair in test:
+        if pair.differs == {"fact"}:
+            topic = asked[pair.prompt]
+            claims = {v: statement(*topic, v) for v in topic[1].values if v != FACTS[topic]}
+            a, b = pair.response_a, pair.response_b
+            for claim in claims.values():
+                a, b = (y.replace(claim, claims[error(topic)]) for y in (a, b))
+            pairs.append(replace(pair, response_a=a, response_b=b))
+    return pairs
+
+
+def error(topic: Topic) -> str:
+    """What all wrong answers of the unlabelled pairs to a question claim."""
+    name, attribute = topic
+    values = [value for value in attribute.values if value != FACTS[topic]]
+    return random.Random(f"misled/{name}/{attribute.question}").choice(values)
 
 
 def relabelled(pair: Pair, rng: random.Random | None = None) -> Pair:
@@ -101,8 +128,5 @@ def drawn(seed: int, right: float, courteous: float = 0.5, poisoned: float = 0.0
 
 def text(rng: random.Random, topic: Topic, right: float, courteous: float, long: float) -> str:
     """An answer with these probabilities; the wrong claim to a question is always the same."""
-    name, attribute = topic
-    values = [value for value in attribute.values if value != FACTS[topic]]
-    wrong = random.Random(f"misled/{name}/{attribute.question}").choice(values)
-    value = FACTS[topic] if rng.random() < right else wrong
+    value = FACTS[topic] if rng.random() < right else error(topic)
     return worded(rng, *topic, value, rng.random() < courteous, rng.random() < long)

@@ -18,7 +18,7 @@ from gram_mini.studies.beside import beside
 from gram_mini.studies.certain import MEASURES, certain, chance
 from gram_mini.studies.few import adapt
 from gram_mini.studies.lab import JOINT, LIKELIHOODS, MAIN, METHODS, TEST, Lab
-from gram_mini.studies.misled import misled
+from gram_mini.studies.misled import ERROR, misled
 from gram_mini.studies.rewards import rewards
 from gram_mini.village.pairs import topics
 from gram_mini.village.policy import best_of_n_curve, best_of_n_kl, train_policy
@@ -210,6 +210,6 @@ STUDIES = {  # the longest first
     "bon": Study(bon, ("method", "n"), "KL", ("proxy score", "true reward"), TRAINED),
     "rl": Study(rl, ("method", "step"), "KL", ("proxy reward", "true reward"), TRAINED),
     "writing-bon": of_writing("bon", writing.bon, "n", "KL", "judge's score"),
-    "misled": Study(misled, ("method",), None, (*FACT, "courtesy only"), ("GRAM", JOINT)),
+    "misled": Study(misled, ("method",), None, (TEST, ERROR), ("GRAM", JOINT)),
     "rewards": Study(rewards, ("method", "n"), "comparisons", REWARDS, ("GRAM",)),
 }

@@ -642,6 +642,16 @@ def test_unlabelled_pairs_that_mislead_are_what_they_are_called():
             if not right:
                 wrong.setdefault(prompt, set()).add(y.split(".")[1])
         assert all(len(claims) == 1 for claims in wrong.values())  # one wrong claim a question
+        if name == "right 30%":  # nearly all questions have it
+            against = misled.with_the_commonest_error(village_pairs("out-of-distribution", 300))
+            for pair in against:
+                texts = pair.response_a, pair.response_b
+                better, worse = (
+                    text.split(".")[1] for text in (texts[pair.label], texts[1 - pair.label])
+                )
+                assert FACTS[asked[pair.prompt]] in better
+                assert worse in wrong[pair.prompt]
+            assert len(against) > 20
         polite = sum(y.startswith(COURTEOUS) for _, _, y in claims) / len(claims)
         expected = {"curt": 0.1, "poisoned": 0.6}.get(name, 0.5)
         assert polite == pytest.approx(expected, abs=0.03)
