@@ -342,8 +342,11 @@ def check_memory(model, longest: Longest, checkpointing: bool, free: int) -> str
     need = estimate.of(longest, longest.tokens)
     line = f"memory: a step takes up to {gib(need)} beside the model, {gib(free)} are free"
     room = TIGHT * free
-    if model.device.type == "cpu" and SCATTERED * need > room and give_back_at_once():
-        line += " (on CPU freed memory is given back at once, which takes up to a fifth more time)"
+    if model.device.type == "cpu":
+        if SCATTERED * need <= room:
+            line += f" (up to {gib(SCATTERED * need)} with freed memory that the process keeps)"
+        elif give_back_at_once():
+            line += " (freed memory is given back at once, which takes more time)"
     if need <= room:
         return line
     if tokens := most_tokens(partial(estimate.of, longest), longest, room):
