@@ -1,4 +1,4 @@
-"""Few labels on a new topic: Figure 5. gram_mini/runs/README.md has the recipe as a command."""
+"""Few labels on a new topic: Figure 5."""
 
 from __future__ import annotations
 

@@ -11,15 +11,12 @@ import json
 from collections.abc import Iterable, Sequence
 
 from gram_mini.errors import UserError
-from gram_mini.runs.record import fingerprint
 from gram_mini.studies.figures import average, figure_text
 from gram_mini.studies.helpdesk_table import GAP, PARTS
-from gram_mini.studies.lab import recorded_methods
 from gram_mini.studies.paper import STUDIES
 from gram_mini.studies.seeds import RESULTS
 from gram_mini.studies.speed.memory import choices
 from gram_mini.studies.writing import AT_KL
-from gram_mini.village import VILLAGE
 from gram_mini.village.writer import NO_ANSWER
 
 # Figures that are not written with three decimals.
@@ -56,8 +53,6 @@ def tables() -> dict[str, str]:
     cards = choices()
     return {
         "demo": listed("demo", *DEMO, means=["cross-entropy"]),
-        "studies": studies(),
-        "processors": processors(),
         "served": listed("served", "pairs", "log-odds apart, most", "same verdict"),
         "helpdesk-seed-0": listed("helpdesk-seed-0", *PARTS[:2], means=[*PARTS[2:], GAP]),
         "table": listed("table", *TABLE, means=("cross-entropy", "position gap")),
@@ -74,7 +69,6 @@ def tables() -> dict[str, str]:
         "real-table": listed("real-table", "held out", means=[f"held out, {x}" for x in REAL]),
         "real-helpful": real_helpful(),
         "llmbar": benchmark("llmbar", "agreement", "Natural", "Adversarial", "total"),
-        "judge-bench": benchmark("judge-bench", "agreement", "total"),
         "rm-bench": benchmark("rm-bench, chat", "longer preferred", "hard", "normal", "easy"),
         "speed-choices": markdown(cards[0], cards[1:]),
         "speed-train": speed("train", "what", *BESIDE_US, "peak GiB, ours and other"),
@@ -194,40 +188,8 @@ def certain() -> str:
     return markdown(["labels, epochs", *CERTAIN], lines)
 
 
-def studies() -> str:
-    """The studies that lack some of five seeds, or were made with another backbone or methods."""
-    lines, now, methods = [], fingerprint(VILLAGE), recorded_methods()
-    for name in STUDIES:
-        record = results(name) if (RESULTS / f"{name}.json").is_file() else {"seeds": []}
-        about = record.get("about", {})
-        of_now = about.get("backbone") == now
-        former = [x for x, made in about.get("methods", {}).items() if methods.get(x) != made]
-        backbone = ("this one" if of_now else "the former") if record["seeds"] else ""
-        if not of_now or former or len(record["seeds"]) < 5:
-            seeds = str(len(record["seeds"]) or "none")
-            lines.append([f"`{name}`", seeds, backbone, ", ".join(former) if of_now else ""])
-    return markdown(["study", "seeds", "backbone", "methods that have changed since"], lines)
-
-
-def processors() -> str:
-    """Seed 0 with other instructions and threads: accuracies of the judges of make demo."""
-    gram, far = "stage 1 + labels = GRAM", "out of distribution"
-    columns = {  # heading: (judge, figure)
-        "stage 1 alone": ("stage 1 alone", far),
-        "likelihood": ("likelihood under stage 1", far),
-        "GRAM": (gram, far),
-        **{f"GRAM, {name}": (gram, name) for name in ("in distribution", "fact only")},
-    }
-    means = results("processors")["means"]
-    lines = []
-    for setting in dict.fromkeys(row["setting"] for row in means):
-        of = {row["method"]: row for row in select(means, setting=setting)}
-        lines.append([setting, *(center(of[judge], key) for judge, key in columns.values())])
-    return markdown(["instructions, threads", *columns], lines)
-
-
 def exploits() -> str:
-    """Of the last answers that are none, the two that each of two judges likes best."""
+    """Of the last answers that are none, the one that each of two judges likes best."""
     answers, lines = results("writing-weak-answers"), []
     for judge in ("GRAM", "D from stage 1"):
         found = [
@@ -236,8 +198,8 @@ def exploits() -> str:
             for question, said in of_seed.items()
             if said["true reward"] == NO_ANSWER
         ]
-        for reward, seed, question, answer in sorted(found, reverse=True)[:2]:
-            lines.append([f"{judge}, seed {seed}", question, answer, f"{reward:.2f}"])
+        reward, seed, question, answer = max(found)
+        lines.append([f"{judge}, seed {seed}", question, answer, f"{reward:.2f}"])
     return markdown(["judge", "question", "answer of the policy", "judge's reward"], lines)
 
 

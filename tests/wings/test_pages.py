@@ -4,8 +4,12 @@ import json
 import re
 
 from gram_mini.errors import UserError
+from gram_mini.runs.record import fingerprint
 from gram_mini.studies import pages as command
 from gram_mini.studies import tables
+from gram_mini.studies.lab import recorded_methods
+from gram_mini.studies.paper import STUDIES
+from gram_mini.village import VILLAGE
 
 import pytest
 
@@ -67,6 +71,17 @@ def test_every_table_that_the_command_knows_stands_on_a_page():
     text = "".join(path.read_text("utf-8") for path in PAGES)
     on_pages = {name for _, name, _, _ in command.TABLE.findall(text)}
     assert on_pages == set(tables.tables())
+
+
+def test_all_studies_have_five_seeds_of_this_backbone_and_of_these_methods():
+    """As the pages say."""
+    methods = json.loads(json.dumps(recorded_methods()))
+    for name in STUDIES:
+        record = tables.results(name)
+        about = record["about"]
+        assert record["seeds"] == [1, 2, 3, 4, 5], name
+        assert about["backbone"] == fingerprint(VILLAGE), name
+        assert all(methods[each] == made for each, made in about["methods"].items()), name
 
 
 def test_what_counts_as_a_table_of_figures():
