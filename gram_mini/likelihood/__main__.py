@@ -50,8 +50,8 @@ def joint_options(argv=None):
         type=positive_float,
         metavar="RATE",
         help="peak rate of beta, where differences of log pi_1 have a root mean square of 1 "
-        f"(default: {BETA_RATE}; in fewer than {STEPS} steps so much more that beta can go as far; "
-        f"{BETA_RATE} where it goes on from --init)",
+        f"(default: {BETA_RATE}; in fewer than {STEPS} steps so much more that beta can go as far, "
+        f"but at most ten times as much; {BETA_RATE} where it goes on from --init)",
     )
     args = p.parse_args(argv)
     defaults.choose(args, "reward")
@@ -94,8 +94,8 @@ def main(argv=None):
         likelihoods.unit = float((log_a - log_b).square().mean().sqrt()) or 1.0
     model.beta_unit = likelihoods.unit  # in nats
     if args.beta_lr is None:
-        args.beta_lr = BETA_RATE if goes_on else BETA_RATE * max(1, STEPS / steps)
-    run.say(f"rate of beta {args.beta_lr:.1e}, for {steps} steps (--beta-lr)")
+        args.beta_lr = BETA_RATE * (1 if goes_on else min(10, max(1, STEPS / steps)))
+    run.say(f"rate of beta {args.beta_lr:.1e} (--beta-lr)")
 
     # Loop
     optimizer, schedule = optimizer_and_schedule(model, rate, steps, {"beta": args.beta_lr})

@@ -9,8 +9,8 @@ gradients and Adam's two moments on top of all (12 bytes for each number).
 
 The estimate is between 90% and 120% of what torch allocates (tests/wings/test_memory.py). On a CPU
 the process grows by more, because freed memory lies scattered between what is kept. Where that
-would be too much, it is given back at once, which takes more time. On a GPU the same estimate
-chooses the passes of a step, and how many prompts are scored at once.
+would be too much, freed memory is given back at once, which takes more time. On a GPU the same
+estimate chooses the passes of a step, and how many prompts are scored at once.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from torch.utils._pytree import tree_leaves
 
 GIB = 2**30
 TIGHT = 0.8  # share of the free memory above which a run is warned of
-SCATTERED = 2.3  # so many times what was foreseen a process grew on a CPU (CHANGELOG.md)
+SCATTERED = 2.3  # a process grew on a CPU to so many times what was foreseen (CHANGELOG.md)
 AT_ONCE = 2**16  # bytes; blocks from this size on are given back as soon as they are freed
 CONTEXT = GIB  # of a GPU's memory, what CUDA takes for itself and the allocator loses
 ROUND = 1024  # passes chosen for a GPU are a multiple of it, so that small differences change none
@@ -221,9 +221,10 @@ def cgroups_leave(
 
 
 def give_back_at_once() -> bool:
-    """Let this process give freed blocks of AT_ONCE or more back to the system, from now on.
+    """Let this process give blocks that it allocates from now on back to the system once freed.
 
-    Otherwise glibc keeps those that lie between others in use. False where there is no glibc.
+    That is for blocks of AT_ONCE or more; otherwise glibc keeps those between others in use. False
+    where there is no glibc.
     """
     set_option = sys.platform == "linux" and getattr(ctypes.CDLL(None), "mallopt", None)
     threshold = -3  # M_MMAP_THRESHOLD in malloc.h
@@ -343,10 +344,10 @@ def check_memory(model, longest: Longest, checkpointing: bool, free: int) -> str
     line = f"memory: a step takes up to {gib(need)} beside the model, {gib(free)} are free"
     room = TIGHT * free
     if model.device.type == "cpu":
-        if SCATTERED * need <= room:
-            line += f" (up to {gib(SCATTERED * need)} with freed memory that the process keeps)"
-        elif give_back_at_once():
+        if SCATTERED * need > room and give_back_at_once():
             line += " (freed memory is given back at once, which takes more time)"
+        else:
+            line += f" (about {gib(SCATTERED * need)} with freed memory that the process keeps)"
     if need <= room:
         return line
     if tokens := most_tokens(partial(estimate.of, longest), longest, room):

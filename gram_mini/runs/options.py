@@ -30,8 +30,7 @@ REWARD_EXAMPLES = """\
   python train_reward.py --init runs/pretrain      # the village, 40 seconds on 2 CPU cores
   python train_reward.py --model Qwen/Qwen3-0.6B --data labels.jsonl --both-orders 1 \\
       --init runs/mine/pretrain --out runs/mine/reward
-  python train_reward.py --init runs/reward --data new.jsonl --lr 1e-4 --epochs 4 \\
-      --batch-size 32 --held-out 0 --out runs/adapted      # go on with a few new labels"""
+  python train_reward.py --init runs/reward --data new.jsonl --out runs/adapted  # go on"""
 
 SCORE_EXAMPLES = """\
   python score.py --data pairs.jsonl --out scores.jsonl

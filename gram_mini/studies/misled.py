@@ -2,20 +2,22 @@
 
   right     the share of right answers, where all wrong ones to a question claim the same: below
             one half this claim is the commonest answer
-  curt      nine unlabelled answers in ten are curt, which every rater likes less
-  poisoned  an adversary has replaced 20% of the pairs: both answers make one wrong claim, politely
-            and briefly
+  curt      70% are right, and nine in ten are curt, which every rater likes less
+  poisoned  the same, but an adversary has replaced 20% of the pairs: both answers make the wrong
+            claim of the others, politely and briefly
   long      the raters of labels and test like rambling as much as those of the village dislike it
 
-Otherwise labels and test are the village's. Stage 1 reads half as many pairs as in the table. Most
-false claims of the test are rare in the unlabelled pairs. So each judge is also asked about pairs
-that differ in the fact only and whose false claim is the one that all wrong answers make.
+Otherwise labels and test are the village's. Stage 1 reads half as many pairs as in the table. Four
+in five false claims of the test never stand in the unlabelled pairs. So each judge is also asked
+about pairs that differ in the fact only and whose false claim is the one that all wrong answers
+make.
 """
 
 from __future__ import annotations
 
 import math
 import random
+import re
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -80,10 +82,9 @@ def with_the_commonest_error(test: list[Pair]) -> list[Pair]:
     for pair in test:
         if pair.differs == {"fact"}:
             topic = asked[pair.prompt]
-            claims = {v: statement(*topic, v) for v in topic[1].values if v != FACTS[topic]}
-            a, b = pair.response_a, pair.response_b
-            for claim in claims.values():
-                a, b = (y.replace(claim, claims[error(topic)]) for y in (a, b))
+            false = [statement(*topic, v) for v in topic[1].values if v != FACTS[topic]]
+            pattern, commonest = "|".join(map(re.escape, false)), statement(*topic, error(topic))
+            a, b = (re.sub(pattern, commonest, y) for y in (pair.response_a, pair.response_b))
             pairs.append(replace(pair, response_a=a, response_b=b))
     return pairs
 
