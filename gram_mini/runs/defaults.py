@@ -12,8 +12,9 @@ The rule gives 1.3e-3, and with the other p 5.5e-4; at 5e-4 the judges were less
 width keeps 1e-3, and all others are extrapolated. So is the adapter's scale: the rule was made with
 alpha = 32, and ours is twice the rank. The batches were not searched.
 
-At the village's width of 128 the rule would give 4.3e-3. Stage 1 has 3e-3 there. Stage 2 has far
-less, since at 1e-3 it learned the village's trap, that right answers ramble (CHANGELOG.md, 0.4.0).
+At the village's width of 128 the rule gives 4.3e-3, which does nearly as well in stage 1. Stage
+2 has far less, since from 1e-3 on it learns the village's trap, that right answers ramble
+(CHANGELOG.md, 0.4.0).
 """
 
 from __future__ import annotations
