@@ -341,13 +341,12 @@ def check_memory(model, longest: Longest, checkpointing: bool, free: int) -> str
     except Exception as error:  # no reason not to train
         return f"memory: not estimated: {last_line(error)}"
     need = estimate.of(longest, longest.tokens)
-    line = f"memory: a step takes up to {gib(need)} beside the model, {gib(free)} are free"
-    room = TIGHT * free
+    room, note = TIGHT * free, ""
     if model.device.type == "cpu":
+        note = f" (about {gib(SCATTERED * need)} with freed memory that the process keeps)"
         if SCATTERED * need > room and give_back_at_once():
-            line += " (freed memory is given back at once, which takes more time)"
-        else:
-            line += f" (about {gib(SCATTERED * need)} with freed memory that the process keeps)"
+            note = " (freed memory is given back at once, which takes more time)"
+    line = f"memory: a step takes up to {gib(need)} beside the model{note}, {gib(free)} are free"
     if need <= room:
         return line
     if tokens := most_tokens(partial(estimate.of, longest), longest, room):
