@@ -289,7 +289,7 @@ def choose_passes(
             checkpointing = True
             checkpoint_gradients(model)
             tokens = largest_pass(partial(measure(model).of, longest), longest, room)
-    except Exception:  # check_memory says that nothing can be measured
+    except Exception:  # prepare_memory says that nothing can be measured
         return None
     return tokens or longest.row, checkpointing
 
@@ -330,8 +330,10 @@ def most_tokens(step: Callable[[int], float], longest: Longest, room: float) -> 
 # ---- the line before the first step --------------------------------------------------
 
 
-def check_memory(model, longest: Longest, checkpointing: bool, free: int) -> str:
+def prepare_memory(model, longest: Longest, checkpointing: bool, free: int) -> str:
     """One line on what a step takes at most and what is free.
+
+    Where a CPU would be short of memory, freed memory is given back at once from now on.
 
     Raises:
         UserError: if it takes more; names options that help, with their values.

@@ -33,10 +33,10 @@ from gram_mini.runs.log import Log
 from gram_mini.runs.memory import (
     GIB,
     Longest,
-    check_memory,
     choose_passes,
     free_for_each,
     least_of_all,
+    prepare_memory,
     total_bytes,
 )
 from gram_mini.runs.models import (
@@ -412,7 +412,7 @@ class Run:
         if free is None:
             self.say(f"memory: not estimated on {self.device.type}")
         else:
-            self.say(check_memory(model, longest, args.gradient_checkpointing, free))
+            self.say(prepare_memory(model, longest, args.gradient_checkpointing, free))
 
     # ---- after the loop --------------------------------------------------------------
 

@@ -35,6 +35,7 @@ from gram_mini.village import (
     reward_of,
     statement,
     true_probability,
+    wrong_values,
 )
 from gram_mini.village.pairs import topics
 
@@ -68,7 +69,7 @@ def one_of_four(split: str, seed: int) -> list[Pair]:
         if split != "unlabelled":
             changed = rng.randrange(len(ATTRIBUTES))
             truth = FACTS[name, ATTRIBUTES[changed]]
-            wrong = rng.choice([v for v in ATTRIBUTES[changed].values if v != truth])
+            wrong = rng.choice(wrong_values(name, ATTRIBUTES[changed]))
             claims[1] = list(claims[0])
             claims[0][changed], claims[1][changed] = truth, wrong
         a, b = (

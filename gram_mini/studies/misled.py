@@ -34,7 +34,16 @@ from gram_mini.studies.lab import (
     figures_of,
     shown,
 )
-from gram_mini.village import FACTS, RAMBLING, Topic, question, statement, true_probability, worded
+from gram_mini.village import (
+    FACTS,
+    RAMBLING,
+    Topic,
+    question,
+    statement,
+    true_probability,
+    worded,
+    wrong_values,
+)
 from gram_mini.village.pairs import topics
 
 PAIRS = 12_000
@@ -82,7 +91,7 @@ def with_the_commonest_error(test: list[Pair]) -> list[Pair]:
     for pair in test:
         if pair.differs == {"fact"}:
             topic = asked[pair.prompt]
-            false = [statement(*topic, v) for v in topic[1].values if v != FACTS[topic]]
+            false = [statement(*topic, value) for value in wrong_values(*topic)]
             pattern, commonest = "|".join(map(re.escape, false)), statement(*topic, error(topic))
             a, b = (re.sub(pattern, commonest, y) for y in (pair.response_a, pair.response_b))
             pairs.append(replace(pair, response_a=a, response_b=b))
@@ -92,8 +101,7 @@ def with_the_commonest_error(test: list[Pair]) -> list[Pair]:
 def error(topic: Topic) -> str:
     """What all wrong answers of the unlabelled pairs to a question claim."""
     name, attribute = topic
-    values = [value for value in attribute.values if value != FACTS[topic]]
-    return random.Random(f"misled/{name}/{attribute.question}").choice(values)
+    return random.Random(f"misled/{name}/{attribute.question}").choice(wrong_values(*topic))
 
 
 def relabelled(pair: Pair, rng: random.Random | None = None) -> Pair:

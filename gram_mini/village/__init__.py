@@ -126,12 +126,16 @@ def statement(name: str, attribute: Attribute, value: str) -> str:
     return attribute.statement.format(name=name, value=value)
 
 
+def wrong_values(name: str, attribute: Attribute) -> list[str]:
+    """The five values that ``attribute`` of ``name`` does not have."""
+    return [value for value in attribute.values if value != FACTS[name, attribute]]
+
+
 def draw_claim(rng: random.Random, name: str, attribute: Attribute, p_right: float) -> str:
     """The right value with probability ``p_right``, else any of the five others."""
-    truth = FACTS[name, attribute]
     if rng.random() < p_right:
-        return truth
-    return rng.choice([value for value in attribute.values if value != truth])
+        return FACTS[name, attribute]
+    return rng.choice(wrong_values(name, attribute))
 
 
 def draw_response(

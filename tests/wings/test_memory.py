@@ -333,7 +333,7 @@ def test_a_cpu_gives_back_what_it_frees_before_memory_is_tight(monkeypatch):
     longest = foresee.Longest(rows=2, sequences=1, length=64, logits=0.0)
     for device in ("cpu", "cuda"):
         model = SimpleNamespace(device=torch.device(device))
-        line = lambda free, model=model: foresee.check_memory(model, longest, False, free)
+        line = lambda free, model=model: foresee.prepare_memory(model, longest, False, free)
         assert "which is tight" in line(124) and "tight" not in line(126)
         assert ("given back at once" in line(287)) == (device == "cpu")
         assert ("(about 0.0 MiB with freed" in line(288)) == (device == "cpu")
