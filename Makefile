@@ -1,6 +1,6 @@
 # make demo          both stages on the village, and the table
 # make real          both stages on a real language model and the help desk; DATA=, UNLABELLED=, MODEL= for others,
-#                    REAL= for another folder than runs/real; a judge that is there is never replaced
+#                    REAL= for another folder than runs/real; what is there is never replaced
 # make test          all checks and tests
 # make test-lesson   the tests of the lesson alone, within a minute
 # make test-latest   all tests with the newest versions that requirements.txt admits
@@ -49,7 +49,7 @@ again = --overwrite $(if $(call begun,$(1)),--resume)
 real: .venv/.installed $(filter $(SMOLLM2),$(MODEL))
 	@test ! -e $(REAL)/reward || \
 	  { echo "$(REAL)/reward is there already: give REAL=another/folder, or remove it first"; exit 1; }
-	$(if $(call begun,$(REAL)/reward),@echo "stage 2 was stopped; going on with it from $(REAL)/pretrain as it is",\
+	$(if $(wildcard $(REAL)/pretrain/run.json),@echo "stage 1 is there: going on from $(REAL)/pretrain as it is",\
 	  $(BIN)/python train_pretrain.py --model $(MODEL) --bits 16 --data $(UNLABELLED) --batch-size 8 \
 	  --out $(REAL)/pretrain $(call again,$(REAL)/pretrain))
 	$(BIN)/python -m gram_mini.likelihood --model $(MODEL) --bits 16 --data $(DATA) --both-orders 1 \

@@ -28,7 +28,7 @@ from gram_mini.runs.ending import clear_errors
 from gram_mini.runs.load import load_judge
 from gram_mini.runs.options import score_options
 from gram_mini.runs.ranking import Ranking, rank
-from gram_mini.runs.report import say_if_seldom
+from gram_mini.runs.report import say_if_seldom, say_if_spelled
 from gram_mini.runs.scores import Scores
 from gram_mini.serving.served import served_judge
 
@@ -49,6 +49,8 @@ def main(argv=None):
         judge = load_judge(args.model, args.bits, args.device, likelihood=args.likelihood, **sizes)
     else:
         judge = served_judge(args.model, args.server, args.served_name, **sizes)
+    if not args.data:
+        say_if_spelled(judge.tokenizer, [args.prompt, *args.response])
     if args.data:
         score_rows(judge, args)
     elif len(args.response) == 2 and args.reference is None and not args.rank:
@@ -116,10 +118,8 @@ def score_rows(judge, args):
                 if q.responses is None:
                     answers.append([next(compared) for _ in q.pairs])
                 else:
-                    ranking = rank(
-                        judge, q.prompt, q.responses, args.rank, q.reference, args.average
-                    )
-                    answers.append(ranking)
+                    how = args.rank, q.reference, args.average, q.head["row"]
+                    answers.append(rank(judge, q.prompt, q.responses, *how))
             scores.write(chunk, answers)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import math
 import re
 
@@ -166,15 +167,22 @@ def read_number(value, where: str, column: str) -> float:
     return number
 
 
-_QUOTED = re.compile(
-    r"""\s*\[?\s*\{\s*['"](role|content|from|value)['"]\s*:|\s*\[\s*(['"]).*\2\s*\]\s*$""",
-    re.DOTALL,
+_MESSAGES = re.compile(
+    r"""\s*\[?\s*\{\s*['"](role|content|from|value)['"]\s*:.*\}\s*\]?\s*""", re.DOTALL
 )
+_LIST = re.compile(r"""\s*\[\s*(['"]).*\1\s*\]\s*""", re.DOTALL)
 
 
 def is_quoted(value) -> bool:
     """Whether a value is a text that spells out messages or a list of texts, as in a CSV."""
-    return isinstance(value, str) and _QUOTED.match(value) is not None
+    if not isinstance(value, str):
+        return False
+    if _LIST.fullmatch(value):  # or a text that only begins and ends with such lists
+        try:
+            return isinstance(ast.literal_eval(value.strip()), list)
+        except (ValueError, SyntaxError, MemoryError, RecursionError):
+            return False
+    return _MESSAGES.fullmatch(value) is not None
 
 
 def is_nothing(value) -> bool:

@@ -22,8 +22,9 @@ class Log:
 
     A training line holds means over its steps (of pairs in stage 2, of trained tokens in stage 1)
     and all processes; label_mass is that of the last step. tokens_per_second
-    counts the tokens that the model computes, padding included; the time of evaluations is left
-    out. memory is the most GiB that the main process has held so far. Only the main process writes.
+    counts the tokens that the model computes, padding included; the time of evaluations and what
+    was computed before a stop are left out. memory is the most GiB that the main process has held
+    so far. Only the main process writes.
 
     The run has ``steps`` steps. It goes on from the checkpoint of step ``after``, 0 for none, where
     :meth:`state` returned ``state``.
@@ -37,7 +38,6 @@ class Log:
         if state is not None:
             self._sums.update(state["sums"])
             self._weights.update(state["weights"])
-            self._tokens = state["tokens"]
         self._csv = None
         if accelerator.is_main_process:
             kept = []
@@ -108,7 +108,6 @@ class Log:
         return {
             "sums": {n: float(v) for n, v in self._sums.items()},
             "weights": self._weights,
-            "tokens": self._tokens,
         }
 
     def _write(self, step: int, part: str, **values: float | None) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
@@ -196,6 +197,9 @@ def _check_scoring(p: argparse.ArgumentParser, args: argparse.Namespace) -> None
     if args.data is not None:
         if args.out is None or args.out.suffix != ".jsonl":
             p.error("--data needs --out FILE.jsonl, which gets a line for each pair or ranking")
+        data, out = os.path.realpath(args.data), os.path.realpath(args.out)
+        if data in (out, os.path.dirname(out)):
+            p.error(f"--out {args.out}: would be read as --data; give another folder")
         check_partial(args.out, args.overwrite, args.resume)
         return
     for name in ("out", "overwrite", "resume", *READING):

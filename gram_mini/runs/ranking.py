@@ -36,8 +36,11 @@ def rank(
     method: str | None = None,
     reference: str | None = None,
     average: str = "probabilities",
+    row: int = 0,
 ) -> Ranking:
     """Order n responses to one prompt from best to worst. Equal texts get one score.
+
+    An error names the ``row`` of the data, unless it is 0.
 
     The method is "reference" where there is a ``reference``, else round-robin by default.
 
@@ -61,7 +64,7 @@ def rank(
     comparisons: list[Comparison] = []
 
     def compare(games: list[tuple[str, str]]) -> list[float]:
-        results = judge.compare_many([Pair(prompt, a, b) for a, b in games], average)
+        results = judge.compare_many([Pair(prompt, a, b, row=row) for a, b in games], average)
         comparisons.extend(results)
         return [result.probability for result in results]
 

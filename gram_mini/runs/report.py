@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import sys
 
 from gram_mini.batches import EncodedPair
 from gram_mini.errors import UserError
 from gram_mini.judge import Comparison, Judge
-from gram_mini.prompts import PromptPieces
+from gram_mini.prompts import VILLAGE_JUDGE, PromptPieces, default_judge
 
 SELDOM = 0.5  # mass on the labels; below it the model hardly ever answers A or B
 
@@ -18,6 +19,22 @@ def say(line: str) -> None:
 
 
 # ---- data ----------------------------------------------------------------------------
+
+
+def say_if_spelled(tokenizer, texts: list[str], say=print) -> None:
+    """Say so if this is the village's tokenizer and the texts are not about the village.
+
+    It holds every word and mark of the village as one token.
+    """
+    if default_judge(tokenizer) != VILLAGE_JUDGE or not texts:
+        return
+    words = sum(len(re.findall(r"\w+|[^\w\s]", text)) for text in texts)
+    tokens = sum(map(len, tokenizer(texts, add_special_tokens=False)["input_ids"]))
+    if tokens > 1.2 * words:
+        say(
+            "The village's model knows no words but the village's and spells these texts, so its "
+            "figures say nothing; give another --model"
+        )
 
 
 def without_cut_alike(rows: list[EncodedPair], max_length: int) -> list[EncodedPair]:

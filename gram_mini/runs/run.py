@@ -60,7 +60,7 @@ from gram_mini.runs.record import (
     settings,
     tokenizer_fingerprint,
 )
-from gram_mini.runs.report import describe, lengths, without_cut_alike
+from gram_mini.runs.report import describe, lengths, say_if_spelled, without_cut_alike
 from gram_mini.training import draw_batches, number_of_steps
 
 import torch
@@ -162,6 +162,9 @@ class Run:
         tokenizer = load_tokenizer(self.backbone)
         self._template = self.judge_template(tokenizer)
         label_tokens(tokenizer, self._template)
+        some = self.data.pairs[:1000]
+        texts = [text for p in some for text in (p.prompt, p.response_a, p.response_b)]
+        say_if_spelled(tokenizer, texts, self.say)
         model = load_model(self.backbone, args.bits, self.device, args.gradient_checkpointing)
         check_sizes(args.model, model, tokenizer, args.max_length)
         self._tokenizer_fingerprint = tokenizer_fingerprint(tokenizer)
@@ -426,6 +429,10 @@ class Run:
         if hasattr(model, "beta"):  # of gram_mini.likelihood
             results["beta_per_nat"] = model.beta.item() / model.beta_unit
         template = self.judge_template(tokenizer)
+        began = {  # as --init was when the run began
+            "stage": self._init and self._init["stage"],
+            "fingerprint": self._settings["weights of --init"],
+        }
         record = make_record(
             self.stage,
             self.args,
@@ -436,6 +443,7 @@ class Run:
             self._prompt,
             tokenizer,
             results,
+            began,
         )
         self.folder.finish(model, tokenizer, record)
         print(f"wrote {self.args.out}: adapter, tokenizer, run.json, log.csv, plot.png")

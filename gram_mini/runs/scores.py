@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
 
 from gram_mini.errors import Interrupted, UserError
 from gram_mini.judge import Comparison, Judge, preferred
@@ -22,7 +22,7 @@ from gram_mini.runs import options
 from gram_mini.runs.partial import PartialFile
 from gram_mini.runs.ranking import Ranking
 from gram_mini.runs.record import judge_fingerprint, tokenizer_fingerprint
-from gram_mini.runs.report import say_if_seldom
+from gram_mini.runs.report import say_if_seldom, say_if_spelled
 
 from tqdm import tqdm
 
@@ -56,6 +56,12 @@ class Question:
         """How many comparisons it takes at most, and 1 if it takes none."""
         n = len(self.responses or ())
         return max(1, len(self.pairs), n * (n - 1) // 2 if self.reference is None else n)
+
+    @property
+    def texts(self) -> list[str]:
+        """The texts that are judged."""
+        of_pairs = [t for p in self.pairs for t in (p.prompt, p.response_a, p.response_b)]
+        return [*of_pairs, self.prompt, *(self.responses or ())]
 
     @property
     def in_no_accuracy(self) -> Counter:
@@ -116,7 +122,8 @@ def _read(question: Question, group: list[Row], args, columns: Columns | None) -
         raise row
     if columns or row.get("responses") is None:
         if args.rank or args.reference is not None:
-            raise UserError(f"{where}: --rank and --reference need a column 'responses'")
+            alone = ", and go without --columns" if columns else ""
+            raise UserError(f"{where}: --rank and --reference need a column 'responses'{alone}")
         try:
             pairs, question.left_out = parse_pairs(group, True, args.pairs, question.notes, columns)
         except UserError as error:  # a pair whose label cannot be read can still be scored
@@ -165,8 +172,8 @@ def read_through(args) -> Contents:
     Raises:
         UserError: as read_questions; a source that cannot be read twice.
     """
-    source = Path(args.data)
-    if source.exists() and not (source.is_file() or source.is_dir()):
+    source = args.data  # os.path takes any text
+    if os.path.exists(source) and not (os.path.isfile(source) or os.path.isdir(source)):
         raise UserError(f"{source}: is read twice, which a pipe cannot be; save it as a file first")
     contents, digest = Contents(), hashlib.sha256()
     for question in read_questions(args, contents.notes, "reading"):
@@ -228,6 +235,7 @@ class Scores:
         same, noted = settings(args, judge, self.contents)
         self.file = PartialFile(args.out, same, noted, args.resume, args.overwrite)
         self.totals = Totals(**self.file.totals)
+        self.changed = False  # whether the data are not those that were read through
         if args.resume:
             print(f"--resume: {self.file.lines} of {self.contents.lines} lines are there")
         total, done = self.contents.lines, self.file.lines
@@ -245,7 +253,12 @@ class Scores:
                 digest.update(question.digest())
             if number >= written:
                 yield chunk
-        if digest.hexdigest()[:16] != self.contents.fingerprint:
+            if number == 0:
+                texts = [text for question in chunk for text in question.texts]
+                say_if_spelled(self.judge.tokenizer, texts)
+        same = digest.hexdigest()[:16] == self.contents.fingerprint
+        if not same or self.file.lines != self.contents.lines:
+            self.changed = True
             raise UserError(
                 f"{self.args.data}: has changed while it was read; score it again with --overwrite"
             )
@@ -279,6 +292,8 @@ class Scores:
             self._summary()
             return
         self.file.leave()
+        if self.changed:
+            return
         done = f"{self.file.lines} of {self.contents.lines} lines are kept in {self.file.partial}"
         how = f"{done}; go on with the same command and --resume"
         if kind is KeyboardInterrupt:

@@ -128,9 +128,7 @@ class Engine:
         for wait in (*WAITS, None):
             try:
                 with self.opener.open(request, timeout=TIMEOUT) as reply:
-                    return dict(json.loads(reply.read()))
-            except (ValueError, TypeError):
-                raise UserError(f"{where}: answers with no JSON object") from None
+                    return read_object(reply.read(), where)
             except TimeoutError:
                 raise UserError(
                     f"{where}: no answer within {TIMEOUT} s; ask for fewer at a time "
@@ -144,9 +142,25 @@ class Engine:
                     raise UserError(f"{where}: {said}{key}") from None
             except (OSError, http.client.HTTPException) as error:
                 said = str(error) or type(error).__name__
+            except ValueError:  # its text may hold the key
+                raise UserError(
+                    f"{where}: cannot be asked; look at the address, and for a line break in {KEY}"
+                ) from None
             if wait is not None:
                 time.sleep(wait)
         raise UserError(
             f"{where}: no answer after {len(WAITS) + 1} tries ({said}); look whether the server "
             "runs and read its log"
         )
+
+
+def read_object(text: bytes, where: str) -> dict:
+    """A JSON object.
+
+    Raises:
+        UserError: the text is none.
+    """
+    try:
+        return dict(json.loads(text))
+    except (ValueError, TypeError):
+        raise UserError(f"{where}: answers with no JSON object") from None

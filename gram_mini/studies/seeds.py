@@ -153,8 +153,8 @@ def reusable(
     """The seeds in a study's results that can be used again; those that cannot; what differs."""
     record, now = read_json(results / f"{name}.json"), basis(lab, study)
     seeds = {row["seed"] for row in record.get("rows", [])}
-    before = {"versions": record.get("versions"), **record.get("about", {})}
-    now = {"versions": now["versions"], **now["about"]}
+    before = {"versions": released(record.get("versions", {})), **record.get("about", {})}
+    now = {"versions": released(now["versions"]), **now["about"]}
     other = [key for key in now if before.get(key) != now[key]]
     if other:
         return set(), sorted(seeds), other
@@ -163,6 +163,11 @@ def reusable(
         kept = {row["seed"] for row in told[0].get("rows", [])} if all(told) else set()
         return seeds & kept, sorted(seeds - kept), ["answers (not there)"]
     return seeds, [], []
+
+
+def released(versions: dict[str, str]) -> dict[str, str]:
+    """The versions without what a build adds: 2.13.0+cpu is 2.13.0 for other machines."""
+    return {name: text.partition("+")[0] for name, text in versions.items()}
 
 
 def add_seed(name: str, seed: int, made: dict, lab: Lab, results: Path, study: Study) -> None:

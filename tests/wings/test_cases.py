@@ -260,6 +260,13 @@ def test_messages_written_as_text_are_refused(write_out):
     assert read({**written, "rejected": "I cannot."})[1] == written["chosen"]
 
 
+@pytest.mark.parametrize("prompt", [
+    '{"value": 3}\nIs this valid JSON?', '["b", "a"]\nSort this list like ["a", "b"]',
+])  # fmt: skip
+def test_a_question_about_json_is_a_text(prompt):
+    assert read({"prompt": prompt, "chosen": "b", "rejected": "a"})[0] == prompt
+
+
 @pytest.mark.parametrize("text", ["", " ", "\u200b", "\ufeff\u200d\u2060", "\u00ad"])
 def test_a_response_that_shows_nothing_is_empty(text):
     assert is_blank(text) and not is_blank(text + ".") and not is_blank("\U0001f600\ufe0f")

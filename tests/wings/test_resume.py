@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import train_pretrain
 import train_reward
@@ -18,8 +19,10 @@ from gram_mini.errors import Interrupted, UserError
 from gram_mini.reading.load import PairData
 from gram_mini.runs import run as runs_run
 from gram_mini.runs.folder import RunFolder
+from gram_mini.runs.log import Log
 from gram_mini.runs.models import VILLAGE_FOLDER
 from gram_mini.runs.options import reward_options
+from gram_mini.runs.record import judge_fingerprint
 from gram_mini.runs.run import Run
 from gram_mini.training import draw_batches
 
@@ -441,6 +444,40 @@ def test_what_another_process_wrote_meanwhile_is_not_thrown_away(tmp_path):
 def test_a_run_that_was_killed_at_once_is_not_in_the_way(tmp_path):
     for _ in range(2):
         RunFolder(tmp_path / "run", overwrite=False).start()
+
+
+def test_the_speed_after_a_resume_counts_no_tokens_from_before(tmp_path, monkeypatch):
+    alone = SimpleNamespace(
+        is_main_process=True, device=torch.device("cpu"), reduce=lambda table, how: table
+    )
+    path, options = tmp_path / "log.csv", SimpleNamespace(log_every=2)
+    log = Log(path, options, 2, alone)
+    log.note(1_000_000, 1.0, loss=torch.tensor(1.0))
+    log.train(1, 1e-3, True, 0)
+    now = time.perf_counter()
+    monkeypatch.setattr(time, "perf_counter", lambda: now)
+    log = Log(path, options, 2, alone, 1, log.state())
+    now += 2
+    log.note(10, 1.0, loss=torch.tensor(3.0))
+    assert log.train(2, 1e-3, True, 0)["loss"] == 2
+    assert list(csv.DictReader(path.open()))[0]["tokens_per_second"] == "5"
+
+
+def test_run_json_names_the_init_that_the_run_began_from(tmp_path, monkeypatch):
+    began = [*SHORT, "--out", str(tmp_path / "began"), "--overwrite"]
+    train_pretrain.main(began)
+    before = judge_fingerprint(str(tmp_path / "began"))
+    real = runs_run.Run.finish
+
+    def finish(self, *arguments):
+        shutil.rmtree(tmp_path / "began")
+        real(self, *arguments)
+
+    monkeypatch.setattr(runs_run.Run, "finish", finish)
+    run = "--limit 100 --held-out 0 --steps 1".split()
+    train_reward.main([*run, "--init", str(tmp_path / "began"), "--out", str(tmp_path / "run")])
+    init = json.loads((tmp_path / "run" / "run.json").read_text())["init"]
+    assert (init["stage"], init["fingerprint"]) == ("pretrain", before)
 
 
 def test_a_run_does_not_go_on_from_another_init(tmp_path, monkeypatch):

@@ -22,6 +22,7 @@ from gram_mini.runs.defaults import REQUESTS
 from gram_mini.runs.load import load_judge
 from gram_mini.runs.ranking import rank
 from gram_mini.serving import compare, engine
+from gram_mini.serving.engine import KEY
 from gram_mini.serving.export import export
 from gram_mini.serving.known import KNOWN
 from gram_mini.serving.served import ServedJudge, served_judge
@@ -288,12 +289,17 @@ def line(call) -> str:
     return str(error.value)
 
 
-def test_no_server(tokenizer, serve):
+def test_no_server(tokenizer, serve, monkeypatch):
     server = serve()
     server.shutdown()
     server.server_close()
     assert "no answer after 3 tries" in line(lambda: ServedJudge(tokenizer, server.url))
     assert "give an address" in line(lambda: ServedJudge(tokenizer, "file:///etc/passwd"))
+    wrong = "http://127.0.0..1:8000"
+    assert "cannot be asked; look at the address" in line(lambda: ServedJudge(tokenizer, wrong))
+    monkeypatch.setenv(KEY, "secret\nX: y")
+    said = line(lambda: ServedJudge(tokenizer, server.url))
+    assert f"a line break in {KEY}" in said and "secret" not in said
 
 
 def test_a_server_that_dies(tokenizer, serve):

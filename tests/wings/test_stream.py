@@ -23,6 +23,7 @@ from gram_mini.village import VILLAGE
 from gram_mini.village.pairs import village_pairs
 
 import pytest
+import torch
 from filelock import FileLock
 from tqdm import tqdm
 
@@ -388,7 +389,7 @@ def test_an_error_keeps_what_is_done_and_one_at_once_leaves_nothing(
     assert scored(data, out, "--resume") == whole
 
 
-def test_data_that_changes_or_can_be_read_only_once(data, tmp_path, monkeypatch, tokenizer):
+def test_data_that_changes_or_can_be_read_only_once(data, tmp_path, monkeypatch, tokenizer, capsys):
     class Writes(Stub):
         def compare_many(self, *arguments, **named):
             with open(data, "a") as file:
@@ -399,6 +400,36 @@ def test_data_that_changes_or_can_be_read_only_once(data, tmp_path, monkeypatch,
     monkeypatch.setattr(score, "load_judge", lambda *_, **__: Writes(tokenizer))
     with pytest.raises(UserError, match="rows.jsonl: has changed while it was read"):
         scored(data, tmp_path / "o.jsonl")
+    assert "--resume" not in capsys.readouterr().err  # which would be refused
     os.mkfifo(tmp_path / "pipe.jsonl")
     with pytest.raises(UserError, match="pipe.jsonl: is read twice"):
         scored(tmp_path / "pipe.jsonl", tmp_path / "p.jsonl")
+    with pytest.raises(UserError, match="no such file"):
+        scored("x" * 300, tmp_path / "p.jsonl")
+
+
+@pytest.mark.parametrize("what", ["the file", "its folder"])
+def test_what_is_read_is_not_written(what, data, tmp_path, capsys):
+    before = data.read_bytes()
+    source, out = (data, data) if what == "the file" else (tmp_path, tmp_path / "o.jsonl")
+    with pytest.raises(SystemExit):
+        scored(source, out, "--overwrite")
+    assert "would be read as --data" in capsys.readouterr().err and data.read_bytes() == before
+
+
+def test_a_ranking_without_a_number_names_its_row(tmp_path, monkeypatch, judge):
+    nothing = lambda rows, *_: (torch.full((len(rows), 2), math.nan), torch.ones(len(rows)))
+    monkeypatch.setattr(judge, "verdicts", nothing)
+    (tmp_path / "r.jsonl").write_text(json.dumps(ROWS[22]) + "\n" + json.dumps(ROWS[20]))
+    with pytest.raises(UserError, match=r"row 2 and .*\[nan"):
+        scored(tmp_path / "r.jsonl", tmp_path / "o.jsonl")
+
+
+def test_texts_that_are_not_about_the_village_are_named(data, tmp_path, capsys):
+    scored(data, tmp_path / "village.jsonl", "--limit", "20")
+    assert "knows no words" not in capsys.readouterr().out
+    data.write_text(
+        json.dumps(dict(zip(COLUMNS, ("What is France's capital?", "Paris", "London"))))
+    )
+    scored(data, tmp_path / "france.jsonl")
+    assert capsys.readouterr().out.count("knows no words but the village's") == 1

@@ -429,6 +429,14 @@ def test_seeds_of_another_backbone_options_or_versions_are_run_anew(other, tiny,
     assert not RAN
 
 
+def test_another_build_of_the_same_version_is_no_other_version(tiny, tmp_path):
+    tiny(1)
+    lab = FakeLab(tmp_path / "new", truth)
+    lab.about["versions"] = {name: f"{v}+cu130" for name, v in lab.about["versions"].items()}
+    tiny(1, lab=lab)
+    assert not RAN
+
+
 def test_a_method_that_changed_or_came_runs_its_studies_again(tiny, monkeypatch):
     tiny(1)
     monkeypatch.setitem(lab_module.METHODS, "new", lab_module.METHODS["GRAM"])
