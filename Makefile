@@ -53,7 +53,8 @@ real: .venv/.installed $(filter $(SMOLLM2),$(MODEL))
 	  $(BIN)/python train_pretrain.py --model $(MODEL) --bits 16 --data $(UNLABELLED) --batch-size 8 \
 	  --out $(REAL)/pretrain $(call again,$(REAL)/pretrain))
 	$(BIN)/python -m gram_mini.likelihood --model $(MODEL) --bits 16 --data $(DATA) --both-orders 1 \
-	  --judge-template gram_mini/helpdesk/judge.txt --batch-size 8 --init $(REAL)/pretrain --out $(REAL)/reward $(call again,$(REAL)/reward)
+	  --judge-template gram_mini/helpdesk/judge.txt --batch-size 8 \
+	  --init $(REAL)/pretrain --out $(REAL)/reward $(call again,$(REAL)/reward)
 	@echo
 ifeq ($(DATA),$(HELPDESK))
 	@$(BIN)/python -m gram_mini.studies.helpdesk_table --bits 16 $(MODEL) $(REAL)/pretrain $(REAL)/reward

@@ -20,6 +20,8 @@ from itertools import cycle, islice
 from pathlib import Path
 
 FOLDER = Path(__file__).parent
+# A and B stand next to the responses, where the official markers are a dozen tokens each.
+JUDGE_TEMPLATE = FOLDER / "judge.txt"
 WORD = re.compile(r"\w+|[^\w\s]")  # about what tokenizers make a token of
 SIDES = ("response_a", "response_b")
 COUNTS = {"unlabelled": 2400, "labelled": 600, "test": 480}

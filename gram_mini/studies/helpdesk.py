@@ -6,12 +6,13 @@ pairs, which are always the same. It goes on where it stopped, as the studies on
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import train_pretrain
 import train_reward
 from gram_mini.baselines import __main__ as baselines
-from gram_mini.helpdesk.build import FOLDER, QUALITIES
+from gram_mini.helpdesk.build import FOLDER, JUDGE_TEMPLATE, QUALITIES
 from gram_mini.judge import Comparison
 from gram_mini.likelihood import __main__ as joint
 from gram_mini.pairs import Pair
@@ -30,8 +31,11 @@ EXAMPLES = """\
   python -m gram_mini.studies.helpdesk --model MODEL --seeds 1"""
 # The scalar heads, the paper's loss, ours on both orders, and with the likelihood.
 TRAINED = ("D-Baseline", "D from stage 1", "GRAM", "GRAM, both orders (ours)", JOINT_BOTH)
-EPOCHS = ["--epochs", "1"]  # of stage 2, for all methods
-STAGE_1 = ["--batch-size", "8"]  # chosen on seed 0: the model learned more facts than with 16
+STEPS = ["--batch-size", "8"]  # chosen on seed 0 for both stages
+ONCE = [*STEPS, "--epochs", "1"]  # stage 2, for all methods
+SHORT = ["--judge-template", os.path.relpath(JUDGE_TEMPLATE)]  # chosen on seed 0, too
+STAGES = {script.__name__: ONCE + SHORT for script in (train_reward, joint)}
+STAGES |= {baselines.__name__: ONCE, train_pretrain.__name__: STEPS}
 
 
 class HelpDesk:
@@ -99,9 +103,7 @@ def main(argv=None):
     check_place(args.runs, "--runs")
     check_place(args.results, "--results")
     loading = {"bits": args.bits, "max_length": args.max_length, "device": args.device}
-    stages = {script.__name__: EPOCHS for script in (train_reward, baselines, joint)}
-    stages[train_pretrain.__name__] = STAGE_1
-    lab = Lab(args.runs, args.model, HelpDesk(), loading=loading, stages=stages)
+    lab = Lab(args.runs, args.model, HelpDesk(), loading=loading, stages=STAGES)
     run(list(STUDIES), lab, args.seeds, args.results, studies=STUDIES)
 
 

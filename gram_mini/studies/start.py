@@ -11,22 +11,12 @@ from contextlib import nullcontext
 from unittest.mock import patch
 
 import train_reward
+from gram_mini.helpdesk.build import JUDGE_TEMPLATE
 from gram_mini.model import output_logits
-from gram_mini.runs.output import write_whole
 from gram_mini.runs.record import read_record
 from gram_mini.studies.lab import BOTH, Lab
 from gram_mini.training import optimizer_and_schedule
 
-# A and B stand next to the responses and to the verdict, where the markers of the official template
-# are a dozen tokens each.
-SHORT = """\
-{prompt}
-
-A: {response_a}
-
-B: {response_b}
-
-Which answer is better, A or B?"""
 CHANGES = (
     *("none", "four epochs", "three times the rate", "a third of the rate", "short template"),
     *("beta2 = 0.95", "mean bias taken off", "both orders (ours)"),
@@ -35,15 +25,14 @@ CHANGES = (
 
 def start(lab: Lab, seed: int):
     """Stage 2 with the paper's loss and one change: accuracy on held-out prompts, position gap."""
-    data, template = lab.labelled(seed), lab.folder / "short_template.txt"
-    write_whole(template, [SHORT], "template")
+    data = lab.labelled(seed)
     plain = lab.train(train_reward, "start-none", seed, data)
     rate = read_record(plain)["options"]["lr"]
     options = {
         "four epochs": ["--epochs", "4"],
         "three times the rate": ["--lr", f"{3 * rate:.2g}"],
         "a third of the rate": ["--lr", f"{rate / 3:.2g}"],
-        "short template": ["--judge-template", str(template)],
+        "short template": ["--judge-template", str(JUDGE_TEMPLATE)],
         "both orders (ours)": BOTH,
     }
     for change in CHANGES:

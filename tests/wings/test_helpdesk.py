@@ -10,6 +10,7 @@ from gram_mini.helpdesk import build
 from gram_mini.helpdesk.build import (
     COUNTS,
     FOLDER,
+    JUDGE_TEMPLATE,
     PHRASES,
     QUALITIES,
     SIDES,
@@ -19,6 +20,7 @@ from gram_mini.helpdesk.build import (
 )
 from gram_mini.judge import Comparison
 from gram_mini.reading.load import load_pairs
+from gram_mini.reading.template import read_template
 from gram_mini.studies import helpdesk as study
 from gram_mini.studies import helpdesk_table as table
 from gram_mini.studies.lab import JOINT_BOTH, Lab
@@ -282,6 +284,14 @@ def test_table(monkeypatch, tmp_path, capsys):
     assert right == ["zero-shot judge", *["1.000"] * 6, "0.100", "village"]
     assert wrong == ["zero-shot judge", *["0"] * 6, "0.100", "model"]
     assert likely[0] == "likelihood under stage 1" and likely[1] == "0"
+
+
+def test_make_real_and_the_study_train_alike():
+    recipe = (FOLDER.parents[1] / "Makefile").read_text().split("\nreal:")[1].split("\nendif")[0]
+    steps, short = " ".join(study.STEPS), " ".join(study.SHORT)
+    assert recipe.count(steps) == 2 and recipe.count(short) == 1
+    assert study.STAGES["gram_mini.likelihood.__main__"] == [*study.ONCE, *study.SHORT]
+    assert read_template(JUDGE_TEMPLATE).endswith("A or B?")
 
 
 def test_the_study_trains_each_judge_once_and_tests_it_by_part(tmp_path, monkeypatch):

@@ -4,6 +4,7 @@ import json
 
 import train_reward
 from gram_mini.errors import UserError
+from gram_mini.helpdesk.build import JUDGE_TEMPLATE
 from gram_mini.judge import Comparison
 from gram_mini.studies import real, start
 
@@ -198,7 +199,7 @@ def test_the_paper_s_loss_with_one_thing_changed(tmp_path, files, monkeypatch):
     changed = {name: found[1:] for name, found in seen.items() if found[1:] != own}
     assert changed.keys() == {"start-beta2 = 0.95", "start-mean bias taken off"}
     assert seen["start-three times the rate"][0] == ["--lr", "0.003"]
-    assert start.SHORT == (made.folder / "short_template.txt").read_text()
+    assert seen["start-short template"][0] == ["--judge-template", str(JUDGE_TEMPLATE)]
 
     optimizer, _ = start.short_memory(torch.nn.Linear(2, 2), 0.1, 10)
     assert {group["betas"] for group in optimizer.param_groups} == {(0.9, 0.95)}
