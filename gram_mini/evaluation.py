@@ -15,6 +15,7 @@ from gram_mini.prompts import PromptPieces
 
 import torch
 import torch.nn.functional as F
+from tqdm import tqdm
 
 LOGITS_OF = 256  # tokens at a time, because the logits of all would fill the memory
 
@@ -22,15 +23,16 @@ LOGITS_OF = 256  # tokens at a time, because the logits of all would fill the me
 
 
 def pair_losses(
-    model, rows: list[EncodedPair], prompt: PromptPieces, pass_tokens: int
+    model, rows: list[EncodedPair], prompt: PromptPieces, pass_tokens: int, progress: str = ""
 ) -> list[tuple[float, int]]:
     """-log pi(y_a, y_b | x) of each pair, in nats, and its number of trained tokens.
 
-    A forward pass holds at most ``pass_tokens`` tokens.
+    A forward pass holds at most ``pass_tokens`` tokens. ``progress`` is the name of a progress bar.
     """
     results = [(0.0, 0)] * len(rows)
     lengths = [row.length + prompt.fixed_tokens for row in rows]
-    with evaluating(model):
+    bar = tqdm(total=len(rows), desc=progress, delay=2, disable=not progress)
+    with evaluating(model), bar:
         for places in passes(lengths, pass_tokens):
             ids, targets = pair_batch([rows[i] for i in places], prompt, model.device)  # (B, T)
             hidden = hidden_states(model, ids)  # (B, T, H)
@@ -38,6 +40,7 @@ def pair_losses(
             for k, i in enumerate(places):
                 nats = _token_losses(model, hidden[k, trained[k]], targets[k, trained[k]])  # (N,)
                 results[i] = (float(nats.sum()), len(nats))
+            bar.update(len(places))
     return results
 
 

@@ -56,22 +56,23 @@ class Likelihoods:
 
     def keep(self, rows: list[EncodedPair]) -> None:
         """Compute what these rows need and keep it, before the model is trained on."""
-        self.kept.update(self._compute(rows))
+        self.kept.update(self._compute(rows, "likelihoods"))
 
-    def of(self, rows: list[EncodedPair]) -> torch.Tensor:
+    def of(self, rows: list[EncodedPair], progress: str | None = None) -> torch.Tensor:
         """Those of the responses in the places A and B, (N, 2); computed unless they were kept."""
-        new = self._compute([row for row in rows if not self.kept.keys() >= set(keys(row))])
+        unknown = [row for row in rows if not self.kept.keys() >= set(keys(row))]
+        new = self._compute(unknown, progress)
         found = [[new[k] if k in new else self.kept[k] for k in keys(row)] for row in rows]
         return torch.tensor(found).view(-1, 2) / self.unit  # (N, 2)
 
-    def _compute(self, rows: list[EncodedPair]) -> dict[Key, float]:
+    def _compute(self, rows: list[EncodedPair], progress: str | None) -> dict[Key, float]:
         if not rows:
             return {}
         alone: dict[Key, EncodedPair] = {}  # each response once, without the other one
         for row in rows:
             for key, order in zip(keys(row), (row, row.swapped())):
                 alone[key] = replace(order, response_b=array("i"))
-        arguments = self.model, list(alone.values()), self.prompt, self.pass_tokens
+        arguments = self.model, list(alone.values()), self.prompt, self.pass_tokens, progress or ""
         if self.adapter:
             self.model.set_adapter(self.adapter)
         try:
@@ -110,7 +111,7 @@ class LikelihoodJudge(Judge):
         self, orders: list[EncodedPair], progress: str | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-likelihoods in the places A and B (M, 2), and the label mass (M,), which is 1."""
-        return self.likelihoods.of(orders), torch.ones(len(orders))
+        return self.likelihoods.of(orders, progress), torch.ones(len(orders))
 
 
 class JointJudge(SharingJudge):
@@ -133,7 +134,8 @@ class JointJudge(SharingJudge):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Z + beta log pi_1 in the places A and B (M, 2), and the mass (M,) on the two labels."""
         z, mass = super().verdicts(orders, progress)  # (M, 2), (M,)
-        return z + self.model.beta.detach().cpu() * self.likelihoods.of(orders), mass
+        log_pi = self.likelihoods.of(orders, progress and f"{progress}, likelihoods")  # (M, 2)
+        return z + self.model.beta.detach().cpu() * log_pi, mass
 
 
 def stored_beta(run: Path) -> tuple[torch.Tensor, float]:
