@@ -49,7 +49,7 @@ again = --overwrite $(if $(call begun,$(1)),--resume)
 real: .venv/.installed $(filter $(SMOLLM2),$(MODEL))
 	@test ! -e $(REAL)/reward || \
 	  { echo "$(REAL)/reward is there already: give REAL=another/folder, or remove it first"; exit 1; }
-	$(if $(wildcard $(REAL)/pretrain/run.json),@echo "stage 1 is there: going on from $(REAL)/pretrain as it is",\
+	$(if $(wildcard $(REAL)/pretrain/run.json),@echo "stage 1 is there and is taken as it is; to train it again remove $(REAL)/pretrain",\
 	  $(BIN)/python train_pretrain.py --model $(MODEL) --bits 16 --data $(UNLABELLED) --batch-size 8 \
 	  --out $(REAL)/pretrain $(call again,$(REAL)/pretrain))
 	$(BIN)/python -m gram_mini.likelihood --model $(MODEL) --bits 16 --data $(DATA) --both-orders 1 \

@@ -31,7 +31,7 @@ def pair_losses(
     """
     results = [(0.0, 0)] * len(rows)
     lengths = [row.length + prompt.fixed_tokens for row in rows]
-    bar = tqdm(total=len(rows), desc=progress, delay=2, disable=not progress)
+    bar = tqdm(total=len(rows), desc=progress, delay=2, disable=not progress, leave=False)
     with evaluating(model), bar:
         for places in passes(lengths, pass_tokens):
             ids, targets = pair_batch([rows[i] for i in places], prompt, model.device)  # (B, T)

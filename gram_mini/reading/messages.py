@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import ast
+import contextlib
+import json
 import math
 import re
+import warnings
 
 from gram_mini.errors import UserError
 
@@ -177,12 +180,14 @@ def is_quoted(value) -> bool:
     """Whether a value is a text that spells out messages or a list of texts, as in a CSV."""
     if not isinstance(value, str):
         return False
-    if _LIST.fullmatch(value):  # or a text that only begins and ends with such lists
-        try:
-            return isinstance(ast.literal_eval(value.strip()), list)
-        except (ValueError, SyntaxError, MemoryError, RecursionError):
-            return False
-    return _MESSAGES.fullmatch(value) is not None
+    if not _LIST.fullmatch(value):
+        return _MESSAGES.fullmatch(value) is not None
+    for read in (json.loads, ast.literal_eval):  # a text may only begin and end with such lists
+        with contextlib.suppress(ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of escapes such as \d
+                return isinstance(read(value.strip()), list)
+    return False
 
 
 def is_nothing(value) -> bool:

@@ -197,9 +197,11 @@ def _check_scoring(p: argparse.ArgumentParser, args: argparse.Namespace) -> None
     if args.data is not None:
         if args.out is None or args.out.suffix != ".jsonl":
             p.error("--data needs --out FILE.jsonl, which gets a line for each pair or ranking")
-        data, out = os.path.realpath(args.data), os.path.realpath(args.out)
-        if data in (out, os.path.dirname(out)):
-            p.error(f"--out {args.out}: would be read as --data; give another folder")
+        data, out = args.data, args.out
+        if os.path.exists(data) and any(
+            os.path.samefile(data, x) for x in (out, out.parent) if x.exists()
+        ):
+            p.error(f"--out {out}: is --data or stands in its folder; give another place")
         check_partial(args.out, args.overwrite, args.resume)
         return
     for name in ("out", "overwrite", "resume", *READING):

@@ -63,7 +63,7 @@ def make_record(
     prompt: PromptPieces,
     tokenizer,
     results: dict,
-    began: dict | None,
+    began: dict,
 ) -> dict:
     """The contents of run.json: everything that is needed to score with the run or repeat it."""
     init, name = getattr(args, "init", None), args.model
@@ -74,7 +74,7 @@ def make_record(
         "command": ["python", *sys.argv],
         "options": options.as_record(args),
         "backbone": {"name": name, "fingerprint": fingerprint(name, model)},
-        "init": init and {"folder": str(init), **(began or {})},
+        "init": init and {"folder": str(init), **began},
         "data": data.record(),
         "prompt": {
             "pair": prompts.QUESTION + " -> " + prompts.PAIR,

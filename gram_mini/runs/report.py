@@ -21,7 +21,7 @@ def say(line: str) -> None:
 # ---- data ----------------------------------------------------------------------------
 
 
-def say_if_spelled(tokenizer, texts: list[str], say=print) -> None:
+def say_if_spelled(tokenizer, texts: list[str], say=say) -> None:
     """Say so if this is the village's tokenizer and the texts are not about the village.
 
     It holds every word and mark of the village as one token.
@@ -30,10 +30,10 @@ def say_if_spelled(tokenizer, texts: list[str], say=print) -> None:
         return
     words = sum(len(re.findall(r"\w+|[^\w\s]", text)) for text in texts)
     tokens = sum(map(len, tokenizer(texts, add_special_tokens=False)["input_ids"]))
-    if tokens > 1.2 * words:
+    if tokens > 1.5 * words:
         say(
-            "The village's model knows no words but the village's and spells these texts, so its "
-            "figures say nothing; give another --model"
+            "The village's model knows few words but the village's and spells many of these texts; "
+            "its figures on them say little, so give another --model"
         )
 
 

@@ -164,7 +164,8 @@ class Run:
         label_tokens(tokenizer, self._template)
         some = self.data.pairs[:1000]
         texts = [text for p in some for text in (p.prompt, p.response_a, p.response_b)]
-        say_if_spelled(tokenizer, texts, self.say)
+        if self._accelerator.is_main_process:
+            say_if_spelled(tokenizer, texts)
         model = load_model(self.backbone, args.bits, self.device, args.gradient_checkpointing)
         check_sizes(args.model, model, tokenizer, args.max_length)
         self._tokenizer_fingerprint = tokenizer_fingerprint(tokenizer)

@@ -144,7 +144,7 @@ class Engine:
                 said = str(error) or type(error).__name__
             except ValueError:  # its text may hold the key
                 raise UserError(
-                    f"{where}: cannot be asked; look at the address, and for a line break in {KEY}"
+                    f"{where}: cannot be asked; look for odd characters in the address and in {KEY}"
                 ) from None
             if wait is not None:
                 time.sleep(wait)

@@ -17,6 +17,7 @@ from gram_mini.judge import Comparison
 from gram_mini.likelihood import __main__ as joint
 from gram_mini.pairs import Pair
 from gram_mini.reading.load import load_pairs
+from gram_mini.reading.template import read_template
 from gram_mini.runs import options
 from gram_mini.runs.ending import clear_errors
 from gram_mini.runs.output import check_place
@@ -33,9 +34,13 @@ EXAMPLES = """\
 TRAINED = ("D-Baseline", "D from stage 1", "GRAM", "GRAM, both orders (ours)", JOINT_BOTH)
 STEPS = ["--batch-size", "8"]  # chosen on seed 0 for both stages
 ONCE = [*STEPS, "--epochs", "1"]  # stage 2, for all methods
-SHORT = ["--judge-template", os.path.relpath(JUDGE_TEMPLATE)]  # chosen on seed 0, too
-STAGES = {script.__name__: ONCE + SHORT for script in (train_reward, joint)}
-STAGES |= {baselines.__name__: ONCE, train_pretrain.__name__: STEPS}
+
+
+def stages() -> dict[str, list[str]]:
+    """The options of each script, by the name of its module."""
+    short = ["--judge-template", os.path.relpath(JUDGE_TEMPLATE)]  # chosen on seed 0, too
+    of_judges = {script.__name__: ONCE + short for script in (train_reward, joint)}
+    return of_judges | {baselines.__name__: ONCE, train_pretrain.__name__: STEPS}
 
 
 class HelpDesk:
@@ -47,6 +52,7 @@ class HelpDesk:
             for split in ("unlabelled", "labelled", "test")
         }
         self.about = {split: data.fingerprint for split, data in self.data.items()}
+        self.about["judge prompt"] = read_template(JUDGE_TEMPLATE)
 
     def pairs(self, split: str, seed: int) -> list[Pair]:
         return self.data[split].pairs
@@ -103,7 +109,7 @@ def main(argv=None):
     check_place(args.runs, "--runs")
     check_place(args.results, "--results")
     loading = {"bits": args.bits, "max_length": args.max_length, "device": args.device}
-    lab = Lab(args.runs, args.model, HelpDesk(), loading=loading, stages=STAGES)
+    lab = Lab(args.runs, args.model, HelpDesk(), loading=loading, stages=stages())
     run(list(STUDIES), lab, args.seeds, args.results, studies=STUDIES)
 
 

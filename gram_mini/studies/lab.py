@@ -145,7 +145,9 @@ class Lab:
         known = before.setdefault("methods", {})
         self.about["methods"] = known | self.about["methods"]
         before["methods"] = self.about["methods"] | known
-        other = [name for name in self.about if before.get(name) != self.about[name]]
+        before["versions"] = released(before.get("versions", {}))
+        now = self.about | {"versions": released(self.about["versions"])}
+        other = [name for name in now if before.get(name) != now[name]]
         if other:
             raise UserError(
                 f"--runs {self.folder}: what is there was made with other {', '.join(other)}; "
@@ -281,6 +283,11 @@ class Lab:
             return self.row(self.stage1(seed), split, LIKELIHOODS[name])
         run = self.method(name, seed)
         return self.row(run, split) | beta_of(run)
+
+
+def released(versions: dict[str, str]) -> dict[str, str]:
+    """The versions without what a build adds: 2.13.0+cpu is 2.13.0 for other machines."""
+    return {name: text.partition("+")[0] for name, text in versions.items()}
 
 
 def beta_of(run: Path) -> dict[str, float]:

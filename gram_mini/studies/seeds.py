@@ -18,7 +18,7 @@ from gram_mini.runs import options
 from gram_mini.runs.processes import pick_device
 from gram_mini.studies.drawing import picture_of
 from gram_mini.studies.figures import average, table
-from gram_mini.studies.lab import Lab, read_json, write_json
+from gram_mini.studies.lab import Lab, read_json, released, write_json
 from gram_mini.studies.paper import STUDIES, Study
 from gram_mini.studies.recorded import processor
 
@@ -163,11 +163,6 @@ def reusable(
         kept = {row["seed"] for row in told[0].get("rows", [])} if all(told) else set()
         return seeds & kept, sorted(seeds - kept), ["answers (not there)"]
     return seeds, [], []
-
-
-def released(versions: dict[str, str]) -> dict[str, str]:
-    """The versions without what a build adds: 2.13.0+cpu is 2.13.0 for other machines."""
-    return {name: text.partition("+")[0] for name, text in versions.items()}
 
 
 def add_seed(name: str, seed: int, made: dict, lab: Lab, results: Path, study: Study) -> None:

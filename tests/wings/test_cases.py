@@ -262,9 +262,16 @@ def test_messages_written_as_text_are_refused(write_out):
 
 @pytest.mark.parametrize("prompt", [
     '{"value": 3}\nIs this valid JSON?', '["b", "a"]\nSort this list like ["a", "b"]',
+    '["a", {[1]: 2}, "b"]',
 ])  # fmt: skip
 def test_a_question_about_json_is_a_text(prompt):
     assert read({"prompt": prompt, "chosen": "b", "rejected": "a"})[0] == prompt
+
+
+@pytest.mark.parametrize("text", ['["a", null, "b"]', "['a', 'b']", '["a\\d", "b"]'])
+def test_a_list_of_texts_as_text_is_refused(text):
+    with pytest.raises(UserError, match="a list written as text"):
+        read({"prompt": text, "chosen": "b", "rejected": "a"})
 
 
 @pytest.mark.parametrize("text", ["", " ", "\u200b", "\ufeff\u200d\u2060", "\u00ad"])

@@ -4,6 +4,7 @@ import json
 import random
 import re
 from collections import Counter, defaultdict
+from pathlib import Path
 from types import SimpleNamespace
 
 from gram_mini.helpdesk import build
@@ -286,11 +287,14 @@ def test_table(monkeypatch, tmp_path, capsys):
     assert likely[0] == "likelihood under stage 1" and likely[1] == "0"
 
 
-def test_make_real_and_the_study_train_alike():
+def test_make_real_has_the_prompt_and_the_batches_of_the_study():
     recipe = (FOLDER.parents[1] / "Makefile").read_text().split("\nreal:")[1].split("\nendif")[0]
-    steps, short = " ".join(study.STEPS), " ".join(study.SHORT)
-    assert recipe.count(steps) == 2 and recipe.count(short) == 1
-    assert study.STAGES["gram_mini.likelihood.__main__"] == [*study.ONCE, *study.SHORT]
+    stages = study.stages()
+    pretrain, reward = recipe.split("train_pretrain.py")[1].split("gram_mini.likelihood")
+    assert " ".join(stages["train_pretrain"]) in pretrain
+    name, path = stages["gram_mini.likelihood.__main__"][-2:]
+    assert f"{name} {Path(path).resolve().relative_to(FOLDER.parents[1])}" in reward
+    assert " ".join(study.STEPS) in reward and study.ONCE[:2] == study.STEPS
     assert read_template(JUDGE_TEMPLATE).endswith("A or B?")
 
 

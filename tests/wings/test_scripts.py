@@ -525,7 +525,6 @@ def test_user_error_ends_the_script_with_one_line_and_status_2(tmp_path):
     (score, [*PAIR, "--rank", "knock-out", "--reference", "r"], "does not go with --rank"),
     (score, [*PAIR, "--likelihood", "sum", "--reference", "r"], "leave out --reference"),
     (score, [*PAIR, "--resume"], "--resume goes with --data"),
-    (score, ["--data", "x.jsonl", "--out", "./x.jsonl"], "would be read as --data"),
 ])  # fmt: skip
 def test_usage_errors(script, arguments, message, capsys):
     with pytest.raises(SystemExit) as error:

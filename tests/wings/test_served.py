@@ -296,10 +296,10 @@ def test_no_server(tokenizer, serve, monkeypatch):
     assert "no answer after 3 tries" in line(lambda: ServedJudge(tokenizer, server.url))
     assert "give an address" in line(lambda: ServedJudge(tokenizer, "file:///etc/passwd"))
     wrong = "http://127.0.0..1:8000"
-    assert "cannot be asked; look at the address" in line(lambda: ServedJudge(tokenizer, wrong))
+    assert "cannot be asked; look for odd characters" in line(lambda: ServedJudge(tokenizer, wrong))
     monkeypatch.setenv(KEY, "secret\nX: y")
     said = line(lambda: ServedJudge(tokenizer, server.url))
-    assert f"a line break in {KEY}" in said and "secret" not in said
+    assert f"odd characters in the address and in {KEY}" in said and "secret" not in said
 
 
 def test_a_server_that_dies(tokenizer, serve):

@@ -414,7 +414,10 @@ def test_what_is_read_is_not_written(what, data, tmp_path, capsys):
     source, out = (data, data) if what == "the file" else (tmp_path, tmp_path / "o.jsonl")
     with pytest.raises(SystemExit):
         scored(source, out, "--overwrite")
-    assert "would be read as --data" in capsys.readouterr().err and data.read_bytes() == before
+    assert (
+        "is --data or stands in its folder" in capsys.readouterr().err
+        and data.read_bytes() == before
+    )
 
 
 def test_a_ranking_without_a_number_names_its_row(tmp_path, monkeypatch, judge):
@@ -427,9 +430,9 @@ def test_a_ranking_without_a_number_names_its_row(tmp_path, monkeypatch, judge):
 
 def test_texts_that_are_not_about_the_village_are_named(data, tmp_path, capsys):
     scored(data, tmp_path / "village.jsonl", "--limit", "20")
-    assert "knows no words" not in capsys.readouterr().out
+    assert "The village's model" not in capsys.readouterr().err
     data.write_text(
         json.dumps(dict(zip(COLUMNS, ("What is France's capital?", "Paris", "London"))))
     )
     scored(data, tmp_path / "france.jsonl")
-    assert capsys.readouterr().out.count("knows no words but the village's") == 1
+    assert capsys.readouterr().err.count("knows few words but the village's") == 1
