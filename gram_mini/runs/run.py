@@ -162,7 +162,7 @@ class Run:
         tokenizer = load_tokenizer(self.backbone)
         self._template = self.judge_template(tokenizer)
         label_tokens(tokenizer, self._template)
-        some = self.data.pairs[:1000]
+        some = self.data.pairs[:100]
         texts = [text for p in some for text in (p.prompt, p.response_a, p.response_b)]
         if self._accelerator.is_main_process:
             say_if_spelled(tokenizer, texts)
