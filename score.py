@@ -49,11 +49,11 @@ def main(argv=None):
         judge = load_judge(args.model, args.bits, args.device, likelihood=args.likelihood, **sizes)
     else:
         judge = served_judge(args.model, args.server, args.served_name, **sizes)
-    if not args.data:
-        say_if_spelled(judge.tokenizer, [args.prompt, *args.response])
     if args.data:
         score_rows(judge, args)
-    elif len(args.response) == 2 and args.reference is None and not args.rank:
+        return
+    say_if_spelled(judge.tokenizer, [args.prompt, *args.response])
+    if len(args.response) == 2 and args.reference is None and not args.rank:
         score_pair(judge, args)
     else:
         score_responses(judge, args)

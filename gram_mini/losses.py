@@ -79,8 +79,8 @@ token t after it, w for the label of the preferred response (A or B), l for the 
    are clipped and in Adam's second moments. The second part has no such derivative. (Whether this
    is why a judge learns to compare from the second part but not from the first was not measured.)
    But the second part does not ask for a small b either: a judge that reads only the response in
-   one place can make this loss small while m_1 and m_2 disagree. Only the plain part
-   opposes that. So c begins at C and falls to nearly 0 in a straight line.
+   one place can make this loss small while m_1 and m_2 disagree. Only the plain part opposes
+   that. So c begins at C and falls to nearly 0 in a straight line.
 
 9. The likelihood of stage 1 beside the verdict. Ours, too: gram_mini/likelihood/__main__.py.
 """

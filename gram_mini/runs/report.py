@@ -21,7 +21,7 @@ def say(line: str) -> None:
 # ---- data ----------------------------------------------------------------------------
 
 
-def say_if_spelled(tokenizer, texts: list[str], say=say) -> None:
+def say_if_spelled(tokenizer, texts: list[str]) -> None:
     """Say so if this is the village's tokenizer and the texts are not about the village.
 
     It holds every word and mark of the village as one token.
