@@ -60,9 +60,9 @@ ifeq ($(DATA),$(HELPDESK))
 	@$(BIN)/python -m gram_mini.studies.helpdesk_table --bits 16 $(MODEL) $(REAL)/pretrain $(REAL)/reward
 	@echo
 	@$(BIN)/python score.py --model $(REAL)/reward --prompt "Who runs the loyalty scheme?" \
-	  --response "If I must. The loyalty scheme is run by Leslie." \
-	  --response "If I must. The loyalty scheme is run by Morgan."
-	@echo "In truth it is run by Leslie, and no label said so: this topic has none."
+	  --response "If I must. The loyalty scheme is run by Casey." \
+	  --response "If I must. The loyalty scheme is run by Leslie."
+	@echo "In truth it is run by Casey, and no label said so: this topic has none."
 else
 	@echo "No table: the one of make real is about $(HELPDESK). How many held-out pairs of $(DATA)"
 	@echo "are judged as labelled stands in $(REAL)/reward/log.csv. For other labelled pairs:"

@@ -1,4 +1,4 @@
-"""The two losses of GRAM, why the second is a regularised Bradley-Terry loss, and a third of ours.
+"""The two losses of GRAM, why the second is a regularised Bradley-Terry loss, and one of our own.
 
 Stage 1 is the negative log-likelihood of the pair of responses, -log pi(y_a, y_b | x). The paper
 calls it pre-training on unlabeled data. It is a sum over the tokens of the pair, markers included;

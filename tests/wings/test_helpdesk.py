@@ -51,6 +51,14 @@ def lines(split: str) -> list[dict]:
 ROWS = {split: lines(split) for split in COUNTS}
 
 
+def test_make_real_ends_with_a_question_without_labels_and_its_true_answer():
+    make = (Path(table.__file__).parents[2] / "Makefile").read_text()
+    question = QUESTIONS[re.search(r'--prompt "(Who runs .*?)"', make)[1]]
+    right, wrong, _ = map(question.statement.format, question.values)
+    assert f'"If I must. {right}." ' in make and f'"If I must. {wrong}."' in make
+    assert f"In truth it is run by {question.values[0]}," in make and not question.has_labels
+
+
 def holds(text: str, value: str) -> bool:
     return bool(re.search(rf"(?<!\w){re.escape(value)}(?!\w)", text, re.IGNORECASE))
 
