@@ -15,7 +15,6 @@ from gram_mini.prompts import PromptPieces
 
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
 LOGITS_OF = 256  # tokens at a time, because the logits of all would fill the memory
 
@@ -23,28 +22,26 @@ LOGITS_OF = 256  # tokens at a time, because the logits of all would fill the me
 
 
 def pair_losses(
-    model, rows: list[EncodedPair], prompt: PromptPieces, pass_tokens: int, progress: str = ""
+    model, rows: list[EncodedPair], prompt: PromptPieces, pass_tokens: int
 ) -> list[tuple[float, int]]:
     """-log pi(y_a, y_b | x) of each pair, in nats, and its number of trained tokens.
 
-    A forward pass holds at most ``pass_tokens`` tokens. ``progress`` is the name of a progress bar.
+    A forward pass holds at most ``pass_tokens`` tokens.
     """
     results = [(0.0, 0)] * len(rows)
     lengths = [row.length + prompt.fixed_tokens for row in rows]
-    bar = tqdm(total=len(rows), desc=progress, delay=2, disable=not progress, leave=False)
-    with evaluating(model), bar:
+    with evaluating(model):
         for places in passes(lengths, pass_tokens):
             ids, targets = pair_batch([rows[i] for i in places], prompt, model.device)  # (B, T)
             hidden = hidden_states(model, ids)  # (B, T, H)
             trained = targets != IGNORED  # (B, T)
-            for k, i in enumerate(places):
-                nats = _token_losses(model, hidden[k, trained[k]], targets[k, trained[k]])  # (N,)
-                results[i] = (float(nats.sum()), len(nats))
-            bar.update(len(places))
+            nats = token_losses(model, hidden[trained], targets[trained])  # (N,)
+            for i, of_pair in zip(places, nats.split(trained.sum(dim=1).tolist())):
+                results[i] = (float(of_pair.sum()), len(of_pair))
     return results
 
 
-def _token_losses(model, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+def token_losses(model, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """Negative log-likelihood (N,) of tokens (N,) in nats, given the states (N, H) before them."""
     losses = []
     for states, following in zip(hidden.split(LOGITS_OF), targets.split(LOGITS_OF)):

@@ -1,6 +1,6 @@
 """How likely the model of stage 1 finds a response: a judge without labels, and a part of another.
 
-    log pi_1(y | x)        in nats, a sum over the tokens of y and of the marker of its end
+    log pi_1(y | x)        in nats, a sum over the tokens of y and of the two markers after it
 
 Here pi_1 is the model after stage 1, and y stands in the place of answer A. So this is the part of
 stage 1's loss that is about the first response, with its sign turned.
@@ -12,12 +12,13 @@ from array import array
 from dataclasses import replace
 from pathlib import Path
 
-from gram_mini.batches import EncodedPair
-from gram_mini.evaluation import pair_losses
+from gram_mini.batches import EncodedPair, Segments
+from gram_mini.evaluation import token_losses
 from gram_mini.judge import Judge
+from gram_mini.model import evaluating
 from gram_mini.prompts import pair_prompt
 from gram_mini.runs.record import BETA, LIKELIHOOD
-from gram_mini.runs.sharing import SharingJudge
+from gram_mini.runs.sharing import SharingJudge, last_states, shared_passes
 
 import torch
 from safetensors.torch import load_file
@@ -49,9 +50,7 @@ class Likelihoods:
     ):
         self.model, self.pass_tokens, self.kind = model, pass_tokens, kind
         self.adapter, self.unit = adapter, unit
-        pair = pair_prompt(tokenizer)
-        # start x after_prompt y end: the marker before y is ignored, the one after it is not
-        self.prompt = replace(pair, between=[], end=pair.between, ignored=len(pair.after_prompt))
+        self.prompt = pair_prompt(tokenizer)
         self.kept: dict[Key, float] = {}  # in nats
 
     def keep(self, rows: list[EncodedPair]) -> None:
@@ -72,21 +71,38 @@ class Likelihoods:
         for row in rows:
             for key, order in zip(keys(row), (row, row.swapped())):
                 alone[key] = replace(order, response_b=array("i"))
-        arguments = self.model, list(alone.values()), self.prompt, self.pass_tokens, progress or ""
         if self.adapter:
             self.model.set_adapter(self.adapter)
         try:
-            after = pair_losses(*arguments)
+            after = self._log_pi(list(alone.values()), progress)
             if self.kind == "over-backbone":
                 with self.model.disable_adapter():
-                    before = pair_losses(*arguments)
-                return {key: x - y for key, (x, _), (y, _) in zip(alone, before, after)}
+                    before = self._log_pi(list(alone.values()), progress)
+                return {key: x - y for key, (x, _), (y, _) in zip(alone, after, before)}
         finally:
             if self.adapter:
                 self.model.set_adapter("default")  # the one that judges
         if self.kind == "per-token":
-            return {key: -nats / tokens for key, (nats, tokens) in zip(alone, after)}
-        return {key: -nats for key, (nats, _) in zip(alone, after)}
+            return {key: nats / tokens for key, (nats, tokens) in zip(alone, after)}
+        return {key: nats for key, (nats, _) in zip(alone, after)}
+
+    def _log_pi(self, rows: list[EncodedPair], progress: str | None) -> list[tuple[float, int]]:
+        """log pi(y_a | x) of each row under the adapter in use, in nats, and its tokens."""
+        results = [(0.0, 0)] * len(rows)
+        with evaluating(self.model):
+            for places, sequences in shared_passes(rows, self.segments, self.pass_tokens, progress):
+                states = last_states(self.model, sequences)  # (n, H) each
+                hidden = torch.cat([of_one[:-1] for of_one in states])  # (N, H)
+                following = [token for *_, answer in sequences for token in answer[1:]]
+                nats = token_losses(self.model, hidden, torch.tensor(following).to(hidden.device))
+                for i, of_one in zip(places, nats.split([len(of_one) - 1 for of_one in states])):
+                    results[i] = (-float(of_one.sum()), len(of_one))
+        return results
+
+    def segments(self, row: EncodedPair) -> Segments:
+        """The sequence of response y_a alone, split before the token after which y_a begins."""
+        question = (*self.prompt.start, *row.prompt, *self.prompt.after_prompt)
+        return question[:-1], (question[-1], *row.response_a, *self.prompt.between)
 
 
 def keys(row: EncodedPair) -> tuple[Key, Key]:
