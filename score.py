@@ -67,10 +67,7 @@ def score_pair(judge, args):
     log_odds, mass, cut = judge.log_odds(rows)
     # P(a better) in each order: of two labels the softmax is the sigmoid of their difference
     first, second = log_odds[0].sigmoid().tolist()
-    if args.average == "probabilities":
-        p = (first + second) / 2
-    else:
-        p = log_odds.mean().sigmoid().item()
+    p = (first + second) / 2
 
     print(f"prompt  {args.prompt}")
     print(f"  A     {a}")
@@ -95,7 +92,7 @@ def score_pair(judge, args):
 
 def score_responses(judge, args):
     """Several responses, best first. A reward is P(better than the reference)."""
-    ranking = rank(judge, args.prompt, args.response, args.rank, args.reference, args.average)
+    ranking = rank(judge, args.prompt, args.response, args.rank, args.reference)
     print(f"prompt  {args.prompt}")
     comparisons = f"{ranking.comparisons} comparisons, each in both orders"
     print(f"ranked by {ranking.method}, {comparisons}; best first:")
@@ -112,13 +109,13 @@ def score_rows(judge, args):
     with Scores(args, judge) as scores:
         for chunk in scores.chunks():
             pairs = [pair for question in chunk for pair in question.pairs]
-            compared = iter(judge.compare_many(pairs, args.average, progress="this chunk"))
+            compared = iter(judge.compare_many(pairs, progress="this chunk"))
             answers: list[list[Comparison] | Ranking] = []
             for q in tqdm(chunk, desc="this chunk", delay=2, leave=False):
                 if q.responses is None:
                     answers.append([next(compared) for _ in q.pairs])
                 else:
-                    how = args.rank, q.reference, args.average, q.head["row"]
+                    how = args.rank, q.reference, q.head["row"]
                     answers.append(rank(judge, q.prompt, q.responses, *how))
             scores.write(chunk, answers)
 

@@ -75,9 +75,7 @@ class Evaluation:
         )
 
 
-def evaluate(
-    judge: Judge, pairs: list[Pair], average: str = "probabilities", progress: str | None = None
-) -> Evaluation:
+def evaluate(judge: Judge, pairs: list[Pair], progress: str | None = None) -> Evaluation:
     """Judge labelled pairs in both orders.
 
     Raises:
@@ -85,7 +83,7 @@ def evaluate(
     """
     if not pairs or any(pair.label is None for pair in pairs):
         raise ValueError("evaluate needs at least one pair, and a label on each")
-    return summarise(pairs, judge.compare_many(pairs, average, progress))
+    return summarise(pairs, judge.compare_many(pairs, progress))
 
 
 def summarise(pairs: list[Pair], results: list[Comparison]) -> Evaluation:

@@ -29,7 +29,6 @@ from gram_mini.prompts import default_judge, judge_prompt, label_tokens
 import torch
 from tqdm import tqdm
 
-AVERAGES = ("probabilities", "logits")
 TIE = 1e-6  # scores that are closer than this are equal: float32 log-odds are no more exact
 
 
@@ -87,7 +86,6 @@ class Judge:
         batch_size: a forward pass holds at most batch_size x max_length tokens.
         template: the judge prompt, with placeholders as in prompts.JUDGE; by default
             prompts.default_judge.
-        batch_tokens: if given, a forward pass also holds at most this many tokens.
 
     runs.load.load_judge makes a judge from a run folder, a model folder or a name on the hub.
     """
@@ -99,10 +97,10 @@ class Judge:
         max_length: int = 512,
         batch_size: int = 32,
         template: str | None = None,
-        batch_tokens: int | None = None,
     ):
         self.model, self.tokenizer = model, tokenizer
-        self.max_length, self.batch_size, self.batch_tokens = max_length, batch_size, batch_tokens
+        self.max_length, self.batch_size = max_length, batch_size
+        self.batch_tokens: int | None = None  # if given, a forward pass holds no more
         self.template = template or default_judge(tokenizer)
         self.prompt = judge_prompt(tokenizer, self.template)
         self.labels = label_tokens(tokenizer, self.template)
@@ -176,32 +174,21 @@ class Judge:
 
     # ---- comparisons -----------------------------------------------------------------
 
-    def compare_many(
-        self, pairs: list[Pair], average: str = "probabilities", progress: str | None = None
-    ) -> list[Comparison]:
-        """Compare the two responses of each pair in both orders.
+    def compare_many(self, pairs: list[Pair], progress: str | None = None) -> list[Comparison]:
+        """Compare the two responses of each pair in both orders; ``progress`` as in log_odds.
 
-        Args:
-            average: "probabilities" takes the mean of the two probabilities, as the official
-                evaluation does (NiuTrans/GRAM, evaluation/gram_eval.py); "logits" takes the sigmoid
-                of the mean log-odds.
-            progress: as in :meth:`log_odds`.
-
-        Raises:
-            ValueError: for another ``average``.
+        P is the mean of the two probabilities, as the official evaluation takes it (NiuTrans/GRAM,
+        evaluation/gram_eval.py).
         """
-        return self.compare_encoded(self.encode(pairs), average, progress)
+        return self.compare_encoded(self.encode(pairs), progress)
 
     def compare_encoded(
-        self, rows: list[EncodedPair], average: str = "probabilities", progress: str | None = None
+        self, rows: list[EncodedPair], progress: str | None = None
     ) -> list[Comparison]:
         """:meth:`compare_many` for pairs that :meth:`encode` has made."""
-        if average not in AVERAGES:
-            raise ValueError(f"average must be one of {AVERAGES}, got {average!r}")
         odds, mass, truncated = self.log_odds(rows, progress)  # (N, 2), (N, 2), (N,)
         p = odds.sigmoid()  # (N, 2): P(a better) in each order
-        mean = p.mean(dim=1) if average == "probabilities" else odds.mean(dim=1).sigmoid()  # (N,)
-        mass = mass.mean(dim=1)  # (N,)
+        mean, mass = p.mean(dim=1), mass.mean(dim=1)  # (N,), (N,)
         return [
             Comparison(
                 probability=mean[i].item(),
@@ -215,14 +202,10 @@ class Judge:
             for i in range(len(rows))
         ]
 
-    def compare(
-        self, prompt: str, response_a: str, response_b: str, average: str = "probabilities"
-    ) -> Comparison:
+    def compare(self, prompt: str, response_a: str, response_b: str) -> Comparison:
         """Compare ``response_a`` with ``response_b``."""
-        return self.compare_many([Pair(prompt, response_a, response_b)], average)[0]
+        return self.compare_many([Pair(prompt, response_a, response_b)])[0]
 
-    def reward(
-        self, prompt: str, response: str, reference: str, average: str = "probabilities"
-    ) -> float:
+    def reward(self, prompt: str, response: str, reference: str) -> float:
         """P(better than the reference), 0 to 1; 1/2 is a draw (NiuTrans/GRAM, README.md, "PPO")."""
-        return self.compare(prompt, response, reference, average).probability
+        return self.compare(prompt, response, reference).probability

@@ -15,7 +15,7 @@ from gram_mini.village import VILLAGE
 import pytest
 import torch
 
-LONGEST = "tutorial resume scripts studies memory architectures writing".split()
+LONGEST = "memory tutorial resume scripts studies architectures writing".split()
 
 
 def pytest_addoption(parser):

@@ -106,8 +106,6 @@ def load_pairs(
         UserError: no such source, a row that cannot be read (names file and line), or no usable row
             left.
     """
-    if source == "world":
-        raise UserError(f"--data world: is called {VILLAGE} now")
     if source == VILLAGE:
         options: dict[str, object] = {"split": split, "subset": subset, "columns": columns}
         options |= {"labels": labels, "pairs-per-prompt": pairs_per_prompt}

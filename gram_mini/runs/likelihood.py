@@ -30,9 +30,8 @@ class Likelihoods:
     """Log-likelihoods of responses.
 
     Args:
-        model: the model of stage 1, or one that holds its adapter under the name ``adapter``.
-        tokenizer: its tokenizer.
-        pass_tokens: tokens that a forward pass holds at most, padding included.
+        judge: its model is that of stage 1, or holds the adapter of stage 1 under the name
+            ``adapter``; a forward pass holds as many tokens as one of the judge.
         kind: one of options.LIKELIHOODS. "sum" is log pi_1 itself, "per-token" its mean over the
             tokens, and "over-backbone" takes off the model's own without the adapter.
         adapter: None if the model's only adapter is that of stage 1.
@@ -40,17 +39,11 @@ class Likelihoods:
     """
 
     def __init__(
-        self,
-        model,
-        tokenizer,
-        pass_tokens: int,
-        kind: str = "sum",
-        adapter: str | None = None,
-        unit: float = 1.0,
+        self, judge: Judge, kind: str = "sum", adapter: str | None = None, unit: float = 1.0
     ):
-        self.model, self.pass_tokens, self.kind = model, pass_tokens, kind
+        self.judge, self.model, self.kind = judge, judge.model, kind
         self.adapter, self.unit = adapter, unit
-        self.prompt = pair_prompt(tokenizer)
+        self.prompt = pair_prompt(judge.tokenizer)
         self.kept: dict[Key, float] = {}  # in nats
 
     def keep(self, rows: list[EncodedPair]) -> None:
@@ -89,8 +82,9 @@ class Likelihoods:
     def _log_pi(self, rows: list[EncodedPair], progress: str | None) -> list[tuple[float, int]]:
         """log pi(y_a | x) of each row under the adapter in use, in nats, and its tokens."""
         results = [(0.0, 0)] * len(rows)
+        tokens = self.judge.pass_tokens
         with evaluating(self.model):
-            for places, sequences in shared_passes(rows, self.segments, self.pass_tokens, progress):
+            for places, sequences in shared_passes(rows, self.segments, tokens, progress):
                 states = last_states(self.model, sequences)  # (n, H) each
                 hidden = torch.cat([of_one[:-1] for of_one in states])  # (N, H)
                 following = [token for *_, answer in sequences for token in answer[1:]]
@@ -121,7 +115,7 @@ class LikelihoodJudge(Judge):
     def __init__(self, *arguments, kind: str = "sum"):
         super().__init__(*arguments)
         self.prompt = pair_prompt(self.tokenizer)  # pairs are cut as in stage 1
-        self.likelihoods = Likelihoods(self.model, self.tokenizer, self.pass_tokens, kind)
+        self.likelihoods = Likelihoods(self, kind)
 
     def verdicts(
         self, orders: list[EncodedPair], progress: str | None = None
@@ -141,9 +135,7 @@ class JointJudge(SharingJudge):
 
     def __init__(self, *arguments, unit: float = 1.0):
         super().__init__(*arguments)
-        self.likelihoods = Likelihoods(
-            self.model, self.tokenizer, self.pass_tokens, adapter=LIKELIHOOD, unit=unit
-        )
+        self.likelihoods = Likelihoods(self, adapter=LIKELIHOOD, unit=unit)
 
     def verdicts(
         self, orders: list[EncodedPair], progress: str | None = None

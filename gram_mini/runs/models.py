@@ -56,8 +56,6 @@ def local_model(name: str) -> Path | None:
     Raises:
         UserError: for what looks like a path, but is neither a folder with a model in it nor GGUF.
     """
-    if name == "embedded":
-        raise UserError(f"--model embedded: is called {VILLAGE} now")
     folder = VILLAGE_FOLDER if name == VILLAGE else Path(name)
     if gguf.is_gguf(folder) and folder.is_file():
         return folder

@@ -9,12 +9,11 @@ from __future__ import annotations
 import argparse
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from gram_mini.errors import UserError
-from gram_mini.judge import AVERAGES
 from gram_mini.reading.columns import given_columns
 from gram_mini.reading.usable import is_blank
 from gram_mini.runs import defaults
@@ -52,17 +51,6 @@ WITHOUT_EFFECT = (
     "gradient_checkpointing",
     "batch_tokens",
 )
-# Options of former versions, and what to do instead.
-REMOVED = {
-    "--benchmark": "python -m gram_mini.studies.benchmarks gives the figures of a benchmark",
-    "--debug": "set GRAM_DEBUG=1 in the environment",
-    **dict.fromkeys(
-        ("--head", "--freeze", "--text-weight"), "python -m gram_mini.baselines trains other heads"
-    ),
-    "--grad-accum": "a step is --batch-size pairs, and --batch-tokens splits it into passes",
-    "--report-to": "log.csv in the run folder grows while training goes on",
-    "--skip-limit": "a run stops after 5 steps in a row that are not finite",
-}
 
 
 # ---- types ---------------------------------------------------------------------------
@@ -151,8 +139,6 @@ def score_options(description: str, argv=None) -> argparse.Namespace:
         "the log-probability of the whole response, its mean over the tokens, or what it is beyond "
         "that of the backbone (default: the verdict)",
     )
-    text = "average of the two orders: of probabilities or log-odds"
-    add("--average", choices=AVERAGES, default="probabilities", help=text)
     add(
         "--batch-size",
         type=positive_int,
@@ -219,32 +205,14 @@ def _check_scoring(p: argparse.ArgumentParser, args: argparse.Namespace) -> None
 # ---- groups of options ---------------------------------------------------------------
 
 
-def parser(
-    description: str, examples: str, removed: Mapping[str, str] = REMOVED
-) -> argparse.ArgumentParser:
-    """A parser whose help begins with commands to copy and shows every default.
-
-    ``removed`` says what to give instead of options of former versions.
-    """
-    p = _Parser(
+def parser(description: str, examples: str) -> argparse.ArgumentParser:
+    """A parser whose help begins with commands to copy and shows every default."""
+    return argparse.ArgumentParser(
         usage=f"\n{examples}",
         description=description,
         formatter_class=_Formatter,
         allow_abbrev=False,
     )
-    p.removed = removed
-    return p
-
-
-class _Parser(argparse.ArgumentParser):
-    removed: Mapping[str, str] = {}
-
-    def error(self, message: str) -> NoReturn:
-        for word in message.partition("unrecognized arguments: ")[2].split():
-            name = word.partition("=")[0]
-            if name in self.removed:
-                raise UserError(f"{name}: is no option any more; {self.removed[name]}")
-        super().error(message)
 
 
 class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):

@@ -35,7 +35,6 @@ def rank(
     responses: list[str],
     method: str | None = None,
     reference: str | None = None,
-    average: str = "probabilities",
     row: int = 0,
 ) -> Ranking:
     """Order n responses to one prompt from best to worst. Equal texts get one score.
@@ -64,7 +63,7 @@ def rank(
     comparisons: list[Comparison] = []
 
     def compare(games: list[tuple[str, str]]) -> list[float]:
-        results = judge.compare_many([Pair(prompt, a, b, row=row) for a, b in games], average)
+        results = judge.compare_many([Pair(prompt, a, b, row=row) for a, b in games])
         comparisons.extend(results)
         return [result.probability for result in results]
 

@@ -25,19 +25,11 @@ EXAMPLES = """\
   python -m gram_mini.studies table            # seeds 1 to 5
   python -m gram_mini.studies all --seeds 1    # every study with one seed"""
 LOADING = {"bits": 4, "max_length": 512, "device": "auto"}
-GONE = {  # options of former versions, and what to give instead
-    "--quick": "give --seeds 1 --results runs/quick",
-    "--device": "a GPU is taken if there is one; CUDA_VISIBLE_DEVICES= hides it",
-    **dict.fromkeys(
-        ("--model", "--data", "--bits", "--max-length", "--training"),
-        "python -m gram_mini.studies.real takes other models, pairs and options",
-    ),
-}
 
 
 def main(argv=None):
     listed = [f"  {name:14}{study.rows.__doc__}" for name, study in STUDIES.items()]
-    parser = options.parser("\n".join([__doc__, *listed]), EXAMPLES, GONE)
+    parser = options.parser("\n".join([__doc__, *listed]), EXAMPLES)
     studies = (*STUDIES, "all")
     parser.add_argument("study", choices=studies, metavar="STUDY", help="one of the above, or all")
     add_seeds(parser, [1, 2, 3, 4, 5])

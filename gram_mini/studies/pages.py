@@ -121,7 +121,7 @@ def draw(names: list[str]) -> None:
 
 
 def main(argv=None) -> None:
-    parser = options.parser(__doc__, EXAMPLES, {"--check": "git diff shows what was written"})
+    parser = options.parser(__doc__, EXAMPLES)
     text = "draw the pictures of these studies again, or of all"
     parser.add_argument("--draw", nargs="*", metavar="STUDY", help=text)
     args = parser.parse_args(argv)

@@ -36,12 +36,6 @@ from gram_mini.studies.paper import Study
 from gram_mini.studies.seeds import add_folder, add_seeds, run
 from gram_mini.studies.start import start
 
-GONE = {  # options of former versions, and what to give instead
-    "--epochs": "give --training '--epochs N'",
-    "--stage-2": "give --training for all scripts",
-    "--name": "give each study a --runs of its own",
-    "--results": "they are in the folder results of --runs",
-}
 EXAMPLES = """\
   python -m gram_mini.studies.real table --model HuggingFaceTB/SmolLM2-135M-Instruct --bits 16 \\
       --labels polite.jsonl --unlabelled unlabelled.jsonl --test pandalm=pandalm.jsonl"""
@@ -162,7 +156,7 @@ STUDIES = {
 
 
 def main(argv=None):
-    parser = options.parser(__doc__, EXAMPLES, GONE)
+    parser = options.parser(__doc__, EXAMPLES)
     studied = [name.removeprefix("real-") for name in STUDIES]
     parser.add_argument("study", choices=studied, metavar="STUDY", help="one of the above")
     sources = parser.add_argument_group("data")

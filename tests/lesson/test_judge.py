@@ -49,15 +49,12 @@ def sigmoid(x):
     return 1 / (1 + math.exp(-x))
 
 
-def test_comparison_averages_probabilities_or_log_odds():
+def test_comparison_averages_probabilities():
     judge = by_number(bias=1.0)
     result = judge.compare("x", "2", "1")
     assert (result.a_first, result.a_second) == pytest.approx((sigmoid(2), sigmoid(0)))
     assert result.probability == pytest.approx((sigmoid(2) + 0.5) / 2)
     assert result.position_gap == pytest.approx(sigmoid(2) - 0.5)
-    assert judge.compare("x", "2", "1", average="logits").probability == pytest.approx(sigmoid(1))
-    with pytest.raises(ValueError, match="average"):
-        judge.compare("x", "2", "1", average="votes")
 
 
 def test_reward_is_the_probability_of_beating_the_reference():
@@ -121,7 +118,7 @@ def test_judge_that_is_always_wrong():
 def test_judge_that_always_says_a():
     # Averaged over both orders every pair is a draw, and a draw counts half.
     judge = KnownJudge(lambda p, first: 50.0 if first else -50.0)
-    result = evaluate(judge, PAIRS, average="logits")
+    result = evaluate(judge, PAIRS)
     assert result.accuracy == 0.5 and result.position_gap == pytest.approx(1.0)
     assert result.margin == pytest.approx(0.0)
 

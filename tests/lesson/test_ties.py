@@ -99,23 +99,13 @@ def test_the_fast_judge_is_the_plain_one(bits, village_judge, nf4_model, tokeniz
 
 def test_the_script_shows_what_the_library_computes(capsys):
     pair = ("What does Anna eat?", "Anna eats soup.", "Stop bothering me.")
-    options = [
-        "--model",
-        "village",
-        "--prompt",
-        pair[0],
-        "--response",
-        pair[1],
-        "--response",
-        pair[2],
-    ]
-    for average in ("probabilities", "logits"):
-        score.main([*options, "--average", average])
-        result = score.load_judge("village").compare(*pair, average=average)
-        said = capsys.readouterr().out
-        assert f"P(A better) = {result.probability:.3f}, from {result.a_first:.3f}" in said
-        assert f"position gap {result.position_gap:.3f}" in said
-        assert f"; mass on the labels {result.label_mass:.3f}" in said
+    options = ("--model", "--prompt", "--response", "--response")
+    score.main([word for two in zip(options, ("village", *pair)) for word in two])
+    result = score.load_judge("village").compare(*pair)
+    said = capsys.readouterr().out
+    assert f"P(A better) = {result.probability:.3f}, from {result.a_first:.3f}" in said
+    assert f"position gap {result.position_gap:.3f}" in said
+    assert f"; mass on the labels {result.label_mass:.3f}" in said
 
 
 def test_pair_losses_add_up_to_the_loss_of_training(village_judge, tokenizer):

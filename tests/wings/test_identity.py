@@ -4,7 +4,6 @@ import datetime
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -12,7 +11,7 @@ from pathlib import Path
 
 import train_pretrain
 import train_reward
-from gram_mini.errors import UserError
+from gram_mini.errors import Interrupted, UserError
 from gram_mini.prompts import judge_prompt, label_tokens, pair_prompt
 from gram_mini.runs.load import load_judge
 from gram_mini.runs.models import VILLAGE_FOLDER, load_tokenizer
@@ -20,6 +19,7 @@ from gram_mini.runs.record import pinned
 from gram_mini.serving import export
 
 import pytest
+from interrupts import interrupt
 
 ROOT = Path(__file__).parents[2]
 SHORT = "--limit 60 --batch-size 8 --held-out 0".split()
@@ -116,8 +116,8 @@ def test_a_run_folder_says_the_prompts_token_ids_and_old_ones_are_refused(tmp_pa
         load_judge(out)
 
 
-def interrupted(out, *options):
-    """A run that Ctrl-C stopped after a step."""
+def begun(out, *options):
+    """A process that trains, after its first step."""
     code = "import sys, train_reward; train_reward.main(sys.argv[1:])"
     command = [sys.executable, "-c", code, *SHORT, "--out", str(out), *map(str, options)]
     log = out.with_name(out.name + ".partial") / "log.csv"
@@ -129,23 +129,19 @@ def interrupted(out, *options):
     return process
 
 
-LONG = ("--lora-rank", 2, "--steps", 5000, "--log-every", 1)
-
-
-def test_resuming_with_an_edited_template_is_refused(dated, tmp_path):
-    options = ["--model", dated, *LONG]
-    process = interrupted(tmp_path / "run", *options)
-    process.send_signal(signal.SIGINT)
-    process.wait()
+def test_resuming_with_an_edited_template_is_refused(dated, tmp_path, monkeypatch):
+    interrupt(monkeypatch, 1)
+    options = ["--model", dated, "--lora-rank", 2]
+    with pytest.raises(Interrupted):
+        train(train_reward, tmp_path / "run", *options)
     edit(dated / "chat_template.jinja", "Today Date", "The date")
     with pytest.raises(UserError, match="was begun otherwise: tokenizer and chat template was"):
-        arguments = [*SHORT, "--out", tmp_path / "run", *options, "--resume"]
-        train_reward.main(list(map(str, arguments)))
+        train(train_reward, tmp_path / "run", *options, "--resume")
 
 
 def test_two_processes_do_not_write_one_run_and_a_dead_one_bars_nobody(tmp_path):
     out, options = tmp_path / "run", [*SHORT, "--lora-rank", "2", "--out", str(tmp_path / "run")]
-    process = interrupted(out, *LONG)
+    process = begun(out, "--lora-rank", 2, "--steps", 5000, "--log-every", 1)
     before = sorted(file.name for file in (tmp_path / "run.partial").iterdir())
     message = "another process is writing it; wait for it, stop"
     for again in (["--resume"], ["--overwrite"], []):

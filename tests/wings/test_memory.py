@@ -103,6 +103,8 @@ def test_checkpointing_keeps_a_layer_s_input_only(built):
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_peak_is_between_85_and_105_percent_of_the_computed_one(built, checkpointing):
     config, bits, model = built
+    if checkpointing and config.model_type != "qwen3":
+        pytest.skip("what it keeps is tested with all models")
     rows, _ = rows_and_trained("reward", config)
     computed = memory.peak(config, bits, checkpointing, 2, BATCH * LENGTH)
     assert 0.85 < measured_peak(model, "reward", checkpointing, rows) / computed < 1.05
@@ -155,9 +157,16 @@ def test_where_the_logits_are_most_of_the_peak_chunks_bound_them(monkeypatch, fa
 # ---- the estimate before the first step: runs/memory.py ------------------------------
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("stage", ["pretrain", "reward"])
+# Any two of the three meet in each of their combinations.
+@pytest.mark.parametrize(
+    ("stage", "checkpointing", "attention"),
+    [
+        ("pretrain", False, "sdpa"),
+        ("reward", True, "sdpa"),
+        ("pretrain", True, "eager"),
+        ("reward", False, "eager"),
+    ],
+)
 def test_a_step_is_foreseen(built, stage, checkpointing, attention):
     """From small steps, against what torch allocates in one of 512 tokens a sequence."""
     _, bits, model = built
@@ -227,13 +236,6 @@ def test_a_gpu_splits_a_step_by_its_memory_and_learns_the_same(
     assert [checkpointing for _, checkpointing, _ in found.values()] == [False, False, True]
     for *_, losses in found.values():
         assert losses == pytest.approx(found[4000][2], rel=1e-5)
-
-
-def test_what_is_free_does_not_change_the_split(tmp_path, monkeypatch):
-    monkeypatch.setattr("gram_mini.runs.run.total_bytes", lambda _: foresee.CONTEXT + 60 * 2**20)
-    for free in (2**31, 2**33):
-        run_reward(tmp_path / str(free), monkeypatch, free)
-    assert passes_of(tmp_path / str(2**31))[:2] == passes_of(tmp_path / str(2**33))[:2]
 
 
 def test_a_given_split_is_kept_and_other_devices_have_theirs(tmp_path, monkeypatch, capsys):

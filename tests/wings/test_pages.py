@@ -109,8 +109,6 @@ def test_a_changed_figure_is_found_and_written_back(tmp_path, monkeypatch, capsy
     assert page.read_text() == good and "wrote page.md" in capsys.readouterr().out
     command.main([])
     assert not capsys.readouterr().out
-    with pytest.raises(UserError, match="--check: is no option any more; git diff"):
-        command.main(["--check"])
 
 
 def test_a_table_keeps_nothing_of_what_stood_there():

@@ -155,7 +155,6 @@ def test_the_command_writes_a_table_and_goes_on_with_what_is_there(
         ("table", ["--stage-1=--both-orders 1"], "the study sets --both-orders itself"),
         ("table", ["--scalar=--label-smoothing=0.1"], "the study sets --label-smoothing itself"),
         ("table", ["--training=--lr '1"], "invalid split value"),
-        ("table", ["--name", "x"], "--name: is no option any more; give each study a --runs"),
     ],
 )
 def test_options_that_would_mislead_are_refused(study, more, said, files, capsys):

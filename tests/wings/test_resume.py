@@ -28,6 +28,7 @@ from gram_mini.training import draw_batches
 
 import pytest
 import torch
+from interrupts import interrupt
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).parents[2]
@@ -180,11 +181,13 @@ def test_random_state_and_skipped_steps_go_on(tmp_path, monkeypatch):
     assert results[0] == results[1] and results[0]["skipped"] == 1
 
 
-def test_how_a_step_is_split_may_change_and_what_is_learned_may_not(tmp_path):
+def test_how_a_step_is_split_may_change_and_what_is_learned_may_not(tmp_path, monkeypatch):
     template = tmp_path / "judge.txt"
     template.write_text("{prompt} {response_a} {response_b} A or B?")
     options = [*OPTIONS, "--out", str(tmp_path / "run"), "--judge-template", str(template)]
-    assert start(KILL_IN_STEP.format(script="train_reward"), *options).wait() == -signal.SIGKILL
+    interrupt(monkeypatch, 16)
+    with pytest.raises(Interrupted):
+        train_reward.main(options)
     template.write_text("{prompt} {response_a} {response_b} Which, A or B?")
     with pytest.raises(UserError, match="judge prompt was .* A or B"):
         train_reward.main([*options, "--resume"])
@@ -194,13 +197,13 @@ def test_how_a_step_is_split_may_change_and_what_is_learned_may_not(tmp_path):
     assert (tmp_path / "run" / "run.json").is_file()
 
 
-def test_what_can_and_cannot_be_resumed(tmp_path):
+def test_what_can_and_cannot_be_resumed(tmp_path, monkeypatch):
     out = ["--out", str(tmp_path / "run")]
     with pytest.raises(UserError, match="--resume: there is no unfinished run"):
         train_reward.main([*OPTIONS, *out, "--resume"])
-    assert (
-        start(KILL_IN_STEP.format(script="train_reward"), *OPTIONS, *out).wait() == -signal.SIGKILL
-    )
+    interrupt(monkeypatch, 7)
+    with pytest.raises(Interrupted):
+        train_reward.main([*OPTIONS, *out])
     saved = (tmp_path / "run.partial" / "checkpoint.pt").read_bytes()
     with pytest.raises(UserError, match="go on with --resume, or start anew with --overwrite"):
         train_reward.main([*OPTIONS, *out])
@@ -485,16 +488,9 @@ def test_a_run_does_not_go_on_from_another_init(tmp_path, monkeypatch):
     train_pretrain.main(began)
     run = "--limit 100 --held-out 0 --steps 3 --save-every 1".split()
     run += ["--init", str(tmp_path / "began"), "--out", str(tmp_path / "run")]
-    real_sum = runs_run.sum_over_processes
-
-    def sum_over_processes(*arguments):
-        os.kill(os.getpid(), signal.SIGINT)
-        return real_sum(*arguments)
-
-    monkeypatch.setattr(runs_run, "sum_over_processes", sum_over_processes)
+    interrupt(monkeypatch, 1)
     with pytest.raises(Interrupted):
         train_reward.main(run)
-    monkeypatch.undo()
     train_pretrain.main([*began, "--seed", "5"])
     with pytest.raises(UserError, match="weights of --init was"):
         train_reward.main([*run, "--resume"])

@@ -177,7 +177,8 @@ def test_nothing_to_judge(village_judge):
 
 
 def test_batch_tokens_bound_the_passes(tokenizer, monkeypatch):
-    judge, seen = SharingJudge(load_model(VILLAGE, bits=32), tokenizer, batch_tokens=400), []
+    judge, seen = SharingJudge(load_model(VILLAGE, bits=32), tokenizer), []
+    judge.batch_tokens = 400
     monkeypatch.setattr(sharing, "end_states", lambda m, s: seen.append(s) or end_states(m, s))
     rank(judge, PROMPT, RESPONSES)
     assert len(seen) > 3 and max(len(s) * max(sum(map(len, one)) for one in s) for s in seen) <= 400

@@ -6,13 +6,9 @@ import gzip
 import json
 import math
 import os
-import random
 import signal
 import threading
-import time
 import tracemalloc
-from functools import partial
-from pathlib import Path
 
 import score
 from gram_mini.errors import Interrupted, UserError
@@ -82,11 +78,11 @@ def stop(monkeypatch, how, chunk):
     """Raise ``how`` where the judge gets a chunk, counted from 1."""
     real, calls = Judge.compare_many, []
 
-    def stopping(self, pairs, average="probabilities", progress=None):
+    def stopping(self, pairs, progress=None):
         calls.extend([1] * (progress is not None))  # a ranking has none
         if progress and len(calls) == chunk:
             raise how
-        return real(self, pairs, average, progress)
+        return real(self, pairs, progress)
 
     monkeypatch.setattr(Judge, "compare_many", stopping)
 
@@ -155,7 +151,7 @@ class Stub:
     def __init__(self, tokenizer):
         self.tokenizer, self.calls = tokenizer, 0
 
-    def compare_many(self, pairs, average, progress):
+    def compare_many(self, pairs, progress):
         self.calls += 1
         ps = [1 / (1 + math.exp(len(p.response_b) - len(p.response_a))) for p in pairs]
         return [Comparison(p, p, p, 0.0, 0.0, 1.0, False) for p in ps]
@@ -269,27 +265,6 @@ def test_sigkill_loses_at_most_a_chunk(place, done, data, whole, tmp_path):
     assert scored(data, out, "--resume") == whole
 
 
-def test_sigkill_at_ten_random_moments(data, whole, tmp_path):
-    """Of one file after the other, each killed until it is complete."""
-    out, begun = tmp_path / "o.jsonl", time.monotonic()
-    os.waitpid(child(lambda: scored(data, out)), 0)
-    seconds, kills, lines = time.monotonic() - begun, 0, [0]
-    while kills < 10 or max(lines) <= 7:  # some when there was something to lose
-        if out.exists():
-            assert out.read_bytes() == whole
-            out.unlink()
-        resume = ["--resume"] if all(map(Path.is_file, partial_names(out))) else []
-        pid = child(partial(scored, data, out, *resume))
-        time.sleep(random.uniform(0, seconds))
-        os.kill(pid, signal.SIGKILL)
-        kills += os.WIFSIGNALED(os.waitpid(pid, 0)[1])
-        begun_file = partial_names(out)[0]
-        lines.append(begun_file.read_bytes().count(b"\n") if begun_file.is_file() else 0)
-    if not out.exists():
-        scored(data, out, *["--resume"] * all(map(Path.is_file, partial_names(out))))
-    assert out.read_bytes() == whole
-
-
 def test_what_was_begun_otherwise_is_not_gone_on_with(data, tmp_path, monkeypatch, capsys, judge):
     out = tmp_path / "o.jsonl"
     with monkeypatch.context() as patch:
@@ -303,7 +278,6 @@ def test_what_was_begun_otherwise_is_not_gone_on_with(data, tmp_path, monkeypatc
             scored(data, out, "--resume", *more)
         assert (tmp_path / "o.jsonl.partial").read_bytes() == kept
 
-    refused("average was 'probabilities' and is 'logits'", "--average", "logits")
     refused("limit was None and is 30", "--limit", "30")
     with monkeypatch.context() as patch:
         patch.setattr(judge, "template", "another")

@@ -26,16 +26,9 @@ EXAMPLES = """\
   python -m gram_mini.studies.benchmarks --benchmark llmbar --data LLMBar/Dataset/LLMBar \\
       --model runs/reward --out llmbar.json"""
 
-GONE = {  # options of former versions, and what to give instead
-    "--server": "the judge is loaded; give --model the exported run",
-    "--subset": "give --data a file or folder of this subset",
-    "--average": "the official figures take the average of the probabilities",
-    "--judge-template": "the judge's own template is taken",
-}
-
 
 def main(argv=None) -> None:
-    parser = options.parser(__doc__, EXAMPLES, GONE)
+    parser = options.parser(__doc__, EXAMPLES)
     group = parser.add_argument_group("what to judge")
     group.add_argument("--benchmark", choices=BENCHMARKS, required=True, help="one of the above")
     group.add_argument("--data", required=True, metavar="SOURCE", help="file, folder or hub name")

@@ -13,15 +13,11 @@ from gram_mini.studies.speed import common, scoring, training
 import torch
 
 EXAMPLES = "  python -m gram_mini.studies.speed train --shape Qwen2.5-0.5B --bits 4  # on a GPU"
-GONE = dict.fromkeys(  # options of former versions
-    ("--data", "--lora-rank", "--pairs", "--responses", "--gradient-checkpointing", "--record"),
-    "all sequences have --max-length tokens, a batch --batch-size pairs, the adapter rank 32",
-)
 STUDIES = {"train": training.measure, "score": scoring.measure}
 
 
 def main(argv=None) -> None:
-    parser = options.parser(__doc__, EXAMPLES, GONE)
+    parser = options.parser(__doc__, EXAMPLES)
     parser.add_argument("study", choices=STUDIES, help="train or score")
     parser.add_argument("--shape", choices=common.SHAPES, default="mid", help="sizes of the model")
     text = "4: NF4; 16: bf16; 32: float32"
