@@ -11,5 +11,14 @@ class Interrupted(Exception):
 
 def last_line(error: Exception) -> str:
     """The last line of an error's text that is not empty, or its type."""
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    return lines[-1].strip() if lines else type(error).__name__
+    return _lines(error)[-1]
+
+
+def first_line(error: Exception) -> str:
+    """The first such line."""
+    return _lines(error)[0]
+
+
+def _lines(error: Exception) -> list[str]:
+    lines = [line.strip() for line in str(error).splitlines()]
+    return [line for line in lines if line] or [type(error).__name__]

@@ -332,5 +332,7 @@ def read_ranking(row: dict, where: str, notes: Notes) -> tuple[str, list[str]]:
     texts = isinstance(responses, list) and all(isinstance(r, str) for r in responses)
     if not texts or not responses:
         raise UserError(f"{where}: column 'responses' must be a list of at least one text")
+    for response in responses:
+        read_text(response, where, "responses")  # it may hold half a character
     _note_markers(responses, notes)
     return transcript(messages), responses

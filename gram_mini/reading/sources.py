@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from gram_mini.errors import UserError
+from gram_mini.errors import UserError, first_line
 
 from tqdm import tqdm
 
@@ -143,10 +143,15 @@ def _of_folder(folder: Path, split: str | None, notes: Notes) -> list[Path]:
             f"{folder}: give --split with one of {', '.join(splits)} whose files are of one kind, "
             "or give one file"
         )
-    if left := [file.name for file in there if file not in files]:
-        more = ", ..." * (len(left) > 5)
-        notes.source.append(f"not read in this folder: {', '.join(left[:5])}{more}")
+    if len(files) > 1:
+        notes.source.append(f"read as one, of this folder: {_names(files)}")
+    if left := [file for file in there if file not in files]:
+        notes.source.append(f"not read in this folder: {_names(left)}")
     return files
+
+
+def _names(files: list[Path]) -> str:
+    return ", ".join([file.name for file in files[:5]] + ["..."] * (len(files) > 5))
 
 
 # ---- files ---------------------------------------------------------------------------
@@ -232,8 +237,9 @@ def _read_parquet(path: Path) -> Iterator[Row]:
             for number, row in enumerate(rows, start=1):
                 yield f"{path}, row {number}", row
     except (pyarrow.ArrowException, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{path}: cannot be read as Parquet: {reason}; save it again") from None
+        raise UserError(
+            f"{path}: cannot be read as Parquet: {first_line(error)}; save it again"
+        ) from None
 
 
 READERS = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from gram_mini.errors import UserError
+from gram_mini.errors import UserError, first_line
 from gram_mini.runs.output import changes
 
 import torch
@@ -62,8 +62,9 @@ def load(path: Path, accelerator, settings: dict, model, optimizer, schedule) ->
         state = torch.load(path, map_location="cpu", weights_only=True)
         saved = state["settings"]
     except Exception as error:  # of any kind: the file is not a checkpoint of ours
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{path}: cannot be read: {reason}; start anew with --overwrite") from None
+        raise UserError(
+            f"{path}: cannot be read: {first_line(error)}; start anew with --overwrite"
+        ) from None
     if changed := changes(saved, settings):
         raise UserError(
             f"--resume: {path.parent} was begun otherwise: {changed}; give the same again, or "

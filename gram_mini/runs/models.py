@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from gram_mini.errors import UserError
+from gram_mini.errors import UserError, first_line
 from gram_mini.model import without_adapter
 from gram_mini.reading.sources import looks_like_path
 from gram_mini.runs import checks, gguf
@@ -87,8 +87,7 @@ def from_pretrained(kind, name: str, folder: Path | None, **options):
     try:
         return kind.from_pretrained(place, revision=commit, **options)
     except Exception as error:  # whatever the loader raises, this name gives no model
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"{name!r} cannot be loaded: {reason}") from error
+        raise UserError(f"{name!r} cannot be loaded: {first_line(error)}") from error
 
 
 def fast_bfloat16() -> bool:
@@ -253,7 +252,6 @@ def load_lora(model, folder: Path, trainable: bool = True, adapter: str = "defau
         else:
             adapted = PeftModel.from_pretrained(model, str(folder), adapter, trainable)
     except Exception as error:  # as in from_pretrained
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{folder}: the adapter cannot be loaded: {reason}") from None
+        raise UserError(f"{folder}: the adapter cannot be loaded: {first_line(error)}") from None
     checks.check_adapter(str(folder), adapted, file, adapter)
     return adapted

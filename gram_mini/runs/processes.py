@@ -10,7 +10,7 @@ import os
 import signal
 from contextlib import contextmanager
 
-from gram_mini.errors import UserError
+from gram_mini.errors import UserError, first_line
 from gram_mini.training import trainable
 
 import torch
@@ -33,8 +33,7 @@ def pick_device(device: str) -> torch.device:
     try:
         return torch.empty(0, device=device).device
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"--device {device}: cannot be used here: {reason}") from None
+        raise UserError(f"--device {device}: cannot be used here: {first_line(error)}") from None
 
 
 def start_processes(device: str) -> tuple[Accelerator, torch.device]:

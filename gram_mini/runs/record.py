@@ -199,7 +199,7 @@ def check_init(
     )
     if not same:
         other = f"the backbone {name!r} ({trained_on}), not on {backbone!r}; give the same --model"
-        if name == backbone:
+        if name in (backbone, str(Path(backbone).absolute())):
             other = f"another version of the backbone {name!r}; train it again"
         raise UserError(f"--init {init}: was trained on {other}")
     trained_rank = record["options"]["lora_rank"]

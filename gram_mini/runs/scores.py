@@ -16,6 +16,7 @@ from gram_mini.pairs import Pair
 from gram_mini.reading.columns import Columns, given_columns
 from gram_mini.reading.formats import group_rows, parse_pairs, read_ranking, readable
 from gram_mini.reading.load import NOT_DRAWN, draw_pairs
+from gram_mini.reading.messages import read_text
 from gram_mini.reading.sources import Notes, Row, read_rows
 from gram_mini.reading.usable import is_blank, unusable
 from gram_mini.runs import options
@@ -138,11 +139,9 @@ def _read(question: Question, group: list[Row], args, columns: Columns | None) -
         question.left_out += Counter({NOT_DRAWN: len(pairs) - len(drawn)})
         return
     question.prompt, question.responses = read_ranking(row, where, question.notes)
-    reference = args.reference if row.get("reference") is None else row["reference"]
-    if reference is not None and not isinstance(reference, str):
-        raise UserError(
-            f"{where}: column 'reference' must be text, found {type(reference).__name__}"
-        )
+    reference = args.reference
+    if row.get("reference") is not None:
+        reference = read_text(row["reference"], where, "reference")
     if reference is not None and args.likelihood and not args.rank:
         raise UserError(f"{where}: --likelihood takes no reference; give --rank round-robin")
     if reference is None and len(question.responses) == 1:

@@ -288,16 +288,17 @@ def test_both_stages_scores_and_export(tmp_path, monkeypatch, capsys):
     assert exported.log_odds_second == pytest.approx(run.log_odds_second, abs=1e-4)
 
 
-def test_another_file_under_the_same_name_is_refused(file, tensors, tmp_path):
+def test_another_file_under_the_same_name_is_refused(file, tensors, tmp_path, monkeypatch):
     own = tmp_path / "own.gguf"
     shutil.copy(file, own)
     train_reward.main(["--model", str(own), *SHORT, "--out", str(tmp_path / "run")])
     write(own, {**tensors, "output_norm.weight": tensors["output_norm.weight"] * 2})
     with pytest.raises(UserError, match="was trained on another version of the backbone"):
         load_judge(tmp_path / "run")
-    with pytest.raises(UserError, match="--init .* another version of the backbone"):
-        options = ["--init", str(tmp_path / "run"), "--out", str(tmp_path / "next")]
-        train_reward.main(["--model", str(own), *SHORT, *options])
+    monkeypatch.chdir(tmp_path)
+    for name in (str(own), "own.gguf"):
+        with pytest.raises(UserError, match="--init .* another version of the backbone"):
+            train_reward.main(["--model", name, *SHORT, "--init", "run", "--out", "next"])
 
 
 def test_a_name_that_is_a_link_is_kept(file, tmp_path):

@@ -735,14 +735,19 @@ def test_scores_are_not_overwritten_unasked(reward, data, tmp_path):
     assert out.read_text() == "precious"
 
 
-def test_scoring_names_the_bad_row_and_writes_nothing(reward, data, tmp_path):
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ('"responses": "not a list"', "'responses' must be a list"),
+        ('"responses": ["y", "\\ud800"]', "'responses' holds half a character"),
+        ('"responses": ["y"], "reference": "\\ud800"', "'reference' holds half a character"),
+    ],
+)
+def test_scoring_names_the_bad_row_and_writes_nothing(row, said, reward, data, tmp_path):
     with open(data, "a") as file:
-        file.write('{"prompt": "x", "responses": "not a list"}\n')
-    fails(
-        score,
-        ["--model", str(reward), "--data", data, "--out", str(tmp_path / "s.jsonl")],
-        "line 31: column 'responses' must be a list",
-    )
+        file.write(f'{{"prompt": "x", {row}}}\n')
+    options = ["--model", str(reward), "--data", data, "--out", str(tmp_path / "s.jsonl")]
+    fails(score, options, f"line 31: column {said}")
     assert not list(tmp_path.glob("s.jsonl*"))
 
 

@@ -190,10 +190,13 @@ def test_one_data_set_in_two_files_is_refused(tmp_path):
 def test_what_is_not_read_in_a_folder_is_named(tmp_path):
     write(tmp_path / "train.jsonl")
     (tmp_path / "more").mkdir()
-    for name in ("train_more.jsonl", "test.jsonl", "third.ndjson", "README.md", "more/a.jsonl"):
+    for name in ("train_more.jsonl", "test2.jsonl", "test.jsonl", "third.ndjson", "README.md"):
         write(tmp_path / name)
+    write(tmp_path / "more" / "a.jsonl")
     notes = Notes()
     (tmp_path / "._train.jsonl").write_bytes(b"\0\5\xff")
     assert len(prompts(str(tmp_path), split="train", notes=notes)) == len(ROWS)
-    left = "README.md, more, test.jsonl, third.ndjson, train_more.jsonl"
+    left = "README.md, more, test.jsonl, test2.jsonl, third.ndjson, ..."
     assert notes.source == [f"not read in this folder: {left}"]
+    assert len(prompts(str(tmp_path), split="test", notes=notes)) == 2 * len(ROWS)
+    assert notes.source[1] == "read as one, of this folder: test.jsonl, test2.jsonl"
