@@ -15,6 +15,7 @@ from gram_mini.prompts import PromptPieces
 
 import torch
 import torch.nn.functional as F
+from tqdm import tqdm
 
 LOGITS_OF = 256  # tokens at a time, because the logits of all would fill the memory
 
@@ -22,26 +23,28 @@ LOGITS_OF = 256  # tokens at a time, because the logits of all would fill the me
 
 
 def pair_losses(
-    model, rows: list[EncodedPair], prompt: PromptPieces, pass_tokens: int
+    model, rows: list[EncodedPair], prompt: PromptPieces, pass_tokens: int, progress: str = ""
 ) -> list[tuple[float, int]]:
     """-log pi(y_a, y_b | x) of each pair, in nats, and its number of trained tokens.
 
-    A forward pass holds at most ``pass_tokens`` tokens.
+    A forward pass holds at most ``pass_tokens`` tokens. ``progress`` is the name of a progress bar.
     """
     results = [(0.0, 0)] * len(rows)
     lengths = [row.length + prompt.fixed_tokens for row in rows]
-    with evaluating(model):
+    bar = tqdm(total=len(rows), desc=progress, delay=2, disable=not progress, leave=False)
+    with evaluating(model), bar:
         for places in passes(lengths, pass_tokens):
             ids, targets = pair_batch([rows[i] for i in places], prompt, model.device)  # (B, T)
             hidden = hidden_states(model, ids)  # (B, T, H)
             trained = targets != IGNORED  # (B, T)
-            nats = token_losses(model, hidden[trained], targets[trained])  # (N,)
+            nats = _token_losses(model, hidden[trained], targets[trained])  # (N,)
             for i, of_pair in zip(places, nats.split(trained.sum(dim=1).tolist())):
                 results[i] = (float(of_pair.sum()), len(of_pair))
+            bar.update(len(places))
     return results
 
 
-def token_losses(model, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+def _token_losses(model, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """Negative log-likelihood (N,) of tokens (N,) in nats, given the states (N, H) before them."""
     losses = []
     for states, following in zip(hidden.split(LOGITS_OF), targets.split(LOGITS_OF)):
@@ -75,7 +78,7 @@ class Evaluation:
         )
 
 
-def evaluate(judge: Judge, pairs: list[Pair], progress: str | None = None) -> Evaluation:
+def evaluate(judge: Judge, pairs: list[Pair], *, progress: str | None = None) -> Evaluation:
     """Judge labelled pairs in both orders.
 
     Raises:
@@ -83,7 +86,7 @@ def evaluate(judge: Judge, pairs: list[Pair], progress: str | None = None) -> Ev
     """
     if not pairs or any(pair.label is None for pair in pairs):
         raise ValueError("evaluate needs at least one pair, and a label on each")
-    return summarise(pairs, judge.compare_many(pairs, progress))
+    return summarise(pairs, judge.compare_many(pairs, progress=progress))
 
 
 def summarise(pairs: list[Pair], results: list[Comparison]) -> Evaluation:

@@ -174,16 +174,16 @@ class Judge:
 
     # ---- comparisons -----------------------------------------------------------------
 
-    def compare_many(self, pairs: list[Pair], progress: str | None = None) -> list[Comparison]:
+    def compare_many(self, pairs: list[Pair], *, progress: str | None = None) -> list[Comparison]:
         """Compare the two responses of each pair in both orders; ``progress`` as in log_odds.
 
         P is the mean of the two probabilities, as the official evaluation takes it (NiuTrans/GRAM,
         evaluation/gram_eval.py).
         """
-        return self.compare_encoded(self.encode(pairs), progress)
+        return self.compare_encoded(self.encode(pairs), progress=progress)
 
     def compare_encoded(
-        self, rows: list[EncodedPair], progress: str | None = None
+        self, rows: list[EncodedPair], *, progress: str | None = None
     ) -> list[Comparison]:
         """:meth:`compare_many` for pairs that :meth:`encode` has made."""
         odds, mass, truncated = self.log_odds(rows, progress)  # (N, 2), (N, 2), (N,)

@@ -85,7 +85,7 @@ def main(argv=None):
     held_out = judge.encode(held_out_pairs)
     sequences = 2 if args.both_orders else 1  # of a pair
     steps, rate, pass_tokens = run.plan(model, train, held_out, prompt, sequences=sequences)
-    judge.batch_tokens = pass_tokens
+    judge.batch_tokens = likelihoods.pass_tokens = pass_tokens
     likelihoods.keep(train + held_out)
     if goes_on:
         model.beta.data[:], likelihoods.unit = stored_beta(args.init)

@@ -25,7 +25,7 @@ Row = tuple[str, dict | UserError]
 
 @dataclass
 class Notes:
-    """What reading skipped, changed or assumed without dropping a row; the summary says it."""
+    """What reading skipped, changed, joined or assumed without dropping a row, for the summary."""
 
     source: list[str] = field(default_factory=list)  # about whole files
     rows: Counter = field(default_factory=Counter)  # number of rows, by what was done with them
@@ -62,7 +62,7 @@ def read_rows(
 
     Args:
         split, limit, subset, streaming: the options of the same names, see README.md.
-        notes: gets what was skipped.
+        notes: gets what was skipped or joined.
         progress: the name of a progress bar, if there is to be one.
 
     Raises:
@@ -117,7 +117,7 @@ def _split_name(file: Path) -> str:
 
 
 def _of_folder(folder: Path, split: str | None, notes: Notes) -> list[Path]:
-    """The files of a folder that are parts of one split; notes what else is there.
+    """The files of a folder that are parts of one split; notes several, and what else is there.
 
     Raises:
         UserError: none, several splits and none of them is given, or files of several kinds, which
@@ -144,7 +144,7 @@ def _of_folder(folder: Path, split: str | None, notes: Notes) -> list[Path]:
             "or give one file"
         )
     if len(files) > 1:
-        notes.source.append(f"read as one, of this folder: {_names(files)}")
+        notes.source.append(f"files of this folder, read one after the other: {_names(files)}")
     if left := [file for file in there if file not in files]:
         notes.source.append(f"not read in this folder: {_names(left)}")
     return files

@@ -12,13 +12,12 @@ from array import array
 from dataclasses import replace
 from pathlib import Path
 
-from gram_mini.batches import EncodedPair, Segments
-from gram_mini.evaluation import token_losses
+from gram_mini.batches import EncodedPair
+from gram_mini.evaluation import pair_losses
 from gram_mini.judge import Judge
-from gram_mini.model import evaluating
 from gram_mini.prompts import pair_prompt
 from gram_mini.runs.record import BETA, LIKELIHOOD
-from gram_mini.runs.sharing import SharingJudge, last_states, shared_passes
+from gram_mini.runs.sharing import SharingJudge
 
 import torch
 from safetensors.torch import load_file
@@ -30,8 +29,9 @@ class Likelihoods:
     """Log-likelihoods of responses.
 
     Args:
-        judge: its model is that of stage 1, or holds the adapter of stage 1 under the name
-            ``adapter``; a forward pass holds as many tokens as one of the judge.
+        model: the model of stage 1, or one that holds its adapter under the name ``adapter``.
+        tokenizer: its tokenizer.
+        pass_tokens: tokens that a forward pass holds at most, padding included.
         kind: one of options.LIKELIHOODS. "sum" is log pi_1 itself, "per-token" its mean over the
             tokens, and "over-backbone" takes off the model's own without the adapter.
         adapter: None if the model's only adapter is that of stage 1.
@@ -39,11 +39,19 @@ class Likelihoods:
     """
 
     def __init__(
-        self, judge: Judge, kind: str = "sum", adapter: str | None = None, unit: float = 1.0
+        self,
+        model,
+        tokenizer,
+        pass_tokens: int,
+        kind: str = "sum",
+        adapter: str | None = None,
+        unit: float = 1.0,
     ):
-        self.judge, self.model, self.kind = judge, judge.model, kind
+        self.model, self.pass_tokens, self.kind = model, pass_tokens, kind
         self.adapter, self.unit = adapter, unit
-        self.prompt = pair_prompt(judge.tokenizer)
+        pair = pair_prompt(tokenizer)
+        # start x after_prompt y end: the marker before y is ignored, the one after it is not
+        self.prompt = replace(pair, between=[], end=pair.between, ignored=len(pair.after_prompt))
         self.kept: dict[Key, float] = {}  # in nats
 
     def keep(self, rows: list[EncodedPair]) -> None:
@@ -64,39 +72,21 @@ class Likelihoods:
         for row in rows:
             for key, order in zip(keys(row), (row, row.swapped())):
                 alone[key] = replace(order, response_b=array("i"))
+        arguments = self.model, list(alone.values()), self.prompt, self.pass_tokens, progress or ""
         if self.adapter:
             self.model.set_adapter(self.adapter)
         try:
-            after = self._log_pi(list(alone.values()), progress)
+            after = pair_losses(*arguments)
             if self.kind == "over-backbone":
                 with self.model.disable_adapter():
-                    before = self._log_pi(list(alone.values()), progress)
-                return {key: x - y for key, (x, _), (y, _) in zip(alone, after, before)}
+                    before = pair_losses(*arguments)
+                return {key: x - y for key, (x, _), (y, _) in zip(alone, before, after)}
         finally:
             if self.adapter:
                 self.model.set_adapter("default")  # the one that judges
         if self.kind == "per-token":
-            return {key: nats / tokens for key, (nats, tokens) in zip(alone, after)}
-        return {key: nats for key, (nats, _) in zip(alone, after)}
-
-    def _log_pi(self, rows: list[EncodedPair], progress: str | None) -> list[tuple[float, int]]:
-        """log pi(y_a | x) of each row under the adapter in use, in nats, and its tokens."""
-        results = [(0.0, 0)] * len(rows)
-        tokens = self.judge.pass_tokens
-        with evaluating(self.model):
-            for places, sequences in shared_passes(rows, self.segments, tokens, progress):
-                states = last_states(self.model, sequences)  # (n, H) each
-                hidden = torch.cat([of_one[:-1] for of_one in states])  # (N, H)
-                following = [token for *_, answer in sequences for token in answer[1:]]
-                nats = token_losses(self.model, hidden, torch.tensor(following).to(hidden.device))
-                for i, of_one in zip(places, nats.split([len(of_one) - 1 for of_one in states])):
-                    results[i] = (-float(of_one.sum()), len(of_one))
-        return results
-
-    def segments(self, row: EncodedPair) -> Segments:
-        """The sequence of response y_a alone, split before the token after which y_a begins."""
-        question = (*self.prompt.start, *row.prompt, *self.prompt.after_prompt)
-        return question[:-1], (question[-1], *row.response_a, *self.prompt.between)
+            return {key: -nats / tokens for key, (nats, tokens) in zip(alone, after)}
+        return {key: -nats for key, (nats, _) in zip(alone, after)}
 
 
 def keys(row: EncodedPair) -> tuple[Key, Key]:
@@ -115,7 +105,7 @@ class LikelihoodJudge(Judge):
     def __init__(self, *arguments, kind: str = "sum"):
         super().__init__(*arguments)
         self.prompt = pair_prompt(self.tokenizer)  # pairs are cut as in stage 1
-        self.likelihoods = Likelihoods(self, kind)
+        self.likelihoods = Likelihoods(self.model, self.tokenizer, self.pass_tokens, kind)
 
     def verdicts(
         self, orders: list[EncodedPair], progress: str | None = None
@@ -135,7 +125,9 @@ class JointJudge(SharingJudge):
 
     def __init__(self, *arguments, unit: float = 1.0):
         super().__init__(*arguments)
-        self.likelihoods = Likelihoods(self, adapter=LIKELIHOOD, unit=unit)
+        self.likelihoods = Likelihoods(
+            self.model, self.tokenizer, self.pass_tokens, adapter=LIKELIHOOD, unit=unit
+        )
 
     def verdicts(
         self, orders: list[EncodedPair], progress: str | None = None

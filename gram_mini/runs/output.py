@@ -76,9 +76,9 @@ def unlock(held: FileLock) -> None:
 def changes(saved: dict, now: dict) -> str:
     """Which settings are others now than the saved ones, in words; empty if none is."""
     return ", ".join(
-        f"{name} was {saved.get(name)!r} and is {now[name]!r}"
-        for name in now
-        if saved.get(name) != now[name]
+        f"{name} was {saved.get(name)!r} and is {now.get(name)!r}"
+        for name in {**saved, **now}
+        if saved.get(name) != now.get(name)
     )
 
 

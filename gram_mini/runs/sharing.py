@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from gram_mini.batches import EncodedPair, Segments, pad, pair_segments
@@ -35,37 +35,28 @@ class SharingJudge(Judge):
     def verdict_states(
         self, orders: list[EncodedPair], progress: str | None = None
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Yield (places (B,) in ``orders``, hidden states (B, H) of their verdicts) by passes."""
-        for places, sequences in shared_passes(orders, self.segments, self.pass_tokens, progress):
-            yield torch.tensor(places), end_states(self.model, sequences)
+        """Yield (places (B,) in ``orders``, hidden states (B, H) of their verdicts) by passes.
 
+        Sequences of similar length go together, and those that begin alike.
+        """
+        lengths = [sum(map(len, self.segments(row))) for row in orders]
+        questions = [bytes(array("i", row.prompt)) for row in orders]
+        longest: dict[bytes, int] = {}  # of the sequences on one question
+        for question, length in zip(questions, lengths):
+            longest[question] = max(length, longest.get(question, 0))
 
-def shared_passes(
-    rows: list[EncodedPair],
-    segments: Callable[[EncodedPair], Segments],
-    pass_tokens: int,
-    progress: str | None = None,
-) -> Iterator[tuple[list[int], list[Segments]]]:
-    """Yield for each forward pass (places in ``rows``, their sequences as ``segments`` makes them).
+        def place(i: int):
+            return -longest[questions[i]], questions[i], bytes(array("i", orders[i].response_a))
 
-    Sequences of similar length go together, and those that begin alike.
-    """
-    lengths = [sum(map(len, segments(row))) for row in rows]
-    questions = [bytes(array("i", row.prompt)) for row in rows]
-    longest: dict[bytes, int] = {}  # of the sequences on one question
-    for question, length in zip(questions, lengths):
-        longest[question] = max(length, longest.get(question, 0))
-
-    def place(i: int):
-        return -longest[questions[i]], questions[i], bytes(array("i", rows[i].response_a))
-
-    order = sorted(range(len(rows)), key=place)
-    groups, in_order = [questions[i] for i in order], [lengths[i] for i in order]
-    with tqdm(total=len(rows), desc=progress, delay=2, disable=not progress, leave=False) as bar:
-        for part in split_by_tokens(in_order, pass_tokens, padding=0.1, groups=groups):
-            places = order[part]
-            yield places, [segments(rows[i]) for i in places]
-            bar.update(len(places))
+        order = sorted(range(len(orders)), key=place)
+        groups, in_order = [questions[i] for i in order], [lengths[i] for i in order]
+        silent = progress is None
+        with tqdm(total=len(orders), desc=progress, delay=2, disable=silent, leave=False) as bar:
+            for part in split_by_tokens(in_order, self.pass_tokens, padding=0.1, groups=groups):
+                places = order[part]
+                sequences = [self.segments(orders[i]) for i in places]
+                yield torch.tensor(places), end_states(self.model, sequences)
+                bar.update(len(places))
 
 
 @dataclass(frozen=True)
@@ -135,27 +126,12 @@ def spares_enough(levels: list[Level], whole: Level) -> bool:
 
 def end_states(model, sequences: list[Segments]) -> torch.Tensor:
     """The last hidden states (B, H) of B sequences; shared beginnings once if that pays."""
-    hidden, lengths, places = shared_states(model, sequences)
-    return hidden[torch.arange(len(hidden)), lengths - 1][places]
-
-
-def last_states(model, sequences: list[Segments]) -> list[torch.Tensor]:
-    """The hidden states (n, H) of the n tokens of the last segment of each sequence."""
-    hidden, lengths, places = shared_states(model, sequences)
-    ends = lengths[places].tolist()
-    return [hidden[p, e - len(s[-1]) : e] for p, e, s in zip(places, ends, sequences)]
-
-
-def shared_states(model, sequences: list[Segments]) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
-    """Hidden states (R, T, H) of R right-padded ends, the lengths (R,) of these ends, and which of
-    them each sequence has. An end holds a sequence's last segment at least.
-    """
     whole = Level([sum(s, ()) for s in sequences], [0] * len(sequences))
     levels, places = tree(sequences)
     nothing_left = any(not s[-1] for s in sequences)  # no token of its own to read a state from
     if nothing_left or not spares_enough(levels, whole) or not can_share(model):
-        lengths = torch.tensor([len(ids) for ids in whole.ids])  # (B,)
-        return hidden_states(model, pad(whole.ids)), lengths, list(range(len(sequences)))
+        hidden = hidden_states(model, pad(whole.ids))  # (B, T, H)
+        return hidden[torch.arange(len(hidden)), [len(ids) - 1 for ids in whole.ids]]
     cache = DynamicCache(config=model.config.get_text_config())
     seen = torch.ones(1, 0, dtype=torch.bool)  # (R, T so far)
     for level in levels:
@@ -176,4 +152,4 @@ def shared_states(model, sequences: list[Segments]) -> tuple[torch.Tensor, torch
                 use_cache=True,
                 **{cache_argument(model): cache},
             ).last_hidden_state  # (R, T, H)
-    return hidden, lengths, places
+    return hidden[torch.arange(len(ids)), lengths - 1][places]  # (B, H)

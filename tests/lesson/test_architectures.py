@@ -324,6 +324,29 @@ def test_output_logits_are_the_models_own(case):
         assert expected.abs().max() < 2  # capped
 
 
+def test_gradient_after_an_evaluation_equals_that_of_the_dequantised_twin(case, monkeypatch):
+    # as on the CPUs where bitsandbytes repacks the weights
+    monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: True)
+    ids = torch.arange(60).view(2, 30)
+    gradients = []
+    for twin in (False, True):
+        model = load_model(case.folder, bits=4)
+        assert not any(getattr(m, "support_avx512bf16_for_cpu", False) for m in model.modules())
+        model = add_lora(model.dequantize() if twin else model, 4)
+        generator = torch.Generator().manual_seed(1)
+        for parameter in (p for p in model.parameters() if p.requires_grad):
+            parameter.data = torch.randn(parameter.shape, generator=generator) * 0.05
+        with torch.no_grad():
+            hidden_states(model.eval(), ids)
+        hidden = hidden_states(model.train(), ids)[:, -1]
+        output_logits(model, hidden, (5, 7)).diff().sum().backward()
+        gradients.append(
+            torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
+        )
+    assert gradients[0].norm() > 1e-3
+    assert torch.allclose(*gradients, rtol=1e-3, atol=1e-5 * gradients[0].abs().max().item())
+
+
 # ---- both stages, and scoring --------------------------------------------------------
 
 

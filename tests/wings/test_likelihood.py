@@ -15,12 +15,10 @@ from gram_mini.pairs import Pair, split_by_prompt
 from gram_mini.prompts import END_A, START_A, START_B, USER_QUESTION
 from gram_mini.reading.load import load_pairs
 from gram_mini.runs import likelihood as likelihoods
-from gram_mini.runs import sharing
 from gram_mini.runs.likelihood import JointJudge, LikelihoodJudge
 from gram_mini.runs.load import load_judge
 from gram_mini.runs.ranking import rank
 from gram_mini.runs.record import read_record
-from gram_mini.runs.sharing import last_states
 from gram_mini.serving import export
 from gram_mini.serving.served import served_judge
 from gram_mini.studies.lab import row_of
@@ -249,35 +247,14 @@ def test_an_adapter_of_another_model_is_refused(runs, tmp_path):
         load_judge(tmp_path / "broken")
 
 
-@pytest.mark.parametrize("kind", ["sum", "over-backbone"])
-def test_what_responses_to_one_question_begin_with_is_computed_once(kind, runs, monkeypatch):
-    judge, seen, real = load_judge(runs / "stage1", likelihood=kind), [], sharing.decoder
-    monkeypatch.setattr(
-        sharing,
-        "decoder",
-        lambda m: lambda **k: seen.append(k["input_ids"].numel()) or real(m)(**k),
-    )
-    question = "What does Anna eat, and where does she live, and what is her work? " * 2
-    texts = [f"Anna eats {food}. " * n for food in ("soup", "fish", "cake") for n in (1, 3)]
-    rows = judge.encode([Pair(question, *two) for two in zip(texts, texts[1:])])
-    found = judge.likelihoods.of(rows)  # (5, 2)
-    times = 2 if kind == "over-backbone" else 1  # with the adapter, and without it
-    assert 0 < sum(seen) < times * 0.6 * sum(row.length for row in rows)
-    for pair, (a, b) in zip(zip(texts, texts[1:]), found):
-        for text, log_pi in zip(pair, (a, b)):
-            expected = sum(of_the_text(judge, question.strip(), text.strip()))
-            if kind == "over-backbone":
-                with judge.model.disable_adapter():
-                    expected -= sum(of_the_text(judge, question.strip(), text.strip()))
-            assert float(log_pi) == pytest.approx(float(expected), abs=1e-3)
-
-
 def test_each_response_is_computed_once(runs, monkeypatch):
     judge = load_judge(runs / "stage1", likelihood="sum")
     rows = judge.encode([PAIRS[0], PAIRS[0], PAIRS[1]])
-    counts = []
+    counts, losses = [], likelihoods.pair_losses
     monkeypatch.setattr(
-        likelihoods, "last_states", lambda m, s: counts.append(len(s)) or last_states(m, s)
+        likelihoods,
+        "pair_losses",
+        lambda m, rows, *more: counts.append(len(rows)) or losses(m, rows, *more),
     )
     judge.compare_encoded(rows)
     assert counts == [4]

@@ -481,7 +481,6 @@ def test_unknown_option_is_an_error(capsys):
     (score, [*OF_FILE, "--data", "nowhere.jsonl"], "nowhere.jsonl: no such file"),
 ])  # fmt: skip
 def test_user_errors_are_one_line(script, arguments, message, tmp_path, monkeypatch):
-
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError) as error:
         script.main(arguments)
@@ -516,7 +515,6 @@ def test_usage_errors(script, arguments, message, capsys):
 
 
 def fails(script, arguments, message):
-
     with pytest.raises(UserError, match=message):
         script.main(arguments)
 

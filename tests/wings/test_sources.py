@@ -199,4 +199,6 @@ def test_what_is_not_read_in_a_folder_is_named(tmp_path):
     left = "README.md, more, test.jsonl, test2.jsonl, third.ndjson, ..."
     assert notes.source == [f"not read in this folder: {left}"]
     assert len(prompts(str(tmp_path), split="test", notes=notes)) == 2 * len(ROWS)
-    assert notes.source[1] == "read as one, of this folder: test.jsonl, test2.jsonl"
+    assert (
+        notes.source[1] == "files of this folder, read one after the other: test.jsonl, test2.jsonl"
+    )

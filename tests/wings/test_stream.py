@@ -82,7 +82,7 @@ def stop(monkeypatch, how, chunk):
         calls.extend([1] * (progress is not None))  # a ranking has none
         if progress and len(calls) == chunk:
             raise how
-        return real(self, pairs, progress)
+        return real(self, pairs, progress=progress)
 
     monkeypatch.setattr(Judge, "compare_many", stopping)
 
@@ -238,12 +238,16 @@ def child(action):
     return pid
 
 
-@pytest.mark.parametrize(("place", "done"), [("judging", 21), ("writing", 36)])
+@pytest.mark.parametrize(("place", "done"), [("judging", 21), ("writing", 36), ("saving", 31)])
 def test_sigkill_loses_at_most_a_chunk(place, done, data, whole, tmp_path):
-    """It comes when pairs are encoded for the fifth time, or when most of the fifth chunk is
-    written."""
+    """It comes when pairs are encoded for the fifth time, when most of the fifth chunk is written,
+    or when the fourth is written and not yet counted."""
     out = tmp_path / "o.jsonl"
-    kind, name = {"judging": (Judge, "encode"), "writing": (PartialFile, "add")}[place]
+    kind, name = {
+        "judging": (Judge, "encode"),
+        "writing": (PartialFile, "add"),
+        "saving": (PartialFile, "_save"),  # the first call comes before any chunk
+    }[place]
     real, calls = getattr(kind, name), []
 
     def last(self, given, *more):
@@ -279,6 +283,12 @@ def test_what_was_begun_otherwise_is_not_gone_on_with(data, tmp_path, monkeypatc
         assert (tmp_path / "o.jsonl.partial").read_bytes() == kept
 
     refused("limit was None and is 30", "--limit", "30")
+    state = tmp_path / "o.jsonl.partial.json"
+    saved = json.loads(state.read_text())
+    former = {**saved, "settings": {**saved["settings"], "average": "logits"}}
+    state.write_text(json.dumps(former))  # as of a version with one option more
+    refused("average was 'logits' and is None")
+    state.write_text(json.dumps(saved))
     with monkeypatch.context() as patch:
         patch.setattr(judge, "template", "another")
         refused("judge prompt was .* and is 'another'")
