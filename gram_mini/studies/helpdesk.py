@@ -23,7 +23,7 @@ from gram_mini.runs.ending import clear_errors
 from gram_mini.runs.output import check_place
 from gram_mini.runs.report import say_doubts
 from gram_mini.studies.helpdesk_table import GAP, PARTS, WITHOUT, by_part
-from gram_mini.studies.lab import JOINT_BOTH, LIKELIHOODS, Lab, beta_of
+from gram_mini.studies.lab import JOINT_BOTH, LIKELIHOOD, Lab, beta_of
 from gram_mini.studies.metrics import pick_the_longer
 from gram_mini.studies.paper import Study
 from gram_mini.studies.seeds import RESULTS, add_folder, add_seeds, run
@@ -64,8 +64,8 @@ def helpdesk(lab: Lab, seed: int):
     yield {"method": "pick the longer", **accuracies(pairs, list(map(pick_the_longer, pairs)))}
     yield {"method": "zero-shot", **tested(lab, lab.model, lab.folder / "zero-shot")}
     stage1 = lab.stage1(seed)
-    for name, kind in LIKELIHOODS.items():
-        yield {"method": name, **tested(lab, stage1, stage1.with_name(f"stage1-{kind}"), kind)}
+    place = stage1.with_name("stage1-likelihood")
+    yield {"method": LIKELIHOOD, **tested(lab, stage1, place, likelihood="sum")}
     for name in TRAINED:
         out = lab.method(name, seed)
         yield {"method": name, **tested(lab, out, out), **beta_of(out)}
