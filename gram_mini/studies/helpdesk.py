@@ -22,7 +22,7 @@ from gram_mini.runs import options
 from gram_mini.runs.ending import clear_errors
 from gram_mini.runs.output import check_place
 from gram_mini.runs.report import say_doubts
-from gram_mini.studies.helpdesk_table import GAP, PARTS, WITHOUT, by_part
+from gram_mini.studies.helpdesk_table import GAP, OVER_PROMPTS, PARTS, WITHOUT, by_part
 from gram_mini.studies.lab import JOINT_BOTH, LIKELIHOOD, Lab, beta_of
 from gram_mini.studies.metrics import pick_the_longer
 from gram_mini.studies.paper import Study
@@ -89,7 +89,7 @@ def tested(
 def accuracies(pairs: list[Pair], results: list[Comparison]) -> dict[str, float]:
     of = by_part(pairs, results)
     row = {name: of[name].accuracy for name in PARTS}
-    return row | {f"{WITHOUT}, ± over prompts": of[WITHOUT].interval, GAP: of["all"].position_gap}
+    return row | {OVER_PROMPTS: of[WITHOUT].interval, GAP: of["all"].position_gap}
 
 
 STUDIES = {

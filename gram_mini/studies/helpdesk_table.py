@@ -29,7 +29,7 @@ over all test pairs."""
 
 WITH, WITHOUT = "with labels", "without labels"
 PARTS = (WITH, WITHOUT, *QUALITIES)
-GAP = "position gap"
+GAP, OVER_PROMPTS = "position gap", f"{WITHOUT}, ± over prompts"
 
 
 def places_of_parts() -> dict[str, list[int]]:

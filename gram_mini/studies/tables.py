@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 
 from gram_mini.errors import UserError
 from gram_mini.studies.figures import average, figure_text
-from gram_mini.studies.helpdesk_table import GAP, PARTS
+from gram_mini.studies.helpdesk_table import OVER_PROMPTS, PARTS
 from gram_mini.studies.paper import STUDIES
 from gram_mini.studies.seeds import RESULTS
 from gram_mini.studies.speed.memory import choices
@@ -38,6 +38,7 @@ HEADINGS = {
     "commonest claims": "share of the commonest claims",
     "held out": "accuracy",
     **{f"held out, {name}": name for name in REAL},
+    OVER_PROMPTS: "±",
 }
 DEMO = ("in distribution", "out of distribution", "fact only", "courtesy only", "length only")
 CERTAIN = ("accuracy", "cross-entropy", "calibration error", "position gap", "own margin")
@@ -54,7 +55,7 @@ def tables() -> dict[str, str]:
     return {
         "demo": listed("demo", *DEMO, means=["cross-entropy"]),
         "served": listed("served", "pairs", "log-odds apart, most", "same verdict"),
-        "helpdesk-seed-0": listed("helpdesk-seed-0", *PARTS[:2], means=[*PARTS[2:], GAP]),
+        "helpdesk": listed("helpdesk", *PARTS[:2], OVER_PROMPTS, *PARTS[2:]),
         "table": listed("table", *TABLE, means=("cross-entropy", "position gap")),
         "unlabelled": crossed("unlabelled", "share", SHARES, "out-of-distribution"),
         "adapt": crossed("adapt", "labels", (0, 200, 2000), "out-of-distribution"),
