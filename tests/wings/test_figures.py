@@ -17,7 +17,8 @@ from matplotlib.text import Text
 
 STUDIES = paper.STUDIES | real.STUDIES | helpdesk.STUDIES
 COMMITTED = [path for path in sorted(pages.RESULTS.glob("*.json")) if path.stem in STUDIES]
-PLAIN = {"zero-shot", "nothing", "the longer response"}  # without stage 1, beside METHODS
+# Without stage 1, beside METHODS.
+PLAIN = {"zero-shot", "pick the longer", "nothing", "the longer response"}
 DASHED = PLAIN | {name for name, (from_stage_1, *_) in lab.METHODS.items() if not from_stage_1}
 
 
