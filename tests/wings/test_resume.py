@@ -147,32 +147,26 @@ def test_random_state_and_skipped_steps_go_on(tmp_path, monkeypatch):
     config = json.loads((model / "config.json").read_text()) | {"attention_dropout": 0.2}
     (model / "config.json").write_text(json.dumps(config))
     options = [*OPTIONS, "--model", str(model), "--steps", "8"]
-    real_loss, real_sum = train_reward.reward_loss, runs_run.sum_over_processes
+    real_loss = train_reward.reward_loss
 
-    def run(out, stop_in_step, *more):
-        losses, steps = [], []
+    def run(out, *more):
+        losses = []
 
         def loss(*arguments):
             losses.append(1)
             return real_loss(*arguments) * (float("nan") if len(losses) == 2 and not more else 1.0)
 
-        def sum_over_processes(*arguments):
-            steps.append(1)
-            if len(steps) == stop_in_step:
-                os.kill(os.getpid(), signal.SIGINT)
-            return real_sum(*arguments)
-
         monkeypatch.setattr(train_reward, "reward_loss", loss)
-        monkeypatch.setattr(runs_run, "sum_over_processes", sum_over_processes)
         train_reward.main([*options, "--out", str(out), *more])
 
-    run(tmp_path / "whole", None)
+    run(tmp_path / "whole")
+    interrupt(monkeypatch, 5)
     with pytest.raises(
         Interrupted,
         match="stopped after step 5, saved in .*; go on with the same command and --resume",
     ):
-        run(tmp_path / "run", 5)
-    run(tmp_path / "run", None, "--resume")
+        run(tmp_path / "run")
+    run(tmp_path / "run", "--resume")
     assert adapter(tmp_path / "run") == adapter(tmp_path / "whole")
     results = [
         json.loads((tmp_path / name / "run.json").read_text())["results"]
